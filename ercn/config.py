@@ -1,0 +1,209 @@
+"""Configuration of every command, as frozen dataclasses: the command line, YAML files and Python calls share them.
+
+Importing this file needs nothing outside the standard library. ``preset(name)`` reads a packaged YAML file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+Targets = Literal["ordinal", "onehot", "referable"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The ERCN network. Where the paper's text is not public, the field is our reading and says what else it can be.
+
+    backbone: any timm model that supports ``features_only``.
+    pretrained: timm's weights for the backbone (needs network or a local cache); a path loads our safetensors export.
+    num_grades: K; grade 0 is background, grades 1 … K-1 are foreground.
+    targets: "ordinal" (channel k says grade ≥ k), "onehot" (channel k says grade = k) or "referable" (grade ≥ 2).
+    output_stride: input pixels per CAM element, 8, 16 or 32.
+    embed_dim: D, channels of the pixel embedding (SEAM: 192).
+    mask: spatial mask on the CAM before refinement: "soft", "hard" or "off".
+    mask_thresholds: the mask is the mean over these t of [max foreground CAM >= t].
+    steps: how often the normalised affinity is applied.
+    detach: stop gradients into the refinement's CAM and features (SEAM and Chikontwe do).
+    pool: "gated" or "plain" attention MIL over all feature-map elements, or "none" (CAM only).
+    pool_dim: L, hidden width of the attention.
+    fusion: logits are the mean of CAM and MIL logits ("mean"), or one of them ("cam", "mil").
+    dropout: on the last feature map, before the classifier.
+    """
+
+    backbone: str = "resnet50"
+    pretrained: bool = False
+    num_grades: int = 5
+    targets: Targets = "ordinal"
+    output_stride: int = 16
+    embed_dim: int = 192
+    mask: Literal["soft", "hard", "off"] = "soft"
+    mask_thresholds: tuple[float, ...] = (0.2, 0.3, 0.4)
+    steps: int = 1
+    detach: bool = True
+    pool: Literal["gated", "plain", "none"] = "gated"
+    pool_dim: int = 128
+    fusion: Literal["mean", "cam", "mil"] = "mean"
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of L = cls·L_cls + er·L_ER + ecr·L_ECR + consistency·H + min_pool·L_min; 0 leaves a term out.
+
+    transform: the map A between the two views: "rescale", "flip", "rot90", "translate", "affine", "all" or "none" (one view).
+    rescale: factor of "rescale" (SEAM: 0.3).
+    hard_fraction: share of hardest values that L_ECR averages (SEAM: 0.2).
+    warmup_epochs: epochs over which the weights of all terms but L_cls rise from 0.
+    """
+
+    cls: float = 1.0
+    er: float = 1.0
+    ecr: float = 1.0
+    consistency: float = 1.0
+    min_pool: float = 0.0
+    transform: Literal["rescale", "flip", "rot90", "translate", "affine", "all", "none"] = "rescale"
+    rescale: float = 0.3
+    hard_fraction: float = 0.2
+    warmup_epochs: int = 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A folder written by ``ercn prepare`` and how to feed it.
+
+    root: that folder.
+    image_size: side of the square pictures given to the network, in pixels.
+    batch_size: pictures per step and device.
+    workers: loader processes.
+    augment: flips, rotation, colour and scale jitter in training.
+    balance: "none", "weights" (class weights in L_cls) or "sampler" (balanced sampling); never both.
+    max_unreadable: unreadable pictures that a run skips, by name, before it stops.
+    """
+
+    root: str = ""
+    image_size: int = 512
+    batch_size: int = 8
+    workers: int = 2
+    augment: bool = True
+    balance: Literal["none", "weights", "sampler"] = "none"
+    max_unreadable: int = 10
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run shares.
+
+    out: the run's folder. resume: go on from its last checkpoint. seed: the one root seed.
+    precision: Lightning's name ("32-true", "bf16-mixed", …). devices, accelerator, num_nodes: as in Lightning.
+    accumulate: steps per optimizer update. clip: gradient norm limit, 0 for none.
+    """
+
+    out: str = "runs/ercn"
+    resume: bool = False
+    seed: int = 0
+    epochs: int = 20
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_epochs: int = 1
+    accumulate: int = 1
+    clip: float = 1.0
+    precision: str = "32-true"
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    channels_last: bool = True
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """``ercn pretrain``: contrastive learning of the backbone without labels.
+
+    method: "simclr" (NT-Xent) or "moco_v2" (momentum encoder and queue). The exported backbone loads through
+    ``init`` of ``TrainConfig``.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/pretrain"))
+    backbone: str = "resnet50"
+    output_stride: int = 32
+    method: Literal["simclr", "moco_v2"] = "simclr"
+    temperature: float = 0.5
+    projection_dim: int = 128
+    queue_size: int = 4096
+    momentum: float = 0.996
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """``ercn train``. init: the run folder of ``ercn pretrain`` whose backbone to start from, or none."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    init: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """``ercn evaluate``: metrics of a trained run on one split.
+
+    run: folder of ``ercn train``. data: prepared folder, or none for the one of the training. bootstrap: draws over patients.
+    """
+
+    run: str = "runs/ercn"
+    data: Optional[str] = None
+    split: Literal["train", "val", "test", "all"] = "test"
+    batch_size: int = 8
+    workers: int = 2
+    bootstrap: int = 2000
+    seed: int = 0
+    accelerator: str = "auto"
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """``ercn predict``: grades and heat maps of any pictures.
+
+    run: folder of ``ercn train``. input: a picture or a folder of pictures. out: folder for ``predictions.csv`` and overlays.
+    overlays: which maps to draw at the original picture's full resolution.
+    """
+
+    run: str = "runs/ercn"
+    input: str = ""
+    out: str = "runs/predictions"
+    overlays: tuple[str, ...] = ("cam", "refined_cam", "attention")
+    batch_size: int = 8
+    workers: int = 2
+    max_unreadable: int = 10
+    max_pixels: int = 200_000_000
+    accelerator: str = "auto"
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """``ercn prepare``: find the fundus disc, crop, resize and cache a data set, and save its splits.
+
+    dataset: "phantom", "eyepacs" or "davis". root: the published layout's folder (not for the phantom). out: the cache.
+    label: which label column, where the data set has two (davis: "one_figure" or "concatenated").
+    size: side of the cached pictures. fractions: train, val, test by patient.
+    patients: phantom only, how many. max_unreadable: unreadable or missing pictures that are skipped, by name, before it stops.
+    max_pixels: larger pictures count as unreadable.
+    """
+
+    dataset: Literal["phantom", "eyepacs", "davis"] = "phantom"
+    root: str = ""
+    out: str = "runs/data"
+    size: int = 512
+    label: str = "one_figure"
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    patients: int = 200
+    seed: int = 0
+    workers: int = 2
+    max_unreadable: int = 10
+    max_pixels: int = 200_000_000
+    progress: bool = True

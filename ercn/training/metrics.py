@@ -1,0 +1,189 @@
+"""Metrics of grading, as sums with one weight per picture, so that a value and its bootstrap share the code.
+
+Every function takes ``weight`` [R, N], R rows of non-negative picture weights, and returns [R]. A row of ones is the plain
+metric; a row that says how often each picture was drawn is one bootstrap draw. Intervals resample *patients*, each with
+all their pictures, because two eyes of one patient are not independent. All arithmetic is float64; NaN means undefined
+(no picture of a class that is needed) and becomes ``null`` in JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+ECE_BINS = 15
+_CHUNK = 4_000_000  # weights held at once: 32 MB
+
+
+def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int, weight: np.ndarray) -> np.ndarray:
+    """Confusion matrices [R, classes, classes]: row = truth, column = prediction, entries = summed weights."""
+    cell = np.eye(classes * classes)[truth * classes + predicted]  # [N, K*K]
+    return (weight @ cell).reshape(-1, classes, classes)
+
+
+def accuracy(matrix: np.ndarray) -> np.ndarray:
+    """Share of the diagonal of confusion matrices [R, K, K]."""
+    return _divide(np.trace(matrix, axis1=1, axis2=2), matrix.sum((1, 2)))
+
+
+def quadratic_kappa(matrix: np.ndarray) -> np.ndarray:
+    """Cohen's kappa with weights (i - j)^2: 1 - sum(w O) / sum(w E), E the product of the margins.
+
+    0 where prediction and truth are one and the same single class (0/0): such a prediction agrees by chance alone.
+    """
+    classes = matrix.shape[1]
+    i = np.arange(classes)
+    cost = (i[:, None] - i[None, :]) ** 2
+    total = matrix.sum((1, 2))
+    expected = matrix.sum(2)[:, :, None] * matrix.sum(1)[:, None, :] / np.maximum(total, 1e-300)[:, None, None]
+    observed, chance = (cost * matrix).sum((1, 2)), (cost * expected).sum((1, 2))
+    kappa = 1 - _divide(observed, chance)
+    return np.where(total == 0, np.nan, np.where(chance == 0, 0.0, kappa))
+
+
+def roc_auc(score: np.ndarray, positive: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve (Mann-Whitney, ties count half); NaN where positives or negatives are missing."""
+    values, group = np.unique(score, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(len(values)))
+    pos = np.add.reduceat((weight * positive)[:, order], starts, axis=1)  # [R, distinct scores]
+    neg = np.add.reduceat((weight * ~positive)[:, order], starts, axis=1)
+    below = np.cumsum(neg, axis=1) - neg / 2
+    return _divide((pos * below).sum(1), pos.sum(1) * neg.sum(1))
+
+
+def macro_auc(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Mean one-versus-rest AUC over the classes that have both positives and negatives; NaN if none has."""
+    each = np.stack([roc_auc(probability[:, k], truth == k, weight) for k in range(probability.shape[1])])  # [K, R]
+    return _divide(np.nansum(each, axis=0), (~np.isnan(each)).sum(0))
+
+
+def expected_calibration_error(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """ECE (Guo et al. 2017) of the winning class in 15 equal bins (lower, upper]; confidence 1 is in the last bin."""
+    confidence = probability.max(1)
+    gap = confidence - (probability.argmax(1) == truth)
+    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
+    return _divide(np.abs(weight @ (gap[:, None] * np.eye(ECE_BINS)[bins])).sum(1), weight.sum(1))
+
+
+def brier(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Multi-class Brier score: mean of sum_k (p_k - [truth = k])^2, in [0, 2]."""
+    error = ((probability - np.eye(probability.shape[1])[truth]) ** 2).sum(1)
+    return _divide(weight @ error, weight.sum(1))
+
+
+def referable(probability: np.ndarray) -> np.ndarray:
+    """Probability of referable DR (grade >= 2) [N] from [N, K]; with K = 2 the second class is it."""
+    return probability[:, 1] if probability.shape[1] == 2 else probability[:, 2:].sum(1)
+
+
+def is_referable(truth: np.ndarray, classes: int) -> np.ndarray:
+    """Whether a class is referable DR: grade >= 2, or class 1 of two."""
+    return truth >= (1 if classes == 2 else 2)
+
+
+def sensitivity_specificity(
+    score: np.ndarray, positive: np.ndarray, threshold: float, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the positives with score >= threshold, and of the negatives with score < threshold."""
+    above = score >= threshold
+    return (
+        _divide(weight @ (above & positive), weight @ positive.astype(float)),
+        _divide(weight @ (~above & ~positive), weight @ (~positive).astype(float)),
+    )
+
+
+def youden_threshold(score: np.ndarray, positive: np.ndarray) -> float:
+    """Threshold half-way between two neighbouring scores that maximises sensitivity + specificity.
+
+    Meant for the validation split only. 0.5 where one of the two classes is missing or all scores are equal.
+    """
+    values = np.unique(score)
+    if len(values) < 2 or positive.all() or not positive.any():
+        return 0.5
+    cuts = (values[1:] + values[:-1]) / 2
+    sens = 1 - np.searchsorted(np.sort(score[positive]), cuts) / positive.sum()
+    spec = np.searchsorted(np.sort(score[~positive]), cuts) / (~positive).sum()
+    return float(cuts[np.argmax(sens + spec)])
+
+
+def bootstrap(
+    metric: Callable[[np.ndarray], dict[str, np.ndarray]], patients: Sequence[str], draws: int, seed: int
+) -> dict[str, dict[str, float | None]]:
+    """Values with 95 % percentile intervals over patients.
+
+    metric: weight [R, N] -> {name: [R]}. patients: [N], whose picture each one is. draws: resamples of the patients, with
+    replacement, each drawn with all their pictures; 0 leaves the interval out. The same seed gives the same interval.
+    Undefined draws (a class missing) are left out of the percentiles.
+    Returns {name: {"value": v, "low": l, "high": h}}.
+    """
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    value = metric(np.ones((1, len(owner))))
+    parts, left = [], draws
+    while left > 0:
+        rows = min(left, max(1, _CHUNK // len(owner)))
+        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=rows)  # [rows, patients]
+        parts.append(metric(counts[:, owner].astype(float)))
+        left -= rows
+    result = {}
+    for name, v in value.items():
+        sample = np.concatenate([p[name] for p in parts]) if parts else np.array([])
+        sample = sample[~np.isnan(sample)]
+        low, high = np.percentile(sample, [2.5, 97.5]) if len(sample) else (np.nan, np.nan)
+        result[name] = {"value": _number(v[0]), "low": _number(low), "high": _number(high)}
+    return result
+
+
+def grading(
+    probability: np.ndarray, truth: np.ndarray, patients: Sequence[str], *, threshold: float, draws: int, seed: int
+) -> dict:
+    """Every grading metric of one split with its interval.
+
+    probability: [N, K], rows sum to 1. truth: [N] int classes. threshold: referable-DR decision, from validation.
+    Returns a JSON-ready dict: metrics, confusion, majority (the floor: always the most frequent class), recall per class,
+    missing (classes without a picture; they are left out of the macro AUC).
+    """
+    probability, truth = np.asarray(probability, dtype=float), np.asarray(truth, dtype=int)
+    count, classes = probability.shape
+    if count == 0:
+        raise ValueError("the metrics need at least one picture; the split has none that could be read")
+    predicted = probability.argmax(1)
+
+    def metric(weight: np.ndarray) -> dict[str, np.ndarray]:
+        matrix = confusion(truth, predicted, classes, weight)
+        score, positive = referable(probability), is_referable(truth, classes)
+        sensitivity, specificity = sensitivity_specificity(score, positive, threshold, weight)
+        return {
+            "accuracy": accuracy(matrix),
+            "kappa": quadratic_kappa(matrix),
+            "auc": macro_auc(probability, truth, weight),
+            "referable_auc": roc_auc(score, positive, weight),
+            "referable_sensitivity": sensitivity,
+            "referable_specificity": specificity,
+            "ece": expected_calibration_error(probability, truth, weight),
+            "brier": brier(probability, truth, weight),
+        }
+
+    matrix = confusion(truth, predicted, classes, np.ones((1, count)))[0].astype(int)
+    support = matrix.sum(1)
+    return {
+        "pictures": count,
+        "patients": len(set(patients)),
+        "metrics": bootstrap(metric, patients, draws, seed),
+        "confusion": matrix.tolist(),
+        "majority": {"class": int(support.argmax()), "accuracy": float(support.max() / count), "kappa": 0.0},
+        "recall": [_number(r) for r in _divide(np.diag(matrix), support)],
+        "missing": [k for k in range(classes) if support[k] == 0],
+    }
+
+
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, NaN where b is 0."""
+    b = np.asarray(b, dtype=float)
+    return np.divide(a, b, out=np.full(b.shape, np.nan), where=b != 0)
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

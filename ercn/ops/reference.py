@@ -1,0 +1,221 @@
+"""Plain-torch definitions of both operators and their gradients: the specification, and the last fallback.
+
+Inputs of lower precision are widened to float32 (float64 stays) and every sum is taken there. Work is cut into column
+blocks of at most ``_BLOCK_ELEMENTS`` affinities or activations, so N = 65,536 pixels need no N×N buffer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 24
+
+
+def unavailable() -> None:
+    """Plain torch is always there."""
+
+
+def can_run(op: str, tensors: tuple[Tensor, ...]) -> None:
+    """Plain torch runs every op on every device and floating dtype."""
+
+
+def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor has it, else float32: the dtype of sums, norms and of half-precision outputs."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _blocks(n: int, row_elements: int):
+    size = max(64, _BLOCK_ELEMENTS // max(row_elements, 1))
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+
+
+def relu_affinity(value: Tensor, feat: Tensor) -> Tensor:
+    """out = V·A with A = relu(FᵀF); value V [B, C, N], feat F [B, D, N] -> [B, C, N]."""
+    acc = accumulate_dtype(value, feat)
+    value, feat = value.to(acc), feat.to(acc)
+    batch, _, n = feat.shape
+    out = torch.empty(value.shape, dtype=acc, device=value.device)
+    for cols in _blocks(n, batch * n):
+        affinity = torch.relu(feat.mT @ feat[..., cols])  # [B, N, cols]
+        out[..., cols] = value @ affinity
+    return out
+
+
+def relu_affinity_backward(
+    grad_out: Tensor, value: Tensor, feat: Tensor, need_value: bool
+) -> tuple[Tensor, Tensor]:
+    """grad_value = G·A (an empty tensor if not needed) and grad_feat = F·W, W = 1[T>0] ⊙ (VᵀG + GᵀV).
+
+    As in torch's relu, T = NaN passes the gradient on.
+    """
+    acc = accumulate_dtype(value, feat)
+    grad, v, f = grad_out.to(acc), value.to(acc), feat.to(acc)
+    batch, _, n = f.shape
+    grad_value = torch.empty(v.shape if need_value else 0, dtype=acc, device=v.device)
+    grad_feat = torch.empty(f.shape, dtype=acc, device=f.device)
+    for cols in _blocks(n, batch * n):
+        t = f.mT @ f[..., cols]  # [B, N, cols]
+        w = v.mT @ grad[..., cols] + grad.mT @ v[..., cols]
+        grad_feat[..., cols] = f @ w.masked_fill_(t <= 0, 0)
+        if need_value:
+            grad_value[..., cols] = grad @ torch.relu_(t)
+    return grad_value.to(value.dtype), grad_feat.to(feat.dtype)
+
+
+def _branches(h: Tensor, v_weight: Tensor, v_bias: Tensor | None, u_weight: Tensor | None, u_bias: Tensor | None):
+    """tanh(V h + b_V) and σ(U h + b_U) (None if ungated): each [B, n, L]."""
+    t = torch.tanh(torch.nn.functional.linear(h, v_weight, v_bias))
+    s = None if u_weight is None else torch.sigmoid(torch.nn.functional.linear(h, u_weight, u_bias))
+    return t, s
+
+
+def _widen(acc: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(acc) for t in tensors]
+
+
+def _real(h: Tensor, mask: Tensor | None) -> Tensor:
+    """h with masked instances zeroed, so that whatever they hold cannot leak."""
+    return h if mask is None else h.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def _attention(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax over instances; masked ones, and so whole masked bags, weigh exactly 0. scores [B, K, N]."""
+    attention = torch.softmax(scores, dim=-1)
+    return attention if mask is None else attention.masked_fill(~mask.unsqueeze(1), 0)
+
+
+def _bags(cu_seqlens: Tensor, total: int) -> list[slice]:
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {total} without falling; got {bounds}")
+    return [slice(a, b) for a, b in zip(bounds, bounds[1:])]
+
+
+def gated_attention_pool(
+    h: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    u_weight: Tensor | None,
+    u_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """pooled [B, K, D] in h's dtype, scores [B, K, N] (ragged: [K, T]) in the accumulation dtype."""
+    weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    if cu_seqlens is not None:
+        bags = _bags(cu_seqlens, h.shape[0])
+        parts = [gated_attention_pool(h[bag].unsqueeze(0), *weights, None, None) for bag in bags]
+        pooled = [p for p, _ in parts]
+        scores = [s[0] for _, s in parts]
+        if not parts:  # no bag at all
+            acc = accumulate_dtype(h)
+            return h.new_zeros(0, len(w_weight), h.shape[1]), h.new_zeros(len(w_weight), 0, dtype=acc)
+        return torch.cat(pooled), torch.cat(scores, dim=1)
+
+    acc = accumulate_dtype(h)
+    v, bv, u, bu, w, bw = _widen(acc, *weights)
+    batch, n, dim = h.shape
+    real = _real(h, mask)
+    scores = torch.empty(batch, len(w), n, dtype=acc, device=h.device)
+    for rows in _blocks(n, batch * max(v.shape[0], dim)):
+        t, s = _branches(real[:, rows].to(acc), v, bv, u, bu)
+        scores[..., rows] = torch.nn.functional.linear(t if s is None else t * s, w, bw).mT
+    if mask is not None:
+        scores.masked_fill_(~mask.unsqueeze(1), float("-inf"))
+    attention = _attention(scores, mask)
+    pooled = torch.zeros(batch, len(w), dim, dtype=acc, device=h.device)
+    for rows in _blocks(n, batch * dim):
+        pooled += attention[..., rows] @ real[:, rows].to(acc)
+    return pooled.to(h.dtype), scores
+
+
+def gated_attention_pool_backward(
+    grad_pooled: Tensor | None,
+    grad_scores: Tensor | None,
+    h: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    u_weight: Tensor | None,
+    u_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pooled: Tensor,
+    scores: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of (h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias); one not needed is an empty tensor.
+
+    With a = softmax(s), g = t ⊙ σ:  ds = a ⊙ (ĝ·h − ĝ·z) + grad_scores  for the pooled gradient ĝ and the pooled z,
+    dw = ds g,  dt = (wᵀ ds) ⊙ σ ⊙ (1 − t²),  dσ = (wᵀ ds) ⊙ t ⊙ σ(1 − σ),  dV = dt h,  dU = dσ h,
+    dh = aᵀ ĝ + Vᵀ dt + Uᵀ dσ.
+    """
+    inputs = (h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    acc = accumulate_dtype(h)
+    grads = [
+        torch.zeros(x.shape if need else 0, dtype=acc, device=h.device) if x is not None else h.new_empty(0)
+        for x, need in zip(inputs, needs)
+    ]
+    if cu_seqlens is not None:
+        for i, bag in enumerate(_bags(cu_seqlens, h.shape[0])):
+            parts = gated_attention_pool_backward(
+                None if grad_pooled is None else grad_pooled[i : i + 1],
+                None if grad_scores is None else grad_scores[None, :, bag],
+                *(h[bag].unsqueeze(0).to(acc), *_widen(acc, *inputs[1:])),
+                *(None, None, pooled[i : i + 1], scores[None, :, bag], needs),
+            )
+            if needs[0]:
+                grads[0][bag] = parts[0][0]
+            for total, part in zip(grads[1:], parts[1:]):
+                total += part
+        return _narrow(grads, inputs)
+
+    v, bv, u, bu, w, _ = _widen(acc, *inputs[1:])
+    attention = _attention(scores, mask)  # [B, K, N]
+    ds = torch.zeros_like(scores)
+    real = _real(h, mask)
+    if grad_pooled is not None:
+        grad_pooled = grad_pooled.to(acc)  # [B, K, D]
+        for rows in _blocks(h.shape[1], h.shape[0] * h.shape[2]):
+            ds[..., rows] = attention[..., rows] * (grad_pooled @ real[:, rows].to(acc).mT)
+        # ĝ·z = Σ a (ĝ·h) from these very products: z itself may be rounded to half precision.
+        ds -= attention * ds.sum(-1, keepdim=True)
+    if grad_scores is not None:
+        ds += grad_scores.to(acc)
+    if mask is not None:
+        ds.masked_fill_(~mask.unsqueeze(1), 0)
+
+    for rows in _blocks(h.shape[1], h.shape[0] * max(v.shape[0], h.shape[2])):
+        x = real[:, rows].to(acc)  # [B, n, D]
+        t, s = _branches(x, v, bv, u, bu)  # [B, n, L]
+        ds_rows = ds[..., rows]  # [B, K, n]
+        dg = ds_rows.mT @ w  # [B, n, L]
+        gated = t if s is None else t * s
+        dt = dg * (1 - t * t) if s is None else dg * s * (1 - t * t)
+        branch_grads = [(dt, v, 1)]
+        if s is not None:
+            branch_grads.append((dg * t * s * (1 - s), u, 3))
+        for d, weight, i in branch_grads:
+            if needs[i]:
+                grads[i] += torch.einsum("bnl,bnd->ld", d, x)
+            if needs[i + 1]:
+                grads[i + 1] += d.sum((0, 1))
+            if needs[0]:
+                grads[0][:, rows] += d @ weight
+        if needs[0] and grad_pooled is not None:
+            grads[0][:, rows] += attention[..., rows].mT @ grad_pooled
+        if needs[5]:
+            grads[5] += torch.einsum("bkn,bnl->kl", ds_rows, gated)
+        if needs[6]:
+            grads[6] += ds_rows.sum((0, 2))
+    if needs[0] and mask is not None:
+        grads[0].masked_fill_(~mask.unsqueeze(-1), 0)
+    return _narrow(grads, inputs)
+
+
+def _narrow(grads: list[Tensor], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs))

@@ -1,0 +1,1 @@
+"""Triton kernels, their launchers and tile configs. Nothing in this package registers an operator."""

@@ -1,0 +1,216 @@
+"""Layers around the two ops of ``ercn.ops``: parameters, and one op call each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ercn.ops import affinity_propagate, gated_attention_pool
+
+
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear with aligned corners, as SEAM brings everything to the grid of the CAM."""
+    if x.shape[-2:] == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
+
+
+class PixelCorrelation(nn.Module):
+    """SEAM's pixel correlation module: refine a CAM by the affinity of learned pixel embeddings.
+
+        f = E · [image ; relu(P_1 features_1) ; relu(P_2 features_2) ; …],   out = ``affinity_propagate(cam, f)``
+
+    Feature maps and image are first resized to the grid of the CAM (bilinear, aligned corners), then projected; all
+    products are 1×1 convolutions without bias. Memory is O(N·(C + D)) in the N = h·w elements of the CAM.
+
+    Args:
+        in_channels: channels of each feature map.
+        embed_dim: D, channels of the embedding (SEAM: 192).
+        proj_channels: channels of each projection P_i (SEAM: 64 and 128).
+        image_channels: channels of the picture, 3; 0 leaves the picture out.
+        steps: how often the normalised affinity is applied.
+
+    Parameters, in this order in the state dict:
+        projections.{i}.weight: P_i, [proj_channels[i], in_channels[i], 1, 1]; Kaiming-normal.
+        embed.weight: E, [embed_dim, image_channels + Σ proj_channels, 1, 1]; Xavier-uniform, gain 4. The input's
+            channels are the picture's, then those of the projections in their order (SEAM's order).
+
+    Deterministic in the forward pass; on CUDA the backward of the resize is not bit-reproducible (it is not run when
+    picture and features need no gradient). Source: Wang et al., CVPR 2020, and its published code.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        embed_dim: int = 192,
+        *,
+        proj_channels: Sequence[int] = (64, 128),
+        image_channels: int = 3,
+        steps: int = 1,
+    ) -> None:
+        super().__init__()
+        if len(in_channels) != len(proj_channels):
+            raise ValueError(
+                f"proj_channels needs one entry for each of the {len(in_channels)} feature maps; "
+                f"got {list(proj_channels)} for in_channels {list(in_channels)}"
+            )
+        self.steps = steps
+        self.projections = nn.ModuleList(
+            nn.Conv2d(channels, width, 1, bias=False) for channels, width in zip(in_channels, proj_channels)
+        )
+        self.embed = nn.Conv2d(image_channels + sum(proj_channels), embed_dim, 1, bias=False)
+        for projection in self.projections:
+            nn.init.kaiming_normal_(projection.weight)
+        nn.init.xavier_uniform_(self.embed.weight, gain=4)
+
+    @classmethod
+    def from_seam(cls, state_dict: Mapping[str, Tensor], *, steps: int = 1) -> PixelCorrelation:
+        """Build the layer from SEAM's weights: f8_3 and f8_4 become projections.0 and .1, f9 becomes embed.
+
+        ``state_dict`` may hold the whole SEAM network, with a prefix such as ``module.``; other keys are ignored.
+        """
+        prefix, weights = _find(state_dict, {"SEAM": ("f8_3.weight", "f8_4.weight", "f9.weight")})[1:]
+        low, mid, embed = weights
+        image_channels = embed.shape[1] - low.shape[0] - mid.shape[0]
+        if image_channels < 0:
+            raise ValueError(
+                f"'{prefix}f9.weight' reads {embed.shape[1]} channels, fewer than the "
+                f"{low.shape[0]} + {mid.shape[0]} that f8_3 and f8_4 write"
+            )
+        layer = cls(
+            (low.shape[1], mid.shape[1]),
+            embed.shape[0],
+            proj_channels=(low.shape[0], mid.shape[0]),
+            image_channels=image_channels,
+            steps=steps,
+        ).to(embed)
+        layer.load_state_dict({"projections.0.weight": low, "projections.1.weight": mid, "embed.weight": embed})
+        return layer
+
+    def forward(self, cam: Tensor, features: Sequence[Tensor], image: Tensor | None = None) -> Tensor:
+        """Refine ``cam``.
+
+        Args:
+            cam: [B, C, h, w].
+            features: one map [B, in_channels[i], h_i, w_i] for each projection, any resolution of the same picture.
+            image: [B, image_channels, H, W]; None only where ``image_channels`` is 0.
+
+        Returns:
+            Like ``cam``.
+        """
+        if len(features) != len(self.projections):
+            raise ValueError(f"expected {len(self.projections)} feature maps; got {len(features)}")
+        size = cam.shape[-2:]
+        parts = [] if image is None else [_resize(image, size)]
+        parts += [proj(_resize(x, size)).relu() for proj, x in zip(self.projections, features)]
+        return affinity_propagate(cam, self.embed(torch.cat(parts, 1)), steps=self.steps)
+
+
+class GatedAttentionPool(nn.Module):
+    """Attention pooling of a bag of instances, with K heads.
+
+        s_k = w · (tanh(V h_k + b_V) ⊙ σ(U h_k + b_U)) + b_w,   a = softmax_k(s),   z = Σ_k a_k h_k
+
+    Args:
+        dim: D, channels of an instance.
+        hidden: L, width of the attention.
+        heads: K.
+        gated: False leaves out the gate σ(U h + b_U).
+        bias: b_V, b_U and b_w; the published code has them, the paper's formula does not.
+
+    Parameters: v_weight, u_weight [L, D]; v_bias, u_bias [L]; w_weight [K, L]; w_bias [K]; those left out are None. All
+    are initialised as ``torch.nn.Linear`` does. Source: Ilse, Tomczak, Welling, ICML 2018.
+    """
+
+    # Published layers whose weights ``from_state_dict`` takes; each entry is V, [U,] w. CLAM's plain layer has its last
+    # product at index 3 when it was built with dropout.
+    LAYOUTS = {
+        "AMLab gated": ("attention_V.0", "attention_U.0", "attention_w"),
+        "AMLab plain": ("attention.0", "attention.2"),
+        "CLAM gated": ("attention_a.0", "attention_b.0", "attention_c"),
+        "CLAM plain": ("module.0", "module.2"),
+        "CLAM plain with dropout": ("module.0", "module.3"),
+    }
+
+    def __init__(self, dim: int, hidden: int = 128, heads: int = 1, *, gated: bool = True, bias: bool = True) -> None:
+        super().__init__()
+        shapes = {"v": (hidden, dim), "u": (hidden, dim) if gated else None, "w": (heads, hidden)}
+        for name, shape in shapes.items():
+            self.register_parameter(f"{name}_weight", None if shape is None else nn.Parameter(torch.empty(shape)))
+            with_bias = bias and shape is not None
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[0])) if with_bias else None)
+        for name, parameter in self.named_parameters():
+            fan_in = hidden if name.startswith("w_") else dim
+            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> GatedAttentionPool:
+        """Build the layer from the weights of a published attention layer (``LAYOUTS``).
+
+        AMLab-Amsterdam/AttentionDeepMIL: ``attention_V.0``, ``attention_U.0``, ``attention_w`` (GatedAttention) or
+        ``attention.0``, ``attention.2`` (Attention). mahmoodlab/CLAM: ``attention_a.0``, ``attention_b.0``,
+        ``attention_c`` (Attn_Net_Gated) or ``module.0``, ``module.2`` or ``module.3`` (Attn_Net). Each has ``.weight``
+        and, where the layer has biases, ``.bias``. A whole network's state dict is fine: a prefix is found, other keys
+        are ignored. No weight is transposed or reordered.
+
+        Raises:
+            ValueError: no such layer, or more than one; the message lists the keys found and those accepted.
+        """
+        layouts = {name: tuple(f"{layer}.weight" for layer in layers) for name, layers in cls.LAYOUTS.items()}
+        name, prefix, weights = _find(state_dict, layouts)
+        biases = [state_dict.get(f"{prefix}{layer}.bias") for layer in cls.LAYOUTS[name]]
+        letters = "vuw" if len(weights) == 3 else "vw"
+        hidden, dim = weights[0].shape
+        pool = cls(dim, hidden, weights[-1].shape[0], gated="u" in letters, bias=biases[0] is not None)
+        own = {f"{letter}_weight": weight for letter, weight in zip(letters, weights)}
+        own |= {f"{letter}_bias": bias for letter, bias in zip(letters, biases) if bias is not None}
+        pool.to(weights[0]).load_state_dict(own)
+        return pool
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Pool bags.
+
+        Args:
+            x: bags [B, N, D]; feature maps [B, D, H, W], whose N = H·W elements are the instances (read in place, not
+                copied); or ragged bags [T, D] with ``cu_seqlens``.
+            mask: bool, True = real instance, [B, N] or, for feature maps, [B, H, W].
+            cu_seqlens: [B + 1] int32 or int64, where each ragged bag begins and ends.
+
+        Returns:
+            pooled [B, K, D], and the scores before the softmax: [B, K, N], [B, K, H, W] or [K, T].
+        """
+        h = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
+        mask = mask if mask is None else mask.flatten(1)
+        weights = (self.v_weight, self.v_bias, self.u_weight, self.u_bias, self.w_weight, self.w_bias)
+        pooled, scores = gated_attention_pool(h, *weights, mask=mask, cu_seqlens=cu_seqlens)
+        return pooled, scores.unflatten(2, x.shape[2:]) if x.dim() == 4 else scores
+
+    def extra_repr(self) -> str:
+        (hidden, dim), heads = self.v_weight.shape, self.w_weight.shape[0]
+        bias = self.v_bias is not None
+        return f"{dim}, hidden={hidden}, heads={heads}, gated={self.u_weight is not None}, bias={bias}"
+
+
+def _find(
+    state_dict: Mapping[str, Tensor], layouts: Mapping[str, tuple[str, ...]]
+) -> tuple[str, str, list[Tensor]]:
+    """The one layout and key prefix under which ``state_dict`` holds all of a layer's weights, and these weights."""
+    found = []
+    for name, keys in layouts.items():
+        for key in state_dict:
+            prefix = key[: len(key) - len(keys[0])]
+            if key == prefix + keys[0] and prefix[-1:] in ("", ".") and all(prefix + k in state_dict for k in keys):
+                found.append((name, prefix, [state_dict[prefix + k] for k in keys]))
+    if len(found) != 1:
+        accepted = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in layouts.items())
+        matches = "none" if not found else ", ".join(f"{name} at '{prefix}'" for name, prefix, _ in found)
+        raise ValueError(
+            f"expected the weights of exactly one layer, found {matches}. Accepted, with any prefix: {accepted}. "
+            f"Keys found: {', '.join(state_dict) or 'none'}"
+        )
+    return found[0]

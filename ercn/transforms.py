@@ -1,0 +1,158 @@
+"""The maps A between two views x and A(x) of a picture: the same A applies to pictures and to activation maps.
+
+``A(x)`` takes x [B, C, h, w] at any resolution of one field of view to the frame of view 2, so that cam(A(x)) can be
+compared with A(cam(x)); the whole batch moves alike. ``A.valid(h, w)`` is a bool map of view 2 at h × w, True where it
+shows a place inside the picture.
+
+Everything is deterministic in the forward pass. On CUDA the backward passes of bilinear resizing (``Rescale``) and
+``grid_sample`` (``Affine``) are not bit-reproducible, and torch refuses the latter under
+``use_deterministic_algorithms``; those of the other maps are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KINDS = ("rescale", "flip", "rot90", "translate", "affine")
+
+# What "translate" and "affine" draw from: degrees, share of the picture's side, scale.
+MAX_ROTATION = 30.0
+MAX_SHIFT = 0.15
+SCALE_RANGE = (0.8, 1.25)
+
+
+class _Everywhere:
+    """A whose view 2 shows places inside the picture only."""
+
+    def valid(self, h: int, w: int, device: torch.device | str | None = None) -> Tensor:
+        return torch.ones(h, w, dtype=torch.bool, device=device)
+
+
+@dataclass(frozen=True)
+class Identity(_Everywhere):
+    """A(x) = x; ``ercn_loss`` then works with one view."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def inverse(self) -> Identity:
+        return self
+
+
+@dataclass(frozen=True)
+class Rescale(_Everywhere):
+    """Bilinear resize with aligned corners to round(factor · side), at least 1 (SEAM, factor 0.3)."""
+
+    factor: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = [max(1, round(side * self.factor)) for side in x.shape[-2:]]
+        return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+@dataclass(frozen=True)
+class Flip(_Everywhere):
+    """Mirror left-right (dim 3) or top-bottom (dim 2). Exact, its own inverse."""
+
+    dim: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.flip(self.dim)
+
+    def inverse(self) -> Flip:
+        return self
+
+
+@dataclass(frozen=True)
+class Rot90(_Everywhere):
+    """k quarter turns counter-clockwise. Exact; h × w becomes w × h for odd k."""
+
+    k: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.rot90(self.k, (2, 3))
+
+    def inverse(self) -> Rot90:
+        return Rot90(-self.k % 4)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Bilinear sampling at affinely mapped coordinates; places outside the picture repeat its border and are not valid.
+
+    theta: (a, b, c, d, e, f); view 2 at (x, y) shows the picture at (ax + by + c, dx + ey + f). Coordinates run from
+    -1 to 1 between the outer edges of the picture, not between the centres of its outer pixels, so they mean the same
+    place at every resolution.
+    """
+
+    theta: tuple[float, float, float, float, float, float]
+
+    def _grid(self, h: int, w: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        theta = torch.tensor(self.theta, dtype=dtype, device=device).view(1, 2, 3)
+        return F.affine_grid(theta, [1, 1, h, w], align_corners=False)  # [1, h, w, 2]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # half cannot hold the coordinates
+        grid = self._grid(*x.shape[-2:], wide.dtype, x.device).expand(x.shape[0], -1, -1, -1)
+        return F.grid_sample(wide, grid, mode="bilinear", padding_mode="border", align_corners=False).to(x.dtype)
+
+    def valid(self, h: int, w: int, device: torch.device | str | None = None) -> Tensor:
+        """True where all four source pixels lie inside the picture (to a thousandth of a pixel)."""
+        grid = self._grid(h, w, torch.float32, device)[0]
+        limit = torch.tensor([1 - 0.998 / w, 1 - 0.998 / h], device=device)
+        return (grid.abs() <= limit).all(-1)
+
+
+Transform = Union[Identity, Rescale, Flip, Rot90, Affine]
+
+
+def sample_transform(
+    kind: str, generator: torch.Generator | None, *, rescale: float = 0.3, size: int | tuple[int, int]
+) -> Transform:
+    """Draw the map A between two views.
+
+    Args:
+        kind: "rescale" (nothing is drawn), "flip" (left-right or top-bottom), "rot90" (1, 2 or 3 quarter turns),
+            "translate" (whole pixels of the picture, up to 0.15 of its side each way), "affine" (rotation up to 30°
+            either way, scale 0.8 to 1.25 and translation as above), "all" (one of these five, equally likely) or
+            "none" (``Identity``).
+        generator: on the CPU; the draw is a function of its state alone. None takes torch's default generator.
+        rescale: factor of "rescale", in (0, 1].
+        size: side of the square picture in pixels, or (height, width).
+    """
+    h, w = (size, size) if isinstance(size, int) else size
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * torch.rand((), dtype=torch.float64, generator=generator).item()
+
+    def choice(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    if kind == "all":
+        kind = KINDS[choice(len(KINDS))]
+    if kind == "none":
+        return Identity()
+    if kind == "rescale":
+        if not 0 < rescale <= 1:
+            raise ValueError(f"rescale must be in (0, 1], the size of view 2 over that of view 1, but is {rescale}")
+        return Rescale(rescale)
+    if kind == "flip":
+        return Flip(2 + choice(2))
+    if kind == "rot90":
+        return Rot90(1 + choice(3))
+    if kind not in ("translate", "affine"):
+        raise ValueError(f"unknown transform {kind!r}; known: {', '.join(KINDS)}, all, none")
+    # A shift of s pixels is 2·s / side in coordinates from -1 to 1; whole pixels leave the picture unblurred.
+    dx, dy = (2 * round(uniform(-MAX_SHIFT, MAX_SHIFT) * side) / side for side in (w, h))
+    if kind == "translate":
+        return Affine((1.0, 0.0, dx, 0.0, 1.0, dy))
+    angle = math.radians(uniform(-MAX_ROTATION, MAX_ROTATION))
+    scale = math.exp(uniform(*map(math.log, SCALE_RANGE)))
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    return Affine((cos, -sin * h / w, dx, sin * w / h, cos, dy))  # h / w: a rotation of pixels, not of coordinates

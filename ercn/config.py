@@ -5,8 +5,10 @@ Importing this file needs nothing outside the standard library. ``preset(name)``
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, Optional
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import resources
+from typing import Any, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Targets = Literal["ordinal", "onehot", "referable"]
 
@@ -207,3 +209,64 @@ class PrepareConfig:
     max_unreadable: int = 10
     max_pixels: int = 200_000_000
     progress: bool = True
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """A configuration from nested mappings, as YAML and JSON hold it; the inverse of ``dataclasses.asdict``.
+
+    Fields that are not given keep their defaults, lists become tuples, integers stand for floats. ValueError names the
+    key (``model.pool``, after ``path``) and the keys or values that are valid.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path or cls.__name__} must be a mapping of {cls.__name__}'s fields; got {values!r}")
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key {_join(path, key)}; {cls.__name__} has {', '.join(known)}")
+    hints = get_type_hints(cls)
+    return cls(**{key: _check(hints[key], value, _join(path, key)) for key, value in values.items()})
+
+
+def preset(name: str) -> TrainConfig:
+    """A packaged recipe: "ercn", "seam" or "chikontwe" (``ercn/configs``). ValueError lists the names; needs PyYAML."""
+    folder = resources.files("ercn") / "configs"
+    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    if name not in names:
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(names)}")
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("presets need PyYAML: pip install 'ercn[train]'", name=error.name) from error
+    return from_dict(TrainConfig, yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _check(hint: Any, value: Any, path: str) -> Any:
+    """``value`` as the annotation ``hint`` wants it, or ValueError."""
+    origin, options = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, path)
+    if origin is Literal:
+        if value not in options:
+            raise ValueError(f"{path} must be one of {', '.join(map(repr, options))}; got {value!r}")
+        return value
+    if origin is Union:  # Optional[X]
+        return None if value is None else _check(options[0], value, path)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{path} must be a list; got {value!r}")
+        hints = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
+        if len(value) != len(hints):
+            raise ValueError(f"{path} must have {len(hints)} entries; got {value!r}")
+        return tuple(_check(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(hints, value)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{path} must be {hint.__name__}; got {value!r}")
+    return value

@@ -1,8 +1,8 @@
 """ERCN: grade from image labels alone, with maps of where the evidence lies.
 
-After Fan et al., "ERCN" (J Imaging Inform Med 2025, doi 10.1007/s10278-024-01270-z), whose text beyond the abstract is not
-public: this is a reconstruction from SEAM (CVPR 2020), Chikontwe et al. (Med Image Anal 2022) and attention MIL (Ilse et
-al., ICML 2018), and every reading of ours is a field of ``ModelConfig``.
+After Fan et al., "ERCN" (J Imaging Inform Med 2025, doi 10.1007/s10278-024-01270-z). The text beyond the abstract is
+not public: this is a reconstruction from SEAM (CVPR 2020), Chikontwe et al. (Med Image Anal 2022) and attention MIL
+(Ilse et al., ICML 2018), and every reading of ours is a field of ``ModelConfig``.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class ERCN(nn.Module):
     what contrastive pre-training exports. The refinement embeds the picture and the two stages before the last one, as
     SEAM does (of a ResNet-50: 512 and 1024 channels, SEAM's widths).
 
-    Modules, and so the first part of every parameter's name: backbone, classifier, refinement, pool, mil_classifier (the
-    last two without MIL absent).
+    Modules, and so the first part of every parameter's name: backbone, classifier, refinement, and, with MIL, pool and
+    mil_classifier.
 
     Raises:
-        ValueError: a configuration that does not fit together, or a backbone that is unknown, has fewer than three stages
-            or does not support the output stride (the message lists those it does).
+        ValueError: a configuration that does not fit together, or a backbone that is unknown, has fewer than three
+            stages or does not support the output stride (the message lists those it does).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -148,8 +148,8 @@ def create_backbone(name: str, output_stride: int, *, pretrained: bool = False) 
     """
     try:
         import timm
-    except ImportError as error:
-        raise ImportError("ercn.models needs timm: pip install 'ercn[train]'") from error
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("ercn.models needs timm: pip install 'ercn[train]'", name=error.name) from error
 
     if not timm.is_model(name):
         raise ValueError(f"unknown backbone '{name}'; timm.list_models() names those that timm has")

@@ -25,25 +25,25 @@ def ercn_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = cls·L_cls + weight_scale · (er·L_ER + ecr·L_ECR + consistency·H + min_pool·L_min) on views x and A(x).
 
-    - cls: classification of the picture, averaged over the views and over the CAM's and the MIL head's logits, so that both
-      heads learn.
+    - cls: classification of the picture, averaged over the views and over the CAM's and the MIL head's logits, so that
+      both heads learn.
     - er: max-normed CAM of x, moved by A, against that of A(x). With one view: CAM against refined CAM (Chikontwe).
     - ecr: max-normed refined CAM of each view against the CAM of the other, hardest values.
     - consistency: cross entropy of CAM and refined CAM in each view, weighted by the spatial mask; mean of the views.
     - min_pool: SEAM's min-pooling of the refined CAM; mean of the views.
 
-    All maps but those of cls are multiplied by the picture's targets (multi-hot where targets are ordinal; the background's
-    is 1), so pictures of grade 0 have an empty foreground. Maps are compared on view 2's grid of feature-map elements; where
-    moving the map and moving the picture round to different sizes, the moved map is resized once more. What view 2 shows
-    from outside the picture does not count in er and ecr.
+    The maps are multiplied by the picture's targets (multi-hot where targets are ordinal; 1 for the background), so a
+    picture of grade 0 has an empty foreground. They are compared on view 2's grid of feature-map elements; where moving
+    the map and moving the picture round to different sizes, the moved map is resized once more. What view 2 shows from
+    outside the picture does not count in er and ecr.
 
     Args:
         model: gives ``ERCNOutput``; called once per view.
         image: [B, 3, H, W]. grade: [B] integers.
         transform: A, from ``sample_transform``; ``Identity`` means one view.
         weight_scale: multiplies every weight but that of cls (warm-up).
-        class_weight: [num_grades], multiplies L_cls of a picture by the weight of its grade; they should average 1 over the
-            training set.
+        class_weight: [num_grades], multiplies L_cls of a picture by the weight of its grade; they should average 1 over
+            the training set.
 
     Returns:
         The total, and each term that has a weight, by name, unweighted and detached.

@@ -78,7 +78,7 @@ void store(const std::vector<T>& panel, T* image, int64_t R, int64_t N, int64_t 
   }
 }
 
-// grad_feat is asked for with value, the sum rows · A with need_rows. What is not asked for is an empty tensor.
+// (rows · A, F · W). Forward gives no value and gets no F · W, backward may leave out rows · A; either is then empty.
 template <typename T>
 std::tuple<Tensor, Tensor> run(const Tensor& rows, const Tensor* value, const Tensor& feat, bool need_rows) {
   const int64_t B = feat.size(0), C = rows.size(1), D = feat.size(1), N = feat.size(2), blocks = block_count(N);
@@ -132,13 +132,12 @@ Tensor relu_affinity_cpu(const Tensor& value, const Tensor& feat) {
 }
 
 std::tuple<Tensor, Tensor> relu_affinity_backward_cpu(
-    const Tensor& grad_out, const Tensor& value, const Tensor& feat, bool need_value, bool need_feat) {
+    const Tensor& grad_out, const Tensor& value, const Tensor& feat, bool need_value) {
   check(grad_out, "grad_out", feat);
   check(value, "value", feat);
   STD_TORCH_CHECK(grad_out.size(1) == value.size(1), "grad_out must have value's shape");
-  const Tensor* factor = need_feat ? &value : nullptr;
-  return feat.scalar_type() == ScalarType::Float ? run<float>(grad_out, factor, feat, need_value)
-                                                 : run<double>(grad_out, factor, feat, need_value);
+  return feat.scalar_type() == ScalarType::Float ? run<float>(grad_out, &value, feat, need_value)
+                                                 : run<double>(grad_out, &value, feat, need_value);
 }
 
 }  // namespace
@@ -147,7 +146,7 @@ std::tuple<Tensor, Tensor> relu_affinity_backward_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(ercn_native, m) {
   m.def("relu_affinity_cpu(Tensor value, Tensor feat) -> Tensor");
   m.def(
-      "relu_affinity_backward_cpu(Tensor grad_out, Tensor value, Tensor feat, bool need_value, bool need_feat)"
+      "relu_affinity_backward_cpu(Tensor grad_out, Tensor value, Tensor feat, bool need_value)"
       " -> (Tensor grad_value, Tensor grad_feat)");
 }
 

@@ -60,7 +60,7 @@ template <typename T>
 struct Panels {
   const T* feat;       // F
   const T* rows;       // V in forward, G in backward: what A multiplies
-  const T* value;      // V in backward; unused where feat's gradient is not asked for
+  const T* value;      // V in backward, unused in forward
   int64_t C, D, N;
 };
 

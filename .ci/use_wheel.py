@@ -1,0 +1,35 @@
+"""Uses an installed ercn without extras as a user of the operators would. Argument: the README with the example to run."""
+
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import ercn
+
+extra = {"triton", "timm", "lightning", "PIL", "ercn.kernels", "kernels"} & set(sys.modules)
+assert not extra, f"import ercn also imported {sorted(extra)}"
+assert find_spec("timm") is None, "the training extra was installed with the operators"
+
+import torch  # noqa: E402
+
+import ercn.kernels  # noqa: E402
+from ercn.ops import _extension, relu_affinity  # noqa: E402
+
+assert "kernels" not in sys.modules
+folder = Path(ercn.__file__).parent
+assert "site-packages" in folder.parts, f"not the installed wheel: {folder}"
+assert _extension.load() is None, _extension.load()
+
+value, feat = torch.randn(2, 3, 100), torch.randn(2, 16, 100, requires_grad=True)
+out = relu_affinity(value, feat)
+out.sum().backward()
+torch.testing.assert_close(out, value @ torch.relu(feat.mT @ feat))
+assert feat.grad.isfinite().all()
+
+readme = Path(sys.argv[1]).read_text()
+examples = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "ercn.ops" in code]
+assert examples, "the README has no example of ercn.ops"
+print(examples[0])
+exec(compile(examples[0], "README.md", "exec"), {})
+print(f"installed wheel: ercn {ercn.__version__} in {folder} ran an op, its gradient and the README's example")

@@ -1,0 +1,196 @@
+"""``ercn doctor``: what is installed here, which backends run, and in a sentence why the others do not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+import ercn
+from ercn.ops import _backends, _extension, backends, gated_attention_pool, relu_affinity
+
+REBUILD = "ERCN_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall . (in the source folder)"
+# Besides our own ERCN_*: what changes which device, how many threads or which kernels run.
+ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
+
+
+def doctor(selftest: bool = False) -> int:
+    """Print the state of this installation. Returns 0 if the operators can run, else 1.
+
+    selftest: also compare every backend that runs here with the reference in float64, forward and backward, on small
+    inputs; an error above twice that of plain torch in float32 prints FAILED and returns 1.
+    """
+    _table("Versions", _versions())
+    _table("Hardware", _hardware())
+    _table("Compiled extension", _compiled())
+    _table("Backends, in the order tried", _backend_rows())
+    _table("Training extra", _training_extra())
+    _table("Environment variables", _environment())
+    problem = _problem()
+    ok = problem is None
+    _table("Operators", [("status", "they run" if ok else problem)])
+    if ok and selftest:
+        ok = _selftest()
+    return 0 if ok else 1
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    print(f"\n{title}")
+    for name, text in rows:
+        print(f"  {name:<{width}}  {text}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> list[tuple[str, str]]:
+    rows = [("ercn", ercn.__version__), ("python", platform.python_version())]
+    rows += [(package, _version(package) or "not installed") for package in ("torch", "numpy", "triton")]
+    return rows + [("CUDA runtime", torch.version.cuda or torch.version.hip or "none: this torch is for CPUs only")]
+
+
+def _hardware() -> list[tuple[str, str]]:
+    rows = [("system", platform.platform()), ("CPU", f"{_cpu_name()}, {torch.get_num_threads()} threads in use")]
+    if _extension.load() is None:
+        from ercn import _C
+
+        rows.append(("CPU features", " ".join(name for name, present in _C.cpu_features().items() if present)))
+    else:
+        rows.append(("CPU features", f"{torch.backends.cpu.get_cpu_capability()} (as torch sees it)"))
+    if not torch.cuda.is_available():
+        return rows + [("GPU", "none that torch can use")]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        rows.append((f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
+    return rows
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _compiled() -> list[tuple[str, str]]:
+    reason = _extension.load()
+    if reason is not None:
+        return [("ercn._C", f"absent; {reason}"), ("to build it", REBUILD)]
+    from ercn import _C
+
+    info = _C.build_info()
+    return [
+        ("ercn._C", f"present, for torch {info['torch_target_version']} and newer"),
+        ("built with", f"{info['compiler']}, C++{str(info['cpp_standard'])[2:4]}, pybind11 {info['pybind11']}"),
+        ("flags", f"{info['flags']} ({info['build_type']})"),
+    ]
+
+
+def _backend_rows() -> list[tuple[str, str]]:
+    return [(f"{row.name} ({row.device})", row.reason or _usable(row.automatic)) for row in backends()]
+
+
+def _usable(automatic: bool) -> str:
+    return "usable" if automatic else "usable when named"
+
+
+def _training_extra() -> list[tuple[str, str]]:
+    try:
+        requirements = metadata.requires("ercn") or []
+    except metadata.PackageNotFoundError:
+        return [("status", "unknown: ercn runs from a source tree that is not installed")]
+    packages = [re.match(r"[\w.-]+", line)[0] for line in requirements if re.search(r"extra == ['\"]train['\"]", line)]
+    missing = [package for package in packages if _version(package) is None]
+    if missing:
+        return [("status", f"missing: {', '.join(missing)}"), ("to install it", "pip install 'ercn[train]'")]
+    return [("status", f"complete ({len(packages)} packages)")]
+
+
+def _environment() -> list[tuple[str, str]]:
+    names = sorted(name for name in os.environ if name.startswith("ERCN_") or name in ENVIRONMENT)
+    return [(name, os.environ[name]) for name in names] or [("none", "defaults are in force")]
+
+
+def _problem() -> str | None:
+    """Why the operators cannot run, asked by running one."""
+    try:
+        relu_affinity(torch.ones(1, 1, 2), torch.ones(1, 1, 2))
+    except (RuntimeError, ValueError) as error:
+        return f"they do not run: {error}"
+    return None
+
+
+def _affinity_case(dtype: torch.dtype, device: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(2, 3, 131, generator=generator)
+    # Small integers: T = FᵀF is exact in every dtype, so no rounding moves a pair across the ReLU's kink.
+    feat = torch.randint(-3, 4, (2, 24, 131), generator=generator)
+    tensors = [x.to(device, dtype).requires_grad_() for x in (value, feat)]
+    return lambda value, feat, backend: relu_affinity(value, feat, backend=backend), tensors
+
+
+def _pool_case(dtype: torch.dtype, device: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 131, 24), (16, 24), (16,), (16, 24), (16,), (2, 16), (2,)]  # h, V, b_V, U, b_U, w, b_w
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    return lambda *args: gated_attention_pool(*args[:-1], backend=args[-1]), tensors
+
+
+SELFTESTS = {"relu_affinity": _affinity_case, "gated_attention_pool": _pool_case}
+
+
+def _outputs(case: Callable, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    """Outputs and gradients of every input, for a fixed random upstream gradient."""
+    function, tensors = case(dtype, device)
+    out = function(*tensors, backend)
+    out = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in out]
+    return [x.detach().cpu().double() for x in (*out, *torch.autograd.grad(out, tensors, upstream))]
+
+
+def _error(actual: list[Tensor], exact: list[Tensor]) -> float:
+    """Largest error over all tensors, each relative to its largest exact value; inf if an error is NaN."""
+    errors = torch.stack([(a - e).abs().max() / e.abs().max() for a, e in zip(actual, exact)])
+    return errors.nan_to_num(nan=float("inf")).max().item()
+
+
+def _selftest() -> bool:
+    rows, ok = [], True
+    for op, case in SELFTESTS.items():
+        exact = _outputs(case, torch.float64, "cpu", "reference")
+        plain = _error(_outputs(case, torch.float32, "cpu", "reference"), exact)
+        limit = 2 * plain + torch.finfo(torch.float32).eps
+        for row, device in _usable_on(op, case):
+            try:
+                error = _error(_outputs(case, torch.float32, device, row), exact)
+                passed, text = error <= limit, f"error {error:.1e}, allowed {limit:.1e}"
+            except Exception as failure:  # whatever a backend raises is its result here
+                passed, text = False, f"{type(failure).__name__}: {failure}"
+            ok = ok and passed
+            rows.append((f"{op}, {row} on {device}", f"{'passed' if passed else 'FAILED'}: {text}"))
+    _table("Self-test: float32 against the reference in float64, forward and backward", rows)
+    return ok
+
+
+def _usable_on(op: str, case: Callable) -> Iterable[tuple[str, str]]:
+    present = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for row in backends():
+        for device in present:
+            backend = next(b for b in _backends.TABLE if b.name == row.name)
+            _, tensors = case(torch.float32, device)
+            if row.reason is None and backend.can_run(op, tuple(tensors)) is None:
+                yield row.name, device

@@ -1,0 +1,88 @@
+"""``ercn doctor``: what it prints and what its exit code means."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import metadata
+from types import SimpleNamespace
+
+import pytest
+
+from ercn import doctor as module
+from ercn.doctor import doctor
+from ercn.ops import _backends, _extension, reference
+
+
+@pytest.fixture
+def broken_backend(monkeypatch):
+    """A row of the table that answers 1 + the reference in every gradient."""
+
+    def backward(*args):
+        return tuple(x + 1 for x in reference.relu_affinity_backward(*args))
+
+    launcher = SimpleNamespace(**{name: getattr(reference, name) for name in dir(reference) if name[0] != "_"})
+    launcher.relu_affinity_backward = backward
+    row = replace(_backends.TABLE[0], name="broken", device="cpu", launcher=launcher, automatic=False)
+    monkeypatch.setattr(_backends, "TABLE", (*_backends.TABLE, row))
+
+
+def test_everything_is_told(capsys):
+    assert doctor() == 0
+    printed = capsys.readouterr().out
+    for title in ("Versions", "Hardware", "Compiled extension", "Backends", "Training extra", "Environment variables"):
+        assert f"\n{title}" in printed
+    assert f"torch         {metadata.version('torch')}" in printed
+    assert "reference (any)" in printed and "they run" in printed
+
+
+def test_selftest_compares_every_usable_backend(capsys, broken_backend):
+    assert doctor(selftest=True) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if " on cpu" in line]
+    verdict = {line.split("  ")[1].strip(): "passed" in line for line in lines}
+    assert verdict.pop("relu_affinity, broken on cpu") is False
+    assert {"relu_affinity, reference on cpu", "gated_attention_pool, reference on cpu"} <= set(verdict)
+    assert all(verdict.values())
+
+
+def test_a_backend_that_raises_fails_the_selftest(capsys, broken_backend, monkeypatch):
+    def explode(*args):
+        raise NotImplementedError("no such instruction")
+
+    monkeypatch.setattr(_backends.TABLE[-1].launcher, "gated_attention_pool", explode)
+    assert doctor(selftest=True) == 1
+    assert "FAILED: NotImplementedError: no such instruction" in capsys.readouterr().out
+
+
+def test_selftest_passes_here(capsys):
+    assert doctor(selftest=True) == 0
+    printed = capsys.readouterr().out
+    assert "passed" in printed and "FAILED" not in printed
+
+
+def test_an_absent_extension_is_explained(capsys, monkeypatch):
+    monkeypatch.setattr(_extension, "load", lambda: "ercn._C was not built: no C++ compiler: 'c++' was not found")
+    assert doctor() == 0
+    printed = capsys.readouterr().out
+    assert "absent; ercn._C was not built: no C++ compiler: 'c++' was not found" in printed
+    assert module.REBUILD in printed
+
+
+def test_a_wrong_override_is_a_failure(capsys, monkeypatch):
+    monkeypatch.setenv("ERCN_BACKEND", "quantum")
+    assert doctor() == 1
+    printed = capsys.readouterr().out
+    assert "ERCN_BACKEND  quantum" in printed
+    assert "ERCN_BACKEND is 'quantum'" in printed
+
+
+def test_missing_training_packages_are_named(capsys, monkeypatch):
+    requirements = ["torch>=2.10", 'torch; extra == "train"', 'surely-absent[cli]>=2; extra == "train"']
+    monkeypatch.setattr(metadata, "requires", lambda package: requirements)
+    assert doctor() == 0
+    assert "missing: surely-absent\n" in capsys.readouterr().out
+
+
+def test_command_line():
+    run = subprocess.run([sys.executable, "-m", "ercn", "doctor"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "Versions" in run.stdout

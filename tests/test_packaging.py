@@ -1,0 +1,169 @@
+"""What an installation declares, contains and needs; the install without a compiler."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from setuptools.config.pyprojecttoml import read_configuration
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = read_configuration(ROOT / "pyproject.toml", expand=False)
+# Where the module's name is not the package's.
+PACKAGE_OF = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+
+
+def package_name(requirement):
+    return re.match(r"[\w.-]+", requirement)[0].lower()
+
+
+EXTRAS = {
+    extra: {package_name(requirement) for requirement in requirements}
+    for extra, requirements in PROJECT["project"]["optional-dependencies"].items()
+}
+
+
+@pytest.fixture(scope="module")
+def source_copy(tmp_path_factory):
+    """The files that the build reads, apart from the tree, so that nothing built before or now mixes in."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "constraints.txt", "Makefile"):
+        shutil.copy(ROOT / name, copy / name)
+    for name in ("ercn", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("_C.*", "_build.json", "__pycache__"))
+    return copy
+
+
+def build(source, hook, destination, **environment):
+    """Run a PEP 517 hook in ``source`` as pip does with --no-build-isolation."""
+    script = f"from setuptools.build_meta import {hook}; print({hook}({str(destination)!r}))"
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=source, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def run_outside(script, cwd, *path):
+    """Run Python in ``cwd`` with only ``path`` added to what is installed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_runtime_requirements():
+    assert PROJECT["project"]["requires-python"] == ">=3.10"
+    assert PROJECT["project"]["dependencies"] == ["torch>=2.10", "numpy", "triton; platform_system == 'Linux'"]
+
+
+def test_every_package_of_the_tree_is_installed():
+    in_tree = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("ercn/**/__init__.py")}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == in_tree | {"ercn.kernels"}
+
+
+def test_every_import_is_a_declared_requirement():
+    declared = {package_name(requirement) for requirement in PROJECT["project"]["dependencies"]} | EXTRAS["train"]
+    undeclared = set()
+    for file in [*ROOT.glob("ercn/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            modules = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"ercn"}
+            undeclared |= {(module, file.name) for module in modules if PACKAGE_OF.get(module, module) not in declared}
+    assert not undeclared
+
+
+def test_constraints_pin_every_declared_package():
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        match = re.fullmatch(r"([a-z0-9.-]+)==([\w.]+)(; python_version >= \"[\d.]+\")?", line)
+        assert match, f"not package==version: {line!r}"
+        pins[match[1]] = match[2]
+    declared = {package_name(requirement) for requirement in PROJECT["project"]["dependencies"]}
+    declared |= {package_name(requirement) for requirement in PROJECT["build-system"]["requires"]}
+    assert declared.union(*EXTRAS.values()) <= set(pins)
+
+
+def test_sdist_has_what_a_build_needs(source_copy, tmp_path):
+    result = build(source_copy, "build_sdist", tmp_path)
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    needed = {str(file.relative_to(ROOT)) for file in ROOT.glob("csrc/**/*") if file.is_file()}
+    needed |= {str(file.relative_to(ROOT)) for file in [*ROOT.glob("ercn/**/*.py"), *ROOT.glob("ercn/configs/*.yaml")]}
+    assert {"setup.py", "pyproject.toml", "kernels/__init__.py"} | needed <= packed
+
+
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+BLOCKED = %r
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.mark.parametrize("module", ["ercn", "ercn.ops", "ercn.nn", "ercn.losses", "ercn.config", "ercn.doctor"])
+def test_torch_and_numpy_are_enough(module, tmp_path):
+    modules = {package: name for name, package in PACKAGE_OF.items()}
+    optional = {modules.get(package, package) for package in EXTRAS["train"]} | {"triton", "scipy", "pandas"}
+    script = BLOCKER % optional + f"import {module}\nimport ercn.ops, torch\n"
+    script += "print(ercn.ops.relu_affinity(torch.ones(1, 1, 2), torch.ones(1, 3, 2)).tolist())"
+    result = run_outside(script, tmp_path, ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[[[6.0, 6.0]]]"
+
+
+def test_import_takes_nothing_optional_and_no_gpu(tmp_path):
+    script = "import sys, ercn, torch; print(sorted({'triton', 'timm', 'kernels', 'ercn.kernels'} & set(sys.modules)), torch.cuda.is_initialized())"
+    result = run_outside(script, tmp_path, ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[] False"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        pytest.param({"ERCN_BUILD": "none"}, "ERCN_BUILD=none left it out", id="left out"),
+        pytest.param({"CXX": "absent-compiler"}, "no C++ compiler: 'absent-compiler' was not found", id="no compiler"),
+        pytest.param({"CXX": "false"}, "compiling it failed", id="compiler fails"),
+    ],
+)
+def test_install_without_the_extension(source_copy, tmp_path, environment, words):
+    result = build(source_copy, "build_wheel", tmp_path, **{"ERCN_BUILD": "auto"} | environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert words in result.stderr
+    site = tmp_path / "site"
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
+    script = (
+        "import sys, ercn.kernels, ercn.doctor; assert 'kernels' not in sys.modules; "
+        "print(ercn.__file__); sys.exit(ercn.doctor.doctor(selftest=True))"
+    )
+    result = run_outside(script, tmp_path, site)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert str(site) in result.stdout.splitlines()[0]
+    assert f"ercn._C was not built: {words}" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        pytest.param({"ERCN_BUILD": "cpu", "CXX": "absent-compiler"}, "'absent-compiler' was not found", id="compiler"),
+        pytest.param({"ERCN_BUILD": "fast"}, "ERCN_BUILD must be one of auto, cpu, none; it is 'fast'", id="mode"),
+    ],
+)
+def test_a_demanded_build_that_cannot_be_fails_in_a_sentence(source_copy, tmp_path, environment, words):
+    result = build(source_copy, "build_wheel", tmp_path, **environment)
+    assert result.returncode != 0
+    assert words in result.stderr
+    assert not list(tmp_path.glob("*.whl"))

@@ -5,13 +5,14 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import ercn
+import torch.utils.flop_counter  # imports Triton where it is installed
 
-extra = {"triton", "timm", "lightning", "PIL", "ercn.kernels", "kernels"} & set(sys.modules)
-assert not extra, f"import ercn also imported {sorted(extra)}"
+before = set(sys.modules)
+import ercn  # noqa: E402
+
+new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert new == {"ercn"} and "ercn.kernels" not in sys.modules, f"import ercn also imported {sorted(new)}"
 assert find_spec("timm") is None, "the training extra was installed with the operators"
-
-import torch  # noqa: E402
 
 import ercn.kernels  # noqa: E402
 from ercn.ops import _extension, relu_affinity  # noqa: E402

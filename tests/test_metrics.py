@@ -56,7 +56,7 @@ def test_macro_auc_leaves_a_missing_class_out():
 
 
 def test_calibration_error_counts_confidence_one_and_bin_edges():
-    # two pictures at confidence 1, one of them wrong: gap |1 - 0.5| over 2 of 4 pictures; the others: |0.6 - 1|, both right
+    # confidence 1, one of two right: gap |1 - 0.5| over 2 of 4 pictures; confidence 0.6, both right: gap |0.6 - 1|
     probability = np.array([[1.0, 0.0], [1.0, 0.0], [0.6, 0.4], [0.4, 0.6]])
     truth = np.array([0, 1, 0, 1])
     assert m.expected_calibration_error(probability, truth, np.ones((1, 4)))[0] == pytest.approx(0.5 * 0.5 + 0.5 * 0.4)

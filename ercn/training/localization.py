@@ -1,13 +1,13 @@
 """Localisation of heat maps against lesion masks, on pictures that have lesions.
 
-A map is counted into a histogram of 1024 levels on its fixed [0, 1] scale, once for lesion pixels and once for the rest.
-Precision, recall and IoU at every threshold follow from sums of these histograms, so pixels of any number of pictures are
-pooled in constant memory, exactly for the quantised map, and the patient bootstrap is one matrix product.
+A map is counted into a histogram of 1024 levels on its fixed [0, 1] scale, once for lesion pixels and once for the
+rest. Precision, recall and IoU at every threshold follow from sums of these histograms, so pixels of any number of
+pictures are pooled in constant memory, exactly for the quantised map, and the patient bootstrap is one matrix
+product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +26,7 @@ def histograms(heat: np.ndarray, lesion: np.ndarray) -> np.ndarray:
 
 
 def pointing(heat: np.ndarray, near: np.ndarray) -> float:
-    """Pointing game (Zhang et al. 2018): whether the maximum lies in ``near`` [S, S] bool; ties count by their share."""
+    """Pointing game (Zhang et al. 2018): is the maximum in ``near`` [S, S] bool? Ties count by their share."""
     return float(near[heat == heat.max()].mean())
 
 
@@ -73,8 +73,8 @@ class Localization:
     def summary(self, thresholds: dict[str, float], *, draws: int, seed: int) -> dict | None:
         """JSON-ready metrics per map with patient-bootstrap intervals; None without any picture with lesions.
 
-        thresholds: from validation; a map without one gets no ``iou``. ``iou_best`` picks its threshold on this very split
-        and is optimistic. ``floor``: what a constant map reaches (share of lesion pixels; share of pixels that
+        thresholds: from validation; a map without one gets no ``iou``. ``iou_best`` picks its threshold on this very
+        split and is optimistic. ``floor``: what a constant map reaches (share of lesion pixels; share of pixels that
         count as a hit).
         """
         if not self.patients:

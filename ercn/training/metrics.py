@@ -1,9 +1,9 @@
 """Metrics of grading, as sums with one weight per picture, so that a value and its bootstrap share the code.
 
-Every function takes ``weight`` [R, N], R rows of non-negative picture weights, and returns [R]. A row of ones is the plain
-metric; a row that says how often each picture was drawn is one bootstrap draw. Intervals resample *patients*, each with
-all their pictures, because two eyes of one patient are not independent. All arithmetic is float64; NaN means undefined
-(no picture of a class that is needed) and becomes ``null`` in JSON.
+Every function takes ``weight`` [R, N], R rows of non-negative picture weights, and returns [R]. A row of ones is the
+plain metric; a row that says how often each picture was drawn is one bootstrap draw. Intervals resample *patients*,
+each with all their pictures, because two eyes of one patient are not independent. All arithmetic is float64; NaN
+means undefined (no picture of a class that is needed) and becomes ``null`` in JSON.
 """
 
 from __future__ import annotations
@@ -83,6 +83,11 @@ def is_referable(truth: np.ndarray, classes: int) -> np.ndarray:
     return truth >= (1 if classes == 2 else 2)
 
 
+def classes_of(grade: np.ndarray, targets: str) -> np.ndarray:
+    """Truth as the class that the model predicts: the grade, or [grade >= 2] for "referable" targets."""
+    return (grade >= 2).astype(int) if targets == "referable" else grade
+
+
 def sensitivity_specificity(
     score: np.ndarray, positive: np.ndarray, threshold: float, weight: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -113,9 +118,9 @@ def bootstrap(
 ) -> dict[str, dict[str, float | None]]:
     """Values with 95 % percentile intervals over patients.
 
-    metric: weight [R, N] -> {name: [R]}. patients: [N], whose picture each one is. draws: resamples of the patients, with
-    replacement, each drawn with all their pictures; 0 leaves the interval out. The same seed gives the same interval.
-    Undefined draws (a class missing) are left out of the percentiles.
+    metric: weight [R, N] -> {name: [R]}. patients: [N], whose picture each one is. draws: resamples of the patients,
+    with replacement, each drawn with all their pictures; 0 leaves the interval out. The same seed gives the same
+    interval. Undefined draws (a class missing) are left out of the percentiles.
     Returns {name: {"value": v, "low": l, "high": h}}.
     """
     names, owner = np.unique(np.asarray(patients), return_inverse=True)
@@ -142,8 +147,8 @@ def grading(
     """Every grading metric of one split with its interval.
 
     probability: [N, K], rows sum to 1. truth: [N] int classes. threshold: referable-DR decision, from validation.
-    Returns a JSON-ready dict: metrics, confusion, majority (the floor: always the most frequent class), recall per class,
-    missing (classes without a picture; they are left out of the macro AUC).
+    Returns a JSON-ready dict: metrics, confusion, majority (the floor: always the most frequent class), recall per
+    class, missing (classes without a picture; they are left out of the macro AUC).
     """
     probability, truth = np.asarray(probability, dtype=float), np.asarray(truth, dtype=int)
     count, classes = probability.shape

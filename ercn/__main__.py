@@ -1,0 +1,4 @@
+from ercn.cli import main
+
+if __name__ == "__main__":
+    main()

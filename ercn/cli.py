@@ -1,0 +1,192 @@
+"""The command line: every command is a function with a configuration from ``ercn.config``; options have its field
+names.
+
+A value comes from, last one wins: the default, ``--preset`` (train only), ``--config FILE.yaml``, the option itself.
+Errors of the user end with one line and exit code 2; ``--debug`` or ERCN_DEBUG=1 shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ercn import config as configs
+
+TRAIN_EXTRA = "pip install 'ercn[train]'"
+COMMANDS: dict[str, tuple[str, type]] = {
+    "prepare": ("ercn.data", configs.PrepareConfig),
+    "pretrain": ("ercn.training", configs.PretrainConfig),
+    "train": ("ercn.training", configs.TrainConfig),
+    "evaluate": ("ercn.training", configs.EvaluateConfig),
+    "predict": ("ercn.training", configs.PredictConfig),
+}
+SUMMARIES = {
+    "prepare": "find the fundus disc, crop and cache a data set, split it by patient",
+    "pretrain": "contrastive pre-training of the backbone (SimCLR or MoCo v2)",
+    "train": "train ERCN on image labels",
+    "evaluate": "metrics with intervals, localisation against lesion masks, HTML report",
+    "predict": "grades and full-resolution heat maps of any pictures",
+    "doctor": "what is installed, which backends run here, and why others do not",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command and exits: 0 done, 1 ``doctor`` found a fault, 2 wrong input, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv or os.environ.get("ERCN_DEBUG", "") not in ("", "0")
+    argv = [a for a in argv if a != "--debug"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0)
+    try:
+        sys.exit(_run(argv[0], argv[1:]))
+    except KeyboardInterrupt:
+        print(_interrupted(argv), file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").split(".")[0] == "ercn":
+            raise
+        print(f"error: {error.name} is not installed; this command needs {TRAIN_EXTRA}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(command: str, argv: list[str]) -> int:
+    if command == "--version":
+        print(importlib.import_module("ercn").__version__)
+        return 0
+    if command == "doctor":
+        return _doctor(argv)
+    if command not in COMMANDS:
+        raise ValueError(f"{command!r} is no command; there are {', '.join(SUMMARIES)}")
+    module, cls = COMMANDS[command]
+    config = parse(command, cls, argv)
+    result = _function(module, command)(config)
+    if isinstance(result, Path):
+        print(result)
+    return 0
+
+
+def _function(module: str, name: str) -> Callable[[Any], Any]:
+    return getattr(importlib.import_module(module), name)
+
+
+def parse(command: str, cls: type, argv: Sequence[str]) -> Any:
+    """The configuration object of a command from its arguments; ValueError names the option that is wrong."""
+    from jsonargparse import ArgumentParser
+
+    summary = SUMMARIES[command]
+    parser = ArgumentParser(
+        prog=f"ercn {command}",
+        usage=f"ercn {command} [OPTIONS]",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options; later options win")
+    _add_options(parser, cls(), "")
+    if cls is configs.TrainConfig:
+        parser.epilog = "--preset ercn, seam or chikontwe starts from a packaged recipe instead of the defaults."
+        name, argv = _take_preset(argv)
+        if name is not None:
+            parser.set_defaults(_flat(dataclasses.asdict(configs.preset(name))))
+    values = _parse_or_explain(parser, argv, command)
+    del values["config"]
+    return configs.from_dict(cls, values)
+
+
+def _parse_or_explain(parser: Any, argv: Sequence[str], command: str) -> dict[str, Any]:
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(list(argv)).as_dict()
+    except ArgumentError as error:
+        text = re.sub(r'Parser key "([^"]+)"', r"--\1", str(error))
+        text = re.sub(r"<class '(\w+)'>", r"\1", text)
+        raise ValueError(f"{text}; ercn {command} --help lists the options") from error
+
+
+def _take_preset(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The preset's name and the arguments without it; it must be known before the other options are read."""
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", const="")
+    known, rest = parser.parse_known_args(list(argv))
+    return known.preset, rest
+
+
+def _add_options(parser: Any, default: Any, prefix: str) -> None:
+    """One option per field, nested ones with a dot, in a group per dataclass with the help of its docstring."""
+    cls = type(default)
+    hints, help_texts = get_type_hints(cls), field_help(cls)
+    group = parser.add_argument_group(f"{prefix.rstrip('.')} ({cls.__name__})" if prefix else cls.__name__)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            continue
+        group.add_argument(
+            f"--{prefix}{field.name}",
+            type=hints[field.name],
+            default=getattr(default, field.name),
+            help=help_texts.get(field.name, field.name.replace("_", " ")),
+        )
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            _add_options(parser, getattr(default, field.name), f"{prefix}{field.name}.")
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """Help of each field, from the ``name: text`` and ``name, name: text`` entries of the dataclass' docstring."""
+    names = "|".join(f.name for f in dataclasses.fields(cls))
+    text = " ".join((cls.__doc__ or "").split())
+    starts = list(re.finditer(rf"(?:^|(?<=[.\s]))((?:{names})(?:, (?:{names}))*): ", text))
+    ends = [m.start() for m in starts[1:]] + [len(text)]
+    result = {}
+    for match, end in zip(starts, ends):
+        for name in match[1].split(", "):
+            result[name] = text[match.end() : end].strip().rstrip(".").replace("%", "%%")
+    return result
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return result
+
+
+def _doctor(argv: list[str]) -> int:
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser(prog="ercn doctor", description=f"Show {SUMMARIES['doctor']}.")
+    parser.add_argument("--selftest", action="store_true", help="also compare every backend with the reference")
+    return _function("ercn.doctor", "doctor")(selftest=parser.parse_args(argv).selftest)
+
+
+def _overview() -> str:
+    commands = "\n".join(f"  {name:<10}{text}" for name, text in SUMMARIES.items())
+    return (
+        "usage: ercn COMMAND [OPTIONS]\n\n"
+        "Grading of diabetic retinopathy from image labels, with heat maps.\n\n"
+        f"commands:\n{commands}\n\n"
+        "ercn COMMAND --help lists the options; --print_config writes them as YAML, --config reads them.\n"
+        "--debug shows the traceback of an error; --version prints the version.\n\n"
+        "For research only. Not a medical device."
+    )
+
+
+def _interrupted(argv: list[str]) -> str:
+    if argv[0] in ("pretrain", "train"):
+        again = shlex.join(["ercn", *argv, *([] if any("run.resume" in a for a in argv) else ["--run.resume", "true"])])
+        return f"\ninterrupted; finished epochs are kept. Go on with:\n  {again}"
+    return "\ninterrupted"

@@ -1,0 +1,100 @@
+"""Training of ERCN: Lightning's loop, then export, thresholds from validation, and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ercn.config import TrainConfig
+from ercn.data import Manifest
+from ercn.models import ERCN
+from ercn.training import runs
+from ercn.training.callbacks import SafeCheckpointIO
+from ercn.training.checkpoint import load_backbone, save_model
+from ercn.training.evaluation import check_classes, choose_thresholds, collect, write_evaluation
+from ercn.training.infer import pick_device
+from ercn.training.loaders import PictureData
+from ercn.training.module import MONITOR, ERCNModule
+from ercn.training.pictures import class_counts, load_manifest, need_split
+from ercn.training.report import write_report
+from ercn.training.seeding import derive
+from ercn.training.table import print_metrics
+
+BOOTSTRAP = 2000  # draws for the validation metrics at the end
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains ERCN on a prepared folder and leaves a complete run in ``run.out``; returns that folder.
+
+    The folder holds config.yaml, environment.json, metrics.csv (one row an epoch), checkpoints/last.ckpt and
+    best.ckpt (highest validation quadratic weighted kappa), export/model.safetensors and model.json (the best epoch),
+    evaluation/val.json, and report.html. Everything drawn is a function of ``run.seed``: on the CPU a run that is
+    killed and resumed (``run.resume``) ends with the same bits. Raises ValueError, DataError or FileNotFoundError
+    naming argument or file.
+    """
+    manifest = load_manifest(config.data.root)
+    for split in ("train", "val"):
+        need_split(manifest, split, config.data.root)
+    info = describe(config, manifest)
+    check_classes(info, manifest)
+    torch.manual_seed(derive(config.run.seed, "init"))
+    model = ERCN(config.model)
+    if config.init is not None:
+        load_backbone(model, config.init, config.model.backbone)
+    module = ERCNModule(model, config, class_weights(config, manifest))
+    runs.use_channels_last(module, config.run.channels_last)
+    checkpoint = runs.open_run(config)
+    trainer = runs.make_trainer(config.run, monitor=MONITOR)
+    out = Path(config.run.out)
+    if runs.fit(trainer, module, PictureData(manifest, config.data, seed=config.run.seed), checkpoint):
+        finish(out, model, info, config, manifest)
+    return out
+
+
+def finish(out: Path, model: ERCN, info: dict[str, Any], config: TrainConfig, manifest: Manifest) -> None:
+    """Loads the best epoch, chooses the thresholds on validation, exports, and writes evaluation and report."""
+    best = SafeCheckpointIO().load_checkpoint(out / "checkpoints" / "best.ckpt")
+    prefix = "model."
+    state = {key[len(prefix) :]: value for key, value in best["state_dict"].items() if key.startswith(prefix)}
+    model.load_state_dict(state, strict=True)
+    collected = collect(
+        model,
+        info,
+        manifest.split("val"),
+        batch_size=config.data.batch_size,
+        workers=config.data.workers,
+        device=pick_device(config.run.accelerator),
+        progress=config.run.progress,
+        title="evaluate val",
+    )
+    info |= {"epoch": best["epoch"] + 1, "thresholds": choose_thresholds(collected)}
+    save_model(out, model, config, {key: value for key, value in info.items() if key != "config"})
+    result = write_evaluation(out, "val", collected, info, manifest, draws=BOOTSTRAP, seed=config.run.seed)
+    print_metrics(result)
+    write_report(out)
+
+
+def describe(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+    """What inference has to know beside the weights."""
+    binary = config.model.targets == "referable"
+    return {
+        "config": config,
+        "class_names": ["not referable", "referable"] if binary else list(manifest.class_names),
+        "image_size": config.data.image_size,
+        "prepared_size": manifest.size,
+        "mean": list(manifest.mean),
+        "std": list(manifest.std),
+        "dataset": manifest.dataset,
+        "manifest": manifest.hash,
+    }
+
+
+def class_weights(config: TrainConfig, manifest: Manifest) -> torch.Tensor | None:
+    """With ``data.balance`` "weights": N / (grades present · pictures of the grade); mean 1 over the pictures."""
+    if config.data.balance != "weights":
+        return None
+    counts = torch.as_tensor(class_counts(manifest.split("train"), config.model.num_grades), dtype=torch.float32)
+    weights = counts.sum() / ((counts > 0).sum() * counts)
+    return torch.where(counts > 0, weights, torch.zeros_like(weights))

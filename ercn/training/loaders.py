@@ -1,0 +1,80 @@
+"""Loaders: the training order is a function of (seed, epoch); evaluation sees every picture once, unpadded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from ercn.config import DataConfig
+from ercn.data import Manifest, PictureDataset, Record
+from ercn.training.pictures import make_loader, picture_dataset, sampling_weights
+from ercn.training.seeding import generator
+
+
+class EpochSampler(Sampler[int]):
+    """This rank's share of one epoch's order.
+
+    weights: None visits every picture once, in a random order; [N] draws N pictures with these probabilities, with
+    replacement (balanced sampling). Up to world - 1 pictures are left out so that all ranks take as many steps.
+    Lightning calls ``set_epoch``, which also tells the data set, before the workers start.
+    """
+
+    def __init__(
+        self, dataset: PictureDataset, *, seed: int, rank: int, world: int, weights: np.ndarray | None = None
+    ) -> None:
+        self.dataset, self.seed, self.rank, self.world, self.weights = dataset, seed, rank, world, weights
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.world
+
+    def __iter__(self) -> Iterator[int]:
+        draw = generator(self.seed, "order", self.epoch)
+        count = len(self.dataset)
+        if self.weights is None:
+            order = torch.randperm(count, generator=draw)
+        else:
+            order = torch.multinomial(torch.as_tensor(self.weights), count, replacement=True, generator=draw)
+        return iter(order[self.rank :: self.world][: len(self)].tolist())
+
+
+class PictureData(pl.LightningDataModule):
+    """Train and validation loaders of a prepared folder for one run.
+
+    contrastive: two views a picture and no validation. Class balance follows ``config.balance``; "weights" is the
+    loss's matter, see ``class_weight``.
+    """
+
+    def __init__(self, manifest: Manifest, config: DataConfig, *, seed: int, contrastive: bool = False) -> None:
+        super().__init__()
+        self.manifest, self.config, self.seed, self.contrastive = manifest, config, seed, contrastive
+
+    def train_dataloader(self) -> DataLoader:
+        records = self.manifest.split("train")
+        views = {"views": 2, "contrastive": True} if self.contrastive else {}
+        dataset = self._pictures(records, augment=self.config.augment or self.contrastive, **views)
+        weights = sampling_weights(records) if self.config.balance == "sampler" and not self.contrastive else None
+        sampler = EpochSampler(
+            dataset, seed=self.seed, rank=self.trainer.global_rank, world=self.trainer.world_size, weights=weights
+        )
+        batch = min(self.config.batch_size, len(sampler))
+        return make_loader(dataset, batch, self.config.workers, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if self.contrastive:
+            return []
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        records = self.manifest.split("val")[rank::world]
+        return make_loader(self._pictures(records, augment=False), self.config.batch_size, self.config.workers)
+
+    def _pictures(self, records: list[Record], **options) -> PictureDataset:
+        mean, std = self.manifest.mean, self.manifest.std
+        return picture_dataset(records, mean, std, self.config, seed=self.seed, **options)

@@ -1,0 +1,108 @@
+"""The training step of ERCN as a Lightning module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from ercn.config import TrainConfig
+from ercn.losses import classification_loss
+from ercn.models import ERCN, grade_probabilities, targets_from_grades
+from ercn.objective import ercn_loss
+from ercn.training import metrics
+from ercn.training.schedule import adamw
+from ercn.training.seeding import derive, generator
+from ercn.transforms import sample_transform
+
+MONITOR = "val_kappa"
+
+
+class ERCNModule(pl.LightningModule):
+    """``ercn_loss`` under AdamW; validation accuracy, quadratic weighted kappa and loss once an epoch.
+
+    The map A and dropout of a step are drawn from (seed, epoch, step, rank) alone. class_weight: [num_grades] or None.
+    """
+
+    def __init__(self, model: ERCN, config: TrainConfig, class_weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw(self, self.config.run)
+
+    def training_step(self, batch: dict[str, Tensor] | None, step: int) -> Tensor | None:
+        if batch is None:  # every picture of the batch was unreadable
+            return None
+        config, place = self.config, (self.current_epoch, step, self.global_rank)
+        torch.manual_seed(derive(config.run.seed, "step", *place))
+        transform = sample_transform(
+            config.loss.transform,
+            generator(config.run.seed, "transform", *place),
+            rescale=config.loss.rescale,
+            size=config.data.image_size,
+        )
+        total, terms = ercn_loss(
+            self.model,
+            self._image(batch),
+            batch["grade"],
+            config.model,
+            config.loss,
+            transform,
+            weight_scale=min(1.0, (self.current_epoch + 1) / (config.loss.warmup_epochs + 1)),
+            class_weight=self.class_weight,
+        )
+        self._log({"loss": total.detach(), **{f"loss_{name}": term for name, term in terms.items()}}, batch)
+        return total
+
+    def on_train_epoch_end(self) -> None:
+        self.log("lr", self.lr_schedulers().get_last_lr()[0])
+
+    def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
+        if batch is None:
+            return
+        logits = self.model(self._image(batch)).logits.float()
+        target = targets_from_grades(batch["grade"], self.config.model)
+        loss = torch.stack([classification_loss(a[None], b[None]) for a, b in zip(logits, target)])
+        probability = grade_probabilities(logits, self.config.model)
+        self.validated.append((probability.cpu(), batch["grade"].cpu(), loss.cpu()))
+
+    def on_validation_epoch_end(self) -> None:
+        parts, self.validated = self.validated, []
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, parts)
+            parts = [part for rank in gathered for part in rank]
+        if not parts:
+            raise ValueError("no picture of the val split could be read, so the best epoch cannot be chosen")
+        probability, grade, loss = (torch.cat(columns).double().numpy() for columns in zip(*parts))
+        classes = probability.shape[1]
+        truth = metrics.classes_of(grade.astype(int), self.config.model.targets)
+        matrix = metrics.confusion(truth, probability.argmax(1), classes, np.ones((1, len(truth))))
+        values = {
+            "val_accuracy": metrics.accuracy(matrix)[0],
+            MONITOR: metrics.quadratic_kappa(matrix)[0],
+            "val_loss": loss.mean(),
+        }
+        self.log_dict({name: float(v) for name, v in values.items()}, prog_bar=True)
+
+    def _image(self, batch: dict[str, Tensor]) -> Tensor:
+        layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
+        return batch["image"].contiguous(memory_format=layout)
+
+    def _log(self, values: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.log(
+                name,
+                value,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=name == "loss",
+                sync_dist=self.trainer.world_size > 1,
+                batch_size=len(batch["grade"]),
+            )

@@ -1,0 +1,70 @@
+"""Prepared pictures as data sets and loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from ercn.config import DataConfig
+from ercn.data import Manifest, PictureDataset, Record, collate
+
+
+def load_manifest(root: str) -> Manifest:
+    if not root:
+        raise ValueError("data.root is missing: give the folder that ercn prepare wrote, --data.root FOLDER")
+    return Manifest.load(root)
+
+
+def need_split(manifest: Manifest, name: str, root: str) -> list[Record]:
+    """The split's records; ValueError where there is none."""
+    records = manifest.records if name == "all" else manifest.split(name)
+    if not records:
+        raise ValueError(f"{root} has no picture in the {name} split; prepare it with other fractions or more patients")
+    return records
+
+
+def picture_dataset(
+    records: Sequence[Record],
+    mean: Sequence[float],
+    std: Sequence[float],
+    config: DataConfig,
+    *,
+    seed: int,
+    augment: bool,
+    **options,
+) -> PictureDataset:
+    """Normalised with ``mean`` and ``std``, those of the data set that the model was trained on."""
+    return PictureDataset(
+        list(records),
+        config.image_size,
+        mean=mean,
+        std=std,
+        augment=augment,
+        seed=seed,
+        max_unreadable=config.max_unreadable,
+        **options,
+    )
+
+
+def make_loader(dataset: PictureDataset, batch_size: int, workers: int, **options) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        **options,
+    )
+
+
+def class_counts(records: Sequence[Record], classes: int) -> np.ndarray:
+    return np.bincount([r.grade for r in records], minlength=classes)
+
+
+def sampling_weights(records: Sequence[Record]) -> np.ndarray:
+    """Per picture 1 / (pictures of its grade), so that every grade present is drawn equally often."""
+    grades = np.array([r.grade for r in records])
+    return 1.0 / np.bincount(grades)[grades]

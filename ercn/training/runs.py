@@ -1,0 +1,144 @@
+"""A run's folder, new or resumed with the same configuration; and the trainer that both stages share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+
+from ercn.config import RunConfig
+from ercn.training.callbacks import EpochLog, SafeCheckpointIO, checkpoints
+from ercn.training.files import environment, write_json, write_text
+
+# What a resumed run may change: where and how fast it runs, and how long.
+FREE = {"run.out", "run.resume", "run.epochs", "run.devices", "run.num_nodes", "run.progress", "data.workers"}
+
+
+def open_run(config: Any) -> Path | None:
+    """Makes ``config.run.out``, saves config.yaml and environment.json there, and finds the checkpoint to resume from.
+
+    Returns None to start from the beginning. Raises ValueError when the folder holds something and ``run.resume`` is
+    off, when it is no run of ercn, or when its configuration differs in more than ``FREE``; the sentence names the
+    fields.
+    """
+    run = config.run
+    out = Path(run.out)
+    last = out / "checkpoints" / "last.ckpt"
+    if rank_zero_only.rank == 0:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"run.out {out} is a file; give a folder")
+        if out.is_dir() and any(out.iterdir()):
+            _check_same(config, out)
+        if run.resume and not last.exists():
+            print(f"nothing to resume: {out} has no finished epoch; starting from the beginning", flush=True)
+        write_text(out / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+        write_json(out / "environment.json", environment())
+    return last if run.resume and last.exists() else None
+
+
+def _check_same(config: Any, out: Path) -> None:
+    if not config.run.resume:
+        raise ValueError(
+            f"run.out {out} is not empty, and nothing is overwritten: "
+            "give another --run.out, or --run.resume true to go on with the run in it"
+        )
+    saved = out / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"run.resume: {out} holds no config.yaml, so it is no run of ercn; give another --run.out")
+    try:
+        old = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"run.resume: {saved} is damaged: {error}") from error
+    new = _flat(_plain(config))
+    differing = [name for name in sorted((old.keys() | new.keys()) - FREE) if old.get(name) != new.get(name)]
+    if differing:
+        changes = ", ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differing)
+        raise ValueError(f"run.resume: {out} was started with another configuration: {changes}")
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Nested dicts with lists for tuples, as a file gives them back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return result
+
+
+def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
+    """Lightning's trainer for a run folder: metrics.csv, checkpoints, a progress bar on terminals, lines elsewhere."""
+    _quiet()
+    out, bar = Path(run.out), run.progress and sys.stdout.isatty()
+    callbacks: list[pl.Callback] = [EpochLog(out / "metrics.csv", lines=not bar)]
+    callbacks += checkpoints(out / "checkpoints", monitor)
+    if bar:
+        callbacks.append(progress_bar())
+    return pl.Trainer(
+        accelerator=run.accelerator,
+        devices=run.devices,
+        num_nodes=run.num_nodes,
+        precision=run.precision,
+        max_epochs=run.epochs,
+        accumulate_grad_batches=run.accumulate,
+        gradient_clip_val=run.clip or None,
+        callbacks=callbacks,
+        plugins=[SafeCheckpointIO()],
+        logger=False,
+        enable_progress_bar=bar,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def progress_bar() -> ProgressBar:
+    return RichProgressBar(leave=True)
+
+
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None) -> bool:
+    """Trains; returns whether this process is the one that goes on to export. KeyboardInterrupt passes through."""
+    if checkpoint is not None:
+        print(f"resuming after epoch {_finished_epochs(checkpoint)}", flush=True)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    except SystemExit as error:  # Lightning turns Ctrl-C into exit(1)
+        if trainer.interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    return trainer.is_global_zero
+
+
+def _finished_epochs(checkpoint: Path) -> int:
+    return int(SafeCheckpointIO().load_checkpoint(checkpoint)["epoch"]) + 1
+
+
+def use_channels_last(module: torch.nn.Module, wanted: bool) -> None:
+    if wanted:
+        module.to(memory_format=torch.channels_last)
+
+
+def _quiet() -> None:
+    """Lightning's advice about loggers, workers and devices is not the user's concern; real warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*number of training batches.*",
+        ".*available but not used.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,4 +1,4 @@
-"""How an op joins torch: one schema, one Python kernel per device, autocast. Fake, autograd and FLOPs stand by the op."""
+"""How an op joins torch: one schema, one Python kernel per device, autocast, and help for vmap."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def define(schema: str) -> torch._ops.OpOverload:
     return overload
 
 
-def autocast(overload: torch._ops.OpOverload, cast_arguments: Callable[[Callable[[Tensor], Tensor], tuple], tuple]) -> None:
+def autocast(overload: torch._ops.OpOverload, cast_arguments: Callable[[Callable, tuple], tuple]) -> None:
     """Under autocast run ``overload`` on ``cast_arguments(cast, args)``, ``cast`` being to autocast's dtype.
 
     ``torch.library.register_autocast`` fixes one dtype and casts every argument; this follows the dtype in force.
@@ -38,8 +38,8 @@ def autocast(overload: torch._ops.OpOverload, cast_arguments: Callable[[Callable
     for device in _DEVICES:
         key = getattr(DispatchKey, "Autocast" + device)
 
-        def kernel(*args, key=key, device=device.lower()):
-            dtype = torch.get_autocast_dtype(device)
+        def kernel(*args, key=key, device=device):
+            dtype = torch.get_autocast_dtype(device.lower())
 
             def cast(tensor: Tensor | None) -> Tensor | None:
                 keep = tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64

@@ -20,9 +20,9 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
 
     Args:
         value: V, [B, C, N] or [B, C, H, W], floating point.
-        feat: F, [B, D, N] or [B, D, H, W], float32, bfloat16, float16 or float64, in any strides (channels-last too).
+        feat: F, [B, D, N] or [B, D, H, W], float32, bfloat16, float16 or float64, any strides (channels-last too).
             It sets the precision of T; nothing is normalised here.
-        backend: one of ``ercn.ops.backends()``; None takes ``use_backend``, ``ERCN_BACKEND`` or the fastest that can run.
+        backend: one of ``ercn.ops.backends()``; None takes ``use_backend``, ``ERCN_BACKEND`` or the first that can run.
 
     Returns:
         out shaped as ``value``, contiguous; float64 if an input is, else float32 (sums are never rounded to half).

@@ -33,10 +33,10 @@ def gated_attention_pool(
         v_weight, u_weight: [L, D]; ``u_weight=None`` leaves the gate out (plain attention).
         v_bias, u_bias: [L] or None.
         w_weight, w_bias: [K, L] for K heads, and [K] or None.
-        mask: [B, N] bool, True where the instance is real. A masked instance has score -inf, weight 0 and gradient 0,
+        mask: [B, N] bool, True where the instance is real. A masked instance has score -inf, weight and gradient 0,
             whatever ``h`` holds there. Dense bags only.
-        cu_seqlens: [B+1] int32 or int64, bag b holds rows ``cu_seqlens[b]:cu_seqlens[b + 1]``; from 0 to T, not falling.
-        backend: one of ``ercn.ops.backends()``; None takes ``use_backend``, ``ERCN_BACKEND`` or the fastest that can run.
+        cu_seqlens: [B+1] int32 or int64, bag b is ``h[cu_seqlens[b]:cu_seqlens[b + 1]]``; from 0 to T, never falling.
+        backend: one of ``ercn.ops.backends()``; None takes ``use_backend``, ``ERCN_BACKEND`` or the first that can run.
 
     Returns:
         pooled: z, [B, K, D] in h's dtype.
@@ -171,7 +171,7 @@ _library.autocast(_FORWARD, lambda cast, args: (*map(cast, args[:_DIFFERENTIABLE
 
 @torch.library.register_vmap(_FORWARD)
 def _(info, in_dims, *args):
-    h_dim, *weight_dims, mask_dim, ragged_dim = in_dims[:9]
+    h_dim, *weight_dims, mask_dim = in_dims[:8]
     if args[8] is None and all(dim is None for dim in weight_dims):  # only the bags are batched: more bags
         fold = [_library.fold(dim, info.batch_size, x) for dim, x in ((h_dim, args[0]), (mask_dim, args[7]))]
         outputs = _FORWARD(fold[0], *args[1:7], fold[1], None, *args[9:])

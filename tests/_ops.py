@@ -1,0 +1,69 @@
+"""What the operator tests share: backends under test, dense definitions in plain torch, error budgets, odd layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ercn.ops
+from ercn.ops import _backends
+
+BACKENDS = [b.name for b in ercn.ops.backends() if b.reason is None and b.device in ("any", "cpu")]
+DATA = Path(__file__).parent / "data"
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    with np.load(DATA / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def require(backend: str, op: str, *tensors: torch.Tensor) -> None:
+    """Skip, in the backend's own words, what it does not take."""
+    row = next(row for row in _backends.TABLE if row.name == backend)
+    if reason := row.can_run(op, tensors):
+        pytest.skip(f"{backend}: {reason}")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest absolute error relative to the largest exact value."""
+    if exact.numel() == 0:
+        return 0.0
+    return ((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)).item()
+
+
+def assert_within_budget(actual, plain, exact) -> None:
+    """err(op) <= 2 · err(plain torch in the same dtype), both against float64, plus one ulp of the dtype.
+
+    float64 has no better judge, only another order of summation: there the bound is 1e-12.
+    """
+    if actual.dtype == torch.float64:
+        assert error(actual, exact) < 1e-12
+    else:
+        assert error(actual, exact) <= 2 * error(plain, exact) + torch.finfo(actual.dtype).eps
+
+
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same values of a 3-D tensor in the memory layouts that callers hand over."""
+    padded = torch.full((x.shape[0], x.shape[1] + 1, 2 * x.shape[2] + 1), float("nan"), dtype=x.dtype)
+    strided = padded[:, 1:, 1::2]
+    strided.copy_(x)
+    offset = torch.full((x.numel() + 1,), float("nan"), dtype=x.dtype)
+    offset[1:] = x.reshape(-1)
+    return {
+        "contiguous": x.contiguous(),
+        "channels_last": x.mT.contiguous().mT,
+        "strided": strided,
+        "offset": offset[1:].view(x.shape),
+        "expanded": x[:1].expand_as(x),
+    }

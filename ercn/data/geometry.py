@@ -1,0 +1,82 @@
+"""Where the fundus is in a photograph, and the way from there to the prepared square picture and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The crop square of one photograph.
+
+    width, height: of the photograph. left, top, side: the square, in the photograph's pixels; it may reach outside,
+    which is padded with black. size: side of the prepared picture. Pixel (i, j) of any [h, w] map of the square has
+    its center at photograph coordinates (left + (j + 0.5) side / w, top + (i + 0.5) side / h), where pixel centers are
+    at k + 0.5.
+    """
+
+    width: int
+    height: int
+    left: int
+    top: int
+    side: int
+    size: int
+
+    def crop(self, picture: Image.Image) -> Image.Image:
+        """The prepared picture, size x size. Raises ValueError if the photograph has another size."""
+        if picture.size != (self.width, self.height):
+            raise ValueError(f"picture must be {self.width} x {self.height} (width x height); got {picture.size}")
+        square = Image.new(picture.mode, (self.side, self.side))
+        square.paste(picture, (-self.left, -self.top))
+        return square.resize((self.size, self.size), Image.Resampling.LANCZOS)
+
+    def to_original(self, map: np.ndarray) -> np.ndarray:
+        """A map [h, w] of the square on the photograph's pixels, bilinear: float32 [height, width], 0 outside."""
+        map = np.asarray(map, np.float32)
+        if map.ndim != 2:
+            raise ValueError(f"map must be [h, w]; got shape {map.shape}")
+        square = np.asarray(Image.fromarray(map).resize((self.side, self.side), Image.Resampling.BILINEAR))
+        out = np.zeros((self.height, self.width), np.float32)
+        x0, y0 = max(self.left, 0), max(self.top, 0)
+        x1, y1 = min(self.left + self.side, self.width), min(self.top + self.side, self.height)
+        out[y0:y1, x0:x1] = square[y0 - self.top : y1 - self.top, x0 - self.left : x1 - self.left]
+        return out
+
+
+def _extent(foreground: np.ndarray, axis: int) -> tuple[int, int]:
+    """First and one past the last row or column with a fair share of the foreground: a camera's notch has none."""
+    count = foreground.sum(1 - axis)
+    filled = np.flatnonzero(count > 0.08 * count.max())
+    return int(filled[0]), int(filled[-1]) + 1
+
+
+def locate_disc(picture: Image.Image, size: int = 512) -> Geometry:
+    """The square around the fundus disc of an RGB photograph.
+
+    On a reduced copy, pixels brighter than the dark border by 12 % of the picture's range are foreground; the square is
+    centered on the bounding box of the largest connected part and has the box's longer side. Discs that are cut off at
+    the top and bottom are padded with black. A picture without a dark border is all foreground. Where nothing is found
+    (too dark, or less than 5 % foreground) it is the centered square that holds the whole picture.
+
+    size: side of the prepared picture that ``Geometry.crop`` will make.
+    """
+    width, height = picture.size
+    factor = max(1, max(width, height) // 400)
+    value = np.asarray(picture.convert("RGB").reduce(factor), np.float32).max(-1)
+    value = ndimage.median_filter(value, 3)
+    dark, bright = np.percentile(value, (0.5, 95))
+    box = (0, 0, width, height)
+    if bright >= 16 and dark < 0.3 * bright:
+        parts, count = ndimage.label(value > dark + 0.12 * (bright - dark))
+        area = np.bincount(parts.ravel())
+        if count and area[1:].max() >= 0.05 * value.size:
+            foreground = ndimage.binary_fill_holes(parts == 1 + area[1:].argmax())
+            (x0, x1), (y0, y1) = _extent(foreground, 1), _extent(foreground, 0)
+            box = (x0 * factor, y0 * factor, min(x1 * factor, width), min(y1 * factor, height))
+    side = max(box[2] - box[0], box[3] - box[1])
+    left, top = (box[0] + box[2] - side) // 2, (box[1] + box[3] - side) // 2
+    return Geometry(width, height, left, top, side, size)

@@ -1,0 +1,94 @@
+"""Splits by patient: made, saved with hashes, and verified."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from ercn.data.images import DataError
+
+SPLITS = ("train", "val", "test")
+# (id, patient, grade, split) of one picture
+Assignment = tuple[str, str, int, str]
+
+
+def split_patients(grades: Mapping[str, Sequence[int]], fractions: Sequence[float], seed: int) -> dict[str, str]:
+    """Puts each patient in one split, stratified by the worst grade of the patient's pictures.
+
+    Every stratum is shuffled and dealt out by ``fractions``, the largest first; what rounding leaves over is carried
+    to the next, so that the sizes of the splits are right to within a few patients at most. The first patient of each
+    stratum goes
+    to train: no worst grade is missing there. (scikit-learn's StratifiedGroupKFold knows equal folds only.)
+
+    grades: patient to the grades of that patient's pictures. fractions: of train, val and test, summing to 1.
+    Deterministic in (grades, fractions, seed), whatever the order of ``grades``.
+    """
+    fractions = np.asarray(fractions, float)
+    if fractions.shape != (3,) or (fractions < 0).any() or fractions[0] == 0 or abs(fractions.sum() - 1) > 1e-6:
+        raise DataError(
+            f"fractions must be three numbers >= 0 for train (> 0), val and test that sum to 1; got {fractions}"
+        )
+    strata = defaultdict(list)
+    for patient in sorted(grades):
+        strata[max(grades[patient])].append(patient)
+    rng = np.random.default_rng([seed, 0x73706C74])
+    split, owed = {}, np.zeros(3)
+    for grade in sorted(strata, key=lambda grade: (-len(strata[grade]), grade)):
+        patients = [strata[grade][i] for i in rng.permutation(len(strata[grade]))]
+        owed += fractions * len(patients)
+        given = np.zeros(3, int)
+        for _ in patients:
+            due = np.where(fractions > 0, owed - given, -np.inf)
+            given[0 if not given.any() else int(due.argmax())] += 1
+        owed -= given
+        split.update(zip(patients, np.repeat(SPLITS, given).tolist()))
+    return split
+
+
+def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str]) -> list[str]:
+    """Raises DataError if a patient is in two splits, or a class is nowhere or not in train.
+
+    Returns a sentence for each class that is missing in val or test, where that split has pictures.
+    """
+    home: dict[str, str] = {}
+    count = {split: np.zeros(len(class_names), int) for split in SPLITS}
+    for id, patient, grade, split in pictures:
+        if home.setdefault(patient, split) != split:
+            raise DataError(
+                f"patient {patient!r} is in the splits {home[patient]!r} and {split!r} (picture {id!r}); a patient "
+                "belongs to one split"
+            )
+        count[split][grade] += 1
+    missing = []
+    for grade, name in enumerate(class_names):
+        if not any(count[split][grade] for split in SPLITS):
+            raise DataError(f"no picture of grade {grade} ({name}); every grade needs some")
+        if count["train"][grade] == 0:
+            raise DataError(
+                f"no picture of grade {grade} ({name}) in the train split; add patients or change fractions or seed"
+            )
+        missing += [
+            f"no picture of grade {grade} ({name}) in the {split} split"
+            for split in ("val", "test")
+            if count[split].any() and not count[split][grade]
+        ]
+    return missing
+
+
+def split_hashes(pictures: Iterable[Assignment]) -> dict[str, dict]:
+    """Pictures, patients and SHA-256 of each split; the hash is of its sorted lines ``id<TAB>patient<TAB>grade``."""
+    chosen = defaultdict(list)
+    for id, patient, grade, split in pictures:
+        chosen[split].append((id, patient, grade))
+    result = {}
+    for split in SPLITS:
+        lines = "".join(f"{id}\t{patient}\t{grade}\n" for id, patient, grade in sorted(chosen[split]))
+        result[split] = {
+            "pictures": len(chosen[split]),
+            "patients": len({patient for _, patient, _ in chosen[split]}),
+            "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+        }
+    return result

@@ -1,6 +1,7 @@
 """Uses an installed ercn without extras as a user of the operators would. Argument: the README with the example to run."""
 
 import re
+import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,14 +9,15 @@ from pathlib import Path
 import torch.utils.flop_counter  # imports Triton where it is installed
 
 before = set(sys.modules)
-import ercn  # noqa: E402
+import ercn
 
 new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 assert new == {"ercn"} and "ercn.kernels" not in sys.modules, f"import ercn also imported {sorted(new)}"
 assert find_spec("timm") is None, "the training extra was installed with the operators"
 
-import ercn.kernels  # noqa: E402
-from ercn.ops import _extension, relu_affinity  # noqa: E402
+import ercn.kernels
+
+from ercn.ops import _extension, relu_affinity
 
 assert "kernels" not in sys.modules
 folder = Path(ercn.__file__).parent
@@ -32,5 +34,6 @@ readme = Path(sys.argv[1]).read_text()
 examples = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "ercn.ops" in code]
 assert examples, "the README has no example of ercn.ops"
 print(examples[0])
-exec(compile(examples[0], "README.md", "exec"), {})
+Path("example.py").write_text(examples[0])
+runpy.run_path("example.py")
 print(f"installed wheel: ercn {ercn.__version__} in {folder} ran an op, its gradient and the README's example")

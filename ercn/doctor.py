@@ -178,7 +178,7 @@ def _selftest() -> bool:
             try:
                 error = _error(_outputs(case, torch.float32, device, row), exact)
                 passed, text = error <= limit, f"error {error:.1e}, allowed {limit:.1e}"
-            except Exception as failure:  # whatever a backend raises is its result here
+            except Exception as failure:  # noqa: BLE001 - whatever a backend raises is its result here
                 passed, text = False, f"{type(failure).__name__}: {failure}"
             ok = ok and passed
             rows.append((f"{op}, {row} on {device}", f"{'passed' if passed else 'FAILED'}: {text}"))

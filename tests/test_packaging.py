@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -40,18 +41,20 @@ def source_copy(tmp_path_factory):
     return copy
 
 
+def run(command, cwd, env):
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
 def build(source, hook, destination, **environment):
     """Run a PEP 517 hook in ``source`` as pip does with --no-build-isolation."""
     script = f"from setuptools.build_meta import {hook}; print({hook}({str(destination)!r}))"
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=source, env=os.environ | environment, capture_output=True, text=True
-    )
+    return run([sys.executable, "-c", script], cwd=source, env=os.environ | environment)
 
 
-def run_outside(script, cwd, *path):
-    """Run Python in ``cwd`` with only ``path`` added to what is installed."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    return subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
+def run_outside(script, cwd, path):
+    """Run Python in ``cwd`` with ``path`` before the installed packages; -S keeps an editable ercn out."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), sysconfig.get_path("platlib")])}
+    return run([sys.executable, "-S", "-c", script], cwd=cwd, env=environment)
 
 
 def test_runtime_requirements():

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
-from typing import Any, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Targets = Literal["ordinal", "onehot", "referable"]
 
@@ -53,6 +54,8 @@ class ModelConfig:
 class LossConfig:
     """Weights of L = cls·L_cls + er·L_ER + ecr·L_ECR + consistency·H + min_pool·L_min; 0 leaves a term out.
 
+    cls: weight of the classification loss. er: weight of the equivariance loss. ecr: weight of the equivariant cross loss.
+    consistency: weight of H, CAM against refined CAM. min_pool: weight of the min-pooling loss.
     transform: the map A between the two views: "rescale", "flip", "rot90", "translate", "affine", "all" or "none" (one view).
     rescale: factor of "rescale" (SEAM: 0.3).
     hard_fraction: share of hardest values that L_ECR averages (SEAM: 0.2).
@@ -98,7 +101,10 @@ class RunConfig:
 
     out: the run's folder. resume: go on from its last checkpoint. seed: the one root seed.
     precision: Lightning's name ("32-true", "bf16-mixed", …). devices, accelerator, num_nodes: as in Lightning.
+    epochs: passes over the training pictures. lr: AdamW's learning rate. weight_decay: AdamW's, of weights but not of biases.
+    warmup_epochs: epochs over which the learning rate rises; then it falls as a cosine.
     accumulate: steps per optimizer update. clip: gradient norm limit, 0 for none.
+    channels_last: memory layout of pictures and weights. progress: a progress bar where the output is a terminal.
     """
 
     out: str = "runs/ercn"
@@ -122,8 +128,11 @@ class RunConfig:
 class PretrainConfig:
     """``ercn pretrain``: contrastive learning of the backbone without labels.
 
+    backbone: any timm model that supports ``features_only``. output_stride: input pixels per element of its last stage.
     method: "simclr" (NT-Xent) or "moco_v2" (momentum encoder and queue). The exported backbone loads through
     ``init`` of ``TrainConfig``.
+    temperature: of the contrastive loss (SimCLR: 0.5, MoCo v2: 0.2). projection_dim: width of the embedding it compares.
+    queue_size: moco_v2 only, keys kept as negatives, at most one epoch's. momentum: moco_v2 only, of the momentum encoder.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -145,7 +154,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    init: Optional[str] = None
+    init: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,10 +162,12 @@ class EvaluateConfig:
     """``ercn evaluate``: metrics of a trained run on one split.
 
     run: folder of ``ercn train``. data: prepared folder, or none for the one of the training. bootstrap: draws over patients.
+    split: which pictures. batch_size: pictures per forward pass. workers: loader processes. seed: of the bootstrap.
+    accelerator: "auto", "cpu", "gpu", "cuda" or "mps". progress: a progress bar where the output is a terminal.
     """
 
     run: str = "runs/ercn"
-    data: Optional[str] = None
+    data: str | None = None
     split: Literal["train", "val", "test", "all"] = "test"
     batch_size: int = 8
     workers: int = 2
@@ -172,6 +183,9 @@ class PredictConfig:
 
     run: folder of ``ercn train``. input: a picture or a folder of pictures. out: folder for ``predictions.csv`` and overlays.
     overlays: which maps to draw at the original picture's full resolution.
+    batch_size: pictures per forward pass. workers: loader processes. max_unreadable: unreadable pictures that are skipped,
+    by name, before it stops. max_pixels: larger pictures count as unreadable.
+    accelerator: "auto", "cpu", "gpu", "cuda" or "mps". progress: a progress bar where the output is a terminal.
     """
 
     run: str = "runs/ercn"
@@ -194,7 +208,8 @@ class PrepareConfig:
     label: which label column, where the data set has two (davis: "one_figure" or "concatenated").
     size: side of the cached pictures. fractions: train, val, test by patient.
     patients: phantom only, how many. max_unreadable: unreadable or missing pictures that are skipped, by name, before it stops.
-    max_pixels: larger pictures count as unreadable.
+    max_pixels: larger pictures count as unreadable. seed: of splits and phantom. workers: processes that read pictures.
+    progress: a progress bar where the output is a terminal.
     """
 
     dataset: Literal["phantom", "eyepacs", "davis"] = "phantom"
@@ -221,7 +236,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     key (``model.pool``, after ``path``) and the keys or values that are valid.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path or cls.__name__} must be a mapping of {cls.__name__}'s fields; got {values!r}")
+        raise ValueError(f"{path or cls.__name__} must be a mapping of {cls.__name__}'s fields; got {values!r}")  # noqa: TRY004
     known = [f.name for f in fields(cls)]
     for key in values:
         if key not in known:
@@ -256,7 +271,7 @@ def _check(hint: Any, value: Any, path: str) -> Any:
         if value not in options:
             raise ValueError(f"{path} must be one of {', '.join(map(repr, options))}; got {value!r}")
         return value
-    if origin is Union:  # Optional[X]
+    if origin is UnionType:  # X | None
         return None if value is None else _check(options[0], value, path)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):

@@ -109,6 +109,17 @@ class PixelCorrelation(nn.Module):
         return affinity_propagate(cam, self.embed(torch.cat(parts, 1)), steps=self.steps)
 
 
+# Published attention layers whose weights ``GatedAttentionPool.from_state_dict`` takes; each entry is V, [U,] w.
+# CLAM's plain layer has its last product at index 3 when it was built with dropout.
+_ATTENTION_LAYOUTS = {
+    "AMLab gated": ("attention_V.0", "attention_U.0", "attention_w"),
+    "AMLab plain": ("attention.0", "attention.2"),
+    "CLAM gated": ("attention_a.0", "attention_b.0", "attention_c"),
+    "CLAM plain": ("module.0", "module.2"),
+    "CLAM plain with dropout": ("module.0", "module.3"),
+}
+
+
 class GatedAttentionPool(nn.Module):
     """Attention pooling of a bag of instances, with K heads.
 
@@ -125,16 +136,6 @@ class GatedAttentionPool(nn.Module):
     are initialised as ``torch.nn.Linear`` does. Source: Ilse, Tomczak, Welling, ICML 2018.
     """
 
-    # Published layers whose weights ``from_state_dict`` takes; each entry is V, [U,] w. CLAM's plain layer has its last
-    # product at index 3 when it was built with dropout.
-    LAYOUTS = {
-        "AMLab gated": ("attention_V.0", "attention_U.0", "attention_w"),
-        "AMLab plain": ("attention.0", "attention.2"),
-        "CLAM gated": ("attention_a.0", "attention_b.0", "attention_c"),
-        "CLAM plain": ("module.0", "module.2"),
-        "CLAM plain with dropout": ("module.0", "module.3"),
-    }
-
     def __init__(self, dim: int, hidden: int = 128, heads: int = 1, *, gated: bool = True, bias: bool = True) -> None:
         super().__init__()
         shapes = {"v": (hidden, dim), "u": (hidden, dim) if gated else None, "w": (heads, hidden)}
@@ -148,7 +149,7 @@ class GatedAttentionPool(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> GatedAttentionPool:
-        """Build the layer from the weights of a published attention layer (``LAYOUTS``).
+        """Build the layer from the weights of a published attention layer.
 
         AMLab-Amsterdam/AttentionDeepMIL: ``attention_V.0``, ``attention_U.0``, ``attention_w`` (GatedAttention) or
         ``attention.0``, ``attention.2`` (Attention). mahmoodlab/CLAM: ``attention_a.0``, ``attention_b.0``,
@@ -159,9 +160,9 @@ class GatedAttentionPool(nn.Module):
         Raises:
             ValueError: no such layer, or more than one; the message lists the keys found and those accepted.
         """
-        layouts = {name: tuple(f"{layer}.weight" for layer in layers) for name, layers in cls.LAYOUTS.items()}
+        layouts = {name: tuple(f"{layer}.weight" for layer in layers) for name, layers in _ATTENTION_LAYOUTS.items()}
         name, prefix, weights = _find(state_dict, layouts)
-        biases = [state_dict.get(f"{prefix}{layer}.bias") for layer in cls.LAYOUTS[name]]
+        biases = [state_dict.get(f"{prefix}{layer}.bias") for layer in _ATTENTION_LAYOUTS[name]]
         letters = "vuw" if len(weights) == 3 else "vw"
         hidden, dim = weights[0].shape
         pool = cls(dim, hidden, weights[-1].shape[0], gated="u" in letters, bias=biases[0] is not None)

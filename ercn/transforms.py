@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +108,7 @@ class Affine:
         return (grid.abs() <= limit).all(-1)
 
 
-Transform = Union[Identity, Rescale, Flip, Rot90, Affine]
+Transform = Identity | Rescale | Flip | Rot90 | Affine
 
 
 def sample_transform(

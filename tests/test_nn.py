@@ -1,0 +1,256 @@
+"""The layers: published weights through their conversions, every kind of input, and frozen parameter names."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ercn.nn import GatedAttentionPool, PixelCorrelation
+
+U = {torch.float32: 2**-24, torch.float64: 2**-53}
+
+
+def seam_weights(conv4=10, conv5=12, f8_3=6, f8_4=8, f9=16, dtype=torch.float32):
+    return {
+        "f8_3.weight": torch.randn(f8_3, conv4, 1, 1, dtype=dtype),
+        "f8_4.weight": torch.randn(f8_4, conv5, 1, 1, dtype=dtype),
+        "f9.weight": torch.randn(f9, 3 + f8_3 + f8_4, 1, 1, dtype=dtype),
+    }
+
+
+def seam_refinement(weights, cam, conv4, conv5, image):
+    """SEAM's formula in plain torch with the N×N matrix, in float64."""
+    weights = {key: value.double() for key, value in weights.items()}
+    b, c, h, w = cam.shape
+    resized = F.interpolate(image.double(), (h, w), mode="bilinear", align_corners=True)
+    low = torch.einsum("oc,bchw->bohw", weights["f8_3.weight"][..., 0, 0], conv4.double()).clamp(min=0)
+    mid = torch.einsum("oc,bchw->bohw", weights["f8_4.weight"][..., 0, 0], conv5.double()).clamp(min=0)
+    feat = torch.einsum("oc,bchw->bohw", weights["f9.weight"][..., 0, 0], torch.cat([resized, low, mid], 1)).flatten(2)
+    feat = feat / (feat.norm(dim=1, keepdim=True) + 1e-5)
+    affinity = (feat.transpose(1, 2) @ feat).clamp(min=0)
+    affinity = affinity / (affinity.sum(1, keepdim=True) + 1e-5)
+    return (cam.double().flatten(2) @ affinity).view(b, c, h, w)
+
+
+def seam_inputs(dtype, h=9, w=7):
+    cam = torch.rand(2, 4, h, w, dtype=dtype)
+    features = [torch.randn(2, channels, h, w, dtype=dtype) for channels in (10, 12)]
+    return cam, features, torch.randn(2, 3, 8 * h, 8 * w, dtype=dtype)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "net.seam."])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pixel_correlation_is_seams(dtype, prefix):
+    weights = seam_weights(dtype=dtype)
+    state = {prefix + key: value for key, value in weights.items()} | {"fc8.weight": torch.zeros(1)}
+    layer = PixelCorrelation.from_seam(state)
+    cam, features, image = seam_inputs(dtype)
+    # The embedding sums 3 + 14 products of sums of 12, is normalised over 16 and correlated over 16 channels, and the
+    # affinities are summed over 63 elements: fewer than 128 roundings of values whose sizes do not exceed twice the result's.
+    expected = seam_refinement(weights, cam, *features, image)
+    torch.testing.assert_close(layer(cam, features, image).double(), expected, rtol=0, atol=256 * U[dtype])
+
+
+def test_pixel_correlation_gradients_are_seams():
+    weights = {key: value.requires_grad_() for key, value in seam_weights(dtype=torch.float64).items()}
+    layer = PixelCorrelation.from_seam({key: value.detach() for key, value in weights.items()})
+    cam, features, image = seam_inputs(torch.float64)
+    upstream = torch.randn_like(cam)
+    expected = torch.autograd.grad(seam_refinement(weights, cam, *features, image), weights.values(), upstream)
+    actual = torch.autograd.grad(layer(cam, features, image), layer.parameters(), upstream)
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+def test_pixel_correlation_resizes_to_the_grid_of_the_cam():
+    layer = PixelCorrelation((4, 6), 8).double()
+    cam = torch.rand(2, 3, 5, 6, dtype=torch.float64)
+    features = [torch.randn(2, c, h, w, dtype=torch.float64) for c, h, w in ((4, 20, 24), (6, 10, 12))]
+    image = torch.randn(2, 3, 40, 48, dtype=torch.float64)
+    resized = [F.interpolate(x, (5, 6), mode="bilinear", align_corners=True) for x in (*features, image)]
+    torch.testing.assert_close(layer(cam, features, image), layer(cam, resized[:2], resized[2]), rtol=0, atol=0)
+
+
+def test_pixel_correlation_keeps_constants_and_range():
+    layer = PixelCorrelation((4, 6), 8, steps=3).double()
+    features = [torch.randn(2, c, 5, 6, dtype=torch.float64) for c in (4, 6)]
+    image = torch.randn(2, 3, 40, 48, dtype=torch.float64)
+    constant = layer(torch.full((2, 2, 5, 6), 0.7, dtype=torch.float64), features, image)
+    torch.testing.assert_close(constant, torch.full_like(constant, 0.7), rtol=4e-5, atol=0)  # 3 steps of eps / row sum
+    cam = torch.rand(2, 3, 5, 6, dtype=torch.float64)
+    out = layer(cam, features, image)
+    assert (out >= cam.amin((2, 3), keepdim=True) * (1 - 4e-5)).all() and (out <= cam.amax((2, 3), keepdim=True)).all()
+
+
+def test_pixel_correlation_names_and_initialisation():
+    layer = PixelCorrelation((512, 1024))
+    shapes = {key: tuple(value.shape) for key, value in layer.state_dict().items()}
+    assert shapes == {
+        "projections.0.weight": (64, 512, 1, 1),
+        "projections.1.weight": (128, 1024, 1, 1),
+        "embed.weight": (192, 195, 1, 1),
+    }
+    assert layer.projections[1].weight.std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.02)  # Kaiming-normal
+    bound = 4 * (6 / (195 + 192)) ** 0.5  # Xavier-uniform, gain 4
+    assert 0.99 * bound < layer.embed.weight.abs().max().item() <= bound
+
+
+def test_pixel_correlation_without_picture_or_with_other_pyramids():
+    layer = PixelCorrelation((4, 6, 8), 8, proj_channels=(2, 3, 5), image_channels=0)
+    features = [torch.randn(1, c, 4, 4) for c in (4, 6, 8)]
+    assert layer(torch.rand(1, 2, 4, 4), features).shape == (1, 2, 4, 4)
+
+
+def test_pixel_correlation_errors():
+    with pytest.raises(ValueError, match=r"proj_channels needs one entry for each of the 3 feature maps"):
+        PixelCorrelation((4, 6, 8))
+    with pytest.raises(ValueError, match="expected 2 feature maps; got 1"):
+        PixelCorrelation((4, 6))(torch.rand(1, 2, 4, 4), [torch.rand(1, 4, 4, 4)], torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"f8_3\.weight, f8_4\.weight, f9\.weight\. Keys found: f8_3\.weight, other"):
+        PixelCorrelation.from_seam({"f8_3.weight": torch.zeros(1), "other": torch.zeros(1)})
+    narrow = seam_weights() | {"f9.weight": torch.zeros(4, 5, 1, 1)}
+    with pytest.raises(ValueError, match=r"'f9.weight' reads 5 channels, fewer than the 6 \+ 8"):
+        PixelCorrelation.from_seam(narrow)
+
+
+class AMLabGated(nn.Module):
+    """Ilse et al.'s gated attention, written after the paper with the parameter names of their code."""
+
+    def __init__(self, dim=12, hidden=8, heads=1):
+        super().__init__()
+        self.attention_V = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh())
+        self.attention_U = nn.Sequential(nn.Linear(dim, hidden), nn.Sigmoid())
+        self.attention_w = nn.Linear(hidden, heads)
+
+    def forward(self, h):
+        return self.attention_w(self.attention_V(h) * self.attention_U(h))
+
+
+class AMLabPlain(nn.Module):
+    def __init__(self, dim=12, hidden=8, heads=1):
+        super().__init__()
+        self.attention = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, heads))
+
+    def forward(self, h):
+        return self.attention(h)
+
+
+class CLAMGated(nn.Module):
+    def __init__(self, dim=12, hidden=8, heads=3):
+        super().__init__()
+        self.attention_a = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Dropout(0.25))
+        self.attention_b = nn.Sequential(nn.Linear(dim, hidden), nn.Sigmoid(), nn.Dropout(0.25))
+        self.attention_c = nn.Linear(hidden, heads)
+
+    def forward(self, h):
+        return self.attention_c(self.attention_a(h) * self.attention_b(h))
+
+
+class CLAMPlain(nn.Module):
+    def __init__(self, dim=12, hidden=8, heads=3, dropout=False):
+        super().__init__()
+        middle = [nn.Dropout(0.25)] if dropout else []
+        self.module = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), *middle, nn.Linear(hidden, heads))
+
+    def forward(self, h):
+        return self.module(h)
+
+
+PUBLISHED = {
+    "AMLab gated": (AMLabGated, "vuw"),
+    "AMLab plain": (AMLabPlain, "vw"),
+    "CLAM gated": (CLAMGated, "vuw"),
+    "CLAM plain": (CLAMPlain, "vw"),
+    "CLAM plain with dropout": (lambda: CLAMPlain(dropout=True), "vw"),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "attention_net.3."])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_attention_takes_published_weights(name, prefix):
+    make, letters = PUBLISHED[name]
+    published = make().double().eval()
+    state = {prefix + key: value for key, value in published.state_dict().items()}
+    pool = GatedAttentionPool.from_state_dict(state | {"classifiers.weight": torch.zeros(1)})
+    assert [key for key in pool.state_dict()] == [f"{x}_{kind}" for x in letters for kind in ("weight", "bias")]
+    h = torch.randn(2, 11, 12, dtype=torch.float64)
+    scores = published(h).transpose(1, 2)  # [B, K, N]
+    actual_pooled, actual_scores = pool(h)
+    torch.testing.assert_close(actual_scores, scores, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual_pooled, scores.softmax(2) @ h, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_takes_weights_without_biases():
+    state = {key: value for key, value in AMLabGated().state_dict().items() if key.endswith("weight")}
+    pool = GatedAttentionPool.from_state_dict(state)
+    assert list(pool.state_dict()) == ["v_weight", "u_weight", "w_weight"]
+    assert torch.equal(pool.u_weight, state["attention_U.0.weight"])
+
+
+def test_attention_rejects_other_weights():
+    with pytest.raises(ValueError, match=r"found none.*AMLab gated: attention_V\.0\.weight.*CLAM plain.*Keys found: V, U"):
+        GatedAttentionPool.from_state_dict({"V": torch.zeros(1), "U": torch.zeros(1)})
+    two = {f"{p}.{key}": value for p in "ab" for key, value in AMLabPlain().state_dict().items()}
+    with pytest.raises(ValueError, match=r"found AMLab plain at 'a\.', AMLab plain at 'b\.'"):
+        GatedAttentionPool.from_state_dict(two)
+    half = AMLabGated().state_dict()
+    del half["attention_U.0.weight"]
+    with pytest.raises(ValueError, match="found none"):
+        GatedAttentionPool.from_state_dict(half)
+
+
+@pytest.mark.parametrize("gated, letters", [(True, "vuw"), (False, "vw")])
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_names_and_initialisation(gated, letters, bias):
+    pool = GatedAttentionPool(400, 100, heads=3, gated=gated, bias=bias)
+    kinds = ("weight", "bias") if bias else ("weight",)
+    assert list(pool.state_dict()) == [f"{x}_{kind}" for x in letters for kind in kinds]
+    assert pool.v_weight.shape == (100, 400) and pool.w_weight.shape == (3, 100)
+    assert 0.99 / 20 < pool.v_weight.abs().max() <= 1 / 20 and 0.9 / 10 < pool.w_weight.abs().max() <= 1 / 10
+    assert repr(pool) == f"GatedAttentionPool(400, hidden=100, heads=3, gated={gated}, bias={bias})"
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_attention_on_feature_maps(channels_last):
+    pool = GatedAttentionPool(12, 8, heads=2).double()
+    fmap = torch.randn(2, 12, 3, 5, dtype=torch.float64)
+    fmap = fmap.to(memory_format=torch.channels_last) if channels_last else fmap
+    pooled, scores = pool(fmap)
+    assert pooled.shape == (2, 2, 12) and scores.shape == (2, 2, 3, 5)
+    bags = fmap.permute(0, 2, 3, 1).reshape(2, 15, 12)
+    expected_pooled, expected_scores = pool(bags)
+    torch.testing.assert_close(pooled, expected_pooled, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scores.flatten(2), expected_scores, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_masks_maps_and_bags_alike():
+    pool = GatedAttentionPool(6, 4).double()
+    fmap = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    mask = torch.rand(2, 3, 4) > 0.4
+    mask[1] = False
+    pooled, scores = pool(fmap, mask)
+    kept = fmap[0].flatten(1).T[mask[0].flatten()]
+    torch.testing.assert_close(pooled[0], pool(kept[None])[0][0], rtol=1e-12, atol=1e-12)
+    assert torch.isneginf(scores[0, 0][~mask[0]]).all() and (pooled[1] == 0).all()
+    torch.testing.assert_close(pool(fmap.flatten(2).transpose(1, 2), mask.flatten(1))[0], pooled, rtol=0, atol=0)
+
+
+def test_attention_on_ragged_bags():
+    pool = GatedAttentionPool(6, 4, heads=2).double()
+    bags = [torch.randn(n, 6, dtype=torch.float64) for n in (3, 0, 5)]
+    ends = torch.tensor([0, 3, 3, 8])
+    pooled, scores = pool(torch.cat(bags), cu_seqlens=ends)
+    assert scores.shape == (2, 8) and (pooled[1] == 0).all()
+    for i in (0, 2):
+        torch.testing.assert_close(pooled[i], pool(bags[i][None])[0][0], rtol=1e-12, atol=1e-12)
+
+
+def test_layers_train_under_autocast():
+    correlation, pool = PixelCorrelation((4, 6), 8), GatedAttentionPool(6, 4)
+    features = [torch.randn(1, c, 5, 6) for c in (4, 6)]
+    with torch.autocast("cpu", torch.bfloat16):
+        refined = correlation(torch.rand(1, 2, 5, 6), features, torch.randn(1, 3, 20, 24))
+        pooled, _ = pool(features[1])
+    assert refined.dtype == torch.float32
+    (refined.sum() + pooled.float().square().sum()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in (*correlation.parameters(), *pool.parameters()))

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ercn.ops import reference
+from ercn.ops import cpu, reference
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class BackendStatus:
 
 
 # In the order in which they are tried.
-TABLE: tuple[Backend, ...] = (Backend("reference", "any", reference, automatic=True),)
+TABLE: tuple[Backend, ...] = (
+    Backend("cpu", "cpu", cpu, automatic=False),
+    Backend("reference", "any", reference, automatic=True),
+)
 
 _override: contextvars.ContextVar[str] = contextvars.ContextVar("ercn_backend", default="")
 

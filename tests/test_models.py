@@ -1,0 +1,513 @@
+"""The network, its objective and the presets, on small backbones and small pictures."""
+
+import dataclasses
+import importlib.resources
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from ercn import config as configs
+from ercn import losses
+from ercn.config import LossConfig, ModelConfig, TrainConfig, from_dict, preset
+from ercn.models import ERCN, create_backbone, foreground_channels, grade_probabilities, targets_from_grades
+from ercn.objective import ercn_loss
+from ercn.transforms import Flip, Identity, Rescale, sample_transform
+
+SMALL = ModelConfig(backbone="test_resnet", embed_dim=16, pool_dim=8)
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return ERCN(replace(SMALL, **changes))
+
+
+def pictures(batch=2, h=64, w=96):
+    return torch.randn(batch, 3, h, w, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "mobilenetv3_small_050", "convnext_atto", "regnetx_002"])
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_output_shapes(backbone, stride):
+    model = build(backbone=backbone, output_stride=stride).eval()
+    out = model(pictures(h=64, w=96))
+    h, w = 64 // stride, 96 // stride
+    shapes = {name: tuple(value.shape) for name, value in out._asdict().items()}
+    assert shapes == {
+        "logits": (2, 4),
+        "cam_logits": (2, 4),
+        "mil_logits": (2, 4),
+        "cam": (2, 4, h, w),
+        "refined_cam": (2, 5, h, w),
+        "mask": (2, 1, h, w),
+        "attention": (2, 1, h, w),
+    }
+
+
+def test_output_is_what_it_says():
+    model = build().eval()
+    out = model(pictures())
+    torch.testing.assert_close(out.cam_logits, out.cam.mean((2, 3)))
+    torch.testing.assert_close(out.logits, (out.cam_logits + out.mil_logits) / 2)
+    assert (out.refined_cam >= 0).all() and (out.refined_cam <= 1 + 1e-6).all()
+    *_, last = model.backbone(pictures())
+    pooled = (last.flatten(2) @ out.attention.flatten(2).softmax(2).transpose(1, 2)).squeeze(2)
+    torch.testing.assert_close(out.mil_logits, model.mil_classifier(pooled), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["cam", "mil", "mean"])
+def test_fusion(fusion):
+    out = build(fusion=fusion).eval()(pictures())
+    expected = {"cam": out.cam_logits, "mil": out.mil_logits, "mean": (out.cam_logits + out.mil_logits) / 2}
+    assert torch.equal(out.logits, expected[fusion])
+
+
+def test_without_mil():
+    model = build(pool="none", fusion="cam").eval()
+    out = model(pictures())
+    assert out.mil_logits is None and out.attention is None and torch.equal(out.logits, out.cam_logits)
+    assert not any(key.startswith(("pool", "mil")) for key in model.state_dict())
+
+
+@pytest.mark.parametrize("targets, channels", [("ordinal", 3), ("onehot", 3), ("referable", 1)])
+def test_foreground_channels(targets, channels):
+    model = build(targets=targets, num_grades=4).eval()
+    out = model(pictures())
+    assert foreground_channels(model.config) == channels
+    assert out.cam.shape[1] == out.logits.shape[1] == channels and out.refined_cam.shape[1] == 1 + channels
+
+
+def capture_propagated(model, image):
+    seen = []
+    handle = model.refinement.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    out = model(image)
+    handle.remove()
+    return out, seen[0]
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard", "off"])
+def test_spatial_mask(mode):
+    thresholds = (0.2, 0.3, 0.4)
+    model = build(mask=mode, output_stride=8).eval()
+    out, (propagated, _, _) = capture_propagated(model, pictures() * torch.linspace(0, 4, 96))
+    confidence = losses.normalize_cam(out.cam)[:, 1:]
+    largest = confidence.amax(1, keepdim=True)
+    fraction = sum((largest >= t).float() for t in thresholds) / 3
+    expected = {"soft": fraction, "hard": (largest >= 0.4).float(), "off": torch.ones_like(largest)}[mode]
+    torch.testing.assert_close(out.mask, torch.ones_like(largest) if mode == "off" else fraction)
+    if mode != "off":
+        assert len(out.mask.unique()) == 4  # 0, 1/3, 2/3 and 1 all occur
+    torch.testing.assert_close(propagated[:, 1:], expected * confidence)
+    torch.testing.assert_close(propagated[:, :1], 1 - expected * largest)
+
+
+def test_refinement_reads_the_two_stages_before_the_last_and_the_picture():
+    model = build(backbone="resnet18", output_stride=16).eval()
+    image = pictures()
+    _, (_, features, picture) = capture_propagated(model, image)
+    low, mid = model.backbone(image)[-3:-1]
+    assert picture is image and torch.equal(features[0], low) and torch.equal(features[1], mid)
+    assert [p.weight.shape[1] for p in model.refinement.projections] == [128, 256]
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_detach(detach):
+    model = build(detach=detach).eval()
+    model(pictures()).refined_cam.square().sum().backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == ({"refinement"} if detach else {"refinement", "backbone", "classifier"})
+
+
+def test_dropout_is_on_the_last_feature_map():
+    model = build(dropout=0.5)
+    torch.manual_seed(0)
+    first, second = model(pictures()), model(pictures())
+    assert not torch.equal(first.cam, second.cam) and not torch.equal(first.mil_logits, second.mil_logits)
+    model.eval()
+    assert torch.equal(model(pictures()).cam, model(pictures()).cam)
+
+
+def test_blank_maps_stay_finite():
+    model = build()
+    torch.nn.init.zeros_(model.classifier.weight)
+    out = model(pictures())
+    assert (out.mask == 0).all() and (out.refined_cam[:, 1:] == 0).all()
+    assert (out.refined_cam[:, 0] > 0.99).all()
+    (out.refined_cam.sum() + out.logits.sum()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_state_dict_keys_are_frozen():
+    state = build().state_dict()
+    own = {key: tuple(value.shape) for key, value in state.items() if not key.startswith("backbone.")}
+    low, mid, last = create_backbone("test_resnet", 16).feature_info.channels()[-3:]
+    assert own == {
+        "classifier.weight": (4, last, 1, 1),
+        "refinement.projections.0.weight": (64, low, 1, 1),
+        "refinement.projections.1.weight": (128, mid, 1, 1),
+        "refinement.embed.weight": (16, 195, 1, 1),
+        "pool.v_weight": (8, last),
+        "pool.v_bias": (8,),
+        "pool.u_weight": (8, last),
+        "pool.u_bias": (8,),
+        "pool.w_weight": (1, 8),
+        "pool.w_bias": (1,),
+        "mil_classifier.weight": (4, last),
+        "mil_classifier.bias": (4,),
+    }
+    plain = build(pool="plain").state_dict()
+    assert set(state) - set(plain) == {"pool.u_weight", "pool.u_bias"} and set(plain) <= set(state)
+
+
+def test_backbone_keys_do_not_depend_on_the_stride():
+    model = build(output_stride=8)
+    backbone = create_backbone("test_resnet", 32)
+    torch.nn.init.ones_(next(backbone.parameters()))
+    model.load_backbone(backbone.state_dict())
+    assert (next(model.backbone.parameters()) == 1).all()
+
+
+def test_load_backbone_names_what_does_not_fit():
+    model = build()
+    state = model.backbone.state_dict()
+    first, second, *_ = state
+    wrong = {key: value for key, value in state.items() if key != first} | {"head.weight": torch.zeros(1)}
+    wrong[second] = torch.zeros(7)
+    with pytest.raises(ValueError, match="backbone 'test_resnet'") as error:
+        model.load_backbone(wrong)
+    for part in (f"lacks {first}", "has unknown head.weight", f"has {second} of shape [7], not"):
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match="and [0-9]+ more faults"):
+        model.load_backbone({})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"backbone": "resnet999"}, "unknown backbone 'resnet999'"),
+        ({"backbone": "test_mambaout", "output_stride": 8}, "'test_mambaout' does not support output_stride 8; it supports 32"),
+        ({"backbone": "test_vit", "output_stride": 32}, "'test_vit' does not support output_stride 32; it supports 16"),
+        ({"output_stride": 4}, "'test_resnet' does not support output_stride 4; it supports 8, 16, 32"),
+        ({"pool": "none"}, "fusion must be 'cam' but is 'mean'"),
+        ({"num_grades": 1}, "targets 'ordinal' need num_grades >= 2; got 1"),
+        ({"num_grades": 2, "targets": "referable"}, "targets 'referable' need num_grades >= 3; got 2"),
+    ],
+)
+def test_configuration_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+
+
+@pytest.mark.parametrize("backbone, stride", [("test_mambaout", 32), ("test_vit", 16), ("test_efficientnet", 16)])
+def test_other_kinds_of_feature_extractor(backbone, stride):
+    """Channels-last stages, a single-resolution transformer, and a network whose feature class has no layout attribute."""
+    out = build(backbone=backbone, output_stride=stride).eval()(pictures(1, 160, 160))
+    assert out.cam.shape == (1, 4, 160 // stride, 160 // stride)
+
+
+def test_channels_last_and_odd_sizes():
+    model = build().eval()
+    image = pictures(1, 71, 93)
+    expected = model(image)
+    out = model.to(memory_format=torch.channels_last)(image.contiguous(memory_format=torch.channels_last))
+    for name in ("logits", "cam", "refined_cam", "attention"):
+        torch.testing.assert_close(getattr(out, name), getattr(expected, name), rtol=1e-3, atol=1e-4)
+
+
+def test_autocast():
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, terms = ercn_loss(
+            model, pictures(), torch.tensor([0, 3]), SMALL, LossConfig(min_pool=1.0), Rescale(0.5)
+        )
+        out = model(pictures())
+    assert total.dtype == out.refined_cam.dtype == torch.float32 and all(t.isfinite() for t in terms.values())
+    total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_without_graph_breaks(backend):
+    torch.compiler.reset()
+    model = build().eval()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    out, expected = compiled(pictures()), model(pictures())
+    for name in expected._fields:
+        torch.testing.assert_close(getattr(out, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    expected.refined_cam.sum().backward()
+    want = model.refinement.embed.weight.grad.clone()
+    model.zero_grad()
+    out.refined_cam.sum().backward()
+    torch.testing.assert_close(model.refinement.embed.weight.grad, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"pool": "none", "fusion": "cam"}])
+def test_export(changes):
+    model = build(**changes).eval()
+    program = torch.export.export(model, (pictures(),))
+    out, expected = program.module()(pictures()), model(pictures())
+    for a, e in zip(out, expected):
+        assert (a is None and e is None) or torch.allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_targets():
+    grade = torch.tensor([0, 1, 2, 4])
+    ordinal = targets_from_grades(grade, SMALL)
+    assert ordinal.dtype == torch.float32
+    assert ordinal.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    onehot = targets_from_grades(grade, replace(SMALL, targets="onehot"))
+    assert onehot.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
+    assert targets_from_grades(grade, replace(SMALL, targets="referable")).tolist() == [[0], [0], [1], [1]]
+
+
+@pytest.mark.parametrize("targets, columns", [("ordinal", 5), ("onehot", 5), ("referable", 2)])
+def test_probabilities(targets, columns):
+    config = replace(SMALL, targets=targets)
+    logits = 5 * torch.randn(50, foreground_channels(config), generator=torch.Generator().manual_seed(0))
+    p = grade_probabilities(logits, config)
+    assert p.shape == (50, columns) and (p >= 0).all()
+    torch.testing.assert_close(p.sum(1), torch.ones(50))
+    assert grade_probabilities(logits.bfloat16(), config).dtype == torch.float32
+    assert grade_probabilities(logits.double(), config).dtype == torch.float64
+
+
+def test_probabilities_by_hand():
+    logit = torch.logit(torch.tensor([[0.9, 0.6, 0.7, 0.1]]))  # P(grade >= 3) may not exceed P(grade >= 2)
+    expected = torch.tensor([[0.1, 0.3, 0.0, 0.5, 0.1]])
+    torch.testing.assert_close(grade_probabilities(logit, SMALL), expected)
+    p = torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1]])
+    logits = (p[:, 1:] / p[:, :1]).log()
+    torch.testing.assert_close(grade_probabilities(logits, replace(SMALL, targets="onehot")), p)
+    referable = grade_probabilities(torch.logit(torch.tensor([[0.3]])), replace(SMALL, targets="referable"))
+    torch.testing.assert_close(referable, torch.tensor([[0.7, 0.3]]))
+    for targets in ("ordinal", "onehot"):  # certain targets give their grade back
+        config = replace(SMALL, targets=targets)
+        grade = torch.arange(5)
+        certain = 20 * (2 * targets_from_grades(grade, config) - 1)
+        assert torch.equal(grade_probabilities(certain, config).argmax(1), grade)
+
+
+EVERY_TERM = LossConfig(er=0.5, ecr=2.0, consistency=0.25, min_pool=3.0)
+
+
+@pytest.mark.parametrize("kind", ["rescale", "flip", "rot90", "translate", "affine", "none"])
+@pytest.mark.parametrize("size", [(64, 96), (70, 70)])
+def test_loss_is_the_weighted_sum_of_its_terms(kind, size):
+    model = build()
+    image, grade = pictures(3, *size), torch.tensor([0, 2, 4])
+    transform = sample_transform(kind, torch.Generator().manual_seed(0), size=size)
+    total, terms = ercn_loss(model, image, grade, SMALL, EVERY_TERM, transform, weight_scale=0.5)
+    assert list(terms) == ["cls", "er", "ecr", "consistency", "min_pool"]
+    assert all(t.isfinite() and t > 0 and not t.requires_grad for t in terms.values())
+    expected = terms["cls"] + 0.5 * (0.5 * terms["er"] + 2 * terms["ecr"] + 0.25 * terms["consistency"] + 3 * terms["min_pool"])
+    torch.testing.assert_close(total.detach(), expected)
+    total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_loss_terms_from_the_outputs():
+    """Each term again, from the outputs of the two views, for a flip (whose maps need no resizing)."""
+    model = build().eval()
+    image, grade = pictures(), torch.tensor([1, 3])
+    transform = Flip(3)
+    _, terms = ercn_loss(model, image, grade, SMALL, EVERY_TERM, transform)
+    one, two = model(image), model(image.flip(3))
+    label = targets_from_grades(grade, SMALL)
+    fg = label[:, :, None, None]
+    every = torch.cat([torch.ones(2, 1, 1, 1), fg], 1)
+
+    def bce(logits):
+        return torch.nn.functional.multilabel_soft_margin_loss(logits, label)
+
+    torch.testing.assert_close(
+        terms["cls"], (bce(one.cam_logits) + bce(one.mil_logits) + bce(two.cam_logits) + bce(two.mil_logits)) / 4
+    )
+    cam1, cam2 = (losses.max_norm(x.cam) * fg for x in (one, two))
+    refined1, refined2 = (losses.max_norm(x.refined_cam) * every for x in (one, two))
+    torch.testing.assert_close(terms["er"], (cam1.flip(3) - cam2).abs().mean())
+    torch.testing.assert_close(
+        terms["ecr"], losses.equivariant_cross_loss(cam1.flip(3), refined1.flip(3), cam2, refined2)
+    )
+    consistency = [
+        losses.refinement_consistency(losses.add_background(cam), refined, view.mask)
+        for cam, refined, view in ((cam1, refined1, one), (cam2, refined2, two))
+    ]
+    torch.testing.assert_close(terms["consistency"], sum(consistency) / 2)
+    min_pool = [losses.min_pooling_loss(view.refined_cam[:, 1:] * fg) for view in (one, two)]
+    torch.testing.assert_close(terms["min_pool"], sum(min_pool) / 2)
+
+
+def test_one_view_is_chikontwe():
+    model = build(pool="none", fusion="cam").eval()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    image, grade = pictures(), torch.tensor([1, 3])
+    _, terms = ercn_loss(model, image, grade, model.config, LossConfig(ecr=0.0, transform="none"), Identity())
+    assert len(calls) == 1 and list(terms) == ["cls", "er", "consistency"]
+    out = model(image)
+    fg = targets_from_grades(grade, SMALL)[:, :, None, None]
+    difference = (losses.max_norm(out.cam) * fg - losses.max_norm(out.refined_cam)[:, 1:] * fg).abs().mean()
+    torch.testing.assert_close(terms["er"], difference)
+
+
+def test_gradients_reach_what_each_term_trains():
+    def reached(**weights):
+        model = build()
+        off = {"cls": 0.0, "er": 0.0, "ecr": 0.0, "consistency": 0.0, "min_pool": 0.0}
+        total, _ = ercn_loss(model, pictures(), torch.tensor([2, 4]), SMALL, LossConfig(**off | weights), Flip(3))
+        total.backward()
+        return {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+    assert reached(cls=1.0) == {"backbone", "classifier", "pool", "mil_classifier"}
+    assert reached(er=1.0) == {"backbone", "classifier"}
+    assert reached(ecr=1.0) == reached(min_pool=1.0) == {"refinement"}
+    assert reached(consistency=1.0) == {"backbone", "classifier", "refinement"}
+
+
+def test_grade_0_has_no_foreground():
+    model = build()
+    grade = torch.zeros(2, dtype=torch.long)
+    _, terms = ercn_loss(model, pictures(), grade, SMALL, EVERY_TERM, Flip(2))
+    assert terms["er"] == 0 and terms["min_pool"] == 0 and abs(terms["consistency"]) < 1e-6
+
+
+def test_class_weights_scale_the_pictures_of_a_grade():
+    model = build().eval()
+    image, grade = pictures(3), torch.tensor([0, 2, 2])
+    weight = torch.tensor([4.0, 1.0, 0.5, 1.0, 1.0])
+
+    def cls(chosen, **kwargs):
+        only = LossConfig(er=0.0, ecr=0.0, consistency=0.0)
+        return ercn_loss(model, image[chosen], grade[chosen], SMALL, only, Identity(), **kwargs)[0].item()
+
+    parts = [cls([i]) * weight[grade[i]].item() for i in range(3)]
+    assert cls([0, 1, 2], class_weight=weight) == pytest.approx(sum(parts) / 3, rel=1e-5)
+    with pytest.raises(ValueError, match=r"one weight for each of the 5 grades; got shape \[4\]"):
+        cls([0], class_weight=weight[:4])
+
+
+def test_training_learns_and_localizes():
+    """Whether a lit square is there is learned from image labels in a few steps, and the refined map is high on it."""
+    torch.manual_seed(0)
+    image = 0.1 * torch.randn(8, 3, 64, 64)
+    grade = torch.tensor([0, 3] * 4)
+    image[1::2, :, 16:32, 32:48] += 2
+    config = replace(SMALL, output_stride=8, num_grades=4)
+    model = ERCN(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(40):
+        total, _ = ercn_loss(model, image, grade, config, LossConfig(transform="flip"), Flip(3))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    model.eval()
+    out = model(image)
+    assert torch.equal(grade_probabilities(out.logits, config).argmax(1), grade)
+    evidence = 1 - out.refined_cam[1::2, 0]
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[2:4, 4:6] = True
+    assert evidence[:, inside].mean() > 1.5 * evidence[:, ~inside].mean()
+
+
+# What a method changes against our reading; everything else in the presets is equal.
+DIFFERENCES = {
+    "ercn": {},
+    "seam": {
+        "model": {"output_stride", "mask", "pool", "fusion", "dropout"},
+        "loss": {"consistency", "min_pool"},
+        "run": {"out"},
+    },
+    "chikontwe": {"model": {"embed_dim", "mask", "pool", "fusion"}, "loss": {"ecr", "transform"}, "run": {"out"}},
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_presets(name):
+    chosen, base = dataclasses.asdict(preset(name)), dataclasses.asdict(TrainConfig())
+    assert chosen["init"] is None
+    for section in ("data", "model", "loss", "run"):
+        differing = {key for key in base[section] if chosen[section][key] != base[section][key]}
+        assert differing == DIFFERENCES[name].get(section, set())
+    text = (importlib.resources.files("ercn") / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    written = yaml.safe_load(text)
+    assert {k: set(v) if isinstance(v, dict) else v for k, v in written.items()} == {
+        k: set(v) if isinstance(v, dict) else v for k, v in base.items()
+    }
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_presets_train(name):
+    recipe = preset(name)
+    model_config = replace(recipe.model, backbone="test_resnet")
+    transform = sample_transform(recipe.loss.transform, None, rescale=recipe.loss.rescale, size=96)
+    model = ERCN(model_config)
+    total, _ = ercn_loss(model, pictures(2, 96, 96), torch.tensor([1, 4]), model_config, recipe.loss, transform)
+    total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())  # DDP needs all of them used
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="unknown preset 'sesm'; there are chikontwe, ercn, seam"):
+        preset("sesm")
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [configs.TrainConfig, configs.PretrainConfig, configs.PrepareConfig, configs.EvaluateConfig, configs.PredictConfig],
+)
+def test_from_dict_inverts_asdict(cls):
+    config = cls()
+    assert from_dict(cls, dataclasses.asdict(config)) == config
+    assert from_dict(cls, yaml.safe_load(yaml.safe_dump(_lists(dataclasses.asdict(config))))) == config
+    assert from_dict(cls, {}) == config
+
+
+def _lists(value):
+    """As YAML and JSON hold it: tuples become lists."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def test_from_dict_converts():
+    config = from_dict(TrainConfig, {"model": {"mask_thresholds": [0.5, 1]}, "run": {"lr": 1}, "init": "runs/x"})
+    assert config.model.mask_thresholds == (0.5, 1.0) and isinstance(config.run.lr, float) and config.init == "runs/x"
+    assert from_dict(TrainConfig, {"model": SMALL}).model is SMALL
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"modle": {}}, "unknown key modle; TrainConfig has data, model, loss, run, init"),
+        ({"run": {"epoch": 3}}, r"unknown key run\.epoch; RunConfig has out, resume"),
+        ({"model": 3}, "model must be a mapping of ModelConfig's fields; got 3"),
+        ({"model": {"pool": "max"}}, r"model\.pool must be one of 'gated', 'plain', 'none'; got 'max'"),
+        ({"model": {"mask": False}}, r"model\.mask must be one of 'soft', 'hard', 'off'; got False"),
+        ({"model": {"mask_thresholds": 0.3}}, r"model\.mask_thresholds must be a list; got 0\.3"),
+        ({"model": {"mask_thresholds": [0.3, "a"]}}, r"model\.mask_thresholds\[1\] must be float; got 'a'"),
+        ({"run": {"lr": "1e-3"}}, r"run\.lr must be float; got '1e-3'"),
+        ({"run": {"epochs": 2.5}}, r"run\.epochs must be int; got 2\.5"),
+        ({"run": {"epochs": True}}, r"run\.epochs must be int; got True"),
+        ({"run": {"resume": 1}}, r"run\.resume must be bool; got 1"),
+        ({"init": 3}, "init must be str; got 3"),
+    ],
+)
+def test_from_dict_errors(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(TrainConfig, values)
+    with pytest.raises(ValueError, match="fractions must have 3 entries"):
+        from_dict(configs.PrepareConfig, {"fractions": [0.5, 0.5]})
+
+
+def test_layers_import_without_timm():
+    code = (
+        "import sys; sys.modules['timm'] = None\n"
+        "import ercn.nn, ercn.losses, ercn.transforms, ercn.models\n"
+        "try: ercn.models.create_backbone('resnet18', 32)\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "ercn.models needs timm: pip install 'ercn[train]'"

@@ -51,7 +51,9 @@ class EpochLog(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         seconds = round(time.perf_counter() - self.start, 2)
-        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics, "seconds": seconds}
+        place = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
+        rate = trainer.optimizers[0].param_groups[0]["lr"]  # of the next step
+        row = {**place, **metrics, "lr": rate, "seconds": seconds}
         self.rows.append(row)
         if trainer.is_global_zero:
             write_csv(self.path, self.rows)

@@ -15,7 +15,7 @@ from ercn.training.callbacks import SafeCheckpointIO
 from ercn.training.checkpoint import load_backbone, save_model
 from ercn.training.evaluation import check_classes, choose_thresholds, collect, write_evaluation
 from ercn.training.infer import pick_device
-from ercn.training.loaders import PictureData
+from ercn.training.loaders import GradedData
 from ercn.training.module import MONITOR, ERCNModule
 from ercn.training.pictures import class_counts, load_manifest, need_split
 from ercn.training.report import write_report
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> Path:
     checkpoint = runs.open_run(config)
     trainer = runs.make_trainer(config.run, monitor=MONITOR)
     out = Path(config.run.out)
-    if runs.fit(trainer, module, PictureData(manifest, config.data, seed=config.run.seed), checkpoint):
+    if runs.fit(trainer, module, GradedData(manifest, config.data, seed=config.run.seed), checkpoint):
         finish(out, model, info, config, manifest)
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -47,34 +48,57 @@ class EpochSampler(Sampler[int]):
 
 
 class PictureData(pl.LightningDataModule):
-    """Train and validation loaders of a prepared folder for one run.
+    """The training pictures of a prepared folder in two views each, for contrastive learning.
 
-    contrastive: two views a picture and no validation. Class balance follows ``config.balance``; "weights" is the
-    loss's matter, see ``class_weight``.
+    first_epoch: where a resumed run begins. Lightning starts the workers of that epoch before it calls ``set_epoch``.
     """
 
-    def __init__(self, manifest: Manifest, config: DataConfig, *, seed: int, contrastive: bool = False) -> None:
+    first_epoch = 0
+
+    def __init__(self, manifest: Manifest, config: DataConfig, *, seed: int) -> None:
         super().__init__()
-        self.manifest, self.config, self.seed, self.contrastive = manifest, config, seed, contrastive
+        self.manifest, self.config, self.seed = manifest, config, seed
 
     def train_dataloader(self) -> DataLoader:
         records = self.manifest.split("train")
-        views = {"views": 2, "contrastive": True} if self.contrastive else {}
-        dataset = self._pictures(records, augment=self.config.augment or self.contrastive, **views)
-        weights = sampling_weights(records) if self.config.balance == "sampler" and not self.contrastive else None
+        dataset = self._pictures(records, **self._training())
         sampler = EpochSampler(
-            dataset, seed=self.seed, rank=self.trainer.global_rank, world=self.trainer.world_size, weights=weights
+            dataset,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            weights=self._weights(records),
         )
-        batch = min(self.config.batch_size, len(sampler))
-        return make_loader(dataset, batch, self.config.workers, sampler=sampler, drop_last=True)
+        sampler.set_epoch(self.first_epoch)
+        return make_loader(
+            dataset,
+            min(self.config.batch_size, len(sampler)),
+            self.config.workers,
+            sampler=sampler,
+            drop_last=True,
+            persistent_workers=self.config.workers > 0,  # with the decoded pictures they hold
+        )
 
-    def val_dataloader(self) -> DataLoader | list:
-        if self.contrastive:
-            return []
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        records = self.manifest.split("val")[rank::world]
-        return make_loader(self._pictures(records, augment=False), self.config.batch_size, self.config.workers)
+    def _training(self) -> dict[str, Any]:
+        return {"augment": True, "views": 2, "contrastive": True}
+
+    def _weights(self, records: list[Record]) -> np.ndarray | None:
+        return None
 
     def _pictures(self, records: list[Record], **options) -> PictureDataset:
         mean, std = self.manifest.mean, self.manifest.std
         return picture_dataset(records, mean, std, self.config, seed=self.seed, **options)
+
+
+class GradedData(PictureData):
+    """Training and validation pictures with grades. ``config.balance`` "sampler" draws every grade equally often."""
+
+    def _training(self) -> dict[str, Any]:
+        return {"augment": self.config.augment}
+
+    def _weights(self, records: list[Record]) -> np.ndarray | None:
+        return sampling_weights(records) if self.config.balance == "sampler" else None
+
+    def val_dataloader(self) -> DataLoader:
+        records = self.manifest.split("val")[self.trainer.global_rank :: self.trainer.world_size]
+        return make_loader(self._pictures(records, augment=False), self.config.batch_size, self.config.workers)

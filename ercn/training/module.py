@@ -60,9 +60,6 @@ class ERCNModule(pl.LightningModule):
         self._log({"loss": total.detach(), **{f"loss_{name}": term for name, term in terms.items()}}, batch)
         return total
 
-    def on_train_epoch_end(self) -> None:
-        self.log("lr", self.lr_schedulers().get_last_lr()[0])
-
     def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
         if batch is None:
             return

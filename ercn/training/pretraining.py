@@ -102,9 +102,6 @@ class Contrastive(pl.LightningModule):
         shuffled, order = batch_shuffle(image, distributed=True)
         return batch_unshuffle(self.momentum(shuffled), order, distributed=True)
 
-    def on_train_epoch_end(self) -> None:
-        self.log("lr", self.lr_schedulers().get_last_lr()[0])
-
 
 def pretrain(config: PretrainConfig) -> Path:
     """Pre-trains the backbone and exports it to ``run.out/export/backbone.safetensors`` and ``.json``.
@@ -126,7 +123,7 @@ def pretrain(config: PretrainConfig) -> Path:
     runs.use_channels_last(module, config.run.channels_last)
     checkpoint = runs.open_run(config)
     trainer = runs.make_trainer(config.run, monitor=None)
-    data = PictureData(manifest, config.data, seed=config.run.seed, contrastive=True)
+    data = PictureData(manifest, config.data, seed=config.run.seed)
     out = Path(config.run.out)
     if not runs.fit(trainer, module, data, checkpoint):
         return out

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ercn.config import RunConfig
 from ercn.training.callbacks import EpochLog, SafeCheckpointIO, checkpoints
 from ercn.training.files import environment, write_json, write_text
+from ercn.training.loaders import PictureData
 
 # What a resumed run may change: where and how fast it runs, and how long.
 FREE = {"run.out", "run.resume", "run.epochs", "run.devices", "run.num_nodes", "run.progress", "data.workers"}
@@ -108,10 +109,11 @@ def progress_bar() -> ProgressBar:
     return RichProgressBar(leave=True)
 
 
-def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None) -> bool:
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: PictureData, checkpoint: Path | None) -> bool:
     """Trains; returns whether this process is the one that goes on to export. KeyboardInterrupt passes through."""
     if checkpoint is not None:
-        print(f"resuming after epoch {_finished_epochs(checkpoint)}", flush=True)
+        data.first_epoch = _finished_epochs(checkpoint)
+        print(f"resuming after epoch {data.first_epoch}", flush=True)
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except SystemExit as error:  # Lightning turns Ctrl-C into exit(1)

@@ -1,0 +1,159 @@
+"""A run that is killed goes on to the same bits; a run's folder is never overwritten or mixed up."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ercn.config import DataConfig, LossConfig, ModelConfig, PrepareConfig, PretrainConfig, RunConfig, TrainConfig
+from ercn.data import prepare
+from ercn.training import pretrain, train
+from ercn.training.pretraining import Contrastive
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("resume") / "data"
+    prepare(PrepareConfig(patients=20, size=64, out=str(out), fractions=(0.6, 0.2, 0.2), progress=False))
+    return str(out)
+
+
+def train_config(data, out, **run):
+    return TrainConfig(
+        data=DataConfig(root=data, image_size=64, batch_size=4, workers=1),
+        model=ModelConfig(backbone="mobilenetv3_small_050", embed_dim=16, pool_dim=16, dropout=0.2),
+        loss=LossConfig(transform="all", warmup_epochs=1),
+        run=RunConfig(out=str(out), accelerator="cpu", **{"epochs": 4, "lr": 3e-3, **run}),
+    )
+
+
+def command(config):
+    data, model, run = config.data, config.model, config.run
+    options = {
+        "data.root": data.root,
+        "data.image_size": data.image_size,
+        "data.batch_size": data.batch_size,
+        "data.workers": data.workers,
+        "model.backbone": model.backbone,
+        "model.embed_dim": model.embed_dim,
+        "model.pool_dim": model.pool_dim,
+        "model.dropout": model.dropout,
+        "loss.transform": config.loss.transform,
+        "loss.warmup_epochs": config.loss.warmup_epochs,
+        "run.out": run.out,
+        "run.epochs": run.epochs,
+        "run.lr": run.lr,
+        "run.accelerator": run.accelerator,
+        "run.resume": str(run.resume).lower(),
+    }
+    return [sys.executable, "-m", "ercn", "train", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def epochs(out):
+    """The rows of metrics.csv without the clock."""
+    if not (out / "metrics.csv").exists():
+        return []
+    with open(out / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(train_config(data, whole)), check=True, env=environment, capture_output=True)
+
+    process = subprocess.Popen(
+        command(train_config(data, killed)),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # the loader's workers die with it
+    )
+    deadline = time.monotonic() + 120
+    while len(epochs(killed)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.15)  # into the third epoch
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len(epochs(killed)) in (2, 3) and not (killed / "export").exists()
+
+    resumed = command(train_config(data, killed, resume=True))
+    output = subprocess.run(resumed, check=True, env=environment, capture_output=True, text=True).stdout
+    assert "resuming after epoch" in output
+    assert epochs(killed) == epochs(whole) and len(epochs(whole)) == 4
+    weights = [load_file(out / "export" / "model.safetensors") for out in (whole, killed)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    states = [torch.load(out / "checkpoints" / "last.ckpt", weights_only=True) for out in (whole, killed)]
+    assert all(torch.equal(a, states[1]["state_dict"][key]) for key, a in states[0]["state_dict"].items())
+    results = [json.loads((out / "evaluation" / "val.json").read_text()) for out in (whole, killed)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco_v2"])
+def test_interrupted_pretraining_resumes_to_the_same_weights(method, data, tmp_path, monkeypatch):
+    def config(out, resume=False):
+        return PretrainConfig(
+            data=DataConfig(root=data, image_size=32, batch_size=6, workers=0),
+            run=RunConfig(out=str(tmp_path / out), epochs=3, accelerator="cpu", resume=resume),
+            backbone="mobilenetv3_small_050",
+            method=method,
+            projection_dim=8,
+            queue_size=7,
+        )
+
+    pretrain(config("whole"))
+    step = Contrastive.training_step
+
+    def stop(self, batch, index):
+        if (self.current_epoch, index) == (2, 1):
+            raise RuntimeError("power cut")
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Contrastive, "training_step", stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        pretrain(config("cut"))
+    monkeypatch.undo()
+    pretrain(config("cut", resume=True))
+    whole, cut = (load_file(tmp_path / out / "export" / "backbone.safetensors") for out in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert epochs(tmp_path / "whole") == epochs(tmp_path / "cut")
+
+
+def test_a_folder_in_use_is_left_alone(data, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty, and nothing is overwritten"):
+        train(train_config(data, tmp_path))
+    with pytest.raises(ValueError, match="holds no config.yaml"):
+        train(train_config(data, tmp_path, resume=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match="is a file"):
+        train(train_config(data, tmp_path / "notes.txt"))
+
+
+def test_resume_refuses_another_configuration_and_lets_a_run_be_longer(data, tmp_path, capsys):
+    config = train_config(data, tmp_path / "run", epochs=1, resume=True)
+    train(config)
+    assert "nothing to resume" in capsys.readouterr().out
+    other = replace(config, model=replace(config.model, embed_dim=8), run=replace(config.run, lr=1.0))
+    with pytest.raises(ValueError, match=r"model.embed_dim was 16, now 8, run.lr was 0.003, now 1.0"):
+        train(other)
+    longer = replace(config, run=replace(config.run, epochs=2), data=replace(config.data, workers=0))
+    train(longer)
+    assert [row["epoch"] for row in epochs(tmp_path / "run")] == ["1", "2"]
+
+
+def test_a_damaged_checkpoint_is_named(data, tmp_path):
+    config = train_config(data, tmp_path / "run", epochs=1)
+    train(config)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="last.ckpt is damaged"):
+        train(replace(config, run=replace(config.run, epochs=2, resume=True)))

@@ -23,7 +23,8 @@ from ercn.data.geometry import Geometry
 from ercn.data.images import DataError
 from ercn.data.splits import SPLITS, check_splits, split_hashes
 
-COLUMNS = tuple("id image grade patient split width height left top side masks optic_disc source".split())
+_SQUARE = ("width", "height", "left", "top", "side")
+COLUMNS = ("id", "image", "grade", "patient", "split", *_SQUARE, "masks", "optic_disc", "source")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _read_records(root: Path, size: int, grades: int) -> list[Record]:
         table.unique(row, "id", values["id"], seen)
         table.label(row, "split", values["split"], names)
         grade = table.label(row, "grade", values["grade"], levels)
-        box = [table.integer(row, name, values[name]) for name in ("width", "height", "left", "top", "side")]
+        box = [table.integer(row, name, values[name]) for name in _SQUARE]
         masks = {kind: root / mask_path(kind, values["id"]) for kind in values["masks"].split(";") if kind}
         disc = root / values["optic_disc"] if values["optic_disc"] else None
         image, geometry = root / values["image"], Geometry(*box, size)

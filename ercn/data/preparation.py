@@ -78,8 +78,8 @@ def prepare(config: PrepareConfig) -> Path:
                 records.append(_record(entry, outcome.geometry, config, out))
     if skipped:
         notes = check_splits(_assigned(records), class_names)
-    for note in notes:
-        warnings.warn(f"{out}: {note}", stacklevel=2)
+    if notes:
+        warnings.warn(f"{out}: {'; '.join(notes)}", stacklevel=2)
 
     train = [record.image for record in records if record.split == "train"]
     chosen = train[:: -(-len(train) // STATISTICS_PICTURES)]

@@ -51,8 +51,8 @@ class ERCN(nn.Module):
     mil_classifier.
 
     Raises:
-        ValueError: a configuration that does not fit together, or a backbone that is unknown, has fewer than three
-            stages or does not support the output stride (the message lists those it does).
+        ValueError: a configuration that does not fit together, or a backbone that is unknown or does not support the
+            output stride (the message lists those it does).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -139,12 +139,12 @@ def create_backbone(name: str, output_stride: int, *, pretrained: bool = False) 
     """A timm feature extractor whose last stage has one element for ``output_stride`` input pixels each way.
 
     Args:
-        name: any timm model that supports ``features_only`` and has three stages or more.
+        name: any timm model that supports ``features_only``.
         output_stride: 8, 16 or 32. Where timm's model has no such argument, its own stride must be this one.
         pretrained: timm's weights, from its cache or the network; otherwise nothing is downloaded.
 
     Raises:
-        ValueError: unknown model, too few stages, or an unsupported stride; the message lists the strides it supports.
+        ValueError: unknown model or unsupported stride; the message lists the strides it supports.
     """
     try:
         import timm
@@ -165,14 +165,13 @@ def create_backbone(name: str, output_stride: int, *, pretrained: bool = False) 
                 return model
         return None
 
-    with torch.device("meta"):  # no memory, no weights
-        supported = [stride for stride in OUTPUT_STRIDES if build(stride) is not None]
-    if output_stride not in supported:
-        strides = ", ".join(map(str, supported)) or "none of 8, 16, 32"
-        raise ValueError(f"backbone '{name}' does not support output_stride {output_stride}; it supports {strides}")
     model = build(output_stride, pretrained=pretrained)
-    if len(model.feature_info) < 3:
-        raise ValueError(f"backbone '{name}' has {len(model.feature_info)} stages; ERCN reads the last three")
+    if model is None:
+        supported = ", ".join(str(stride) for stride in OUTPUT_STRIDES if build(stride) is not None)
+        raise ValueError(
+            f"backbone '{name}' does not support output_stride {output_stride}; "
+            f"it supports {supported or 'none of 8, 16 and 32'}"
+        )
     return model
 
 

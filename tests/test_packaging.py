@@ -45,6 +45,11 @@ def run(command, cwd, env):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
+def package_files(source):
+    """Modules and data files of the package, relative to ``source``."""
+    return {str(file.relative_to(source)) for file in source.glob("ercn/**/*") if file.is_file()}
+
+
 def build(source, hook, destination, **environment):
     """Run a PEP 517 hook in ``source`` as pip does with --no-build-isolation."""
     script = f"from setuptools.build_meta import {hook}; print({hook}({str(destination)!r}))"
@@ -97,7 +102,7 @@ def test_sdist_has_what_a_build_needs(source_copy, tmp_path):
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     needed = {str(file.relative_to(ROOT)) for file in ROOT.glob("csrc/**/*") if file.is_file()}
-    needed |= {str(file.relative_to(ROOT)) for file in [*ROOT.glob("ercn/**/*.py"), *ROOT.glob("ercn/configs/*.yaml")]}
+    needed |= package_files(source_copy)
     assert {"setup.py", "pyproject.toml", "kernels/__init__.py"} | needed <= packed
 
 
@@ -152,6 +157,7 @@ def test_install_without_the_extension(source_copy, tmp_path, environment, words
     assert words in result.stderr
     site = tmp_path / "site"
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
+    assert package_files(source_copy) | {"ercn/kernels/__init__.py", "ercn/_build.json"} <= package_files(site)
     script = (
         "import sys, ercn.kernels, ercn.doctor; assert 'kernels' not in sys.modules; "
         "print(ercn.__file__); sys.exit(ercn.doctor.doctor(selftest=True))"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from ercn.config import PrepareConfig
 from ercn.data import DataError, Manifest, PictureDataset, collate, prepare
@@ -71,12 +71,12 @@ def test_views_depend_on_seed_epoch_index_and_view_alone(manifest, contrastive):
     assert all(torch.isfinite(view).all() for view in first)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_see_the_epoch_and_repeat_the_main_process(manifest, context):
+@pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_see_the_epoch_and_repeat_the_main_process(manifest, context, workers):
     data = dataset(manifest, augment=True, seed=3)
     data.records = data.records[:6]
     loader = DataLoader(
-        data, 2, num_workers=2, collate_fn=collate, persistent_workers=True, multiprocessing_context=context
+        data, 2, num_workers=workers, collate_fn=collate, persistent_workers=True, multiprocessing_context=context
     )
     for epoch in (0, 1):
         data.set_epoch(epoch)
@@ -133,8 +133,10 @@ def test_one_unreadable_picture_too_many_stops_with_all_names(manifest, tmp_path
     data = PictureDataset(
         broken(manifest, tmp_path, 3), 48, mean=manifest.mean, std=manifest.std, augment=False, max_unreadable=2
     )
+    loader = DataLoader(Subset(data, [0, 5, 1, 6]), 2, num_workers=workers, collate_fn=collate)
+    assert [batch["index"].tolist() for batch in loader] == [[5], [6]]
     with pytest.raises(DataError, match="3 unreadable pictures, max_unreadable is 2") as raised:
-        list(DataLoader(data, 2, num_workers=workers, collate_fn=collate))
+        data[2]
     assert all(f"bad{i}.png" in str(raised.value) for i in range(3))
 
 

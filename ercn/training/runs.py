@@ -91,6 +91,8 @@ def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
         accelerator=run.accelerator,
         devices=run.devices,
         num_nodes=run.num_nodes,
+        # a loss term of weight 0 leaves parameters without a gradient
+        strategy="ddp_find_unused_parameters_true" if run.devices * run.num_nodes > 1 else "auto",
         precision=run.precision,
         max_epochs=run.epochs,
         accumulate_grad_batches=run.accumulate,

@@ -1,0 +1,120 @@
+"""Exported weights: they come back as they were, and everything that does not fit is named."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ercn.config import ModelConfig, TrainConfig
+from ercn.models import ERCN
+from ercn.training.checkpoint import load_backbone, load_model, save_model, save_weights
+
+CONFIG = TrainConfig(model=ModelConfig(backbone="mobilenetv3_small_050", embed_dim=8, pool_dim=8, mask_thresholds=(0.1,)))
+INFO = {"class_names": list("abcde"), "mean": [0.5] * 3, "std": [0.2] * 3, "thresholds": {"referable": 0.4, "maps": {}}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    torch.manual_seed(0)
+    model = ERCN(CONFIG.model).to(memory_format=torch.channels_last).eval()
+    save_model(tmp_path, model, CONFIG, INFO)
+    return tmp_path, model
+
+
+def test_what_is_saved_comes_back(run):
+    folder, model = run
+    loaded, info = load_model(folder)
+    assert info["config"] == CONFIG and info["thresholds"]["referable"] == 0.4
+    assert "medical device" in info["notice"] and info["packages"]["torch"] == torch.__version__.split("+")[0]
+    image = torch.randn(1, 3, 64, 64)
+    assert not loaded.training
+    torch.testing.assert_close(loaded(image).logits, model(image).logits)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    assert sorted(p.name for p in (folder / "export").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_weights_of_another_model_list_what_differs(run):
+    folder, _ = run
+    path = folder / "export" / "model.safetensors"
+    state = load_file(path)
+    state["extra.weight"] = torch.zeros(1)
+    del state["classifier.weight"]
+    state["mil_classifier.bias"] = torch.zeros(9)
+    save_file(state, path)
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    for part in ("1 missing (classifier.weight)", "1 unexpected (extra.weight)", "mil_classifier.bias [9] instead of [4]"):
+        assert part in str(error.value)
+
+
+def test_a_model_json_of_another_backbone_is_refused(run):
+    folder, _ = run
+    path = folder / "export" / "model.json"
+    info = json.loads(path.read_text())
+    info["config"]["model"]["backbone"] = "resnet10t"
+    path.write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="another model than resnet10t"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_damaged_weights_are_named(run, keep):
+    folder, _ = run
+    path = folder / "export" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        load_model(folder)
+
+
+def test_damaged_or_newer_description_is_named(run):
+    folder, _ = run
+    path = folder / "export" / "model.json"
+    text = path.read_text()
+    path.write_text(text[:50])
+    with pytest.raises(ValueError, match="model.json is damaged"):
+        load_model(folder)
+    path.write_text(text.replace('"format": 1', '"format": 7'))
+    with pytest.raises(ValueError, match="has format 7; this version of ercn reads format 1"):
+        load_model(folder)
+    path.write_text(text.replace('"backbone"', '"bakcbone"'))
+    with pytest.raises(ValueError, match="bakcbone"):
+        load_model(folder)
+
+
+def test_a_folder_without_export_says_which_command_writes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing; ercn train writes it"):
+        load_model(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(run, monkeypatch):
+    folder, model = run
+    before = (folder / "export" / "model.safetensors").read_bytes()
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("ercn.training.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(folder, model, CONFIG, INFO)
+    assert (folder / "export" / "model.safetensors").read_bytes() == before
+    assert len(list((folder / "export").iterdir())) == 2
+
+
+def test_backbone_of_pretraining(tmp_path):
+    torch.manual_seed(1)
+    source = ERCN(CONFIG.model)
+    info = {"backbone": CONFIG.model.backbone, "config": asdict(CONFIG)}
+    save_weights(tmp_path / "export", "backbone", source.backbone.state_dict(), info)
+    target = ERCN(CONFIG.model)
+    load_backbone(target, tmp_path, CONFIG.model.backbone)
+    pairs = zip(source.backbone.state_dict().values(), target.backbone.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+    other = replace(CONFIG.model, backbone="resnet10t")
+    with pytest.raises(ValueError, match="pre-trained mobilenetv3_small_050, but model.backbone is resnet10t"):
+        load_backbone(ERCN(other), tmp_path, other.backbone)
+    with pytest.raises(FileNotFoundError, match="ercn pretrain"):
+        load_backbone(target, tmp_path / "nothing", CONFIG.model.backbone)

@@ -100,8 +100,8 @@ squares = st.builds(
     Geometry,
     width=st.integers(20, 90),
     height=st.integers(20, 90),
-    left=st.integers(-25, 15),
-    top=st.integers(-25, 15),
+    left=st.integers(-20, 15),
+    top=st.integers(-20, 15),
     side=st.integers(24, 120),
     size=st.just(64),
 )

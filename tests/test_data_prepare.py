@@ -16,7 +16,6 @@ import ercn
 from ercn.config import PrepareConfig
 from ercn.data import DataError, Manifest, locate_disc, prepare, read_picture, render_phantom
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no picture of grade")
 SMALL = {"size": 64, "workers": 1, "progress": False}
 
 
@@ -94,12 +93,12 @@ def test_the_folder_can_be_moved(phantom, tmp_path):
     assert str(phantom.parent) not in "".join(p.read_text() for p in tmp_path.glob("*.*"))
 
 
-def test_summary(tmp_path, capsys):
-    with pytest.warns(UserWarning, match="no picture of grade 0"):
-        prepare(PrepareConfig(out=str(tmp_path / "d"), patients=6, **SMALL))
+def test_summary(tmp_path, capsys, caplog):
+    prepare(PrepareConfig(out=str(tmp_path / "d"), patients=6, **SMALL))
     text = capsys.readouterr()
     assert "phantom: 12 pictures of 6 patients, 64 x 64" in text.out and "proliferative" in text.out
     assert text.err == ""  # no progress bar where there is no terminal
+    assert "no picture of grade 0 (no DR), 2 (moderate)" in caplog.text
 
 
 def test_eyepacs_pictures_and_geometry(tree, tmp_path):
@@ -218,6 +217,15 @@ def test_other_settings_in_the_same_folder_are_refused(phantom, change, told):
     with pytest.raises(DataError, match=f"prepared with other settings: .*{told}"):
         prepare(PrepareConfig(out=str(phantom), **({"patients": 30} | SMALL | change)))
     assert contents(phantom) == before
+
+
+def test_other_labels_in_the_same_folder_are_refused(eyepacs, tmp_path):
+    prepare(config(eyepacs, tmp_path / "d"))
+    rows = read_rows(eyepacs / "trainLabels.csv")
+    put(eyepacs / "trainLabels.csv", b"")
+    write_csv(eyepacs / "trainLabels.csv", "image,level", [tuple(row.values()) for row in rows[1:]])
+    with pytest.raises(DataError, match="other settings: the labels or the list of pictures were others"):
+        prepare(config(eyepacs, tmp_path / "d"))
 
 
 @pytest.mark.parametrize(

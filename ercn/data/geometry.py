@@ -13,8 +13,8 @@ from scipy import ndimage
 class Geometry:
     """The crop square of one photograph.
 
-    width, height: of the photograph. left, top, side: the square, in the photograph's pixels; it may reach outside,
-    which is padded with black. size: side of the prepared picture. Pixel (i, j) of any [h, w] map of the square has
+    width, height: of the photograph. left, top, side: the square, in the photograph's pixels; it may reach outside
+    (not wholly), which is padded with black. size: side of the prepared picture. Pixel (i, j) of any [h, w] map of the square has
     its center at photograph coordinates (left + (j + 0.5) side / w, top + (i + 0.5) side / h), where pixel centers are
     at k + 0.5.
     """

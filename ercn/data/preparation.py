@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +30,8 @@ from ercn.data.images import DataError, read_picture
 from ercn.data.manifest import Record, mask_path, write_manifest
 from ercn.data.phantom import LESIONS, phantom_grades, phantom_optic_disc, render_phantom
 from ercn.data.splits import SPLITS, check_splits, split_patients
+
+logger = logging.getLogger(__name__)
 
 STATISTICS_PICTURES = 2000
 SHOWN = 20
@@ -78,8 +80,8 @@ def prepare(config: PrepareConfig) -> Path:
                 records.append(_record(entry, outcome.geometry, config, out))
     if skipped:
         notes = check_splits(_assigned(records), class_names)
-    if notes:
-        warnings.warn(f"{out}: {'; '.join(notes)}", stacklevel=2)
+    for note in notes:
+        logger.warning("%s: %s", out, note)
 
     train = [record.image for record in records if record.split == "train"]
     chosen = train[:: -(-len(train) // STATISTICS_PICTURES)]
@@ -159,8 +161,9 @@ def _claim(out: Path, settings: dict) -> None:
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{about}: not a file that `ercn prepare` wrote; choose another out") from None
         if before != settings:
-            names = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
-            other = ", ".join(f"{name}={before.get(name)!r} (now {settings.get(name)!r})" for name in names)
+            names = [name for name in settings if name != "labels_sha256" and before.get(name) != settings[name]]
+            other = ", ".join(f"{name}={before.get(name)!r} (now {settings[name]!r})" for name in names)
+            other = other or "the labels or the list of pictures were others"
             raise DataError(f"{out} was prepared with other settings: {other}; choose another out")
     elif out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; out must be a folder")

@@ -51,7 +51,7 @@ def split_patients(grades: Mapping[str, Sequence[int]], fractions: Sequence[floa
 def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str]) -> list[str]:
     """Raises DataError if a patient is in two splits, or a class is nowhere or not in train.
 
-    Returns a sentence for each class that is missing in val or test, where that split has pictures.
+    Returns a sentence for each of val and test that has pictures, but not of every class.
     """
     home: dict[str, str] = {}
     count = {split: np.zeros(len(class_names), int) for split in SPLITS}
@@ -62,7 +62,6 @@ def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str]) -> 
                 "belongs to one split"
             )
         count[split][grade] += 1
-    missing = []
     for grade, name in enumerate(class_names):
         if not any(count[split][grade] for split in SPLITS):
             raise DataError(f"no picture of grade {grade} ({name}); every grade needs some")
@@ -70,11 +69,11 @@ def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str]) -> 
             raise DataError(
                 f"no picture of grade {grade} ({name}) in the train split; add patients or change fractions or seed"
             )
-        missing += [
-            f"no picture of grade {grade} ({name}) in the {split} split"
-            for split in ("val", "test")
-            if count[split].any() and not count[split][grade]
-        ]
+    missing = []
+    for split in ("val", "test"):
+        names = [f"{grade} ({class_names[grade]})" for grade in np.flatnonzero(count[split] == 0)]
+        if names and count[split].any():
+            missing.append(f"no picture of grade {', '.join(names)} in the {split} split")
     return missing
 
 

@@ -48,7 +48,7 @@ def load_weights(folder: Path, name: str, made_by: str) -> tuple[dict[str, torch
         raise ValueError(f"{description} has format {found!r}; this version of ercn reads format {FORMAT}")
     try:
         with safe_open(weights, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dict, info
+            return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118  not a dict
     except SafetensorError as error:
         raise ValueError(f"{weights} is damaged: {error}") from error
 

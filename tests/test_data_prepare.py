@@ -153,7 +153,7 @@ def test_bad_pictures_are_named_skipped_and_listed(eyepacs, tmp_path, capsys, wo
     about = json.loads((tmp_path / "d" / "prepare.json").read_text())
     reasons = {one["source"]: one["reason"] for one in about["skipped"]}
     assert set(reasons) == {f"train/{path.name}" for path in bad} and len(before) == 16
-    parts = ("cannot be decoded", "not a picture", "no such file", "1200000 pixels; max_pixels is 1000000")
+    parts = ("cannot be decoded", "not a picture", "no such file", "1440000 pixels; max_pixels is 1000000")
     told = capsys.readouterr().err
     for path, part in zip(bad, parts):
         assert part in reasons[f"train/{path.name}"] and f"skipped train/{path.name}: " in told
@@ -174,14 +174,26 @@ def test_missing_pictures_are_told_before_the_work(eyepacs, tmp_path):
         path.unlink()
     with pytest.raises(DataError, match="20 pictures cannot be read, max_unreadable is 10") as raised:
         prepare(config(eyepacs, tmp_path / "d"))
-    assert str(eyepacs / "train" / "10_left.jpeg") in str(raised.value)
-    assert not list((tmp_path / "d").rglob("*.jpg"))
+    assert f"{eyepacs / 'train' / '10_left.jpeg'}: no such file; " in str(raised.value)
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_finished_folder_stays_usable_when_the_photographs_are_gone(eyepacs, tmp_path):
+    before = Manifest.load(prepare(config(eyepacs, tmp_path / "d")))
+    for path in (eyepacs / "train").iterdir():
+        path.unlink()
+    assert Manifest.load(prepare(config(eyepacs, tmp_path / "d"))) == before  # nothing is read anew
+    for path in (tmp_path / "d" / "images").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="20 pictures cannot be read"):
+        prepare(config(eyepacs, tmp_path / "d"))
+    assert Manifest.load(tmp_path / "d") == before  # not marked as unfinished
 
 
 def test_a_grade_without_pictures_is_named(eyepacs, tmp_path):
     put(eyepacs / "trainLabels.csv", b"")
     write_csv(eyepacs / "trainLabels.csv", "image,level", [(f"{i}_left", i % 3) for i in range(10, 20)])
-    with pytest.raises(DataError, match=r"no picture of grade 3 \(severe\)"):
+    with pytest.raises(DataError, match=rf"{eyepacs}: no picture of grade 3 \(severe\)"):
         prepare(config(eyepacs, tmp_path / "d"))
     assert not (tmp_path / "d").exists()
 

@@ -78,6 +78,11 @@ def test_duplicate_ids_are_named_with_both_rows(tmp_path):
     assert "row 4: column 'image': '1_left' again; first in row 2" in message
 
 
+def test_ids_that_differ_in_case_only_are_duplicates(tmp_path):
+    message = fault(read_eyepacs, eyepacs(tmp_path, [("a_left", 0), ("A_left", 0)]))
+    assert "row 3: column 'image': 'A_left' again; first in row 2" in message
+
+
 def test_ids_with_leading_zeros_are_different_ids(tmp_path):
     entries = read_eyepacs(eyepacs(tmp_path, [("01_left", 0), ("1_left", 1)]))
     assert [e.patient for e in entries] == ["01", "1"]

@@ -52,24 +52,24 @@ def test_fractions_must_be_three_shares(shares):
 
 def test_a_patient_in_two_splits_is_named():
     rows = [("7_left", "7", 0, "train"), ("8_left", "8", 1, "train"), ("7_right", "7", 0, "test")]
-    with pytest.raises(DataError, match="patient '7' is in the splits 'train' and 'test'.*'7_right'"):
-        check_splits(rows, NAMES[:2])
+    with pytest.raises(DataError, match="labels.csv: patient '7' is in the splits 'train' and 'test'.*'7_right'"):
+        check_splits(rows, NAMES[:2], "labels.csv")
 
 
 def test_an_empty_class_is_named():
     rows = [("1", "1", 0, "train"), ("2", "2", 1, "train"), ("3", "3", 2, "val")]
     with pytest.raises(DataError, match=r"no picture of grade 2 \(severe\) in the train split"):
-        check_splits(rows, NAMES)
-    with pytest.raises(DataError, match=r"no picture of grade 2 \(severe\); every grade needs some"):
-        check_splits(rows[:2], NAMES)
+        check_splits(rows, NAMES, "labels.csv")
+    with pytest.raises(DataError, match=r"labels.csv: no picture of grade 2 \(severe\); every grade needs some"):
+        check_splits(rows[:2], NAMES, "labels.csv")
 
 
 def test_a_class_that_is_missing_in_val_or_test_is_told():
     rows = [(str(g), str(g), g, "train") for g in range(3)] + [("v", "v", 1, "val")]
-    assert check_splits(rows, NAMES) == [
+    assert check_splits(rows, NAMES, "labels.csv") == [
         "no picture of grade 0 (none), 2 (severe) in the val split",
     ]
-    assert check_splits(rows[:3], NAMES) == []  # no val and no test split at all
+    assert check_splits(rows[:3], NAMES, "labels.csv") == []  # no val and no test split at all
 
 
 def test_hashes_tell_every_change_and_no_order():

@@ -75,21 +75,24 @@ class Table:
             return 0
 
     def unique(self, row: int, column: str, value: str, seen: dict[str, int]) -> bool:
-        """Whether ``value`` may stand as an id: not empty, no path, not ``seen`` in an earlier row; or a fault."""
+        """Whether ``value`` may stand as an id: not empty, no path, not ``seen`` in an earlier row; or a fault.
+
+        Ids name files, and some file systems do not tell ``a`` from ``A``: ids that differ in case only are the same.
+        """
         if not value or any(c in value for c in "/\\:\0") or value.startswith("."):
             self.fault(row, f"column {column!r}: {value!r} is not a picture's name")
             return False
-        if value in seen:
-            self.fault(row, f"column {column!r}: {value!r} again; first in row {seen[value]}")
+        first = seen.setdefault(value.lower(), row)
+        if first != row:
+            self.fault(row, f"column {column!r}: {value!r} again; first in row {first}")
             return False
-        seen[value] = row
         return True
 
     def check(self) -> None:
         """Raises DataError with the first faults, if there were any, or if the table has no rows."""
         if self.faults:
             more = len(self.faults) - SHOWN
-            tail = f"\n  and {more} more" if more > 0 else ""
-            raise DataError(f"{self.path}: {len(self.faults)} fault(s)\n  " + "\n  ".join(self.faults[:SHOWN]) + tail)
+            tail = f"; and {more} more" if more > 0 else ""
+            raise DataError(f"{self.path}: {len(self.faults)} fault(s): " + "; ".join(self.faults[:SHOWN]) + tail)
         if not self._rows:
             raise DataError(f"{self.path}: no rows below the header")

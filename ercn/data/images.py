@@ -28,20 +28,22 @@ def _open(file) -> Image.Image:
 def read_picture(path: str | Path, *, max_pixels: int) -> Image.Image:
     """Reads a picture as RGB, upright (the EXIF orientation is applied) and without metadata.
 
-    The size is checked in the header, before any pixel is decoded. Formats: JPEG, PNG, TIFF, BMP, WebP; 8 bits a
-    channel.
+    The size is checked in the header, before any pixel is decoded; what counts is the square of the longer side, which
+    a crop may have to hold. Formats: JPEG, PNG, TIFF, BMP, WebP; 8 bits a channel.
 
     Raises:
-        DataError: the file is missing, not a picture in one of these formats, truncated or damaged, has more than
-            ``max_pixels`` pixels, or more than 8 bits a channel.
+        DataError: the file is missing, not a picture in one of these formats, truncated or damaged, its longer
+            side squared is more than ``max_pixels``, or it has more than 8 bits a channel.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
             picture = _open(file)
             width, height = picture.size
-            if width * height > max_pixels:
-                raise DataError(f"{path}: {width} x {height} is {width * height} pixels; max_pixels is {max_pixels}")
+            if (pixels := max(width, height) ** 2) > max_pixels:
+                raise DataError(
+                    f"{path}: {width} x {height} lies in a square of {pixels} pixels; max_pixels is {max_pixels}"
+                )
             if picture.mode.startswith(("I", "F")):
                 raise DataError(f"{path}: pixels of mode {picture.mode!r}; 8 bits a channel are needed")
             picture.load()

@@ -88,7 +88,7 @@ class Manifest:
         settings, class_names = about["settings"], about["class_names"]
         records = _read_records(root, settings["size"], len(class_names))
         assigned = [(r.id, r.patient, r.grade, r.split) for r in records]
-        check_splits(assigned, class_names)
+        check_splits(assigned, class_names, str(root / "manifest.csv"))
         saved, found = _read_json(root / "splits.json", "the splits are lost")["splits"], split_hashes(assigned)
         for split in SPLITS:
             if saved.get(split) != found[split]:

@@ -58,13 +58,13 @@ def prepare(config: PrepareConfig) -> Path:
     """
     _check_config(config)
     entries, class_names = _entries(config)
-    notes = check_splits(_assigned(entries), class_names)
+    labels = config.root or config.dataset
+    notes = check_splits(_assigned(entries), class_names, labels)
     out = Path(config.out)
     settings = _settings(config, entries)
+    _limit(_missing(entries, config), config)
     _claim(out, settings)
 
-    missing = [] if config.dataset == "phantom" else [(e, "no such file") for e in entries if not e.source.is_file()]
-    _limit(missing, config)
     for kind in (*LESIONS, "optic_disc") if config.dataset == "phantom" else ():
         (out / "masks" / kind).mkdir(parents=True, exist_ok=True)
     (out / "images").mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ def prepare(config: PrepareConfig) -> Path:
             else:
                 records.append(_record(entry, outcome.geometry, config, out))
     if skipped:
-        notes = check_splits(_assigned(records), class_names)
+        notes = check_splits(_assigned(records), class_names, f"{labels}, less what cannot be read")
     for note in notes:
         logger.warning("%s: %s", out, note)
 
@@ -179,12 +179,20 @@ def _write_about(out: Path, about: dict) -> None:
     write_text(out / "prepare.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
+def _missing(entries: Sequence[Entry], config: PrepareConfig) -> list[tuple[Entry, str]]:
+    """Photographs that are not there and not prepared yet."""
+    if config.dataset == "phantom":
+        return []
+    lost = [e for e in entries if not e.source.is_file() and not (Path(config.out) / _image_path(e, config)).is_file()]
+    return [(entry, "no such file") for entry in lost]
+
+
 def _limit(skipped: Sequence[tuple[Entry, str]], config: PrepareConfig) -> None:
     if len(skipped) > config.max_unreadable:
-        lines = "".join(f"\n  {entry.source}: {reason}" for entry, reason in skipped[:SHOWN])
-        more = f"\n  and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+        lines = "; ".join(f"{entry.source}: {reason}" for entry, reason in skipped[:SHOWN])
+        more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
         raise DataError(
-            f"{len(skipped)} pictures cannot be read, max_unreadable is {config.max_unreadable}:{lines}{more}"
+            f"{len(skipped)} pictures cannot be read, max_unreadable is {config.max_unreadable}: {lines}{more}"
         )
 
 

@@ -20,8 +20,7 @@ def split_patients(grades: Mapping[str, Sequence[int]], fractions: Sequence[floa
 
     Every stratum is shuffled and dealt out by ``fractions``, the largest first; what rounding leaves over is carried
     to the next, so that the sizes of the splits are right to within a few patients at most. The first patient of each
-    stratum goes
-    to train: no worst grade is missing there. (scikit-learn's StratifiedGroupKFold knows equal folds only.)
+    stratum goes to train: no worst grade is missing there. (scikit-learn's StratifiedGroupKFold knows equal folds only.)
 
     grades: patient to the grades of that patient's pictures. fractions: of train, val and test, summing to 1.
     Deterministic in (grades, fractions, seed), whatever the order of ``grades``.
@@ -48,8 +47,9 @@ def split_patients(grades: Mapping[str, Sequence[int]], fractions: Sequence[floa
     return split
 
 
-def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str]) -> list[str]:
-    """Raises DataError if a patient is in two splits, or a class is nowhere or not in train.
+def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str], source: str) -> list[str]:
+    """Raises DataError naming ``source``, a file or folder, if a patient is in two splits, or a class nowhere or not in
+    train.
 
     Returns a sentence for each of val and test that has pictures, but not of every class.
     """
@@ -58,16 +58,17 @@ def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str]) -> 
     for id, patient, grade, split in pictures:
         if home.setdefault(patient, split) != split:
             raise DataError(
-                f"patient {patient!r} is in the splits {home[patient]!r} and {split!r} (picture {id!r}); a patient "
+                f"{source}: patient {patient!r} is in the splits {home[patient]!r} and {split!r} (picture {id!r}); a patient "
                 "belongs to one split"
             )
         count[split][grade] += 1
     for grade, name in enumerate(class_names):
         if not any(count[split][grade] for split in SPLITS):
-            raise DataError(f"no picture of grade {grade} ({name}); every grade needs some")
+            raise DataError(f"{source}: no picture of grade {grade} ({name}); every grade needs some")
         if count["train"][grade] == 0:
             raise DataError(
-                f"no picture of grade {grade} ({name}) in the train split; add patients or change fractions or seed"
+                f"{source}: no picture of grade {grade} ({name}) in the train split; add patients or change fractions "
+                "or seed"
             )
     missing = []
     for split in ("val", "test"):

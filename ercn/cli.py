@@ -20,6 +20,7 @@ from typing import Any, get_type_hints
 from ercn import config as configs
 
 TRAIN_EXTRA = "pip install 'ercn[train]'"
+BENCH_EXTRA = "pip install 'ercn[bench]'"
 COMMANDS: dict[str, tuple[str, type]] = {
     "prepare": ("ercn.data", configs.PrepareConfig),
     "pretrain": ("ercn.training", configs.PretrainConfig),
@@ -33,6 +34,7 @@ SUMMARIES = {
     "train": "train ERCN on image labels",
     "evaluate": "metrics with intervals, localisation against lesion masks, HTML report",
     "predict": "grades and full-resolution heat maps of any pictures",
+    "bench": "time, memory and error of the operators and the network beside plain torch",
     "doctor": "what is installed, which backends run here, and why others do not",
 }
 
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if debug or (error.name or "").split(".")[0] == "ercn":
             raise
-        print(f"error: {error.name} is not installed; this command needs {TRAIN_EXTRA}", file=sys.stderr)
+        extra = BENCH_EXTRA if argv[0] == "bench" else TRAIN_EXTRA
+        print(f"error: {error.name} is not installed; this command needs {extra}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -68,6 +71,8 @@ def _run(command: str, argv: list[str]) -> int:
         return 0
     if command == "doctor":
         return _doctor(argv)
+    if command == "bench":
+        return _function("ercn.benchmarks.command", "bench")(argv)
     if command not in COMMANDS:
         raise ValueError(f"{command!r} is no command; there are {', '.join(SUMMARIES)}")
     module, cls = COMMANDS[command]

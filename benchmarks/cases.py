@@ -1,0 +1,348 @@
+"""The registry of cases: op × direction × shape × dtype, with random inputs, FLOPs and minimum bytes of each.
+
+FLOPs are dense-equivalent: what the op costs without using its symmetry, a multiply-add counting two. Minimum bytes are
+each input read once and each output written once. Directions: "forward" (no graph), "backward" (of a graph built
+beforehand, gradients of every input) and "forward_backward".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DIRECTIONS = ("forward", "backward", "forward_backward")
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPS = ("affinity", "mil", "model")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of a case's function. ``leaves`` are those that need gradients, ``upstream`` is d loss / d output 0."""
+
+    tensors: tuple[Tensor, ...]
+    upstream: Tensor
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return tuple(x for x in self.tensors if x.is_floating_point())
+
+
+@dataclass(frozen=True)
+class AffinityCase:
+    """``affinity_propagate`` of ``maps`` CAMs by normalised features; C = maps + 1 counts the row of ones.
+
+    cam [B, maps, N] uniform in [0, 1], feat [B, D, N] normal, divided by its norm beforehand for every variant.
+    """
+
+    batch: int
+    maps: int
+    dim: int
+    height: int
+    direction: str = "forward"
+    dtype: str = "float32"
+
+    op = "affinity"
+    baseline = "t_gemm"
+
+    @property
+    def pixels(self) -> int:
+        return self.height**2
+
+    @property
+    def size(self) -> int:
+        """What plots have on their x axis: N, pixels."""
+        return self.pixels
+
+    @property
+    def shape(self) -> str:
+        return f"b{self.batch}-c{self.maps + 1}-d{self.dim}-{self.height}x{self.height}"
+
+    @property
+    def series(self) -> str:
+        """What stays the same along that axis."""
+        return f"B {self.batch}, C {self.maps + 1}, D {self.dim}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}/{self.direction}/{self.dtype}/{self.shape}"
+
+    def tiny(self) -> AffinityCase:
+        return replace(self, batch=1, height=4)
+
+    def inputs(self, device: str, kink_safe: bool = False) -> Inputs:
+        """kink_safe: features are small integers times a power of two, so FᵀF is exact in every dtype and no rounding
+        moves a pair of pixels across the ReLU's kink; gradients can then be compared."""
+        generator = torch.Generator().manual_seed(SEED)
+        dtype = DTYPES[self.dtype]
+        cam = torch.rand(self.batch, self.maps, self.pixels, generator=generator)
+        if kink_safe:
+            feat = torch.randint(-3, 4, (self.batch, self.dim, self.pixels), generator=generator) / 32.0
+        else:
+            feat = torch.randn(self.batch, self.dim, self.pixels, generator=generator)
+            feat = feat / (feat.norm(dim=1, keepdim=True) + 1e-5)
+        upstream = torch.randn(cam.shape, generator=generator)
+        return Inputs(tuple(x.to(device, dtype) for x in (cam, feat)), upstream.to(device, dtype))
+
+    def flops(self) -> int:
+        """Forward D + C; backward T again D, [V;G] products of depth C each way, F·W D, and G·A of depth maps."""
+        forward, backward = self.dim + self.maps + 1, 2 * self.dim + 3 * self.maps + 2
+        depth = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[self.direction]
+        return 2 * self.batch * self.pixels**2 * depth
+
+    def min_bytes(self) -> int:
+        maps, feat = self.maps, self.dim
+        rows = {
+            "forward": 2 * maps + feat,
+            "backward": 3 * maps + 2 * feat,
+            "forward_backward": 4 * maps + 2 * feat,
+        }[self.direction]
+        return rows * self.batch * self.pixels * DTYPES[self.dtype].itemsize
+
+    def eager_bytes(self) -> float:
+        """Peak extra memory of the eager version by arithmetic: 2.07 N² buffers forward, 6.1 with the backward."""
+        buffers = {"forward": 2.07, "backward": 6.1, "forward_backward": 6.1}[self.direction]
+        return buffers * self.batch * self.pixels**2 * DTYPES[self.dtype].itemsize
+
+    def gemm_bytes(self) -> float:
+        return self.batch * self.pixels**2 * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class PoolCase:
+    """``gated_attention_pool`` with biases over ``instances`` of D channels in all, L hidden, K heads.
+
+    layout "dense": one bag [1, N, D]; "map": the view [1, N, D] of a channels-first feature map; "ragged": ``bags`` bags
+    of 49 to 4096 instances, [T, D], about ``instances`` in all.
+    """
+
+    instances: int
+    dim: int
+    hidden: int
+    heads: int = 1
+    layout: str = "dense"
+    bags: int = 1
+    direction: str = "forward"
+    dtype: str = "float32"
+
+    op = "mil"
+    baseline = "t_mlp"
+
+    @property
+    def size(self) -> int:
+        return self.instances
+
+    @property
+    def shape(self) -> str:
+        bags = f"-b{self.bags}" if self.layout == "ragged" else ""
+        return f"{self.layout}{bags}-n{self.instances}-d{self.dim}-l{self.hidden}-k{self.heads}"
+
+    @property
+    def series(self) -> str:
+        return f"{self.layout}, D {self.dim}, L {self.hidden}, K {self.heads}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}/{self.direction}/{self.dtype}/{self.shape}"
+
+    def tiny(self) -> PoolCase:
+        return replace(self, instances=64 if self.layout == "dense" else 49 * self.bags)
+
+    def lengths(self) -> list[int]:
+        """Of the ragged bags: uniform draws scaled to add up to ``instances``, then held within [49, 4096]."""
+        generator = torch.Generator().manual_seed(SEED)
+        draws = torch.rand(self.bags, generator=generator)
+        extra = self.instances - 49 * self.bags
+        lengths = (49 + draws / draws.sum() * extra).long().clamp(49, 4096)
+        return lengths.tolist()
+
+    def inputs(self, device: str, kink_safe: bool = False) -> Inputs:
+        """h, V, b_V, U, b_U, w, b_w and, for ragged bags, cu_seqlens. The op has no kink: kink_safe changes nothing."""
+        generator = torch.Generator().manual_seed(SEED)
+        dtype, dim, hidden, heads = DTYPES[self.dtype], self.dim, self.hidden, self.heads
+
+        def randn(*shape: int, scale: float = 1.0) -> Tensor:
+            return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+
+        weights = [randn(hidden, dim, scale=dim**-0.5), randn(hidden), randn(hidden, dim, scale=dim**-0.5)]
+        weights += [randn(hidden), randn(heads, hidden, scale=hidden**-0.5), randn(heads)]
+        if self.layout == "ragged":
+            bounds = torch.tensor([0, *self.lengths()]).cumsum(0).int().to(device)
+            h = randn(sum(self.lengths()), dim)
+            return Inputs((h, *weights, bounds), randn(self.bags, heads, dim))
+        h = randn(1, dim, self.instances).mT if self.layout == "map" else randn(1, self.instances, dim)
+        return Inputs((h, *weights), randn(1, heads, dim))
+
+    def total(self) -> int:
+        return sum(self.lengths()) if self.layout == "ragged" else self.instances
+
+    def projection_flops(self) -> int:
+        """One pass of [V|U] over all instances."""
+        return 4 * self.total() * self.dim * self.hidden
+
+    def flops(self) -> int:
+        """Forward one product [V|U]; backward that one again, one for the weights, one for h."""
+        narrow = 2 * self.total() * self.heads * (self.hidden + self.dim)
+        products, narrows = {"forward": (1, 1), "backward": (3, 2), "forward_backward": (4, 3)}[self.direction]
+        return products * self.projection_flops() + narrows * narrow
+
+    def min_bytes(self) -> int:
+        h, scores = self.total() * self.dim, self.total() * self.heads
+        pooled = self.bags * self.heads * self.dim
+        weights = 2 * self.hidden * (self.dim + 1) + self.heads * (self.hidden + 1)
+        elements = {
+            "forward": h + weights + pooled + scores,
+            "backward": 2 * h + 2 * weights + pooled + scores,
+            "forward_backward": 2 * h + 2 * weights + 2 * pooled + scores,
+        }[self.direction]
+        return elements * DTYPES[self.dtype].itemsize
+
+    def eager_bytes(self) -> float:
+        """Upper estimate: five [N, L] activations forward, ten with the backward, and the gradient of h."""
+        rows = 5 * self.hidden if self.direction == "forward" else 10 * self.hidden + 2 * self.dim
+        return rows * self.total() * DTYPES[self.dtype].itemsize
+
+    def gemm_bytes(self) -> float:
+        return 2 * self.hidden * self.total() * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """The whole network at ``image_size`` pixels, ResNet-50, output stride 16, with the default losses.
+
+    "forward" is inference in eval mode; "forward_backward" one training step (two views, the hybrid equivariant loss,
+    gradients of all parameters, no optimizer). bfloat16 and float16 are autocast.
+    """
+
+    image_size: int
+    batch: int = 1
+    backbone: str = "resnet50"
+    direction: str = "forward"
+    dtype: str = "float32"
+
+    op = "model"
+    baseline = "eager"
+
+    @property
+    def size(self) -> int:
+        return self.image_size**2
+
+    @property
+    def shape(self) -> str:
+        return f"{self.backbone}-b{self.batch}-{self.image_size}px"
+
+    @property
+    def series(self) -> str:
+        return f"{self.backbone}, B {self.batch}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}/{self.direction}/{self.dtype}/{self.shape}"
+
+    def tiny(self) -> ModelCase:
+        return replace(self, image_size=64)
+
+    def eager_bytes(self) -> float:
+        """The affinity's N² buffers alone; activations of the backbone come on top for every variant alike."""
+        pixels = (self.image_size // 16) ** 2
+        views, buffers = (1, 2.07) if self.direction == "forward" else (2, 6.1)
+        return views * buffers * self.batch * pixels**2 * 4
+
+
+Case = AffinityCase | PoolCase | ModelCase
+
+
+def _affinity(gpu: bool) -> list[AffinityCase]:
+    shapes = [
+        AffinityCase(batch, maps, dim, height)
+        for height in (28, 56, 96, 128, 256)
+        for dim in (64, 128, 192, 256)
+        for maps in (5, 21)
+        for batch in (1, 8)
+    ]
+    return _directions_and_dtypes(shapes, gpu)
+
+
+def _mil(gpu: bool) -> list[PoolCase]:
+    dense = [
+        PoolCase(instances, dim, hidden, heads)
+        for instances in (49, 1024, 4096, 8192, 32768, 65536)
+        for dim in (512, 1024, 2048)
+        for hidden in (128, 256, 512)
+        for heads in (1, 4)
+    ]
+    maps = [PoolCase(height**2, dim, hidden, layout="map") for height in (7, 32, 64, 128) for dim in (512, 2048)
+            for hidden in (128, 256)]  # fmt: skip
+    ragged = [PoolCase(bags * 2048, dim, 256, layout="ragged", bags=bags) for bags in (8, 64) for dim in (512, 1024)]
+    return _directions_and_dtypes(dense + maps + ragged, gpu)
+
+
+def _model(gpu: bool) -> list[ModelCase]:
+    shapes = [ModelCase(size, batch) for size in (512, 1024, 2048) for batch in (1, 8)]
+    return [case for case in _directions_and_dtypes(shapes, gpu) if case.direction != "backward"]
+
+
+def _directions_and_dtypes(shapes: list, gpu: bool) -> list:
+    dtypes = DTYPES if gpu else ("float32", "bfloat16")
+    return [
+        replace(shape, direction=direction, dtype=dtype)
+        for shape in shapes
+        for dtype in dtypes
+        for direction in DIRECTIONS
+    ]
+
+
+def registry(op: str, device: str) -> list[Case]:
+    """Every case of an op. TF32 and float16 are measured on GPUs only."""
+    gpu = device == "cuda"
+    return {"affinity": _affinity, "mil": _mil, "model": _model}[op](gpu)
+
+
+# The standard suites: what the README shows and what the kernels' targets are stated for.
+_STANDARD = {
+    "cpu": (
+        r"affinity/.*/float32/b1-c6-d192-(28x28|56x56)",
+        r"affinity/(forward|forward_backward)/float32/b1-c6-d192-96x96",
+        r"affinity/(forward|forward_backward)/float32/b1-c22-d(64|192)-56x56",
+        r"affinity/forward/float32/b1-c6-d192-128x128",
+        r"affinity/forward/bfloat16/b1-c6-d192-56x56",
+        r"mil/(forward|forward_backward)/float32/dense-n(49|1024|8192)-d512-l256-k1",
+        r"mil/forward/float32/dense-n8192-d1024-l256-k4",
+        r"mil/forward/float32/map-n4096-d512-l128-k1",
+        r"mil/(forward|forward_backward)/float32/ragged-b8-n16384-d512-l256-k1",
+        r"model/.*/float32/resnet50-b1-512px",
+    ),
+    "cuda": (
+        r"affinity/.*/bfloat16/b1-c22-d(64|192|256)-(56x56|128x128|256x256)",
+        r"affinity/.*/bfloat16/b8-c22-d192-56x56",
+        r"affinity/.*/(float32|tf32)/b1-c22-d192-(56x56|128x128)",
+        r"affinity/.*/float32/b1-c22-d192-256x256",
+        r"affinity/forward/bfloat16/b1-c6-d192-(28x28|56x56|96x96|128x128|256x256)",
+        r"mil/.*/bfloat16/dense-n(49|1024|8192|65536)-d1024-l256-k1",
+        r"mil/forward/bfloat16/dense-n65536-d512-l128-k1",
+        r"mil/.*/tf32/dense-n8192-d1024-l256-k1",
+        r"mil/.*/bfloat16/dense-n8192-d2048-l512-k4",
+        r"mil/forward/bfloat16/map-n4096-d2048-l128-k1",
+        r"mil/.*/bfloat16/ragged-b64-n131072-d1024-l256-k1",
+        r"model/.*/bfloat16/resnet50-b1-(1024|2048)px",
+        r"model/.*/bfloat16/resnet50-b8-512px",
+    ),
+}
+_QUICK = (
+    r"affinity/.*/float32/b1-c6-d192-28x28",
+    r"mil/(forward|forward_backward)/float32/dense-n1024-d512-l128-k1",
+)
+
+
+def suite(op: str, device: str, name: str) -> list[Case]:
+    """The cases of "quick", "standard" or "full" for one op or "all"."""
+    import re
+
+    cases = [case for each in (OPS if op == "all" else (op,)) for case in registry(each, device)]
+    if name == "full":
+        return cases
+    patterns = _QUICK if name == "quick" else _STANDARD[device]
+    return [case for case in cases if any(re.fullmatch(pattern, case.id) for pattern in patterns)]

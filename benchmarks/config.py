@@ -1,0 +1,70 @@
+"""Configuration of ``ercn bench`` and its three tools, as frozen dataclasses with the command line's option names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """``ercn bench [affinity|mil|model|all]``.
+
+    op: affinity, mil, model or all. device: "auto" takes the GPU where torch can use one.
+    backend: measure only this one of ours (ercn doctor lists them), besides the baselines. direction: only this one.
+    dtype: only this one. filter: only cases whose id contains a match of this regular expression. quick: a few small cases,
+    few rounds. full: every registered case instead of the standard ones; with filter, any shape.
+    seconds: of rounds per case. rounds: at least so many per case. threads: of torch on the CPU, 0 leaves torch's own
+    number. memory: measure peak memory too. list: print the ids of the chosen cases and stop.
+    save: FILE.json for the results, FILE.csv beside it; rows appear in FILE.jsonl while it runs.
+    """
+
+    op: str = "all"
+    device: str = "auto"
+    backend: str = ""
+    direction: Literal["forward", "backward", "forward_backward", "all"] = "all"
+    dtype: Literal["float32", "tf32", "bfloat16", "float16", "all"] = "all"
+    filter: str = ""
+    quick: bool = False
+    full: bool = False
+    seconds: float = 8.0
+    rounds: int = 5
+    threads: int = 0
+    memory: bool = True
+    list: bool = False
+    save: str = ""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """``ercn bench compare BEFORE AFTER``: exit code 1 where something became slower.
+
+    files: two result files. metric: "ratio" compares times relative to the case's own baseline product, which cancels the
+    machine's speed; "time" compares milliseconds. threshold: a change below this factor is never a verdict.
+    """
+
+    files: tuple[str, ...] = ()
+    metric: Literal["ratio", "time"] = "ratio"
+    threshold: float = 1.1
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """``ercn bench plot FILE…``: figures of one file, or of several side by side, as PNG and SVG.
+
+    files: result files. out: folder for the figures.
+    """
+
+    files: tuple[str, ...] = ()
+    out: str = "runs/bench"
+
+
+@dataclass(frozen=True)
+class ReadmeConfig:
+    """``ercn bench readme FILE…``: writes the performance section from result files.
+
+    files: result files; they should be committed. readme: the file with the two marker comments.
+    """
+
+    files: tuple[str, ...] = ()
+    readme: str = "README.md"

@@ -1,0 +1,120 @@
+"""Peak extra memory of one call: what the process or the GPU holds at most, less what it held before the call.
+
+On a GPU torch's allocator counts it. On a CPU a fresh process runs the variant alone: the kernel's high-water mark of
+resident memory is reset after the inputs exist, so results, temporaries and the libraries' own buffers all count.
+(``ru_maxrss`` would not do: it survives exec and cannot be reset.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ercn.benchmarks.cases import Case
+
+RESERVE = 0.9  # of the free memory may be asked for
+
+
+def free_bytes(device: str) -> float | None:
+    """What can be allocated without swapping, None where the system does not say."""
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def does_not_fit(needed: float, held: float, device: str) -> str | None:
+    """A sentence where ``needed`` bytes, beside ``held`` ones that others will take, exceed the free memory."""
+    free = free_bytes(device)
+    if free is None or needed <= RESERVE * free - held:
+        return None
+    taken = f", of which {held / 1e9:.1f} GB go to variants that take turns with it" if held else ""
+    return f"does not fit: needs {needed / 1e9:.1f} GB by arithmetic, {free / 1e9:.1f} GB are free{taken}"
+
+
+def cuda_peak(make: Callable[[], Callable[[], object]]) -> int:
+    """Peak extra bytes of calling what ``make`` returns."""
+    run = make()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak(case: Case, variant: str, backend: str, threads: int) -> int:
+    """Peak extra bytes of the variant's call in a fresh process; OSError where this system cannot tell."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = _server().Process(target=_measure, args=(sender, case, variant, backend, threads), daemon=False)
+    child.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        child.join()
+        answer = f"the measuring process ended with code {child.exitcode}"
+    child.join()
+    if isinstance(answer, str):
+        raise OSError(answer)
+    return answer
+
+
+@cache
+def _server() -> multiprocessing.context.BaseContext:
+    """Children start from a process that has imported torch and run nothing: no thread pool, no buffer, in 20 ms."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ercn.benchmarks.variants"])
+    return context
+
+
+def _measure(sender, case: Case, variant: str, backend: str, threads: int) -> None:
+    try:
+        sender.send(_peak_here(case, variant, backend, threads))
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong here is the answer
+        sender.send(f"{type(error).__name__}: {error}")
+    finally:
+        sender.close()
+
+
+def _peak_here(case: Case, variant: str, backend: str, threads: int) -> int:
+    from ercn.benchmarks.variants import inputs_of, precision, variants
+
+    torch.set_num_threads(threads)
+    chosen = next(v for v in variants(case, "cpu", backend) if v.name == variant)
+    with precision(case):
+        tiny = case.tiny()
+        chosen.make(tiny, inputs_of(tiny, "cpu"))()  # thread pools and libraries start up
+        inputs = inputs_of(case, "cpu")
+        run = chosen.make(case, inputs)
+        if variant == "compile":  # the compiler's own memory is not the program's
+            run()
+        gc.collect()
+        _trim()
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        run()
+        return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _trim() -> None:
+    """Give freed heap pages back, which would otherwise be used again uncounted."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return

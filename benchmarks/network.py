@@ -1,0 +1,122 @@
+"""The whole network as a case: inference and a training step, with our operators or with eager ones in their place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ercn.benchmarks import eager
+from ercn.benchmarks.cases import DTYPES, SEED, Inputs, ModelCase
+from ercn.config import LossConfig, ModelConfig
+from ercn.ops import use_backend
+
+EAGER = "eager"
+
+
+def obstacle() -> str | None:
+    """Why the network cannot be measured here, in a sentence."""
+    try:
+        import timm  # noqa: F401
+    except ModuleNotFoundError:
+        return "the network needs timm: pip install 'ercn[train]'"
+    return None
+
+
+def inputs(case: ModelCase, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Normal noise for pictures, and grades; the network's weights come from the same seed."""
+    generator = torch.Generator().manual_seed(SEED)
+    image = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=generator)
+    grade = torch.arange(case.batch) % 5
+    return Inputs((image.to(device, dtype), grade.to(device)), torch.ones((), device=device))
+
+
+def runner(case: ModelCase, inputs: Inputs, backend: str) -> Callable[[], tuple[Tensor, ...]]:
+    """backend: one of ours, "" for the automatic choice, or ``EAGER``. Forward returns logits and refined CAM."""
+    from ercn.models import ERCN
+
+    image, grade = inputs.tensors
+    torch.manual_seed(SEED)
+    model = ERCN(ModelConfig(backbone=case.backbone)).to(image.device, image.dtype, memory_format=torch.channels_last)
+    return _step(case, model, image.contiguous(memory_format=torch.channels_last), grade, backend)
+
+
+def _step(case: ModelCase, model: nn.Module, image: Tensor, grade: Tensor, backend: str) -> Callable:
+    from ercn.objective import ercn_loss
+
+    transform = _transform(case.image_size)
+    half = case.dtype in ("bfloat16", "float16")
+
+    @contextlib.contextmanager
+    def scope() -> Iterator[None]:
+        cast = torch.autocast(image.device.type, DTYPES[case.dtype]) if half else contextlib.nullcontext()
+        with _operators(backend), cast:
+            yield
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad(), scope():
+            output = model(image)
+        return output.logits, output.refined_cam
+
+    def train() -> tuple[Tensor, ...]:
+        with scope():
+            loss, _ = ercn_loss(model, image, grade, model.config, LossConfig(), transform)
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+    model.train(case.direction != "forward")
+    return forward if case.direction == "forward" else train
+
+
+@cache
+def _transform(image_size: int) -> Callable[[Tensor], Tensor]:
+    """The map between the two views of a step, from the seed."""
+    from ercn.transforms import sample_transform
+
+    config, generator = LossConfig(), torch.Generator().manual_seed(SEED)
+    return sample_transform(config.transform, generator, rescale=config.rescale, size=image_size)
+
+
+@contextlib.contextmanager
+def _operators(backend: str) -> Iterator[None]:
+    if backend == EAGER:
+        with (
+            mock.patch("ercn.nn.affinity_propagate", eager.propagate),
+            mock.patch("ercn.nn.gated_attention_pool", eager.gated_attention_pool),
+        ):
+            yield
+    elif backend:
+        with use_backend(backend):
+            yield
+    else:
+        yield
+
+
+@cache
+def flops(case: ModelCase) -> int:
+    """Counted by torch on tensors without data, the operators by their dense formulas."""
+    from ercn.models import ERCN
+
+    case = replace(case, dtype="float32")  # autocast does not exist for tensors without data; counts are the same
+    _transform(case.image_size)  # draws numbers, which tensors without data cannot
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = ERCN(ModelConfig(backbone=case.backbone))
+        _step(case, model, *inputs(case, "cpu").tensors, "")()
+    return counter.get_total_flops()
+
+
+@cache
+def min_bytes(case: ModelCase) -> int:
+    """Pictures and weights read once, and in training as many gradients written."""
+    from ercn.models import ERCN
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in ERCN(ModelConfig(backbone=case.backbone)).parameters())
+    copies = 1 if case.direction == "forward" else 2
+    return (case.batch * 3 * case.size + copies * parameters) * 4

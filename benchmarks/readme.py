@@ -1,0 +1,98 @@
+"""``ercn bench readme FILE…``: the README's performance section, from result files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ercn.benchmarks.config import ReadmeConfig
+from ercn.benchmarks.environment import machine
+from ercn.benchmarks.results import Row, load, timed
+from ercn.training.files import write_text
+
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+COLUMNS = ("case", "fastest of ours", "ms (p20–p80)", "/ one product", "eager ms", "eager / ours", "peak MB, ours",
+           "peak MB, eager", "error, ours", "error, eager")  # fmt: skip
+
+
+def readme(config: ReadmeConfig) -> int:
+    """Replace what stands between the two markers. ValueError where a marker is missing."""
+    path = Path(config.readme)
+    if not path.is_file():
+        raise ValueError(f"--readme {path} is no file")
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise ValueError(f"{path} must hold {BEGIN} and, after it, {END}, once each")
+    section = render([(name, load(name)) for name in config.files])
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    write_text(path, f"{head}\n{section}\n{tail}")
+    return 0
+
+
+def render(runs: list[tuple[str, dict[str, Any]]]) -> str:
+    """Markdown: per file its machine, command and a table with one line per case."""
+    blocks = [
+        "Median times of interleaved runs on random data. *One product* is the dense matrix product that plain torch cannot "
+        "avoid (`torch.matmul(fᵀ, f, out=…)` for the affinity, `torch.mm(h, [V|U], out=…)` for the pool, each into memory "
+        "that exists); *eager* is plain torch as SEAM and AMLab write it. Peak memory is beyond the inputs; error is the "
+        "largest one against float64, relative to the largest value."
+    ]
+    blocks += [_machine(name, run) for name, run in runs]
+    if not any(run["environment"]["device"] == "cuda" for _, run in runs):
+        blocks.append("No GPU has been measured yet: there are no GPU numbers.")
+    return "\n\n".join(blocks)
+
+
+def _machine(name: str, run: dict[str, Any]) -> str:
+    values, peaks = run["environment"], run["ceilings"]
+    commit = (values.get("git") or {}).get("commit", "unknown")[:12]
+    rates = ", ".join(f"{dtype} {rate:,.0f} GFLOP/s" for dtype, rate in peaks["gemm_gflops"].items())
+    lines = [
+        f"**{machine(values)}**, torch {values['packages']['torch']}, commit {commit}. Large matrix product: {rates}; "
+        f"copy: {peaks['copy_gbps']:.1f} GB/s. Every number: [{Path(name).name}]({Path(name).as_posix()}).",
+        "",
+        f"`{values['command']}`",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+    ]
+    for case in dict.fromkeys(row["case"] for row in run["rows"]):
+        lines.append(_line([row for row in run["rows"] if row["case"] == case]))
+    return "\n".join(lines)
+
+
+def _line(rows: list[Row]) -> str:
+    eager = next((row for row in rows if row["variant"] == "eager"), None)
+    ours = [row for row in timed({"rows": rows}) if row["variant"].startswith("ercn-")]
+    if not ours:
+        why = "; ".join(f"{row['variant']} {row['status']}: {row['reason']}" for row in rows if row["status"] != "ok")
+        return f"| {_case(rows[0])} | none | {why} |{' |' * (len(COLUMNS) - 3)}"
+    best = min(ours, key=lambda row: row["median_ms"])
+    product = best["ratios"].get(best["baseline"]) if best["baseline"] != "eager" else None
+    has_eager = eager is not None and eager["status"] == "ok"
+    cells = [
+        _case(best),
+        best["variant"].removeprefix("ercn-"),
+        f"{best['median_ms']:.3g} ({best['p20_ms']:.3g}–{best['p80_ms']:.3g})",
+        f"{product['median']:.2f}" if product else "–",
+        f"{eager['median_ms']:.3g}" if has_eager else (eager["status"] if eager else "–"),
+        f"{1 / best['ratios']['eager']['median']:.2f}×" if has_eager else "–",
+        _megabytes(best.get("peak_extra_mb")),
+        _megabytes(eager.get("peak_extra_mb")) if has_eager else _needed(eager),
+        f"{best['error']:.1e}",
+        f"{best['judge_error']:.1e}" if best["judge"] == "eager" else "–",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _case(row: Row) -> str:
+    return f"{row['op']} {row['direction'].replace('_', ' + ')}, {row['dtype']}, {row['shape']}"
+
+
+def _megabytes(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.1f}"
+
+
+def _needed(eager: Row | None) -> str:
+    expected = eager and eager.get("expected_extra_mb")
+    return f"needs {expected:,.0f}" if expected else "–"

@@ -1,0 +1,11 @@
+"""Regression timings of ``ercn.ops.affinity_propagate``: pytest benchmarks/test_affinity.py --benchmark-autosave, then --benchmark-compare."""
+
+import pytest
+
+from ercn.benchmarks.regression import check_and_time, parameters
+
+
+@pytest.mark.benchmark(max_time=0.5, min_rounds=3)
+@pytest.mark.parametrize("case, variant", parameters("affinity"))
+def test_affinity(benchmark, case, variant):
+    check_and_time(benchmark, case, variant)

@@ -1,0 +1,260 @@
+"""What runs in a case: our backends, the baselines they are compared with, and a labelled yardstick."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ercn.benchmarks import eager, network
+from ercn.benchmarks.cases import AffinityCase, Case, Inputs, ModelCase, PoolCase
+from ercn.ops import _backends, affinity_propagate, gated_attention_pool
+
+Runner = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case.
+
+    make: from case and inputs, what is timed; it returns outputs or gradients.
+    role: "ercn", "baseline" (the same result), or "yardstick" (other mathematics, so nothing to verify).
+    flops: what it executes itself. bytes: memory it is known to need beside the inputs, 0 if little.
+    """
+
+    name: str
+    role: str
+    make: Callable[[Case, Inputs], Runner]
+    flops: Callable[[Case], int | None]
+    bytes: Callable[[Case], float] = lambda case: 0.0
+    backend: str = ""
+
+    def obstacle(self, case: Case, inputs: Inputs) -> str | None:
+        """Why our backend cannot run the case, in its own words."""
+        if not self.backend:
+            return None
+        row = next(row for row in _backends.TABLE if row.name == self.backend)
+        ops = {"affinity": ["relu_affinity"], "mil": ["gated_attention_pool"]}.get(
+            case.op, ["relu_affinity", "gated_attention_pool"]
+        )
+        for op in ops:
+            tensors = inputs.tensors[::-1] if case.op == "affinity" else inputs.tensors
+            if reason := row.can_run(op, tensors):
+                return f"backend {self.backend!r} cannot run {op}: {reason}"
+        return None
+
+
+@contextlib.contextmanager
+def precision(case: Case) -> Iterator[None]:
+    """TF32 products for the dtype "tf32", fp32 ones for every other."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def variants(case: Case, device: str, backend: str = "") -> list[Variant]:
+    """Baselines first. ``backend`` leaves only that one of ours."""
+    ours = [row.name for row in _backends.TABLE if row.device in ("any", device)]
+    if backend:
+        ours = [backend]
+    build = {AffinityCase: _affinity_variants, PoolCase: _pool_variants, ModelCase: _model_variants}[type(case)]
+    return build(case, ours)
+
+
+def inputs_of(case: Case, device: str) -> Inputs:
+    return network.inputs(case, device) if isinstance(case, ModelCase) else case.inputs(device)
+
+
+def _in_direction(function: Callable[..., Tensor]) -> Callable[[Case, Inputs], Runner]:
+    """What is timed of a differentiable function: its value, its backward, or both."""
+
+    def make(case: Case, inputs: Inputs) -> Runner:
+        if case.direction == "forward":
+
+            def forward() -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    return (function(case, *inputs.tensors),)
+
+            return forward
+        tensors = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs.tensors]
+        leaves = [x for x in tensors if x.requires_grad]
+        if case.direction == "backward":
+            out = function(case, *tensors)
+            return lambda: torch.autograd.grad(out, leaves, inputs.upstream, retain_graph=True)
+        return lambda: torch.autograd.grad(function(case, *tensors), leaves, inputs.upstream)
+
+    return make
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    """Compiled once for all shapes. Donated buffers would forbid timing one graph's backward repeatedly."""
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, dynamic=True)
+
+
+def _eager_affinity_flops(case: AffinityCase) -> int:
+    forward, backward = case.dim + case.maps, 2 * (case.dim + case.maps)
+    depth = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[case.direction]
+    return 2 * case.batch * case.pixels**2 * depth
+
+
+def _blockwise_affinity_flops(case: AffinityCase) -> int:
+    again = 0 if case.direction == "forward" else 2 * case.batch * case.pixels**2 * (case.dim + case.maps)
+    return _eager_affinity_flops(case) + again
+
+
+def _t_gemm(case: AffinityCase, inputs: Inputs) -> Runner:
+    """The one product that eager cannot avoid, into memory that exists already."""
+    feat = inputs.tensors[1]
+    out = feat.new_empty(case.batch, case.pixels, case.pixels)
+    out.zero_()  # its pages exist before anything is timed
+
+    def run() -> tuple[Tensor, ...]:
+        torch.matmul(feat.mT, feat, out=out)
+        return ()
+
+    return run
+
+
+def _sdpa_affinity(case: AffinityCase, feat: Tensor) -> Tensor:
+    q = feat.mT.unsqueeze(1)  # [B, 1, N, D]
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+def _sdpa_affinity_make(case: AffinityCase, inputs: Inputs) -> Runner:
+    feat = inputs.tensors[1].mT.contiguous().mT
+    upstream = torch.randn_like(feat.mT.unsqueeze(1))
+    return _in_direction(_sdpa_affinity)(case, Inputs((feat,), upstream))
+
+
+def _attention_flops(case: AffinityCase) -> int:
+    products = {"forward": 2, "backward": 5, "forward_backward": 7}[case.direction]
+    return products * 2 * case.batch * case.pixels**2 * case.dim
+
+
+def _affinity_variants(case: AffinityCase, ours: list[str]) -> list[Variant]:
+    def ercn(name: str) -> Callable[..., Tensor]:
+        return lambda case, cam, feat: affinity_propagate(cam, feat, normalize=False, backend=name)
+
+    def compiled(case: AffinityCase, cam: Tensor, feat: Tensor) -> Tensor:
+        return _compiled(eager.affinity)(cam, feat)
+
+    big = AffinityCase.eager_bytes
+    return [
+        Variant("t_gemm", "yardstick", _t_gemm, lambda c: 2 * c.batch * c.pixels**2 * c.dim, AffinityCase.gemm_bytes),
+        Variant("eager", "baseline", _in_direction(lambda c, *x: eager.affinity(*x)), _eager_affinity_flops, big),
+        Variant("compile", "baseline", _in_direction(compiled), _eager_affinity_flops, big),
+        Variant(
+            "blockwise",
+            "baseline",
+            _in_direction(lambda c, *x: eager.blockwise_affinity(*x)),
+            _blockwise_affinity_flops,
+        ),
+        Variant("sdpa", "yardstick", _sdpa_affinity_make, _attention_flops),
+        *(Variant(f"ercn-{name}", "ercn", _in_direction(ercn(name)), AffinityCase.flops, backend=name) for name in ours),
+    ]
+
+
+def _each_bag(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A pool of dense bags on every layout; ragged bags one after the other, as bags of batch size 1 are trained."""
+
+    def pool(case: PoolCase, h: Tensor, *rest: Tensor) -> Tensor:
+        if case.layout != "ragged":
+            return function(h, *rest)
+        weights = rest[:-1]
+        return torch.cat([function(bag.unsqueeze(0), *weights) for bag in h.split(case.lengths())])
+
+    return pool
+
+
+def _t_mlp(case: PoolCase, inputs: Inputs) -> Runner:
+    """The one product that eager cannot avoid, into memory that exists already."""
+    h, v, u = inputs.tensors[0], inputs.tensors[1], inputs.tensors[3]
+    h = h if case.layout == "ragged" else h[0]
+    weight = torch.cat([v, u]).mT  # [D, 2L]
+    out = h.new_empty(h.shape[0], weight.shape[1])
+    out.zero_()
+
+    def run() -> tuple[Tensor, ...]:
+        torch.mm(h, weight, out=out)
+        return ()
+
+    return run
+
+
+def _sdpa_pool(case: PoolCase, h: Tensor) -> Tensor:
+    """One query attends to all instances, D split into heads of 64."""
+    keys = h.reshape(1, -1, case.dim // 64, 64).transpose(1, 2)  # [1, D/64, N, 64]
+    return F.scaled_dot_product_attention(keys[:, :, :1], keys, keys)
+
+
+def _sdpa_pool_make(case: PoolCase, inputs: Inputs) -> Runner:
+    h = inputs.tensors[0]
+    upstream = h.new_ones(1, case.dim // 64, 1, 64)
+    return _in_direction(_sdpa_pool)(case, Inputs((h,), upstream))
+
+
+def _pool_attention_flops(case: PoolCase) -> int:
+    products = {"forward": 2, "backward": 5, "forward_backward": 7}[case.direction]
+    return products * 2 * case.total() * case.dim
+
+
+def _eager_pool_flops(case: PoolCase) -> int:
+    again = case.projection_flops() if case.direction != "forward" else 0
+    return case.flops() - again
+
+
+def _pool_variants(case: PoolCase, ours: list[str]) -> list[Variant]:
+    def ercn(name: str) -> Callable[..., Tensor]:
+        def run(case: PoolCase, h: Tensor, *rest: Tensor) -> Tensor:
+            weights, bounds = (rest[:-1], rest[-1]) if case.layout == "ragged" else (rest, None)
+            return gated_attention_pool(h, *weights, cu_seqlens=bounds, backend=name)[0]
+
+        return run
+
+    def one_bag(name: str) -> Callable[[Case, Inputs], Runner]:
+        def make(case: PoolCase, inputs: Inputs) -> Runner:
+            h, *weights, _ = inputs.tensors
+            whole = replace(case, layout="dense", instances=len(h), bags=1)
+            one = Inputs((h.unsqueeze(0), *weights), inputs.upstream[:1])
+            return _in_direction(ercn(name))(whole, one)
+
+        return make
+
+    def compiled(*tensors: Tensor) -> Tensor:
+        return _compiled(eager.pool)(*tensors)
+
+    big = PoolCase.eager_bytes
+    rows = [
+        Variant("t_mlp", "yardstick", _t_mlp, PoolCase.projection_flops, PoolCase.gemm_bytes),
+        Variant("eager", "baseline", _in_direction(_each_bag(eager.pool)), _eager_pool_flops, big),
+        Variant("compile", "baseline", _in_direction(_each_bag(compiled)), _eager_pool_flops, big),
+        Variant("blockwise", "baseline", _in_direction(_each_bag(eager.blockwise_pool)), PoolCase.flops),
+        Variant("sdpa", "yardstick", _sdpa_pool_make, _pool_attention_flops),
+    ]
+    for name in ours:
+        rows.append(Variant(f"ercn-{name}", "ercn", _in_direction(ercn(name)), PoolCase.flops, backend=name))
+        if case.layout == "ragged":
+            rows.append(Variant(f"one_bag-{name}", "yardstick", one_bag(name), PoolCase.flops, backend=name))
+    return rows
+
+
+def _model_variants(case: ModelCase, ours: list[str]) -> list[Variant]:
+    def make(backend: str) -> Callable[[Case, Inputs], Runner]:
+        return lambda case, inputs: network.runner(case, inputs, backend)
+
+    rows = [Variant("eager", "baseline", make(network.EAGER), network.flops, ModelCase.eager_bytes)]
+    # Both ops must run there; where one backend lacks an op, the automatic choice is what people get.
+    named = [Variant(f"ercn-{name}", "ercn", make(name), network.flops, backend=name) for name in ours]
+    return [*rows, Variant("ercn-auto", "ercn", make(""), network.flops), *named]

@@ -1,0 +1,91 @@
+"""Is a variant's output right? Its error against float64, beside the error of the eager version in the same dtype.
+
+The rule is that of the operators' tests: err ≤ 2 · err(eager) + one rounding to the output's dtype + 8 ulps of float32.
+Forward outputs are compared on the data that is timed, gradients on kink-safe data of the same shape (see
+``AffinityCase.inputs``), since one pair of pixels that rounding moves across ReLU's kink changes a gradient by far more
+than rounding does. Of the network, the logits and refined CAM of inference are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ercn.benchmarks import network
+from ercn.benchmarks.cases import Case, Inputs, ModelCase
+from ercn.benchmarks.variants import Variant, precision, variants
+
+EAGER_LIMIT = 0.1  # the judge itself must be this near to float64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """error and judge_error are relative to the largest exact value; reason is None where the output is right."""
+
+    error: float
+    judge: str
+    judge_error: float
+    reason: str | None
+
+
+class Judge:
+    """Holds the exact results of a case, and the error of eager (of the blockwise version where eager has no room)."""
+
+    def __init__(self, case: Case, device: str, name: str) -> None:
+        self.case, self.device, self.name = case, device, name
+        table = {v.name: v for v in variants(case, device)}
+        exact = "eager" if isinstance(case, ModelCase) else "ercn-reference"
+        self.exact = _outputs(table[exact], case, device, torch.float64)
+        self.error = self._error(table[name])
+
+    def _error(self, variant: Variant) -> float:
+        outputs = _outputs(variant, self.case, self.device, None)
+        largest = max(e.abs().max().item() for e in self.exact)
+        errors = []
+        for actual, exact in zip(outputs, self.exact, strict=True):
+            if actual.shape != exact.shape:
+                return float("inf")
+            scale = exact.abs().max().item()
+            if scale < 1e-6 * largest:  # a gradient that is 0 in exact arithmetic, as that of b_w, has no scale
+                scale = largest
+            errors.append(((actual.double() - exact).abs().max() / scale).nan_to_num(nan=float("inf")).item())
+        return max(errors)
+
+    def verdict(self, variant: Variant) -> Verdict:
+        error = self.error if variant.name == self.name else self._error(variant)
+        if variant.name == self.name:
+            limit = EAGER_LIMIT
+        else:
+            limit = 2 * self.error + _rounding(self.case)
+        wrong = not error <= limit
+        reason = f"wrong output: error {error:.1e}, allowed {limit:.1e}" if wrong else None
+        return Verdict(error, self.name, self.error, reason)
+
+
+def _rounding(case: Case) -> float:
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.dtype, torch.float32)
+    return torch.finfo(half).eps + 8 * torch.finfo(torch.float32).eps
+
+
+def _outputs(variant: Variant, case: Case, device: str, dtype: torch.dtype | None) -> list[Tensor]:
+    """Outputs, and with a backward the gradients too; in ``dtype`` instead of the case's where given."""
+    forward = replace(case, direction="forward")
+    if isinstance(case, ModelCase):
+        if dtype is not None:
+            forward = replace(forward, dtype="float32")
+        data = network.inputs(forward, device, dtype or torch.float32)
+        return [x.double() for x in variant.make(forward, data)()]
+    kink_safe = case.direction != "forward"
+    data = case.inputs(device, kink_safe=kink_safe)
+    if dtype is not None:
+        tensors = tuple(x.to(dtype) if x.is_floating_point() else x for x in data.tensors)
+        data = Inputs(tensors, data.upstream.to(dtype))
+    with precision(case):
+        outputs = list(variant.make(forward, data)())
+        if kink_safe:
+            outputs += variant.make(replace(case, direction="forward_backward"), data)()
+    return [x.double() for x in outputs]
+
+

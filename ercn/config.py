@@ -5,13 +5,29 @@ Importing this file needs nothing outside the standard library. ``preset(name)``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Targets = Literal["ordinal", "onehot", "referable"]
+
+_RULES: dict[str, Callable[[float], bool]] = {
+    "at least 0": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    "above 0": lambda x: x > 0,
+    "above 0 and at most 1": lambda x: 0 < x <= 1,
+    "at least 0 and at most 1": lambda x: 0 <= x <= 1,
+}
+
+
+def _require(config: Any, rule: str, *names: str) -> None:
+    """ValueError naming the first of the fields that breaks the rule; in a tuple every entry must keep it."""
+    for name in names:
+        value = getattr(config, name)
+        if not all(map(_RULES[rule], value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{name} must be {rule}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,12 @@ class ModelConfig:
     fusion: Literal["mean", "cam", "mil"] = "mean"
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        _require(self, "at least 1", "output_stride", "embed_dim", "steps", "pool_dim")
+        _require(self, "at least 0 and at most 1", "dropout", "mask_thresholds")
+        if not self.mask_thresholds:
+            raise ValueError("mask_thresholds must have at least one entry; got ()")
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -72,6 +94,10 @@ class LossConfig:
     hard_fraction: float = 0.2
     warmup_epochs: int = 0
 
+    def __post_init__(self) -> None:
+        _require(self, "at least 0", "cls", "er", "ecr", "consistency", "min_pool", "warmup_epochs")
+        _require(self, "above 0 and at most 1", "rescale", "hard_fraction")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -93,6 +119,10 @@ class DataConfig:
     augment: bool = True
     balance: Literal["none", "weights", "sampler"] = "none"
     max_unreadable: int = 10
+
+    def __post_init__(self) -> None:
+        _require(self, "at least 1", "image_size", "batch_size")
+        _require(self, "at least 0", "workers", "max_unreadable")
 
 
 @dataclass(frozen=True)
@@ -123,6 +153,10 @@ class RunConfig:
     channels_last: bool = True
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        _require(self, "at least 1", "epochs", "accumulate", "devices", "num_nodes")
+        _require(self, "at least 0", "seed", "lr", "weight_decay", "warmup_epochs", "clip")
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -144,6 +178,11 @@ class PretrainConfig:
     projection_dim: int = 128
     queue_size: int = 4096
     momentum: float = 0.996
+
+    def __post_init__(self) -> None:
+        _require(self, "above 0", "temperature")
+        _require(self, "at least 1", "output_stride", "projection_dim", "queue_size")
+        _require(self, "at least 0 and at most 1", "momentum")
 
 
 @dataclass(frozen=True)
@@ -176,6 +215,10 @@ class EvaluateConfig:
     accelerator: str = "auto"
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        _require(self, "at least 1", "batch_size")
+        _require(self, "at least 0", "workers", "bootstrap", "seed")
+
 
 @dataclass(frozen=True)
 class PredictConfig:
@@ -184,7 +227,7 @@ class PredictConfig:
     run: folder of ``ercn train``. input: a picture or a folder of pictures. out: folder for ``predictions.csv`` and overlays.
     overlays: which maps to draw at the original picture's full resolution.
     batch_size: pictures per forward pass. workers: loader processes. max_unreadable: unreadable pictures that are skipped,
-    by name, before it stops. max_pixels: larger pictures count as unreadable.
+    by name, before it stops. max_pixels: pictures whose longer side squared is larger count as unreadable.
     accelerator: "auto", "cpu", "gpu", "cuda" or "mps". progress: a progress bar where the output is a terminal.
     """
 
@@ -199,6 +242,10 @@ class PredictConfig:
     accelerator: str = "auto"
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        _require(self, "at least 1", "batch_size", "max_pixels")
+        _require(self, "at least 0", "workers", "max_unreadable")
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -208,7 +255,8 @@ class PrepareConfig:
     label: which label column, where the data set has two (davis: "one_figure" or "concatenated").
     size: side of the cached pictures. fractions: train, val, test by patient.
     patients: phantom only, how many. max_unreadable: unreadable or missing pictures that are skipped, by name, before it stops.
-    max_pixels: larger pictures count as unreadable. seed: of splits and phantom. workers: processes that read pictures.
+    max_pixels: pictures whose longer side squared is larger count as unreadable.
+    seed: of splits and phantom. workers: processes that read pictures.
     progress: a progress bar where the output is a terminal.
     """
 
@@ -225,6 +273,10 @@ class PrepareConfig:
     max_pixels: int = 200_000_000
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        _require(self, "at least 1", "size", "max_pixels")
+        _require(self, "at least 0", "fractions", "patients", "seed", "workers", "max_unreadable")
+
 
 T = TypeVar("T")
 
@@ -233,7 +285,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """A configuration from nested mappings, as YAML and JSON hold it; the inverse of ``dataclasses.asdict``.
 
     Fields that are not given keep their defaults, lists become tuples, integers stand for floats. ValueError names the
-    key (``model.pool``, after ``path``) and the keys or values that are valid.
+    key (``model.pool``, after ``path``) and the keys or values that are valid, types and ranges.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{path or cls.__name__} must be a mapping of {cls.__name__}'s fields; got {values!r}")  # noqa: TRY004
@@ -242,7 +294,11 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         if key not in known:
             raise ValueError(f"unknown key {_join(path, key)}; {cls.__name__} has {', '.join(known)}")
     hints = get_type_hints(cls)
-    return cls(**{key: _check(hints[key], value, _join(path, key)) for key, value in values.items()})
+    checked = {key: _check(hints[key], value, _join(path, key)) for key, value in values.items()}
+    try:
+        return cls(**checked)
+    except ValueError as error:  # of __post_init__, which begins with the field's name
+        raise ValueError(_join(path, error)) from None
 
 
 def preset(name: str) -> TrainConfig:

@@ -245,7 +245,7 @@ def test_other_labels_in_the_same_folder_are_refused(eyepacs, tmp_path):
     [
         ({"size": 16}, "size must be at least 32"),
         ({"out": ""}, "out must be the folder"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
         ({"patients": 3}, "at least 5 patients"),
         ({"dataset": "aptos"}, "dataset must be 'phantom', 'eyepacs' or 'davis'; got 'aptos'"),
         ({"dataset": "eyepacs"}, "root must be the folder"),

@@ -50,12 +50,19 @@ def test_output_shapes(backbone, stride):
 def test_output_is_what_it_says():
     model = build().eval()
     out = model(pictures())
-    torch.testing.assert_close(out.cam_logits, out.cam.mean((2, 3)))
+    torch.testing.assert_close(out.cam_logits, out.cam.relu().mean((2, 3)) + model.prior)
     torch.testing.assert_close(out.logits, (out.cam_logits + out.mil_logits) / 2)
     assert (out.refined_cam >= 0).all() and (out.refined_cam <= 1 + 1e-6).all()
     *_, last = model.backbone(pictures())
     pooled = (last.flatten(2) @ out.attention.flatten(2).softmax(2).transpose(1, 2)).squeeze(2)
     torch.testing.assert_close(out.mil_logits, model.mil_classifier(pooled), rtol=1e-4, atol=1e-5)
+
+
+def test_linear_cam_pool_is_the_spatial_mean():
+    model = build(cam_pool="linear").eval()
+    out = model(pictures())
+    torch.testing.assert_close(out.cam_logits, out.cam.mean((2, 3)))
+    assert "prior" not in model.state_dict()
 
 
 @pytest.mark.parametrize("fusion", ["cam", "mil", "mean"])
@@ -145,6 +152,7 @@ def test_state_dict_keys_are_frozen():
     own = {key: tuple(value.shape) for key, value in state.items() if not key.startswith("backbone.")}
     low, mid, last = create_backbone("test_resnet", 16).feature_info.channels()[-3:]
     assert own == {
+        "prior": (4,),
         "classifier.weight": (4, last, 1, 1),
         "refinement.projections.0.weight": (64, low, 1, 1),
         "refinement.projections.1.weight": (128, mid, 1, 1),
@@ -361,7 +369,7 @@ def test_gradients_reach_what_each_term_trains():
         total.backward()
         return {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
-    assert reached(cls=1.0) == {"backbone", "classifier", "pool", "mil_classifier"}
+    assert reached(cls=1.0) == {"backbone", "classifier", "prior", "pool", "mil_classifier"}
     assert reached(er=1.0) == {"backbone", "classifier"}
     assert reached(ecr=1.0) == reached(min_pool=1.0) == {"refinement"}
     assert reached(consistency=1.0) == {"backbone", "classifier", "refinement"}
@@ -411,11 +419,21 @@ def test_training_learns():
 DIFFERENCES = {
     "ercn": {},
     "seam": {
-        "model": {"output_stride", "mask", "pool", "fusion", "dropout"},
+        "model": {"output_stride", "cam_pool", "mask", "pool", "fusion", "dropout"},
         "loss": {"consistency", "min_pool"},
         "run": {"out"},
     },
-    "chikontwe": {"model": {"embed_dim", "mask", "pool", "fusion"}, "loss": {"ecr", "transform"}, "run": {"out"}},
+    "chikontwe": {
+        "model": {"cam_pool", "embed_dim", "mask", "pool", "fusion"},
+        "loss": {"ecr", "consistency", "transform"},
+        "run": {"out"},
+    },
+    "demo": {
+        "data": {"image_size", "batch_size"},
+        "model": {"backbone", "output_stride", "embed_dim"},
+        "loss": {"rescale", "warmup_epochs"},
+        "run": {"out", "epochs"},
+    },
 }
 
 
@@ -445,7 +463,7 @@ def test_presets_train(name):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="unknown preset 'sesm'; there are chikontwe, ercn, seam"):
+    with pytest.raises(ValueError, match="unknown preset 'sesm'; there are chikontwe, demo, ercn, seam"):
         preset("sesm")
 
 
@@ -488,6 +506,12 @@ def test_from_dict_converts():
         ({"run": {"epochs": True}}, r"run\.epochs must be int; got True"),
         ({"run": {"resume": 1}}, r"run\.resume must be bool; got 1"),
         ({"init": 3}, "init must be str; got 3"),
+        ({"run": {"epochs": 0}}, r"run\.epochs must be at least 1; got 0"),
+        ({"run": {"lr": float("nan")}}, r"run\.lr must be at least 0; got nan"),
+        ({"data": {"workers": -1}}, r"data\.workers must be at least 0; got -1"),
+        ({"loss": {"rescale": 2.0}}, r"loss\.rescale must be above 0 and at most 1; got 2\.0"),
+        ({"model": {"mask_thresholds": [0.3, 3]}}, r"model\.mask_thresholds must be .* at most 1; got \(0\.3, 3\.0\)"),
+        ({"model": {"mask_thresholds": []}}, r"model\.mask_thresholds must have at least one entry"),
     ],
 )
 def test_from_dict_errors(values, message):

@@ -107,8 +107,6 @@ def _check_config(config: PrepareConfig) -> None:
         raise DataError(f"size must be at least 32 pixels; got {config.size}")
     if not config.out:
         raise DataError("out must be the folder to write; got nothing")
-    if config.seed < 0:
-        raise DataError(f"seed must not be negative; got {config.seed}")
 
 
 def _entries(config: PrepareConfig) -> tuple[list[Entry], list[str]]:

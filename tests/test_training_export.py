@@ -12,7 +12,15 @@ from ercn.models import ERCN
 from ercn.training.checkpoint import load_backbone, load_model, save_model, save_weights
 
 CONFIG = TrainConfig(model=ModelConfig(backbone="mobilenetv3_small_050", embed_dim=8, pool_dim=8, mask_thresholds=(0.1,)))
-INFO = {"class_names": list("abcde"), "mean": [0.5] * 3, "std": [0.2] * 3, "thresholds": {"referable": 0.4, "maps": {}}}
+INFO = {
+    "class_names": list("abcde"),
+    "image_size": 64,
+    "prepared_size": 64,
+    "mean": [0.5] * 3,
+    "std": [0.2] * 3,
+    "manifest": "0" * 64,
+    "thresholds": {"referable": 0.4, "maps": {}},
+}
 
 
 @pytest.fixture
@@ -79,7 +87,10 @@ def test_damaged_or_newer_description_is_named(run):
     with pytest.raises(ValueError, match="has format 7; this version of ercn reads format 1"):
         load_model(folder)
     path.write_text(text.replace('"backbone"', '"bakcbone"'))
-    with pytest.raises(ValueError, match="bakcbone"):
+    with pytest.raises(ValueError, match=r"model\.json: config\.model\.bakcbone"):
+        load_model(folder)
+    path.write_text('{"format": 1, "config": {}}')
+    with pytest.raises(ValueError, match=r"model\.json is damaged: it lacks class_names, .*thresholds"):
         load_model(folder)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ercn.config import DataConfig, LossConfig, ModelConfig, PrepareConfig, PretrainConfig, RunConfig, TrainConfig
-from ercn.data import prepare
+from ercn.data import DataError, Manifest, prepare
 from ercn.training import pretrain, train
 from ercn.training.pretraining import Contrastive
 
@@ -154,6 +155,36 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path):
     config = train_config(data, tmp_path / "run", epochs=1)
     train(config)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="last.ckpt is damaged"):
-        train(replace(config, run=replace(config.run, epochs=2, resume=True)))
+    whole, longer = last.read_bytes(), replace(config, run=replace(config.run, epochs=2, resume=True))
+    last.write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match="last.ckpt is damaged or no checkpoint of ercn"):
+        train(longer)
+    torch.save({"weights": torch.zeros(1)}, last)
+    with pytest.raises(ValueError, match="last.ckpt is no checkpoint of a training run"):
+        train(longer)
+    saved = tmp_path / "run" / "config.yaml"
+    last.write_bytes(whole)
+    saved.write_text(saved.read_text().replace("embed_dim: 16", "embed_dim: 8"))
+    with pytest.raises(ValueError, match=r"last.ckpt holds the weights of another model .*1 of another shape \(model\.refin"):
+        train(replace(longer, model=replace(config.model, embed_dim=8)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_unreadable_pictures_stop_a_run_in_one_sentence(data, tmp_path, workers):
+    shutil.copytree(data, tmp_path / "data")
+    bad = Manifest.load(tmp_path / "data").split("train")[0].image
+    bad.write_bytes(b"not a picture")
+    config = train_config(str(tmp_path / "data"), tmp_path / "run", epochs=1)
+    config = replace(config, data=replace(config.data, workers=workers, max_unreadable=0))
+    with pytest.raises(DataError) as raised:
+        train(config)
+    assert str(raised.value) == f"1 unreadable pictures, max_unreadable is 0: {bad}"
+
+
+def test_devices_that_are_not_there_leave_no_folder(data, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config = train_config(data, tmp_path / "run")
+    with pytest.raises(ValueError, match="run.accelerator 'gpu' with run.devices 3 cannot be had here"):
+        train(replace(config, run=replace(config.run, accelerator="gpu", devices=3)))
+    assert not (tmp_path / "run").exists()

@@ -122,6 +122,13 @@ class PictureDataset(Dataset):
         """The records that could not be read so far, in any worker."""
         return [self.records[i] for i in self._unreadable.nonzero().flatten().tolist()]
 
+    def check_unreadable(self) -> None:
+        """Raises DataError with the names if more pictures than ``max_unreadable`` could not be read in any worker."""
+        skipped = self.unreadable()
+        if len(skipped) > self.max_unreadable:
+            names = ", ".join(str(record.image) for record in skipped)
+            raise DataError(f"{len(skipped)} unreadable pictures, max_unreadable is {self.max_unreadable}: {names}")
+
     def __getitem__(self, index: int) -> dict | None:
         record = self.records[index]
         try:
@@ -167,12 +174,7 @@ class PictureDataset(Dataset):
         if not self._unreadable[index]:
             self._unreadable[index] = True
             logger.warning("skipped: %s", error)
-        skipped = self.unreadable()
-        if len(skipped) > self.max_unreadable:
-            names = ", ".join(str(record.image) for record in skipped)
-            raise DataError(
-                f"{len(skipped)} unreadable pictures, max_unreadable is {self.max_unreadable}: {names}"
-            ) from error
+        self.check_unreadable()
 
 
 def collate(items: Sequence[dict | None]) -> dict | None:

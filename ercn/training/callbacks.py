@@ -26,7 +26,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} is damaged or not a checkpoint of ercn: {error}") from error
+            raise ValueError(f"{path} is damaged or no checkpoint of ercn") from error
 
 
 class EpochLog(pl.Callback):

@@ -20,6 +20,7 @@ from ercn.models import ERCN
 from ercn.training.files import DISCLAIMER, package_versions, read_json, write_atomic, write_json
 
 FORMAT = 1
+_NEEDED = ("config", "class_names", "image_size", "prepared_size", "mean", "std", "manifest", "thresholds")
 
 
 def save_weights(folder: Path, name: str, state: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
@@ -32,11 +33,13 @@ def save_weights(folder: Path, name: str, state: Mapping[str, torch.Tensor], inf
     )
 
 
-def load_weights(folder: Path, name: str, made_by: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Reads what ``save_weights`` wrote.
+def load_weights(
+    folder: Path, name: str, made_by: str, needed: tuple[str, ...]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads what ``save_weights`` wrote; the description has the keys ``needed``.
 
     Raises FileNotFoundError naming the missing file and ``made_by``, the command that writes it; ValueError naming the
-    file where it is damaged or of a newer format.
+    file where it is damaged, of a newer format or lacks a key.
     """
     weights, description = folder / f"{name}.safetensors", folder / f"{name}.json"
     for path in (weights, description):
@@ -46,6 +49,8 @@ def load_weights(folder: Path, name: str, made_by: str) -> tuple[dict[str, torch
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         found = info.get("format") if isinstance(info, dict) else type(info).__name__
         raise ValueError(f"{description} has format {found!r}; this version of ercn reads format {FORMAT}")
+    if missing := [key for key in needed if key not in info]:
+        raise ValueError(f"{description} is damaged: it lacks {', '.join(missing)}")
     try:
         with safe_open(weights, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118  not a dict
@@ -83,8 +88,8 @@ def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
     the file where it is damaged; FileNotFoundError names a missing file.
     """
     folder = Path(run) / "export"
-    state, info = load_weights(folder, "model", "ercn train")
-    info["config"] = from_dict(TrainConfig, info["config"])
+    state, info = load_weights(folder, "model", "ercn train", _NEEDED)
+    info["config"] = from_dict(TrainConfig, info["config"], f"{folder / 'model.json'}: config")
     model = ERCN(without_pretrained(info["config"]).model)
     check_state(model, state, str(folder / "model.safetensors"), f"{info['config'].model.backbone} of model.json")
     model.load_state_dict(state, strict=True)
@@ -94,7 +99,7 @@ def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
 def load_backbone(model: ERCN, run: str | Path, backbone: str) -> None:
     """Loads the backbone that ``ercn pretrain`` exported into ``run`` strictly; ValueError names both architectures."""
     folder = Path(run) / "export"
-    state, info = load_weights(folder, "backbone", "ercn pretrain")
+    state, info = load_weights(folder, "backbone", "ercn pretrain", ("backbone",))
     if info["backbone"] != backbone:
         raise ValueError(
             f"init {run} holds a pre-trained {info['backbone']}, but model.backbone is {backbone}; "

@@ -45,8 +45,8 @@ def train(config: TrainConfig) -> Path:
         load_backbone(model, config.init, config.model.backbone)
     module = ERCNModule(model, config, class_weights(config, manifest))
     runs.use_channels_last(module, config.run.channels_last)
-    checkpoint = runs.open_run(config)
     trainer = runs.make_trainer(config.run, monitor=MONITOR)
+    checkpoint = runs.open_run(config)
     out = Path(config.run.out)
     if runs.fit(trainer, module, GradedData(manifest, config.data, seed=config.run.seed), checkpoint):
         finish(out, model, info, config, manifest)

@@ -38,7 +38,7 @@ def forward(
         if batch is None:
             continue
         output = model(batch["image"].to(device, non_blocking=True))
-        probability = grade_probabilities(output.logits.double(), config).cpu().numpy()
+        probability = grade_probabilities(output.logits.cpu().double(), config).numpy()
         yield batch, probability, heat_maps(output, config)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from ercn.config import DataConfig
-from ercn.data import Manifest, PictureDataset, Record, collate
+from ercn.data import DataError, Manifest, PictureDataset, Record, collate
 
 
 def load_manifest(root: str) -> Manifest:
@@ -49,8 +50,22 @@ def picture_dataset(
     )
 
 
-def make_loader(dataset: PictureDataset, batch_size: int, workers: int, **options) -> DataLoader:
-    return DataLoader(
+class PictureLoader(DataLoader):
+    """What a worker process found unreadable is raised as the sentence it is: torch wraps it in the worker's traceback."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._plainly(super().__iter__())
+
+    def _plainly(self, batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except DataError:
+            self.dataset.check_unreadable()
+            raise
+
+
+def make_loader(dataset: PictureDataset, batch_size: int, workers: int, **options) -> PictureLoader:
+    return PictureLoader(
         dataset,
         batch_size=batch_size,
         num_workers=workers,

@@ -121,8 +121,8 @@ def pretrain(config: PretrainConfig) -> Path:
     # A queue longer than an epoch would hold each picture several times, as negatives of itself.
     module = Contrastive(config, min(config.queue_size, pictures))
     runs.use_channels_last(module, config.run.channels_last)
-    checkpoint = runs.open_run(config)
     trainer = runs.make_trainer(config.run, monitor=None)
+    checkpoint = runs.open_run(config)
     data = PictureData(manifest, config.data, seed=config.run.seed)
     out = Path(config.run.out)
     if not runs.fit(trainer, module, data, checkpoint):

@@ -13,11 +13,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from ercn.config import RunConfig
 from ercn.training.callbacks import EpochLog, SafeCheckpointIO, checkpoints
+from ercn.training.checkpoint import check_state
 from ercn.training.files import environment, write_json, write_text
 from ercn.training.loaders import PictureData
 
@@ -80,31 +82,39 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
-    """Lightning's trainer for a run folder: metrics.csv, checkpoints, a progress bar on terminals, lines elsewhere."""
+    """Lightning's trainer for a run folder: metrics.csv, checkpoints, a progress bar on terminals, lines elsewhere.
+
+    Raises ValueError naming the devices that were asked for where this machine does not have them.
+    """
     _quiet()
     out, bar = Path(run.out), run.progress and sys.stdout.isatty()
     callbacks: list[pl.Callback] = [EpochLog(out / "metrics.csv", lines=not bar)]
     callbacks += checkpoints(out / "checkpoints", monitor)
     if bar:
         callbacks.append(progress_bar())
-    return pl.Trainer(
-        accelerator=run.accelerator,
-        devices=run.devices,
-        num_nodes=run.num_nodes,
-        # a loss term of weight 0 leaves parameters without a gradient
-        strategy="ddp_find_unused_parameters_true" if run.devices * run.num_nodes > 1 else "auto",
-        precision=run.precision,
-        max_epochs=run.epochs,
-        accumulate_grad_batches=run.accumulate,
-        gradient_clip_val=run.clip or None,
-        callbacks=callbacks,
-        plugins=[SafeCheckpointIO()],
-        logger=False,
-        enable_progress_bar=bar,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
+    try:
+        return pl.Trainer(
+            accelerator=run.accelerator,
+            devices=run.devices,
+            num_nodes=run.num_nodes,
+            # a loss term of weight 0 leaves parameters without a gradient
+            strategy="ddp_find_unused_parameters_true" if run.devices * run.num_nodes > 1 else "auto",
+            precision=run.precision,
+            max_epochs=run.epochs,
+            accumulate_grad_batches=run.accumulate,
+            gradient_clip_val=run.clip or None,
+            callbacks=callbacks,
+            plugins=[SafeCheckpointIO()],
+            logger=False,
+            enable_progress_bar=bar,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:
+        raise ValueError(
+            f"run.accelerator {run.accelerator!r} with run.devices {run.devices} cannot be had here: {error}"
+        ) from error
 
 
 def progress_bar() -> ProgressBar:
@@ -114,7 +124,7 @@ def progress_bar() -> ProgressBar:
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: PictureData, checkpoint: Path | None) -> bool:
     """Trains; returns whether this process is the one that goes on to export. KeyboardInterrupt passes through."""
     if checkpoint is not None:
-        data.first_epoch = _finished_epochs(checkpoint)
+        data.first_epoch = _finished_epochs(checkpoint, module)
         print(f"resuming after epoch {data.first_epoch}", flush=True)
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
@@ -125,8 +135,13 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: PictureData, chec
     return trainer.is_global_zero
 
 
-def _finished_epochs(checkpoint: Path) -> int:
-    return int(SafeCheckpointIO().load_checkpoint(checkpoint)["epoch"]) + 1
+def _finished_epochs(checkpoint: Path, module: pl.LightningModule) -> int:
+    """ValueError naming the checkpoint where it is not one of ``module``."""
+    saved = SafeCheckpointIO().load_checkpoint(checkpoint)
+    if not isinstance(saved, dict) or not {"epoch", "state_dict"} <= saved.keys():
+        raise ValueError(f"{checkpoint} is no checkpoint of a training run")
+    check_state(module, saved["state_dict"], str(checkpoint), "this configuration describes")
+    return int(saved["epoch"]) + 1
 
 
 def use_channels_last(module: torch.nn.Module, wanted: bool) -> None:

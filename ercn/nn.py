@@ -57,7 +57,7 @@ class PixelCorrelation(nn.Module):
                 f"proj_channels needs one entry for each of the {len(in_channels)} feature maps; "
                 f"got {list(proj_channels)} for in_channels {list(in_channels)}"
             )
-        self.steps = steps
+        self.image_channels, self.steps = image_channels, steps
         self.projections = nn.ModuleList(
             nn.Conv2d(channels, width, 1, bias=False) for channels, width in zip(in_channels, proj_channels)
         )
@@ -100,9 +100,15 @@ class PixelCorrelation(nn.Module):
 
         Returns:
             Like ``cam``.
+
+        Raises:
+            ValueError: another number of feature maps or picture channels than the layer was built for.
         """
         if len(features) != len(self.projections):
             raise ValueError(f"expected {len(self.projections)} feature maps; got {len(features)}")
+        if (0 if image is None else image.shape[1]) != self.image_channels:
+            got = "none" if image is None else list(image.shape)
+            raise ValueError(f"image must be [B, {self.image_channels}, H, W] (image_channels); got {got}")
         size = cam.shape[-2:]
         parts = [] if image is None else [_resize(image, size)]
         parts += [proj(_resize(x, size)).relu() for proj, x in zip(self.projections, features)]

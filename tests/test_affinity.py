@@ -310,6 +310,13 @@ def test_double_backward_says_what_is_missing(backend):
         grad.sum().backward()
 
 
+def test_forward_mode_is_refused(backend):
+    value, feat = randn(1, 2, 5, seed=1), randn(1, 3, 5, seed=2)
+    for function in (relu_affinity, affinity_propagate):
+        with pytest.raises(NotImplementedError, match="relu_affinity has no forward-mode derivative"):
+            torch.func.jvp(lambda x, f=function: f(value, x, backend=backend), (feat,), (feat,))
+
+
 @pytest.mark.parametrize("n, backward", [(256 * 256, False), (128 * 128, True)], ids=["forward", "backward"])
 def test_many_pixels_need_no_square_buffer(backend, n, backward):
     value = torch.ones(1, 1, n, requires_grad=backward)

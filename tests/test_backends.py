@@ -21,8 +21,9 @@ def test_unknown_names_list_the_choices(monkeypatch):
     x = torch.ones(1, 1, 2)
     with pytest.raises(ValueError, match="backend is 'fast'; backends are .*reference"):
         relu_affinity(x, x, backend="fast")
-    with pytest.raises(ValueError, match="use_backend's name is 'fast'"), use_backend("fast"):
-        pass
+    for name in ("fast", ""):
+        with pytest.raises(ValueError, match=f"use_backend's name is '{name}'"), use_backend(name):
+            pass
     monkeypatch.setenv("ERCN_BACKEND", "fast")
     with pytest.raises(ValueError, match="ERCN_BACKEND is 'fast'"):
         relu_affinity(x, x)

@@ -106,6 +106,10 @@ def test_pixel_correlation_errors():
         PixelCorrelation((4, 6, 8))
     with pytest.raises(ValueError, match="expected 2 feature maps; got 1"):
         PixelCorrelation((4, 6))(torch.rand(1, 2, 4, 4), [torch.rand(1, 4, 4, 4)], torch.rand(1, 3, 8, 8))
+    layer, maps = PixelCorrelation((4, 6)), [torch.rand(1, 4, 4, 4), torch.rand(1, 6, 4, 4)]
+    for image, got in ((None, "none"), (torch.rand(1, 1, 8, 8), r"\[1, 1, 8, 8\]")):
+        with pytest.raises(ValueError, match=rf"image must be \[B, 3, H, W\] \(image_channels\); got {got}"):
+            layer(torch.rand(1, 2, 4, 4), maps, image)
     with pytest.raises(ValueError, match=r"f8_3\.weight, f8_4\.weight, f9\.weight\. Keys found: f8_3\.weight, other"):
         PixelCorrelation.from_seam({"f8_3.weight": torch.zeros(1), "other": torch.zeros(1)})
     narrow = seam_weights() | {"f9.weight": torch.zeros(4, 5, 1, 1)}

@@ -58,7 +58,7 @@ def names() -> list[str]:
 
 
 def _known(name: str, source: str) -> str:
-    if name and name not in names():
+    if name not in names():
         raise ValueError(f"{source} is {name!r}; backends are {', '.join(names())}")
     return name
 
@@ -72,7 +72,8 @@ def requested(backend: str = "") -> str:
         return _known(backend, "backend")
     if override := _override.get():
         return override
-    return _known(os.environ.get("ERCN_BACKEND", ""), "ERCN_BACKEND")
+    name = os.environ.get("ERCN_BACKEND", "")
+    return _known(name, "ERCN_BACKEND") if name else ""
 
 
 def launch(op: str, backend: str, *args):

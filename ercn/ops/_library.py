@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
+from torch.autograd import forward_ad
 
 from ercn.ops import _backends
 
@@ -61,6 +62,14 @@ def refuse_double_backward(overload: torch._ops.OpOverload) -> None:
         )
 
     torch.library.register_autograd(overload, backward, lib=_LIBRARY)
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Forward-mode AD through the op raises: torch.library would return tangents of 0 without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"ercn::{op} has no forward-mode derivative (jvp); use reverse mode (backward)")
 
 
 def fold(in_dim: int | None, size: int, x: Tensor | None) -> Tensor | None:

@@ -30,9 +30,10 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
+        NotImplementedError: double backward or forward-mode AD; ``torch.func.grad`` and ``jacrev`` raise torch's error.
 
     FLOPs are 2·B·N²·(D + C) counted densely; memory is O(B·N·(C + D)). Two runs on one machine are bit-equal.
-    Under autocast ``feat`` is cast to autocast's dtype and ``value`` is not. Not twice differentiable.
+    Under autocast ``feat`` is cast to autocast's dtype and ``value`` is not.
 
     >>> import torch
     >>> from ercn.ops import relu_affinity
@@ -41,6 +42,7 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
     tensor([[[2., 0., 4.]]])
     """
     _check_pair("value", value, feat)
+    _library.refuse_forward_mode("relu_affinity", value, feat)
     out = torch.ops.ercn.relu_affinity(_flat(value), _flat(feat), backend or "")
     return out.view(value.shape)
 
@@ -73,7 +75,7 @@ def affinity_propagate(
         out like ``cam`` in shape and dtype. Differentiable in ``cam`` and ``feat``; memory is O(B·N·(C + D)).
 
     Raises:
-        ValueError, RuntimeError: as ``relu_affinity``; ``steps`` below 1.
+        ValueError, RuntimeError, NotImplementedError: as ``relu_affinity``; ``steps`` below 1.
 
     Source: Wang et al., "Self-supervised equivariant attention mechanism for weakly supervised semantic
     segmentation", CVPR 2020.
@@ -89,6 +91,7 @@ def affinity_propagate(
     _check_pair("cam", cam, feat)
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
+    _library.refuse_forward_mode("relu_affinity", cam, feat)
     acc = accumulate_dtype(cam, feat)
     f = _flat(feat)
     if normalize:

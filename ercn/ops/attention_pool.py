@@ -46,10 +46,10 @@ def gated_attention_pool(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
+        NotImplementedError: double backward or forward-mode AD; ``torch.func.grad`` and ``jacrev`` raise torch's error.
 
     FLOPs are 4·B·N·D·L for the projections (2·B·N·D·L ungated) and 2·B·N·K·(L + D). No [N, L] activation is kept:
     the backward computes it again. Two runs on one machine are bit-equal. Under autocast all floating inputs are cast.
-    Not twice differentiable.
 
     Source: Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", ICML 2018.
 
@@ -63,6 +63,7 @@ def gated_attention_pool(
     (torch.Size([2, 1, 8]), torch.Size([2, 1, 9]), True)
     """
     _check(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens)
+    _library.refuse_forward_mode("gated_attention_pool", h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
     return torch.ops.ercn.gated_attention_pool(
         h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, backend or ""
     )
@@ -90,7 +91,6 @@ def _check(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seq
     }
     if not h.is_floating_point():
         raise ValueError(f"h must be floating point; got {h.dtype}")
-    autocast = torch.is_autocast_enabled(h.device.type)
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
@@ -98,7 +98,7 @@ def _check(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seq
             raise ValueError(
                 f"{name} must be {list(shape)} for D = {dim}, L = {hidden}, K = {heads}; got {list(tensor.shape)}"
             )
-        if tensor.dtype != h.dtype and not autocast:
+        if tensor.dtype != h.dtype and not _autocast(h.device):
             raise ValueError(f"{name} must have h's dtype {h.dtype} outside autocast; got {tensor.dtype}")
         if tensor.device != h.device:
             raise ValueError(f"{name} must be on h's device {h.device}; got {tensor.device}")
@@ -117,6 +117,10 @@ def _check(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seq
                 f"cu_seqlens must be int32 or int64 [B+1] on {h.device}; "
                 f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
             )
+
+
+def _autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 _INPUTS = (

@@ -39,6 +39,8 @@ class ModelConfig:
     num_grades: K; grade 0 is background, grades 1 … K-1 are foreground.
     targets: "ordinal" (channel k says grade ≥ k), "onehot" (channel k says grade = k) or "referable" (grade ≥ 2).
     output_stride: input pixels per CAM element, 8, 16 or 32.
+    cam_pool: picture logits from the CAM. "relu": mean of its positive part plus a learned prior, so that only evidence
+        for a grade counts and a healthy picture needs an empty map; "linear": its mean (SEAM, Chikontwe).
     embed_dim: D, channels of the pixel embedding (SEAM: 192).
     mask: spatial mask on the CAM before refinement: "soft", "hard" or "off".
     mask_thresholds: the mask is the mean over these t of [max foreground CAM >= t].
@@ -55,6 +57,7 @@ class ModelConfig:
     num_grades: int = 5
     targets: Targets = "ordinal"
     output_stride: int = 16
+    cam_pool: Literal["relu", "linear"] = "relu"
     embed_dim: int = 192
     mask: Literal["soft", "hard", "off"] = "soft"
     mask_thresholds: tuple[float, ...] = (0.2, 0.3, 0.4)
@@ -87,7 +90,7 @@ class LossConfig:
     cls: float = 1.0
     er: float = 1.0
     ecr: float = 1.0
-    consistency: float = 1.0
+    consistency: float = 0.1
     min_pool: float = 0.0
     transform: Literal["rescale", "flip", "rot90", "translate", "affine", "all", "none"] = "rescale"
     rescale: float = 0.3

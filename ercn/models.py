@@ -25,7 +25,8 @@ class ERCNOutput(NamedTuple):
     """What ``ERCN`` returns; F foreground channels, h × w elements of the last feature map.
 
     logits: [B, F], the fused prediction. cam_logits: [B, F]. mil_logits: [B, F], None without MIL.
-    cam: [B, F, h, w] class activation maps before ReLU; their spatial mean is cam_logits.
+    cam: [B, F, h, w] class activation maps before ReLU; cam_logits is the spatial mean of their positive part plus a
+        learned prior, or their spatial mean (``ModelConfig.cam_pool``).
     refined_cam: [B, 1 + F, h, w] in [0, 1], float32, background first.
     mask: [B, 1, h, w] in [0, 1], the spatial mask m; all 1 when it is off.
     attention: [B, heads, h, w] attention scores before the softmax, None without MIL.
@@ -69,6 +70,7 @@ class ERCN(nn.Module):
         self.dropout = nn.Dropout2d(config.dropout)
         self.classifier = nn.Conv2d(last, classes, 1, bias=False)
         nn.init.xavier_uniform_(self.classifier.weight)
+        self.prior = nn.Parameter(torch.zeros(classes)) if config.cam_pool == "relu" else None
         self.refinement = PixelCorrelation((low, mid), config.embed_dim, steps=config.steps)
         self.pool = self.mil_classifier = None
         if config.pool != "none":
@@ -81,7 +83,10 @@ class ERCN(nn.Module):
         last = self.dropout(last)
 
         cam = self.classifier(last)  # [B, F, h, w]
-        cam_logits = cam.mean((2, 3))
+        if self.prior is None:
+            cam_logits = cam.mean((2, 3))
+        else:
+            cam_logits = cam.relu().mean((2, 3)) + self.prior
 
         source = cam.detach() if self.config.detach else cam
         features = [low.detach(), mid.detach()] if self.config.detach else [low, mid]

@@ -16,6 +16,7 @@ Targets = Literal["ordinal", "onehot", "referable"]
 _RULES: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda x: x >= 0,
     "at least 1": lambda x: x >= 1,
+    "at least 32": lambda x: x >= 32,
     "above 0": lambda x: x > 0,
     "above 0 and at most 1": lambda x: 0 < x <= 1,
     "at least 0 and at most 1": lambda x: 0 <= x <= 1,
@@ -124,7 +125,8 @@ class DataConfig:
     max_unreadable: int = 10
 
     def __post_init__(self) -> None:
-        _require(self, "at least 1", "image_size", "batch_size")
+        _require(self, "at least 32", "image_size")
+        _require(self, "at least 1", "batch_size")
         _require(self, "at least 0", "workers", "max_unreadable")
 
 
@@ -277,7 +279,8 @@ class PrepareConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require(self, "at least 1", "size", "max_pixels")
+        _require(self, "at least 32", "size")
+        _require(self, "at least 1", "max_pixels")
         _require(self, "at least 0", "fractions", "patients", "seed", "workers", "max_unreadable")
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from _pictures import write_eyepacs_tree
 from PIL import Image
 
@@ -24,6 +25,7 @@ from ercn.config import (
 )
 from ercn.data import DataError, Geometry, Manifest, prepare
 from ercn.training import evaluate, predict, train
+from ercn.training.checkpoint import load_model
 from ercn.training.evaluation import check_classes
 
 BACKBONE = "mobilenetv3_small_050"
@@ -160,6 +162,17 @@ def test_prediction_of_a_prepared_picture_equals_its_evaluation(root):
     same = next(r for r in rows(root / "run" / "evaluation" / "test_predictions.csv") if r["id"] == record.id)
     # the prepared picture went through one more JPEG
     assert [float(one[f"p{k}"]) for k in range(5)] == pytest.approx([float(same[f"p{k}"]) for k in range(5)], abs=0.02)
+
+
+def test_weights_trained_in_half_precision_are_exported_in_float32(root):
+    config = TrainConfig(
+        data=DataConfig(root=str(root / "data"), image_size=64, batch_size=6, workers=0),
+        model=ModelConfig(backbone=BACKBONE, embed_dim=8),
+        run=RunConfig(out=str(root / "half"), epochs=1, precision="bf16-true", accelerator="cpu"),
+    )
+    model, _ = load_model(train(config))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert (root / "half" / "evaluation" / "val.json").exists()
 
 
 def test_an_init_of_another_backbone_is_refused(root):

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ercn._files import write_text
 from ercn.data._csv import Table
-from ercn.data._files import write_text
 from ercn.data.geometry import Geometry
 from ercn.data.images import DataError
 from ercn.data.splits import SPLITS, check_splits, split_hashes

@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+from ercn._files import remove_temporary, replacing, write_text
 from ercn.config import PrepareConfig
 from ercn.data import davis, eyepacs
-from ercn.data._files import TEMPORARY, replacing, write_text
 from ercn.data.entries import Entry
 from ercn.data.geometry import Geometry, locate_disc
 from ercn.data.images import DataError, read_picture
@@ -56,7 +56,8 @@ def prepare(config: PrepareConfig) -> Path:
             unreadable (each is named; fewer are skipped and listed in prepare.json), or ``out`` was prepared with other
             settings or holds something else.
     """
-    _check_config(config)
+    if not config.out:
+        raise DataError("out must be the folder to write; got nothing")
     entries, class_names = _entries(config)
     labels = config.root or config.dataset
     notes = check_splits(_assigned(entries), class_names, labels)
@@ -100,13 +101,6 @@ def prepare(config: PrepareConfig) -> Path:
     _write_about(out, about)
     _report(out, about, len({record.patient for record in records}))
     return out
-
-
-def _check_config(config: PrepareConfig) -> None:
-    if config.size < 32:
-        raise DataError(f"size must be at least 32 pixels; got {config.size}")
-    if not config.out:
-        raise DataError("out must be the folder to write; got nothing")
 
 
 def _entries(config: PrepareConfig) -> tuple[list[Entry], list[str]]:
@@ -168,8 +162,7 @@ def _claim(out: Path, settings: dict) -> None:
     elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise DataError(f"{out} is not empty and was not written by `ercn prepare`; choose another out")
     out.mkdir(parents=True, exist_ok=True)
-    for left_by_a_kill in out.glob(f"**/{TEMPORARY}*"):
-        left_by_a_kill.unlink()
+    remove_temporary(out)
     _write_about(out, {"settings": settings, "finished": False})
 
 

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ercn.training.files import write_atomic, write_csv
+from ercn._files import write_atomic
+from ercn.training.files import write_csv
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

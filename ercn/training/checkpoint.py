@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ercn._files import write_atomic
 from ercn.config import TrainConfig, from_dict
 from ercn.models import ERCN
-from ercn.training.files import DISCLAIMER, package_versions, read_json, write_atomic, write_json
+from ercn.training.files import DISCLAIMER, package_versions, read_json, write_json
 
 FORMAT = 1
 _NEEDED = ("config", "class_names", "image_size", "prepared_size", "mean", "std", "manifest", "thresholds")

@@ -1,38 +1,22 @@
-"""Files of a run folder, written so that a kill leaves the old file or the new one, never half of one."""
+"""JSON and CSV files of a run folder, never half written, and what they say about the machine and the software."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ercn._files import write_text
+
 PACKAGES = ("ercn", "torch", "torchvision", "timm", "lightning", "lightly", "numpy", "pillow", "safetensors")
 DISCLAIMER = "For research only. Not a medical device; not for diagnosis."
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls ``write`` with a temporary path beside ``path``, flushes the file to disk and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -54,11 +54,14 @@ def train(config: TrainConfig) -> Path:
 
 
 def finish(out: Path, model: ERCN, info: dict[str, Any], config: TrainConfig, manifest: Manifest) -> None:
-    """Loads the best epoch, chooses the thresholds on validation, exports, and writes evaluation and report."""
+    """Loads the best epoch, chooses the thresholds on validation, exports, and writes evaluation and report.
+
+    The weights are float32 from here on, whatever ``run.precision`` trained in.
+    """
     best = SafeCheckpointIO().load_checkpoint(out / "checkpoints" / "best.ckpt")
     prefix = "model."
     state = {key[len(prefix) :]: value for key, value in best["state_dict"].items() if key.startswith(prefix)}
-    model.load_state_dict(state, strict=True)
+    model.float().load_state_dict(state, strict=True)
     collected = collect(
         model,
         info,

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ercn._files import write_atomic
 from ercn.config import PredictConfig
 from ercn.data import DataError, Geometry, locate_disc, read_picture
 from ercn.data.dataset import to_tensor
 from ercn.training.checkpoint import load_model
-from ercn.training.files import DISCLAIMER, write_atomic, write_csv, write_json
+from ercn.training.files import DISCLAIMER, write_csv, write_json
 from ercn.training.infer import forward, pick_device, with_progress
 from ercn.training.maps import NAMES
 from ercn.training.overlay import overlay, save_jpeg

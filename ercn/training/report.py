@@ -15,8 +15,9 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ercn._files import write_text
 from ercn.training import table
-from ercn.training.files import DISCLAIMER, read_json, write_text
+from ercn.training.files import DISCLAIMER, read_json
 from ercn.training.maps import NAMES
 from ercn.training.overlay import COLORMAP
 

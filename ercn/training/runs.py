@@ -17,10 +17,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
+from ercn._files import remove_temporary, write_text
 from ercn.config import RunConfig
 from ercn.training.callbacks import EpochLog, SafeCheckpointIO, checkpoints
 from ercn.training.checkpoint import check_state
-from ercn.training.files import environment, write_json, write_text
+from ercn.training.files import environment, write_json
 from ercn.training.loaders import PictureData
 
 # What a resumed run may change: where and how fast it runs, and how long.
@@ -44,6 +45,7 @@ def open_run(config: Any) -> Path | None:
             _check_same(config, out)
         if run.resume and not last.exists():
             print(f"nothing to resume: {out} has no finished epoch; starting from the beginning", flush=True)
+        remove_temporary(out)
         write_text(out / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
         write_json(out / "environment.json", environment())
     return last if run.resume and last.exists() else None
@@ -84,7 +86,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
     """Lightning's trainer for a run folder: metrics.csv, checkpoints, a progress bar on terminals, lines elsewhere.
 
-    Raises ValueError naming the devices that were asked for where this machine does not have them.
+    Raises ValueError naming the devices and the precision that were asked for where they cannot be had.
     """
     _quiet()
     out, bar = Path(run.out), run.progress and sys.stdout.isatty()
@@ -111,10 +113,9 @@ def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
-    except MisconfigurationException as error:
-        raise ValueError(
-            f"run.accelerator {run.accelerator!r} with run.devices {run.devices} cannot be had here: {error}"
-        ) from error
+    except (MisconfigurationException, ValueError) as error:
+        asked = f"run.accelerator {run.accelerator!r}, run.devices {run.devices}, run.precision {run.precision!r}"
+        raise ValueError(f"{asked}: {error}") from error
 
 
 def progress_bar() -> ProgressBar:

@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from ercn.config import (
@@ -22,22 +23,20 @@ from ercn.config import (
     preset,
 )
 
-PATIENTS = 220
+PATIENTS = 300
 PRETRAIN_EPOCHS = 4
 PHOTOGRAPHS = 5
 
 
 def configs(root: Path) -> tuple[PrepareConfig, PretrainConfig, TrainConfig, EvaluateConfig, PredictConfig]:
     """The five configurations, each under a folder of ``root``; training itself is the preset "demo"."""
-    from dataclasses import replace
-
     recipe = preset("demo")
     data = replace(recipe.data, root=str(root / "data"))
     run = str(root / "run")
     return (
         PrepareConfig(dataset="phantom", out=data.root, size=data.image_size, patients=PATIENTS),
         PretrainConfig(
-            data=DataConfig(root=data.root, image_size=data.image_size * 3 // 4, batch_size=64, workers=data.workers),
+            data=DataConfig(root=data.root, image_size=data.image_size * 3 // 5, batch_size=64, workers=data.workers),
             run=RunConfig(out=str(root / "pretrain"), resume=True, epochs=PRETRAIN_EPOCHS),
             backbone=recipe.model.backbone,
         ),

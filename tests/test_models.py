@@ -430,8 +430,8 @@ DIFFERENCES = {
     },
     "demo": {
         "data": {"image_size", "batch_size"},
-        "model": {"backbone", "output_stride", "embed_dim"},
-        "loss": {"rescale", "warmup_epochs"},
+        "model": {"backbone", "embed_dim"},
+        "loss": {"transform", "warmup_epochs"},
         "run": {"out", "epochs"},
     },
 }

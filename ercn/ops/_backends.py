@@ -46,7 +46,7 @@ class BackendStatus:
 
 # In the order in which they are tried.
 TABLE: tuple[Backend, ...] = (
-    Backend("cpu", "cpu", cpu, automatic=False),
+    Backend("cpu", "cpu", cpu, automatic=True),
     Backend("reference", "any", reference, automatic=True),
 )
 

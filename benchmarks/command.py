@@ -63,5 +63,3 @@ def _options(field: dataclasses.Field, hint: Any, positional: str, texts: dict[s
     if hint is bool and not field.default:
         return options | {"action": "store_true"}
     return options | {"type": hint, "default": field.default}
-
-

@@ -38,10 +38,10 @@ class Change:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any], metric: str, threshold: float) -> list[Change]:
-    """Rows that both runs have. The limit is the threshold or, where larger, 1 + twice the noise of the two values.
+    """Rows that both runs have. The limit is the threshold or, where larger, 1 + twice the noise of both values.
 
-    Noise is half of (p80 − p20) / median of each value, added in squares. A row that had a time and has none any more is
-    "lost".
+    Noise is half of (p80 − p20) / median of each value, added in squares. A row that had a time and has none any more
+    is "lost".
     """
     later = {(row["case"], row["variant"]): row for row in after["rows"]}
     result = []
@@ -96,7 +96,9 @@ def compare(config: CompareConfig) -> int:
     unit = "ms" if config.metric == "time" else "time / baseline product"
     table = Table(title=f"{unit}: after / before", title_justify="left")
     for column in ("case", "variant", "before", "after", "factor", "limit", "verdict"):
-        table.add_column(column, overflow="fold", justify="left" if column in ("case", "variant", "verdict") else "right")
+        table.add_column(
+            column, overflow="fold", justify="left" if column in ("case", "variant", "verdict") else "right"
+        )
     for change in sorted(found, key=lambda c: -c.factor if c.reason is None else -math.inf):
         cells = [f"{x:.3f}" for x in (change.before, change.after, change.factor, change.limit)]
         table.add_row(change.case, change.variant, *cells, change.reason or change.verdict)

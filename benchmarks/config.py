@@ -12,8 +12,8 @@ class BenchConfig:
 
     op: affinity, mil, model or all. device: "auto" takes the GPU where torch can use one.
     backend: measure only this one of ours (ercn doctor lists them), besides the baselines. direction: only this one.
-    dtype: only this one. filter: only cases whose id contains a match of this regular expression. quick: a few small cases,
-    few rounds. full: every registered case instead of the standard ones; with filter, any shape.
+    dtype: only this one. filter: only cases whose id contains a match of this regular expression.
+    quick: a few small cases, few rounds. full: every registered case instead of the standard ones.
     seconds: of rounds per case. rounds: at least so many per case. threads: of torch on the CPU, 0 leaves torch's own
     number. memory: measure peak memory too. list: print the ids of the chosen cases and stop.
     save: FILE.json for the results, FILE.csv beside it; rows appear in FILE.jsonl while it runs.
@@ -39,8 +39,8 @@ class BenchConfig:
 class CompareConfig:
     """``ercn bench compare BEFORE AFTER``: exit code 1 where something became slower.
 
-    files: two result files. metric: "ratio" compares times relative to the case's own baseline product, which cancels the
-    machine's speed; "time" compares milliseconds. threshold: a change below this factor is never a verdict.
+    files: two result files. metric: "ratio" compares times relative to the case's own baseline product, which cancels
+    the machine's speed; "time" compares milliseconds. threshold: a change below this factor is never a verdict.
     """
 
     files: tuple[str, ...] = ()

@@ -40,7 +40,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("build", 1200, (PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", ".")),
+    Stage("build", 1200, (PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e",
+                          ".")),
     Stage("doctor", 120, SMALL),
     Stage("tests_cpu", 900, (PYTHON, "-m", "pytest", "-q", "-m", "not slow", "tests/test_affinity.py",
                              "tests/test_attention_pool.py", "tests/test_backends.py")),

@@ -93,12 +93,14 @@ def _peak_here(case: Case, variant: str, backend: str, threads: int) -> int:
     torch.set_num_threads(threads)
     chosen = next(v for v in variants(case, "cpu", backend) if v.name == variant)
     with precision(case):
-        tiny = case.tiny()
-        chosen.make(tiny, inputs_of(tiny, "cpu"))()  # thread pools and libraries start up
         inputs = inputs_of(case, "cpu")
-        run = chosen.make(case, inputs)
         if variant == "compile":  # the compiler's own memory is not the program's
+            run = chosen.make(case, inputs)
             run()
+        else:
+            tiny = case.tiny()
+            chosen.make(tiny, inputs_of(tiny, "cpu"))()  # thread pools and libraries start up
+            run = chosen.make(case, inputs)
         gc.collect()
         _trim()
         before = _status("VmRSS")

@@ -39,7 +39,9 @@ def plot(config: PlotConfig) -> int:
 
 def _title(path: str, run: dict[str, Any]) -> str:
     commit = (run["environment"].get("git") or {}).get("commit", "unknown commit")[:12]
-    return f"{Path(path).name}: {machine(run['environment'])}\ntorch {run['environment']['packages']['torch']}, {commit}"
+    return (
+        f"{Path(path).name}: {machine(run['environment'])}\ntorch {run['environment']['packages']['torch']}, {commit}"
+    )
 
 
 def _axes(rows: int, columns: int, height: float = 3.6):
@@ -68,7 +70,8 @@ def roofline(runs: list[dict[str, Any]], titles: list[str]):
             axis.annotate(f"{dtype} product {rate:,.0f}", (max(high, ridge), rate), ha="right", va="bottom", fontsize=7)
         for variant in sorted({row["variant"] for row in rows}):
             for op, marker in MARKERS.items():
-                points = [(x, r["dense_gflops"]) for x, r in zip(intensity, rows) if (r["variant"], r["op"]) == (variant, op)]
+                own = [(x, r) for x, r in zip(intensity, rows) if (r["variant"], r["op"]) == (variant, op)]
+                points = [(x, r["dense_gflops"]) for x, r in own]
                 if points:
                     axis.scatter(*zip(*points), s=18, color=_color(variant), marker=marker, label=f"{variant}, {op}")
         axis.set(xscale="log", yscale="log", xlabel="dense FLOPs / minimum byte", ylabel="dense-equivalent GFLOP/s")

@@ -8,7 +8,7 @@ from typing import Any
 from ercn.benchmarks.config import ReadmeConfig
 from ercn.benchmarks.environment import machine
 from ercn.benchmarks.results import Row, load, timed
-from ercn.training.files import write_text
+from ercn._files import write_text
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 COLUMNS = ("case", "fastest of ours", "ms (p20–p80)", "/ one product", "eager ms", "eager / ours", "peak MB, ours",
@@ -31,13 +31,13 @@ def readme(config: ReadmeConfig) -> int:
 
 def render(runs: list[tuple[str, dict[str, Any]]]) -> str:
     """Markdown: per file its machine, command and a table with one line per case."""
-    blocks = [
-        "Median times of interleaved runs on random data. *One product* is the dense matrix product that plain torch cannot "
-        "avoid (`torch.matmul(fᵀ, f, out=…)` for the affinity, `torch.mm(h, [V|U], out=…)` for the pool, each into memory "
-        "that exists); *eager* is plain torch as SEAM and AMLab write it. Peak memory is beyond the inputs; error is the "
-        "largest one against float64, relative to the largest value."
-    ]
-    blocks += [_machine(name, run) for name, run in runs]
+    introduction = (
+        "Median times of interleaved runs on random data. *One product* is the dense matrix product that plain torch "
+        "cannot avoid (`torch.matmul(fᵀ, f, out=…)` for the affinity, `torch.mm(h, [V|U], out=…)` for the pool, each "
+        "into memory that exists); *eager* is plain torch as SEAM and AMLab write it. Peak memory is beyond the "
+        "inputs; error is the largest one against float64, relative to the largest value."
+    )
+    blocks = [introduction, *(_machine(name, run) for name, run in runs)]
     if not any(run["environment"]["device"] == "cuda" for _, run in runs):
         blocks.append("No GPU has been measured yet: there are no GPU numbers.")
     return "\n\n".join(blocks)
@@ -47,9 +47,12 @@ def _machine(name: str, run: dict[str, Any]) -> str:
     values, peaks = run["environment"], run["ceilings"]
     commit = (values.get("git") or {}).get("commit", "unknown")[:12]
     rates = ", ".join(f"{dtype} {rate:,.0f} GFLOP/s" for dtype, rate in peaks["gemm_gflops"].items())
-    lines = [
+    title = (
         f"**{machine(values)}**, torch {values['packages']['torch']}, commit {commit}. Large matrix product: {rates}; "
-        f"copy: {peaks['copy_gbps']:.1f} GB/s. Every number: [{Path(name).name}]({Path(name).as_posix()}).",
+        f"copy: {peaks['copy_gbps']:.1f} GB/s. Every number: [{Path(name).name}]({Path(name).as_posix()})."
+    )
+    lines = [
+        title,
         "",
         f"`{values['command']}`",
         "",

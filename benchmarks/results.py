@@ -7,6 +7,7 @@ loses nothing, and every reader here takes that file as well.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ Row = dict[str, Any]
 
 
 class Writer:
-    """Appends rows to FILE.jsonl; ``finish`` writes FILE.json and FILE.csv and removes it. Without a file it does nothing."""
+    """Appends to FILE.jsonl; ``finish`` writes FILE.json and FILE.csv in its place. Without FILE it only keeps."""
 
     def __init__(self, save: str, header: dict[str, Any]) -> None:
         self.header, self.rows = {"format": FORMAT, **header}, []
@@ -33,6 +34,7 @@ class Writer:
         self._line(self.header)
 
     def add(self, row: Row) -> None:
+        row = _finite(row)
         self.rows.append(row)
         self._line(row)
 
@@ -51,6 +53,13 @@ class Writer:
         self.path.with_suffix(".jsonl").unlink()
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null; the row's reason says what happened."""
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def flat(row: Row) -> Row:
     """Nested values as columns of their own: ratios.eager.median and so on."""
     result: Row = {}
@@ -67,7 +76,9 @@ def load(path: str | Path) -> dict[str, Any]:
         folder = sorted(str(f) for f in path.parent.glob("*.json*")) if path.parent.is_dir() else []
         raise ValueError(f"{path} is no file; result files in {path.parent}: {', '.join(folder) or 'none'}")
     if path.suffix == ".jsonl":
-        header, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
+        header, *rows = (
+            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+        )
         values = {**header, "rows": rows}
     else:
         values = files.read_json(path)

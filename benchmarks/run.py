@@ -61,7 +61,9 @@ def select(config: BenchConfig, device: str) -> list[Case]:
     cases = [
         case
         for case in chosen
-        if config.direction in ("all", case.direction) and config.dtype in ("all", case.dtype) and pattern.search(case.id)
+        if config.direction in ("all", case.direction)
+        and config.dtype in ("all", case.dtype)
+        and pattern.search(case.id)
     ]
     if not cases:
         examples = ", ".join(case.id for case in chosen[:3]) or "none; --full has more"
@@ -151,14 +153,13 @@ def _prepare(case: Case, inputs: Inputs, device: str, config: BenchConfig, refus
     table = variants(case, device, config.backend)
     for variant in table:
         reason = variant.obstacle(case, inputs)
-        needed = variant.bytes(case)
+        needed = variant.bytes(case) + variant.held(case)
         if reason is None:
             reason = memory.does_not_fit(needed, held, device)
         if reason is not None:
             refuse(variant.name, "skipped", reason, expected_extra_mb=needed / 1e6)
             continue
-        if case.direction == "backward" or variant.name.startswith("t_"):
-            held += needed / 2  # a graph, or a result, that stays while others run
+        held += variant.held(case)
         fitting.append(variant)
     names = [v.name for v in fitting]
     judge = Judge(case, device, "eager" if "eager" in names else "blockwise")

@@ -50,7 +50,7 @@ class Telemetry:
             "throttle": nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
         }
 
-    def __enter__(self) -> Telemetry:
+    def __enter__(self):
         self.samples = []
         if self.reason is None:
             self._stop = threading.Event()
@@ -86,7 +86,9 @@ class Telemetry:
         values = {n: max(v) if n in highest else statistics.median(v) for n, v in columns.items()}
         return values | {"throttle_reasons": ", ".join(reasons) or "none"}
 
-    def energy_mj(self, run: Callable[[], object], synchronize: Callable[[], None], seconds: float = 0.3) -> float | None:
+    def energy_mj(
+        self, run: Callable[[], object], synchronize: Callable[[], None], seconds: float = 0.3
+    ) -> float | None:
         """Millijoules per call, from the GPU's energy counter over ``seconds`` of calls; None without a counter."""
         if self.reason is not None:
             return None

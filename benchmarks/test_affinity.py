@@ -1,4 +1,4 @@
-"""Regression timings of ``ercn.ops.affinity_propagate``: pytest benchmarks/test_affinity.py --benchmark-autosave, then --benchmark-compare."""
+"""Regression timings of ``affinity_propagate``: --benchmark-autosave once, then --benchmark-compare."""
 
 import pytest
 

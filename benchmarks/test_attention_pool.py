@@ -1,4 +1,4 @@
-"""Regression timings of ``ercn.ops.gated_attention_pool``: pytest benchmarks/test_attention_pool.py --benchmark-autosave, then --benchmark-compare."""
+"""Regression timings of ``gated_attention_pool``: --benchmark-autosave once, then --benchmark-compare."""
 
 import pytest
 

@@ -14,8 +14,8 @@ GRAPH_BELOW_MS = 0.1  # launches shorter than this are also timed as a replayed 
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
 METHOD = {
     "cpu": "time.perf_counter around each call, after one untimed call; variants take turns",
-    "cuda": "CUDA events around each call, which include its launches; 256 MB are written before each call so that L2 is "
-    "cold; variants take turns. graph_ms replays a CUDA graph of 20 calls, without launches and with a warm L2",
+    "cuda": "CUDA events around each call, which include its launches; 256 MB are written before each call so that L2 "
+    "is cold; variants take turns. graph_ms replays a CUDA graph of 20 calls, without launches and with a warm L2",
 }
 
 

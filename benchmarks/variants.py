@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +25,8 @@ class Variant:
 
     make: from case and inputs, what is timed; it returns outputs or gradients.
     role: "ercn", "baseline" (the same result), or "yardstick" (other mathematics, so nothing to verify).
-    flops: what it executes itself. bytes: memory it is known to need beside the inputs, 0 if little.
+    flops: what it executes itself. bytes: memory that its call is known to need, 0 if little.
+    held: memory that it keeps while others take their turns.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Variant:
     make: Callable[[Case, Inputs], Runner]
     flops: Callable[[Case], int | None]
     bytes: Callable[[Case], float] = lambda case: 0.0
+    held: Callable[[Case], float] = lambda case: 0.0
     backend: str = ""
 
     def obstacle(self, case: Case, inputs: Inputs) -> str | None:
@@ -100,6 +103,7 @@ def _compiled(function: Callable) -> Callable:
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns where there is no GPU
     return torch.compile(function, dynamic=True)
 
 
@@ -112,6 +116,10 @@ def _eager_affinity_flops(case: AffinityCase) -> int:
 def _blockwise_affinity_flops(case: AffinityCase) -> int:
     again = 0 if case.direction == "forward" else 2 * case.batch * case.pixels**2 * (case.dim + case.maps)
     return _eager_affinity_flops(case) + again
+
+
+def _gemm_flops(case: AffinityCase) -> int:
+    return 2 * case.batch * case.pixels**2 * case.dim
 
 
 def _t_gemm(case: AffinityCase, inputs: Inputs) -> Runner:
@@ -150,19 +158,19 @@ def _affinity_variants(case: AffinityCase, ours: list[str]) -> list[Variant]:
     def compiled(case: AffinityCase, cam: Tensor, feat: Tensor) -> Tensor:
         return _compiled(eager.affinity)(cam, feat)
 
-    big = AffinityCase.eager_bytes
+    big = {"bytes": AffinityCase.eager_bytes, "held": AffinityCase.graph_bytes}
+    plain = _in_direction(lambda case, *x: eager.affinity(*x))
+    blockwise = _in_direction(lambda case, *x: eager.blockwise_affinity(*x))
     return [
-        Variant("t_gemm", "yardstick", _t_gemm, lambda c: 2 * c.batch * c.pixels**2 * c.dim, AffinityCase.gemm_bytes),
-        Variant("eager", "baseline", _in_direction(lambda c, *x: eager.affinity(*x)), _eager_affinity_flops, big),
-        Variant("compile", "baseline", _in_direction(compiled), _eager_affinity_flops, big),
-        Variant(
-            "blockwise",
-            "baseline",
-            _in_direction(lambda c, *x: eager.blockwise_affinity(*x)),
-            _blockwise_affinity_flops,
-        ),
+        Variant("t_gemm", "yardstick", _t_gemm, _gemm_flops, held=AffinityCase.gemm_bytes),
+        Variant("eager", "baseline", plain, _eager_affinity_flops, **big),
+        Variant("compile", "baseline", _in_direction(compiled), _eager_affinity_flops, **big),
+        Variant("blockwise", "baseline", blockwise, _blockwise_affinity_flops),
         Variant("sdpa", "yardstick", _sdpa_affinity_make, _attention_flops),
-        *(Variant(f"ercn-{name}", "ercn", _in_direction(ercn(name)), AffinityCase.flops, backend=name) for name in ours),
+        *(
+            Variant(f"ercn-{name}", "ercn", _in_direction(ercn(name)), AffinityCase.flops, backend=name)
+            for name in ours
+        ),
     ]
 
 
@@ -235,11 +243,11 @@ def _pool_variants(case: PoolCase, ours: list[str]) -> list[Variant]:
     def compiled(*tensors: Tensor) -> Tensor:
         return _compiled(eager.pool)(*tensors)
 
-    big = PoolCase.eager_bytes
+    big = {"bytes": PoolCase.eager_bytes, "held": PoolCase.graph_bytes}
     rows = [
-        Variant("t_mlp", "yardstick", _t_mlp, PoolCase.projection_flops, PoolCase.gemm_bytes),
-        Variant("eager", "baseline", _in_direction(_each_bag(eager.pool)), _eager_pool_flops, big),
-        Variant("compile", "baseline", _in_direction(_each_bag(compiled)), _eager_pool_flops, big),
+        Variant("t_mlp", "yardstick", _t_mlp, PoolCase.projection_flops, held=PoolCase.gemm_bytes),
+        Variant("eager", "baseline", _in_direction(_each_bag(eager.pool)), _eager_pool_flops, **big),
+        Variant("compile", "baseline", _in_direction(_each_bag(compiled)), _eager_pool_flops, **big),
         Variant("blockwise", "baseline", _in_direction(_each_bag(eager.blockwise_pool)), PoolCase.flops),
         Variant("sdpa", "yardstick", _sdpa_pool_make, _pool_attention_flops),
     ]

@@ -1,0 +1,123 @@
+"""The registry of cases: what it holds, and its arithmetic against torch's own counters."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ercn.benchmarks import cases, network
+from ercn.benchmarks.cases import AffinityCase, ModelCase, PoolCase
+from ercn.benchmarks.variants import inputs_of, variants
+
+
+def ids(op, device):
+    return [case.id for case in cases.registry(op, device)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ids_are_unique_and_the_shapes_that_occur_are_there(device):
+    every = [i for op in cases.OPS for i in ids(op, device)]
+    assert len(every) == len(set(every))
+    for batch in (1, 8):
+        for channels in (6, 22):
+            for dim in (64, 128, 192, 256):
+                for side in (28, 56, 96, 128, 256):
+                    for direction in cases.DIRECTIONS:
+                        assert f"affinity/{direction}/float32/b{batch}-c{channels}-d{dim}-{side}x{side}" in every
+    for instances in (49, 65536):
+        for dim in (512, 1024, 2048):
+            for hidden in (128, 256, 512):
+                for heads in (1, 4):
+                    assert f"mil/backward/bfloat16/dense-n{instances}-d{dim}-l{hidden}-k{heads}" in every
+    assert any("/map-" in i for i in every) and any("/ragged-b64-" in i for i in every)
+    for size in (512, 1024, 2048):
+        for direction in ("forward", "forward_backward"):
+            assert f"model/{direction}/bfloat16/resnet50-b1-{size}px" in every
+
+
+def test_tf32_and_float16_are_for_gpus():
+    assert not any("/tf32/" in i or "/float16/" in i for i in ids("affinity", "cpu"))
+    assert any("/tf32/" in i for i in ids("mil", "cuda"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_standard_pattern_selects_something(device):
+    every = [i for op in cases.OPS for i in ids(op, device)]
+    for pattern in cases._STANDARD[device] + cases._QUICK:
+        assert any(cases.re.fullmatch(pattern, i) for i in every), pattern
+
+
+SMALL = [
+    AffinityCase(2, 5, 24, 8, direction=direction, dtype=dtype)
+    for direction in cases.DIRECTIONS
+    for dtype in ("float32", "bfloat16")
+]
+SMALL += [
+    PoolCase(392, 128, 32, heads=2, layout=layout, bags=4 if layout == "ragged" else 1, direction=direction)
+    for layout in ("dense", "ragged")
+    for direction in cases.DIRECTIONS
+]
+SMALL += [PoolCase(49, 64, 32, layout="map", direction="forward_backward")]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+def test_inputs_are_random_repeatable_and_of_the_stated_shape(case):
+    one, two = case.inputs("cpu"), case.inputs("cpu")
+    for a, b in zip((*one.tensors, one.upstream), (*two.tensors, two.upstream)):
+        assert torch.equal(a, b)
+    for x in one.leaves:
+        assert x.dtype == cases.DTYPES[case.dtype]
+        assert x.numel() == 1 or x.unique().numel() > 1
+    if case.op == "affinity":
+        assert [list(x.shape) for x in one.tensors] == [[2, 5, 64], [2, 24, 64]]
+        products = case.inputs("cpu", kink_safe=True).tensors[1].double() * 32
+        assert torch.equal(products, products.round()) and products.abs().max() == 3
+
+
+def test_ragged_bags_are_within_the_stated_lengths():
+    case = next(c for c in cases.registry("mil", "cpu") if c.layout == "ragged" and c.bags == 64)
+    lengths = case.lengths()
+    assert len(lengths) == 64 and min(lengths) >= 49 and max(lengths) <= 4096 and len(set(lengths)) > 32
+    assert abs(sum(lengths) - case.instances) < 0.05 * case.instances
+
+
+def test_a_map_is_a_view_of_channels_first_memory():
+    h = PoolCase(49, 64, 32, layout="map").inputs("cpu").tensors[0]
+    assert h.shape == (1, 49, 64) and h.mT.is_contiguous()
+
+
+# Forward FLOPs of ours equal torch's count of our operator; eager's, of plain torch.
+@pytest.mark.parametrize("case", [c for c in SMALL if c.dtype == "float32"], ids=lambda case: case.id)
+@pytest.mark.parametrize("name", ["eager", "ercn-reference"])
+def test_flops_agree_with_torchs_counter(case, name):
+    variant = next(v for v in variants(case, "cpu") if v.name == name)
+    run = variant.make(case, case.inputs("cpu"))
+    if name == "ercn-reference" and case.direction != "forward":
+        # The registered formula of the backward counts G·A on C rows where the case counts the maps only.
+        tolerance = 0.05
+    else:
+        tolerance = 0.02
+    with FlopCounterMode(display=False) as counter:
+        run()
+    assert counter.get_total_flops() == pytest.approx(variant.flops(case), rel=tolerance)
+
+
+def test_flops_and_bytes_by_hand():
+    case = AffinityCase(1, 21, 192, 56)
+    assert case.flops() == 2 * 3136**2 * (192 + 22)
+    assert case.min_bytes() == 4 * 3136 * (21 + 192 + 21)
+    unit = 2 * 3136**2 * 192
+    backward = AffinityCase(1, 21, 192, 56, direction="backward").flops() / unit
+    assert backward == pytest.approx(2 + (3 * 21 + 2) / 192)
+    pool = PoolCase(1024, 512, 256)
+    assert pool.flops() == 4 * 1024 * 512 * 256 + 2 * 1024 * (256 + 512)
+
+
+def test_the_networks_flops_are_counted_without_running_it():
+    small = ModelCase(64, backbone="resnet18")
+    step = ModelCase(64, backbone="resnet18", direction="forward_backward")
+    inference, training = network.flops(small), network.flops(step)
+    assert 0 < 2 * inference < training
+    assert network.min_bytes(step) > network.min_bytes(small) > 4 * 3 * 64 * 64
+    with FlopCounterMode(display=False) as counter:
+        network.runner(small, inputs_of(small, "cpu"), "reference")()
+    assert counter.get_total_flops() == pytest.approx(inference, rel=0.01)

@@ -1,0 +1,389 @@
+"""The bench as a whole: planted faults, saved files, peak memory, and every wrong option in one line."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ercn import cli
+from ercn.benchmarks import memory, results, run, timing, variants, verify
+from ercn.benchmarks.cases import AffinityCase, ModelCase, PoolCase
+from ercn.benchmarks.compare import changes, compare
+from ercn.benchmarks.config import BenchConfig, CompareConfig
+from ercn.benchmarks.variants import Variant
+
+CASE = AffinityCase(1, 5, 16, 12)
+QUICK = BenchConfig(quick=True, memory=False)
+PEAKS = {"gemm_gflops": {"float32": 100.0}, "copy_gbps": 10.0}
+
+
+def planted(monkeypatch, change, name="ercn-reference"):
+    """Puts ``change(runner)`` in the place of what a variant runs."""
+    original = variants.variants
+
+    def table(case, device, backend=""):
+        def make(make):
+            return lambda case, inputs: change(make(case, inputs))
+
+        return [replace(v, make=make(v.make)) if v.name == name else v for v in original(case, device, backend)]
+
+    monkeypatch.setattr(run, "variants", table)
+
+
+def measured(case=CASE, config=QUICK):
+    rows = run.measure(case, "cpu", config, PEAKS, lambda row: None)
+    return {row["variant"]: row for row in rows}
+
+
+def command(capsys, *argv):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["bench", *argv])
+    output = capsys.readouterr()
+    return exit.value.code, output.out, output.err
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(CASE, direction="backward"),
+        replace(CASE, dtype="bfloat16", direction="forward_backward"),
+        PoolCase(196, 128, 16, heads=2, direction="forward_backward"),
+        PoolCase(256, 64, 16, layout="ragged", bags=4, direction="backward"),
+        PoolCase(49, 64, 16, layout="map"),
+    ],
+    ids=lambda case: case.id,
+)
+def test_every_variant_has_a_row_with_its_numbers(case):
+    rows = measured(case)
+    assert set(rows) == {v.name for v in variants.variants(case, "cpu")}
+    for name, row in rows.items():
+        if row["status"] == "skipped":
+            assert name.startswith(("ercn-cpu", "one_bag-cpu")) and "backend 'cpu'" in row["reason"]
+            continue
+        assert row["status"] == "ok", row["reason"]
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["runs"] >= 3
+        assert row["gflops"] == pytest.approx(row["flops"] / row["median_ms"] / 1e6)
+        assert row["peak_share"] == pytest.approx(row["gflops"] / 100) or case.dtype != "float32"
+        if name not in ("t_gemm", "t_mlp", "sdpa") and not name.startswith("one_bag"):
+            assert row["error"] <= max(0.1 if name == "eager" else 0, 2 * row["judge_error"] + 0.01)
+            assert (
+                row["dense_gflops"] > 0
+                and row["gbps"] > 0
+                and row["ratios"]["eager" if name != "eager" else case.baseline]
+            )
+
+
+def test_a_network_case_runs_with_eager_and_our_operators():
+    rows = measured(ModelCase(64, backbone="resnet18", direction="forward_backward"))
+    assert {"eager", "ercn-auto", "ercn-reference"} <= set(rows)
+    assert all(rows[name]["status"] == "ok" for name in ("eager", "ercn-auto", "ercn-reference"))
+
+
+def test_a_wrong_kernel_gets_no_time(monkeypatch):
+    planted(monkeypatch, lambda runner: lambda: tuple(x * 1.001 for x in runner()))
+    row = measured()["ercn-reference"]
+    assert row["status"] == "wrong" and "wrong output" in row["reason"] and "median_ms" not in row
+    assert row["error"] > 100 * row["judge_error"]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_kernel_that_returns_nan_gets_no_time(monkeypatch, broken):
+    planted(monkeypatch, lambda runner: lambda: tuple(x + broken for x in runner()))
+    assert measured()["ercn-reference"]["status"] == "wrong"
+
+
+def test_a_wrong_gradient_gets_no_time(monkeypatch):
+    def second_gradient_halved(runner):
+        return lambda: tuple(x * (0.5 if i else 1) for i, x in enumerate(runner()))
+
+    planted(monkeypatch, second_gradient_halved)
+    assert measured(replace(CASE, direction="backward"))["ercn-reference"]["status"] == "wrong"
+
+
+def test_a_crash_in_a_variant_is_a_row_and_the_others_go_on(monkeypatch):
+    def crash():
+        raise RuntimeError("planted\ncrash")
+
+    planted(monkeypatch, lambda runner: crash)
+    rows = measured()
+    assert (
+        rows["ercn-reference"]["status"] == "error"
+        and rows["ercn-reference"]["reason"] == "RuntimeError: planted crash"
+    )
+    assert rows["eager"]["status"] == rows["blockwise"]["status"] == "ok"
+
+
+def test_a_crash_in_a_case_loses_no_finished_row(monkeypatch, tmp_path):
+    original, seen = run.measure, []
+
+    def measure(case, *args):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(case)
+        return original(case, *args)
+
+    monkeypatch.setattr(run, "measure", measure)
+    save = tmp_path / "r.json"
+    with pytest.raises(KeyboardInterrupt):
+        run.run(BenchConfig(op="affinity", quick=True, memory=False, device="cpu", save=str(save)))
+    saved = results.load(save)
+    assert {row["case"] for row in saved["rows"]} == {seen[0].id} and len(saved["rows"]) > 4
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_finished(tmp_path):
+    writer = results.Writer(str(tmp_path / "r.json"), {"environment": {}})
+    writer.add({"case": "a", "status": "ok"})
+    partial = tmp_path / "r.jsonl"
+    with open(partial, "a") as file:
+        file.write('{"case": "cut')  # as a kill leaves it
+    assert results.load(partial)["rows"] == [{"case": "a", "status": "ok"}]
+
+
+def test_an_infinite_error_can_be_saved(tmp_path):
+    writer = results.Writer(str(tmp_path / "r.json"), {"environment": {}})
+    writer.add({"case": "a", "status": "wrong", "error": float("inf"), "nested": {"x": float("nan")}})
+    writer.finish()
+    assert results.load(tmp_path / "r.json")["rows"] == [
+        {"case": "a", "status": "wrong", "error": None, "nested": {"x": None}}
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of two cases through the command line's function."""
+    path = tmp_path_factory.mktemp("bench") / "run.json"
+    config = BenchConfig(quick=True, device="cpu", filter="affinity/forward/|mil/forward/", save=str(path), threads=1)
+    run.run(config)
+    return path
+
+
+def test_the_file_states_environment_ceilings_and_method(saved):
+    values = json.loads(saved.read_text())
+    environment = values["environment"]
+    assert environment["cpu"] and environment["cpu_threads"] == 1 and environment["packages"]["torch"]
+    assert environment["command"] and environment["backends"]["reference"] == "usable"
+    assert values["ceilings"]["gemm_gflops"]["float32"] > 1 and values["ceilings"]["copy_gbps"] > 0.1
+    assert "perf_counter" in values["method"] and values["config"]["quick"] is True
+    assert not saved.with_suffix(".jsonl").exists()
+
+
+def test_csv_holds_the_same_rows(saved):
+    rows = results.load(saved)["rows"]
+    with open(saved.with_suffix(".csv"), newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(r["case"], r["variant"], r["status"]) for r in table] == [
+        (r["case"], r["variant"], r["status"]) for r in rows
+    ]
+    assert float(table[1]["ratios.t_gemm.median"]) == rows[1]["ratios"]["t_gemm"]["median"]
+
+
+def test_telemetry_says_why_it_is_absent(saved):
+    assert all(row["telemetry"] == "no NVIDIA GPU is measured" for row in results.timed(results.load(saved)))
+
+
+def test_peak_memory_is_in_the_rows(saved):
+    for row in results.timed(results.load(saved)):
+        assert row["peak_extra_mb"] is not None and 0 <= row["peak_extra_mb"] < 200, row["memory_note"]
+
+
+def copy_of(saved, path, factor):
+    """The file with the reference backend ``factor`` times as slow, and a spread of 1 % on every value."""
+    values = results.load(saved)
+    for row in results.timed(values):
+        times = [row, *row["ratios"].values()]
+        for entry, name in zip(times, ["median_ms"] + ["median"] * len(row["ratios"])):
+            entry[name] *= factor if row["variant"] == "ercn-reference" else 1
+            for low_or_high, share in (("p20", 0.99), ("p80", 1.01)):
+                entry[name.replace("median", low_or_high)] = share * entry[name]
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+@pytest.mark.parametrize("metric", ["ratio", "time"])
+def test_a_planted_slowdown_is_found_and_the_same_run_is_not(saved, tmp_path, capsys, metric):
+    before, after = copy_of(saved, tmp_path / "before.json", 1), copy_of(saved, tmp_path / "after.json", 2)
+    assert compare(CompareConfig((before, before), metric)) == 0
+    assert "0 slower, 0 lost, 0 faster" in capsys.readouterr().out
+    assert compare(CompareConfig((before, after), metric)) == 1
+    assert "2 slower" in capsys.readouterr().out
+    assert compare(CompareConfig((after, before), metric)) == 0
+    assert "2 faster" in capsys.readouterr().out
+
+
+def test_a_kernel_that_does_its_work_three_times_is_found_by_measuring(monkeypatch, tmp_path):
+    config = BenchConfig(quick=True, device="cpu", memory=False, seconds=1, filter="affinity/forward/", threads=1)
+    run.run(replace(config, save=str(tmp_path / "before.json")))
+
+    def thrice(runner):
+        return lambda: (runner(), runner(), runner())[0]
+
+    planted(monkeypatch, thrice)
+    run.run(replace(config, save=str(tmp_path / "after.json")))
+    before, after = (results.load(tmp_path / name) for name in ("before.json", "after.json"))
+    found = {change.variant: change.factor for change in changes(before, after, "ratio", 1.1)}
+    assert found["ercn-reference"] > 1.7
+
+
+def test_what_lost_its_time_is_a_regression(saved, tmp_path):
+    values = results.load(saved)
+    next(row for row in values["rows"] if row["variant"] == "ercn-reference")["status"] = "wrong"
+    (tmp_path / "after.json").write_text(json.dumps(values))
+    assert compare(CompareConfig((str(saved), str(tmp_path / "after.json")))) == 1
+
+
+def test_compare_limits_follow_the_noise():
+    def one(median, spread):
+        ratio = {"median": median, "p20": median * (1 - spread), "p80": median * (1 + spread)}
+        row = {"case": "c", "variant": "v", "status": "ok", "baseline": "b", "ratios": {"b": ratio}}
+        return {"rows": [row]}
+
+    assert changes(one(1, 0.01), one(1.2, 0.01), "ratio", 1.1)[0].verdict == "slower"
+    assert changes(one(1, 0.2), one(1.2, 0.2), "ratio", 1.1)[0].verdict == "same"
+    assert changes(one(1, 0.2), one(2.0, 0.2), "ratio", 1.1)[0].verdict == "slower"
+    assert changes(one(1, 0.01), one(0.5, 0.01), "ratio", 1.1)[0].verdict == "faster"
+
+
+def test_rounds_are_interleaved_and_bounded():
+    order = []
+    runners = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    samples = timing.interleave(runners, "cpu", seconds=0, min_rounds=4)
+    assert order == list("abc") * 4 and all(len(v) == 4 for v in samples.values())
+    assert len(timing.interleave(runners, "cpu", seconds=60, min_rounds=1, max_rounds=7)["a"]) == 7
+
+
+def test_summary_and_paired_ratio():
+    assert timing.summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
+    # A machine that is twice as slow in half of the rounds moves times, and no ratio.
+    assert timing.paired_ratio([2, 4, 2, 4], [1, 2, 1, 2]) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("direction, buffers", [("forward", 2.07), ("forward_backward", 6.1)])
+@pytest.mark.parametrize("side", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_peak_memory_of_eager_agrees_with_the_arithmetic(direction, buffers, side):
+    case = AffinityCase(1, 5, 16, side, direction=direction)
+    if reason := memory.does_not_fit(1.3 * case.eager_bytes(), 0, "cpu"):
+        pytest.skip(reason)
+    peak = memory.cpu_peak(case, "eager", "", torch.get_num_threads())
+    assert case.eager_bytes() == pytest.approx(buffers * 4 * case.pixels**2)
+    assert peak / (4 * case.pixels**2) == pytest.approx(buffers, rel=0.05)
+
+
+def test_our_peak_memory_has_no_square_buffer():
+    case = AffinityCase(1, 5, 16, 64, direction="forward")
+    assert memory.cpu_peak(case, "ercn-reference", "", 1) < 4 * case.pixels**2
+
+
+def test_a_failure_while_weighing_is_reported():
+    with pytest.raises(OSError, match="StopIteration"):
+        memory.cpu_peak(CASE, "no such variant", "", 1)
+
+
+def test_what_does_not_fit_is_a_row_with_the_reason(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100e3)
+    rows = measured()  # eager needs 172 kB
+    assert rows["eager"]["status"] == "skipped"
+    assert rows["eager"]["reason"].startswith("does not fit: needs 0.0 GB by arithmetic")
+    assert rows["eager"]["expected_extra_mb"] == pytest.approx(2.07 * 144**2 * 4 / 1e6)
+    assert rows["ercn-reference"]["status"] == "ok" and rows["ercn-reference"]["judge"] == "blockwise"
+
+
+def test_running_out_of_memory_is_a_row(monkeypatch):
+    def out(*args):
+        raise torch.OutOfMemoryError("tried to allocate 105 GB")
+
+    planted(monkeypatch, lambda runner: out)
+    row = measured()["ercn-reference"]
+    assert row["status"] == "skipped" and "out of memory" in row["reason"]
+
+
+def test_the_judge_is_the_rule_of_the_operator_tests():
+    judge = verify.Judge(CASE, "cpu", "eager")
+    good = next(v for v in variants.variants(CASE, "cpu") if v.name == "ercn-reference")
+
+    def off_by(amount) -> Variant:
+        def make(case, inputs):
+            runner = good.make(case, inputs)
+            scale = judge.exact[0].abs().max().item()
+            return lambda: tuple(x + amount * scale for x in runner())
+
+        return replace(good, make=make)
+
+    limit = 2 * judge.error + 9 * torch.finfo(torch.float32).eps
+    assert judge.verdict(good).reason is None
+    assert judge.verdict(off_by(2 * limit)).reason is not None
+
+
+def test_threads_are_set_stated_and_put_back(tmp_path):
+    before = torch.get_num_threads()
+    config = BenchConfig(quick=True, device="cpu", memory=False, filter="mil/forward/", threads=1)
+    assert run.run(config)["environment"]["cpu_threads"] == 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["pool"], ["'pool'", "affinity", "mil", "model", "compare"]),
+        (["--device", "tpu"], ["'tpu'", "auto", "cpu", "cuda"]),
+        (["--backend", "fast"], ["'fast'", "cpu", "reference"]),
+        (["--direction", "sideways"], ["--direction", "sideways", "forward_backward"]),
+        (["--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
+        (["--filter", "("], ["--filter", "regular expression"]),
+        (["--filter", "77x77"], ["no case matches", "affinity/forward"]),
+        (["--quick", "--full"], ["--quick", "--full"]),
+        (["--rounds", "many"], ["--rounds", "many"]),
+        (["--fast"], ["--fast"]),
+        (["affinity", "--quick", "--save", "x.txt"], ["--save", ".json", "x.txt"]),
+        (["compare", "one.json"], ["two result files"]),
+        (["compare", "/nowhere/a.json", "/nowhere/b.json"], ["/nowhere/a.json", "none"]),
+        (["plot", "/nowhere/a.json"], ["/nowhere/a.json"]),
+        (["readme", "/nowhere/a.json", "--readme", "/nowhere/README.md"], ["/nowhere/README.md"]),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_the_choices(argv, words, capsys):
+    if "--save" in argv:
+        argv = [*argv, "--filter", "affinity/forward/"]
+    code, _, err = command(capsys, *argv)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_asking_for_a_gpu_that_is_not_there(capsys):
+    code, _, err = command(capsys, "--device", "cuda")
+    assert code == 2 and "torch finds no GPU" in err
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path, capsys):
+    (tmp_path / "a.json").write_text("{}")
+    code, _, err = command(capsys, "compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"))
+    assert code == 2 and "a.json is not a result file" in err
+    code, _, err = command(capsys, "compare", str(tmp_path / "b.json"), str(tmp_path / "a.json"))
+    assert code == 2 and "b.json is no file" in err and "a.json" in err.partition("result files in")[2]
+
+
+def test_listing_and_selecting(capsys):
+    code, out, _ = command(capsys, "affinity", "--list", "--device", "cpu", "--direction", "forward", "--full",
+                           "--filter", "b1-c6-.*-256x256")  # fmt: skip
+    assert code == 0 and len(out.splitlines()) == 8
+    assert "affinity/forward/bfloat16/b1-c6-d192-256x256" in out.splitlines()
+
+
+@pytest.mark.parametrize("argv", [[], ["compare"], ["plot"], ["readme"]])
+def test_help_explains_every_option(argv, capsys):
+    code, out, _ = command(capsys, *argv, "--help")
+    assert code == 0 and f"ercn bench{' ' if argv else ''}{''.join(argv)}" in out
+
+
+def test_the_command_runs_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "ercn", "bench", "mil", "--quick", "--device", "cpu", "--direction", "forward"]
+    save = tmp_path / "out" / "r.json"
+    result = subprocess.run([*command, "--save", str(save)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "mil/forward/float32/dense-n1024-d512-l128-k1" in result.stdout
+    assert {row["op"] for row in results.load(save)["rows"]} == {"mil"}
+    assert results.load(save)["environment"]["command"].startswith("ercn bench mil --quick")

@@ -240,6 +240,20 @@ def test_other_labels_in_the_same_folder_are_refused(eyepacs, tmp_path):
         prepare(config(eyepacs, tmp_path / "d"))
 
 
+def test_other_photographs_under_the_same_labels_are_refused(eyepacs, tmp_path):
+    before = contents(prepare(config(eyepacs, tmp_path / "d")))
+    one, gone = eyepacs / "train" / "10_left.jpeg", eyepacs / "train" / "10_right.jpeg"
+    size, content = one.stat().st_size, one.read_bytes() + b"0"
+    put(one, content)
+    gone.unlink()
+    told = f"d was prepared from other photographs: images/10_left.jpg from {size} bytes, {one} has {size + 1}; choose"
+    with pytest.raises(DataError, match=told):
+        prepare(config(eyepacs, tmp_path / "d"))
+    assert contents(tmp_path / "d") == before  # nor is it marked as unfinished
+    (tmp_path / "d" / "images" / "10_left.jpg").unlink()
+    assert len(Manifest.load(prepare(config(eyepacs, tmp_path / "d"))).records) == 20
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

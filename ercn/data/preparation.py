@@ -37,6 +37,11 @@ STATISTICS_PICTURES = 2000
 SHOWN = 20
 
 
+class _Kept(NamedTuple):
+    geometry: Geometry
+    source_bytes: int | None  # size of the photograph's file; None for a phantom
+
+
 class _Outcome(NamedTuple):
     geometry: Geometry | None  # None if the picture could not be read
     reason: str = ""
@@ -54,7 +59,7 @@ def prepare(config: PrepareConfig) -> Path:
     Raises:
         DataError: faults in the labels, a grade without pictures, more than ``max_unreadable`` pictures missing or
             unreadable (each is named; fewer are skipped and listed in prepare.json), or ``out`` was prepared with other
-            settings or holds something else.
+            settings or from other photographs (told by their sizes in bytes) or holds something else.
     """
     if not config.out:
         raise DataError("out must be the folder to write; got nothing")
@@ -64,6 +69,7 @@ def prepare(config: PrepareConfig) -> Path:
     out = Path(config.out)
     settings = _settings(config, entries)
     _limit(_missing(entries, config), config)
+    _check_sources(entries, config)
     _claim(out, settings)
 
     for kind in (*LESIONS, "optic_disc") if config.dataset == "phantom" else ():
@@ -178,6 +184,23 @@ def _missing(entries: Sequence[Entry], config: PrepareConfig) -> list[tuple[Entr
     return [(entry, "no such file") for entry in lost]
 
 
+def _check_sources(entries: Sequence[Entry], config: PrepareConfig) -> None:
+    """Refuses photographs that are not those the pictures in ``out`` were made from; ones that are gone are no fault."""
+    if config.dataset == "phantom":
+        return
+    others = []
+    for entry in entries:
+        kept = _kept(Path(config.out) / _image_path(entry, config))
+        if kept and entry.source.is_file() and (now := entry.source.stat().st_size) != kept.source_bytes:
+            others.append(f"{_image_path(entry, config)} from {kept.source_bytes} bytes, {entry.source} has {now}")
+    if others:
+        more = f"; and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        raise DataError(
+            f"{config.out} was prepared from other photographs: {'; '.join(others[:SHOWN])}{more}; choose another out, "
+            "or delete these prepared pictures to have them made again"
+        )
+
+
 def _limit(skipped: Sequence[tuple[Entry, str]], config: PrepareConfig) -> None:
     if len(skipped) > config.max_unreadable:
         lines = "; ".join(f"{entry.source}: {reason}" for entry, reason in skipped[:SHOWN])
@@ -208,46 +231,51 @@ def _image_path(entry: Entry, config: PrepareConfig) -> str:
     return f"images/{entry.id}.png" if config.dataset == "phantom" else f"images/{entry.id}.jpg"
 
 
-def _kept(path: Path) -> Geometry | None:
-    """The geometry stored in a prepared picture, or None if there is no such picture."""
+def _comment(geometry: Geometry, source_bytes: int | None) -> str:
+    return json.dumps({"geometry": asdict(geometry), "source_bytes": source_bytes})
+
+
+def _kept(path: Path) -> _Kept | None:
+    """What ``_comment`` stored in a prepared picture, or None if there is no such picture."""
     try:
         with Image.open(path) as picture:
-            return Geometry(**json.loads(picture.info["comment"]))
+            comment = json.loads(picture.info["comment"])
+        return _Kept(Geometry(**comment["geometry"]), comment["source_bytes"])
     except (OSError, KeyError, ValueError, TypeError):  # missing, or not one of ours: it is made again
         return None
 
 
 def _photograph(entry: Entry, config: PrepareConfig, out: Path) -> _Outcome:
     path = out / _image_path(entry, config)
-    geometry = _kept(path)
-    if geometry is None:
-        try:
-            picture = read_picture(entry.source, max_pixels=config.max_pixels)
-        except DataError as error:
-            return _Outcome(None, str(error).removeprefix(f"{entry.source}: "))
-        geometry = locate_disc(picture, config.size)
-        with replacing(path) as temporary:
-            comment = json.dumps(asdict(geometry))
-            geometry.crop(picture).save(temporary, quality=95, subsampling="4:4:4", comment=comment)
+    if kept := _kept(path):
+        return _Outcome(kept.geometry)
+    try:
+        picture = read_picture(entry.source, max_pixels=config.max_pixels)
+    except DataError as error:
+        return _Outcome(None, str(error).removeprefix(f"{entry.source}: "))
+    geometry = locate_disc(picture, config.size)
+    comment = _comment(geometry, entry.source.stat().st_size)
+    with replacing(path) as temporary:
+        geometry.crop(picture).save(temporary, quality=95, subsampling="4:4:4", comment=comment)
     return _Outcome(geometry)
 
 
 def _phantom(entry: Entry, config: PrepareConfig, out: Path) -> _Outcome:
     path = out / _image_path(entry, config)
-    geometry = _kept(path)
-    if geometry is None:
-        size = config.size
-        patient, eye = entry.patient[1:], entry.id.rpartition("_")[2]
-        picture, masks = render_phantom(int(patient), eye, entry.grade, size, config.seed)
-        masks["optic_disc"] = phantom_optic_disc(int(patient), eye, size, config.seed)
-        for kind, mask in masks.items():
-            with replacing(out / mask_path(kind, entry.id)) as temporary:
-                Image.fromarray(mask.astype(np.uint8) * 255).save(temporary)
-        geometry = Geometry(size, size, 0, 0, size, size)
-        info = PngImagePlugin.PngInfo()
-        info.add_text("comment", json.dumps(asdict(geometry)))
-        with replacing(path) as temporary:  # last: where the picture is, its masks are
-            Image.fromarray(picture).save(temporary, pnginfo=info, compress_level=4)
+    if kept := _kept(path):
+        return _Outcome(kept.geometry)
+    size = config.size
+    patient, eye = entry.patient[1:], entry.id.rpartition("_")[2]
+    picture, masks = render_phantom(int(patient), eye, entry.grade, size, config.seed)
+    masks["optic_disc"] = phantom_optic_disc(int(patient), eye, size, config.seed)
+    for kind, mask in masks.items():
+        with replacing(out / mask_path(kind, entry.id)) as temporary:
+            Image.fromarray(mask.astype(np.uint8) * 255).save(temporary)
+    geometry = Geometry(size, size, 0, 0, size, size)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", _comment(geometry, None))
+    with replacing(path) as temporary:  # last: where the picture is, its masks are
+        Image.fromarray(picture).save(temporary, pnginfo=info, compress_level=4)
     return _Outcome(geometry)
 
 

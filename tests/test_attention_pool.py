@@ -127,6 +127,19 @@ def test_only_gradients_asked_for(backend, index):
     assert flops.get_total_flops() == (2 if index in (0, 1, 3) else 1) * projection + 2 * narrow
 
 
+@pytest.mark.parametrize("gated, forward, backward", [(True, 1368, 3600), (False, 936, 2304)], ids=["gated", "plain"])
+def test_flops(backend, gated, forward, backward):
+    """Projections 2·18·4·3 = 432 each, scores and pooling 2·18·2·(3 + 4) = 504. Backward: thrice the projections (formed
+    again, for the weights, for h), twice the others."""
+    arguments = [x if x is None else x.requires_grad_() for x in inputs(2, 9, 4, 3, heads=2, gated=gated)]
+    with FlopCounterMode(display=False) as flops:
+        pooled, _ = gated_attention_pool(*arguments, backend=backend)
+    assert flops.get_total_flops() == forward
+    with FlopCounterMode(display=False) as flops:
+        pooled.sum().backward()
+    assert flops.get_total_flops() == backward
+
+
 def test_gradient_through_either_output_alone(backend):
     leaves = [x.requires_grad_() for x in inputs(1, 8, 4, 3)]
     for pick in (0, 1):

@@ -104,7 +104,7 @@ def parse(command: str, cls: type, argv: Sequence[str]) -> Any:
         parser.epilog = "--preset ercn, seam or chikontwe starts from a packaged recipe instead of the defaults."
         name, argv = _take_preset(argv)
         if name is not None:
-            parser.set_defaults(_flat(dataclasses.asdict(configs.preset(name))))
+            parser.set_defaults(configs.flatten(dataclasses.asdict(configs.preset(name))))
     values = _parse_or_explain(parser, argv, command)
     del values["config"]
     return configs.from_dict(cls, values)
@@ -160,13 +160,6 @@ def field_help(cls: type) -> dict[str, str]:
     for match, end in zip(starts, ends):
         for name in match[1].split(", "):
             result[name] = text[match.end() : end].strip().rstrip(".").replace("%", "%%")
-    return result
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        result.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
     return result
 
 

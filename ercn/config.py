@@ -80,9 +80,11 @@ class ModelConfig:
 class LossConfig:
     """Weights of L = cls·L_cls + er·L_ER + ecr·L_ECR + consistency·H + min_pool·L_min; 0 leaves a term out.
 
-    cls: weight of the classification loss. er: weight of the equivariance loss. ecr: weight of the equivariant cross loss.
+    cls: weight of the classification loss. er: weight of the equivariance loss.
+    ecr: weight of the equivariant cross loss.
     consistency: weight of H, CAM against refined CAM. min_pool: weight of the min-pooling loss.
-    transform: the map A between the two views: "rescale", "flip", "rot90", "translate", "affine", "all" or "none" (one view).
+    transform: the map A between the two views: "rescale", "flip", "rot90", "translate", "affine", "all" or "none"
+        (one view).
     rescale: factor of "rescale" (SEAM: 0.3).
     hard_fraction: share of hardest values that L_ECR averages (SEAM: 0.2).
     warmup_epochs: epochs over which the weights of all terms but L_cls rise from 0.
@@ -113,7 +115,8 @@ class DataConfig:
     workers: loader processes.
     augment: flips, rotation, colour and scale jitter in training.
     balance: "none", "weights" (class weights in L_cls) or "sampler" (balanced sampling); never both.
-    max_unreadable: unreadable pictures that a run skips, by name, before it stops.
+    max_unreadable: unreadable pictures that a run skips, by name, before it stops; with several devices each counts
+        those of its own share.
     """
 
     root: str = ""
@@ -135,8 +138,11 @@ class RunConfig:
     """What every training run shares.
 
     out: the run's folder. resume: go on from its last checkpoint. seed: the one root seed.
-    precision: Lightning's name ("32-true", "bf16-mixed", …). devices, accelerator, num_nodes: as in Lightning.
-    epochs: passes over the training pictures. lr: AdamW's learning rate. weight_decay: AdamW's, of weights but not of biases.
+    precision: Lightning's name ("32-true", "bf16-mixed", …).
+    accelerator: "cpu", "gpu" or "cuda"; "auto" is CUDA where there is one, else the CPU.
+    devices, num_nodes: as in Lightning.
+    epochs: passes over the training pictures. lr: AdamW's learning rate.
+    weight_decay: AdamW's, of weights but not of biases.
     warmup_epochs: epochs over which the learning rate rises; then it falls as a cosine.
     accumulate: steps per optimizer update. clip: gradient norm limit, 0 for none.
     channels_last: memory layout of pictures and weights. progress: a progress bar where the output is a terminal.
@@ -170,8 +176,10 @@ class PretrainConfig:
     backbone: any timm model that supports ``features_only``. output_stride: input pixels per element of its last stage.
     method: "simclr" (NT-Xent) or "moco_v2" (momentum encoder and queue). The exported backbone loads through
     ``init`` of ``TrainConfig``.
-    temperature: of the contrastive loss (SimCLR: 0.5, MoCo v2: 0.2). projection_dim: width of the embedding it compares.
-    queue_size: moco_v2 only, keys kept as negatives, at most one epoch's. momentum: moco_v2 only, of the momentum encoder.
+    temperature: of the contrastive loss (SimCLR: 0.5, MoCo v2: 0.2).
+    projection_dim: width of the embedding it compares.
+    queue_size: moco_v2 only, keys kept as negatives, at most one epoch's.
+    momentum: moco_v2 only, of the momentum encoder.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -205,9 +213,11 @@ class TrainConfig:
 class EvaluateConfig:
     """``ercn evaluate``: metrics of a trained run on one split.
 
-    run: folder of ``ercn train``. data: prepared folder, or none for the one of the training. bootstrap: draws over patients.
+    run: folder of ``ercn train``. data: prepared folder, or none for the one of the training.
+    bootstrap: draws over patients.
     split: which pictures. batch_size: pictures per forward pass. workers: loader processes. seed: of the bootstrap.
-    accelerator: "auto", "cpu", "gpu", "cuda" or "mps". progress: a progress bar where the output is a terminal.
+    accelerator: "cpu", "gpu" or "cuda"; "auto" is CUDA where there is one, else the CPU.
+    progress: a progress bar where the output is a terminal.
     """
 
     run: str = "runs/ercn"
@@ -229,11 +239,14 @@ class EvaluateConfig:
 class PredictConfig:
     """``ercn predict``: grades and heat maps of any pictures.
 
-    run: folder of ``ercn train``. input: a picture or a folder of pictures. out: folder for ``predictions.csv`` and overlays.
+    run: folder of ``ercn train``. input: a picture or a folder of pictures.
+    out: folder for ``predictions.csv`` and overlays.
     overlays: which maps to draw at the original picture's full resolution.
-    batch_size: pictures per forward pass. workers: loader processes. max_unreadable: unreadable pictures that are skipped,
-    by name, before it stops. max_pixels: pictures whose longer side squared is larger count as unreadable.
-    accelerator: "auto", "cpu", "gpu", "cuda" or "mps". progress: a progress bar where the output is a terminal.
+    batch_size: pictures per forward pass. workers: loader processes.
+    max_unreadable: unreadable pictures that are skipped, by name, before it stops.
+    max_pixels: pictures whose longer side squared is larger count as unreadable.
+    accelerator: "cpu", "gpu" or "cuda"; "auto" is CUDA where there is one, else the CPU.
+    progress: a progress bar where the output is a terminal.
     """
 
     run: str = "runs/ercn"
@@ -259,7 +272,8 @@ class PrepareConfig:
     dataset: "phantom", "eyepacs" or "davis". root: the published layout's folder (not for the phantom). out: the cache.
     label: which label column, where the data set has two (davis: "one_figure" or "concatenated").
     size: side of the cached pictures. fractions: train, val, test by patient.
-    patients: phantom only, how many. max_unreadable: unreadable or missing pictures that are skipped, by name, before it stops.
+    patients: phantom only, how many.
+    max_unreadable: unreadable or missing pictures that are skipped, by name, before it stops.
     max_pixels: pictures whose longer side squared is larger count as unreadable.
     seed: of splits and phantom. workers: processes that read pictures.
     progress: a progress bar where the output is a terminal.
@@ -294,7 +308,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     key (``model.pool``, after ``path``) and the keys or values that are valid, types and ranges.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path or cls.__name__} must be a mapping of {cls.__name__}'s fields; got {values!r}")  # noqa: TRY004
+        what = path or cls.__name__
+        raise ValueError(f"{what} must be a mapping of {cls.__name__}'s fields; got {values!r}")  # noqa: TRY004
     known = [f.name for f in fields(cls)]
     for key in values:
         if key not in known:
@@ -305,6 +320,15 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         return cls(**checked)
     except ValueError as error:  # of __post_init__, which begins with the field's name
         raise ValueError(_join(path, error)) from None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, the keys joined with dots as the command line's options are: ``data.root``."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        key = _join(prefix, name)
+        result.update(flatten(value, key) if isinstance(value, Mapping) else {key: value})
+    return result
 
 
 def preset(name: str) -> TrainConfig:

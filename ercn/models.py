@@ -7,7 +7,6 @@ not public: this is a reconstruction from SEAM (CVPR 2020), Chikontwe et al. (Me
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,7 +78,7 @@ class ERCN(nn.Module):
 
     def forward(self, image: Tensor) -> ERCNOutput:
         """image: [B, 3, H, W], normalised as the backbone was trained."""
-        *_, low, mid, last = self._stages(image)
+        *_, low, mid, last = stages(self.backbone, image)
         last = self.dropout(last)
 
         cam = self.classifier(last)  # [B, F, h, w]
@@ -104,12 +103,6 @@ class ERCN(nn.Module):
             logits = (cam_logits + mil_logits) / 2
         return ERCNOutput(logits, cam_logits, mil_logits, cam, refined_cam, mask, attention)
 
-    def _stages(self, image: Tensor) -> Sequence[Tensor]:
-        stages = self.backbone(image)
-        if getattr(self.backbone, "output_fmt", None) == "NHWC":
-            return [x.permute(0, 3, 1, 2) for x in stages]
-        return stages
-
     def _spatial_mask(self, confidence: Tensor) -> Tensor:
         """m = mean over thresholds t of [max foreground confidence >= t], [B, 1, h, w]."""
         largest = confidence[:, 1:].amax(1, keepdim=True)
@@ -123,21 +116,6 @@ class ERCN(nn.Module):
             mask = (mask == 1).to(mask.dtype)
         foreground = mask * confidence[:, 1:]
         return torch.cat([1 - foreground.amax(1, keepdim=True), foreground], 1)
-
-    def load_backbone(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load the backbone's weights, as pre-training exports them; all keys and shapes must match (ValueError)."""
-        own = self.backbone.state_dict()
-        faults = [f"lacks {key}" for key in own if key not in state_dict]
-        faults += [f"has unknown {key}" for key in state_dict if key not in own]
-        faults += [
-            f"has {key} of shape {list(state_dict[key].shape)}, not {list(own[key].shape)}"
-            for key in own
-            if key in state_dict and state_dict[key].shape != own[key].shape
-        ]
-        if faults:
-            more = f" and {len(faults) - 5} more faults" if len(faults) > 5 else ""
-            raise ValueError(f"not the weights of backbone '{self.config.backbone}': {', '.join(faults[:5])}{more}")
-        self.backbone.load_state_dict(state_dict)
 
 
 def create_backbone(name: str, output_stride: int, *, pretrained: bool = False) -> nn.Module:
@@ -178,6 +156,12 @@ def create_backbone(name: str, output_stride: int, *, pretrained: bool = False) 
             f"it supports {supported or 'none of 8, 16 and 32'}"
         )
     return model
+
+
+def stages(backbone: nn.Module, image: Tensor) -> list[Tensor]:
+    """All stages of a backbone of ``create_backbone`` as [B, C, h, w]; some timm models put the channels last."""
+    maps = backbone(image)
+    return [x.permute(0, 3, 1, 2) for x in maps] if getattr(backbone, "output_fmt", None) == "NHWC" else list(maps)
 
 
 def foreground_channels(config: ModelConfig) -> int:

@@ -99,6 +99,7 @@ def test_summary(tmp_path, capsys, caplog):
     assert "phantom: 12 pictures of 6 patients, 64 x 64" in text.out and "proliferative" in text.out
     assert text.err == ""  # no progress bar where there is no terminal
     assert "no picture of grade 0 (no DR), 2 (moderate)" in caplog.text
+    assert "no picture in the val split, although its fraction is 0.1" in text.out
 
 
 def test_eyepacs_pictures_and_geometry(tree, tmp_path):

@@ -127,5 +127,10 @@ def test_backbone_of_pretraining(tmp_path):
     other = replace(CONFIG.model, backbone="resnet10t")
     with pytest.raises(ValueError, match="pre-trained mobilenetv3_small_050, but model.backbone is resnet10t"):
         load_backbone(ERCN(other), tmp_path, other.backbone)
+    state = source.backbone.state_dict()
+    first = next(iter(state))
+    save_weights(tmp_path / "export", "backbone", state | {first: torch.zeros(7)}, info)
+    with pytest.raises(ValueError, match=r"backbone.safetensors .* mobilenetv3_small_050: 1 of another shape .*\[7\]"):
+        load_backbone(target, tmp_path, CONFIG.model.backbone)
     with pytest.raises(FileNotFoundError, match="ercn pretrain"):
         load_backbone(target, tmp_path / "nothing", CONFIG.model.backbone)

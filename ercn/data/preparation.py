@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 from ercn._files import remove_temporary, replacing, write_text
+from ercn._progress import with_progress
 from ercn.config import PrepareConfig
 from ercn.data import davis, eyepacs
 from ercn.data.entries import Entry
@@ -212,7 +212,7 @@ def _limit(skipped: Sequence[tuple[Entry, str]], config: PrepareConfig) -> None:
 
 def _parallel(work: Callable, items: Sequence, config: PrepareConfig, title: str) -> Iterator:
     """Results of ``work`` in the order of ``items``, from ``config.workers`` processes, with a progress bar."""
-    bar = partial(tqdm, total=len(items), desc=title, unit="picture", disable=None if config.progress else True)
+    bar = partial(with_progress, title=title, total=len(items), wanted=config.progress)
     if config.workers < 2:
         yield from bar(map(work, items))
         return
@@ -316,5 +316,8 @@ def _report(out: Path, about: dict, patients: int) -> None:
     for split, count in counts.items():
         cells = "  ".join(f"{count[name]:>{w}}" for name, w in zip(names, widths))
         print(f"{split:<6}{cells}  {sum(count.values()):>6}")
+    for split, fraction in zip(SPLITS, about["settings"]["fractions"]):
+        if fraction > 0 and not sum(counts[split].values()):
+            print(f"no picture in the {split} split, although its fraction is {fraction:g}: there are too few patients")
     for one in about["skipped"]:
         print(f"skipped {one['source']}: {one['reason']}", file=sys.stderr)

@@ -107,7 +107,7 @@ def load_backbone(model: ERCN, run: str | Path, backbone: str) -> None:
             f"set --model.backbone {info['backbone']} or pre-train {backbone}"
         )
     check_state(model.backbone, state, str(folder / "backbone.safetensors"), backbone)
-    model.load_backbone(state)
+    model.backbone.load_state_dict(state, strict=True)
 
 
 def without_pretrained(config: TrainConfig) -> TrainConfig:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ercn._progress import with_progress
 from ercn.config import EvaluateConfig
 from ercn.data import Manifest, Record
 from ercn.models import ERCN
 from ercn.training import metrics
 from ercn.training.checkpoint import load_model
 from ercn.training.files import DISCLAIMER, write_csv, write_json
-from ercn.training.infer import forward, pick_device, with_progress
+from ercn.training.infer import forward, pick_device
 from ercn.training.localization import Localization
 from ercn.training.maps import enlarge
 from ercn.training.overlay import overlay, save_jpeg
@@ -60,7 +61,8 @@ def collect(
     loader = make_loader(dataset, batch_size, workers)
     shown = set(gallery_choice(records))
     result, parts, seen = Collected(), [], []
-    for batch, probability, maps in forward(model, config.model, with_progress(loader, title, progress), device):
+    batches = with_progress(loader, title, len(loader), progress)
+    for batch, probability, maps in forward(model, config.model, batches, device):
         full = {name: enlarge(heat, config.data.image_size).numpy() for name, heat in maps.items()}
         parts.append(probability)
         for i, index in enumerate(batch["index"].tolist()):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -14,18 +12,17 @@ from ercn.config import ModelConfig
 from ercn.models import ERCN, grade_probabilities
 from ercn.training.maps import heat_maps
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+
 
 def pick_device(accelerator: str) -> torch.device:
-    """"auto" takes a GPU where there is one; else "cpu", "gpu", "cuda" or "mps"."""
-    if accelerator == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    name = "cuda" if accelerator == "gpu" else accelerator
-    if name not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"accelerator must be auto, cpu, gpu, cuda or mps, not {accelerator!r}")
-    if name != "cpu" and not getattr(torch.backends if name == "mps" else torch, name).is_available():
+    """"cpu"; "gpu" or "cuda"; "auto" is CUDA where there is one, else the CPU. The operators have no other devices."""
+    if accelerator not in ACCELERATORS:
+        raise ValueError(f"accelerator must be one of {', '.join(ACCELERATORS)}; got {accelerator!r}")
+    found = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not found:
         raise ValueError(f"accelerator {accelerator!r} was asked for, but torch finds none here")
-    return torch.device(name)
+    return torch.device("cuda" if found and accelerator != "cpu" else "cpu")
 
 
 @torch.inference_mode()
@@ -40,13 +37,3 @@ def forward(
         output = model(batch["image"].to(device, non_blocking=True))
         probability = grade_probabilities(output.logits.cpu().double(), config).numpy()
         yield batch, probability, heat_maps(output, config)
-
-
-def with_progress(items: Sequence[Any] | Any, title: str, wanted: bool) -> Iterable[Any]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not (wanted and sys.stderr.isatty()):
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, title, console=Console(stderr=True), total=len(items))

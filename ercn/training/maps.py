@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ercn.config import ModelConfig
-from ercn.models import ERCNOutput
+from ercn.models import ERCNOutput, grade_probabilities
 
 NAMES = {"cam": "CAM", "refined_cam": "refined CAM", "attention": "attention"}
 _EPS = 1e-5
@@ -22,10 +21,8 @@ def heat_maps(output: ERCNOutput, config: ModelConfig) -> dict[str, Tensor]:
     attention: softmax over the elements, mean over heads, divided by its maximum; relative within one picture.
     """
     logits = output.logits.float()
-    if config.targets == "onehot":
-        probability = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1).softmax(1)[:, 1:]
-    else:
-        probability = logits.sigmoid()
+    onehot = config.targets == "onehot"
+    probability = grade_probabilities(logits, config)[:, 1:] if onehot else logits.sigmoid()  # [B, F]
     cam = output.cam.float().relu()
     cam = cam / (cam.amax((2, 3), keepdim=True) + _EPS)
     maps = {

@@ -12,12 +12,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ercn._files import write_atomic
+from ercn._progress import with_progress
 from ercn.config import PredictConfig
 from ercn.data import DataError, Geometry, locate_disc, read_picture
 from ercn.data.dataset import to_tensor
 from ercn.training.checkpoint import load_model
 from ercn.training.files import DISCLAIMER, write_csv, write_json
-from ercn.training.infer import forward, pick_device, with_progress
+from ercn.training.infer import forward, pick_device
 from ercn.training.maps import NAMES
 from ercn.training.overlay import overlay, save_jpeg
 
@@ -63,8 +64,8 @@ def predict(config: PredictConfig) -> Path:
     The folder then holds predictions.csv (id, file, grade, p0, p1, …; one row a picture), overlays/<id>_<map>.jpg at
     the photograph's own resolution, maps/<id>.npz (float32 maps [h, w] on the fixed scale [0, 1] and the crop's
     geometry, from which ``Geometry.to_original`` makes the full-resolution map) and predictions.json. Unreadable
-    pictures are named and skipped; more than ``max_unreadable`` stop the run with a DataError that lists them, and
-    what was written stays.
+    pictures are named and skipped; more than ``max_unreadable`` stop the run with a DataError that lists them.
+    predictions.csv is written whole after every batch, so what was graded stays even if the process is killed.
     Raises ValueError when ``out`` is not empty: nothing is overwritten.
     """
     paths, ids = find_pictures(config.input)
@@ -98,20 +99,17 @@ def predict(config: PredictConfig) -> Path:
                 )
             yield batch if batch["index"] else None
 
-    try:
-        batches = readable(with_progress(loader, "predict", config.progress))
-        for batch, probability, maps in forward(model, info["config"].model, batches, device):
-            for i, (index, geometry) in enumerate(zip(batch["index"], batch["geometry"])):
-                heats = {name: heat[i].numpy() for name, heat in maps.items()}
-                _save_maps(out / "maps" / f"{ids[index]}.npz", heats, geometry)
-                _save_overlays(out / "overlays", ids[index], paths[index], heats, geometry, config)
-                rows.append(
-                    {"id": ids[index], "file": str(paths[index]), "grade": int(probability[i].argmax())}
-                    | {f"p{k}": f"{p:.6f}" for k, p in enumerate(probability[i])}
-                )
-    finally:
-        if rows:
-            write_csv(out / "predictions.csv", rows)
+    batches = readable(with_progress(loader, "predict", len(loader), config.progress))
+    for batch, probability, maps in forward(model, info["config"].model, batches, device):
+        for i, (index, geometry) in enumerate(zip(batch["index"], batch["geometry"])):
+            heats = {name: heat[i].numpy() for name, heat in maps.items()}
+            _save_maps(out / "maps" / f"{ids[index]}.npz", heats, geometry)
+            _save_overlays(out / "overlays", ids[index], paths[index], heats, geometry, config)
+            rows.append(
+                {"id": ids[index], "file": str(paths[index]), "grade": int(probability[i].argmax())}
+                | {f"p{k}": f"{p:.6f}" for k, p in enumerate(probability[i])}
+            )
+        write_csv(out / "predictions.csv", rows)
     if not rows:
         raise DataError(f"no picture of {config.input} could be read: {'; '.join(skipped)}")
     write_json(

@@ -18,10 +18,11 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from ercn._files import remove_temporary, write_text
-from ercn.config import RunConfig
+from ercn.config import RunConfig, flatten
 from ercn.training.callbacks import EpochLog, SafeCheckpointIO, checkpoints
 from ercn.training.checkpoint import check_state
 from ercn.training.files import environment, write_json
+from ercn.training.infer import pick_device
 from ercn.training.loaders import PictureData
 
 # What a resumed run may change: where and how fast it runs, and how long.
@@ -61,10 +62,10 @@ def _check_same(config: Any, out: Path) -> None:
     if not saved.is_file():
         raise ValueError(f"run.resume: {out} holds no config.yaml, so it is no run of ercn; give another --run.out")
     try:
-        old = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
     except (yaml.YAMLError, AttributeError) as error:
         raise ValueError(f"run.resume: {saved} is damaged: {error}") from error
-    new = _flat(_plain(config))
+    new = flatten(_plain(config))
     differing = [name for name in sorted((old.keys() | new.keys()) - FREE) if old.get(name) != new.get(name)]
     if differing:
         changes = ", ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differing)
@@ -74,13 +75,6 @@ def _check_same(config: Any, out: Path) -> None:
 def _plain(config: Any) -> dict[str, Any]:
     """Nested dicts with lists for tuples, as a file gives them back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        result.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return result
 
 
 def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
@@ -96,7 +90,7 @@ def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
         callbacks.append(progress_bar())
     try:
         return pl.Trainer(
-            accelerator=run.accelerator,
+            accelerator="cuda" if pick_device(run.accelerator).type == "cuda" else "cpu",
             devices=run.devices,
             num_nodes=run.num_nodes,
             # a loss term of weight 0 leaves parameters without a gradient

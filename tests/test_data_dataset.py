@@ -123,7 +123,10 @@ def test_unreadable_pictures_are_named_dropped_and_counted_over_workers(manifest
                 for i in batch["index"].tolist()
             ]
             assert seen == list(range(3, len(data)))
-    assert [record.image.name for record in data.unreadable()] == ["bad0.png", "bad1.png", "bad2.png"]
+    unreadable = data.unreadable()
+    assert [record.image.name for record in unreadable] == ["bad0.png", "bad1.png", "bad2.png"]
+    assert list(data.faults()) == [record.id for record in unreadable]
+    assert all(reason and "bad" not in reason for reason in data.faults().values())  # without the path
     if not workers:
         assert [f"bad{i}.png" in message for i, message in enumerate(caplog.messages)] == [True] * 3
 

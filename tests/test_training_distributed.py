@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from _ntxent import contrastive_gradient
 from lightly.loss import NTXentLoss
 from safetensors.torch import load_file
 
-from ercn.config import PrepareConfig
-from ercn.data import prepare
+from ercn.config import DataConfig, PrepareConfig, PretrainConfig, TrainConfig
+from ercn.data import DataError, Manifest, prepare
+from ercn.training.module import ERCNModule
+from ercn.training.pretraining import Contrastive
 
 
 def test_negatives_of_all_ranks_with_correct_gradients(tmp_path):
@@ -29,10 +32,26 @@ def test_negatives_of_all_ranks_with_correct_gradients(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "gradient.pt"), expected)
 
 
+def test_a_rank_without_readable_pictures_stops_instead_of_leaving_the_others_waiting():
+    config = DataConfig(batch_size=3)
+    train = ERCNModule(torch.nn.Identity(), TrainConfig(data=config))
+    contrast = Contrastive(PretrainConfig(backbone="test_resnet", data=config), 0)
+    dataset = SimpleNamespace(unreadable=lambda: [SimpleNamespace(image="a.png"), SimpleNamespace(image="b.png")])
+    loader = SimpleNamespace(dataset=dataset, batch_size=3)
+    for module, batch in ((train, None), (contrast, None), (contrast, {"views": torch.zeros(1, 2, 3, 8, 8)})):
+        module.trainer = SimpleNamespace(world_size=1, global_rank=0, train_dataloader=loader)
+        assert module.training_step(batch, 0) is None
+        module.trainer = SimpleNamespace(world_size=2, global_rank=1, train_dataloader=loader)
+        with pytest.raises(DataError, match="rank 1 of 2 has too few readable pictures .* unreadable are a.png, b.png;"):
+            module.training_step(batch, 0)
+
+
 @pytest.mark.slow
 def test_a_run_on_two_devices_validates_every_picture_once(tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     prepare(PrepareConfig(patients=24, size=64, fractions=(0.5, 0.3, 0.2), out=str(data), progress=False))
+    bad = Manifest.load(data).split("train")[0]
+    bad.image.write_bytes(b"")
     options = {
         "data.root": data,
         "data.image_size": 64,
@@ -54,6 +73,7 @@ def test_a_run_on_two_devices_validates_every_picture_once(tmp_path):
     info = json.loads((out / "export" / "model.json").read_text())
     result = json.loads((out / "evaluation" / "val.json").read_text())
     assert len(rows) == 2 and result["pictures"] > 0
+    assert [one["id"] for one in info["unreadable"]] == [bad.id]  # whichever rank met it
     best = rows[info["epoch"] - 1]
     for name in ("accuracy", "kappa"):
         assert float(best[f"val_{name}"]) == pytest.approx(result["metrics"][name]["value"], abs=1e-6)

@@ -181,10 +181,20 @@ def test_too_many_unreadable_pictures_stop_a_run_in_one_sentence(data, tmp_path,
     assert str(raised.value) == f"1 unreadable pictures, max_unreadable is 0: {bad}"
 
 
+def test_skipped_training_pictures_are_kept_in_the_run(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    bad = Manifest.load(tmp_path / "data").split("train")[0]
+    bad.image.write_bytes(b"not a picture")
+    out = train(train_config(str(tmp_path / "data"), tmp_path / "run", epochs=1))
+    (told,) = json.loads((out / "export" / "model.json").read_text())["unreadable"]
+    assert told["id"] == bad.id and "not a picture" in told["reason"] and str(tmp_path) not in told["reason"]
+    assert f"<li>{bad.id}: " in (out / "report.html").read_text()
+
+
 def test_devices_that_are_not_there_leave_no_folder(data, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     config = train_config(data, tmp_path / "run")
-    with pytest.raises(ValueError, match="run.accelerator 'gpu', run.devices 3, .*: No supported gpu"):
+    with pytest.raises(ValueError, match="run.accelerator 'gpu', run.devices 3, .*: accelerator 'gpu' was asked for"):
         train(replace(config, run=replace(config.run, accelerator="gpu", devices=3)))
     assert not (tmp_path / "run").exists()

@@ -122,6 +122,17 @@ class PictureDataset(Dataset):
         """The records that could not be read so far, in any worker."""
         return [self.records[i] for i in self._unreadable.nonzero().flatten().tolist()]
 
+    def faults(self) -> dict[str, str]:
+        """What is wrong with those records, by id; they are read once more for it."""
+        faults = {}
+        for record in self.unreadable():
+            try:
+                read_picture(record.image, max_pixels=record.geometry.size**2)
+                faults[record.id] = "could not be read at first"
+            except DataError as error:
+                faults[record.id] = str(error).removeprefix(f"{record.image}: ")
+        return faults
+
     def check_unreadable(self) -> None:
         """Raises DataError with the names if more pictures than ``max_unreadable`` could not be read in any worker."""
         skipped = self.unreadable()

@@ -48,8 +48,9 @@ def train(config: TrainConfig) -> Path:
     trainer = runs.make_trainer(config.run, monitor=MONITOR)
     checkpoint = runs.open_run(config)
     out = Path(config.run.out)
-    if runs.fit(trainer, module, GradedData(manifest, config.data, seed=config.run.seed), checkpoint):
-        finish(out, model, info, config, manifest)
+    data = GradedData(manifest, config.data, seed=config.run.seed)
+    if runs.fit(trainer, module, data, checkpoint):
+        finish(out, model, info | {"unreadable": data.unreadable}, config, manifest)
     return out
 
 

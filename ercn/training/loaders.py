@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ercn.config import DataConfig
-from ercn.data import Manifest, PictureDataset, Record
+from ercn.data import DataError, Manifest, PictureDataset, Record
 from ercn.training.pictures import make_loader, picture_dataset, sampling_weights
 from ercn.training.seeding import generator
 
@@ -20,7 +20,8 @@ class EpochSampler(Sampler[int]):
     """This rank's share of one epoch's order.
 
     weights: None visits every picture once, in a random order; [N] draws N pictures with these probabilities, with
-    replacement (balanced sampling). Up to world - 1 pictures are left out so that all ranks take as many steps.
+    replacement (balanced sampling). Up to world - 1 pictures are left out so that all ranks have as many, and with
+    ``drop_last`` as many batches, all of one size.
     Lightning calls ``set_epoch``, which also tells the data set, before the workers start.
     """
 
@@ -50,6 +51,7 @@ class EpochSampler(Sampler[int]):
 class PictureData(pl.LightningDataModule):
     """The training pictures of a prepared folder in two views each, for contrastive learning.
 
+    unreadable: after the fit, ``{"id", "reason"}`` of the training pictures that were skipped, on all ranks.
     first_epoch: where a resumed run begins. Lightning starts the workers of that epoch before it calls ``set_epoch``.
     """
 
@@ -58,6 +60,7 @@ class PictureData(pl.LightningDataModule):
     def __init__(self, manifest: Manifest, config: DataConfig, *, seed: int) -> None:
         super().__init__()
         self.manifest, self.config, self.seed = manifest, config, seed
+        self.unreadable: list[dict[str, str]] = []
 
     def train_dataloader(self) -> DataLoader:
         records = self.manifest.split("train")
@@ -79,6 +82,15 @@ class PictureData(pl.LightningDataModule):
             persistent_workers=self.config.workers > 0,  # with the decoded pictures they hold
         )
 
+    def teardown(self, stage: str) -> None:
+        loader = self.trainer.train_dataloader  # None where no epoch was left
+        own = {} if loader is None else loader.dataset.faults()
+        faults = [own] * self.trainer.world_size
+        if len(faults) > 1:
+            torch.distributed.all_gather_object(faults, own)
+        named = {id: reason for rank in faults for id, reason in rank.items()}
+        self.unreadable = [{"id": id, "reason": reason} for id, reason in sorted(named.items())]
+
     def _training(self) -> dict[str, Any]:
         return {"augment": True, "views": 2, "contrastive": True}
 
@@ -88,6 +100,16 @@ class PictureData(pl.LightningDataModule):
     def _pictures(self, records: list[Record], **options) -> PictureDataset:
         mean, std = self.manifest.mean, self.manifest.std
         return picture_dataset(records, mean, std, self.config, seed=self.seed, **options)
+
+
+def need_whole_batches(trainer: pl.Trainer) -> None:
+    """Called on a rank whose batch lacks unreadable pictures: DataError where others would wait for it for ever."""
+    if trainer.world_size > 1:
+        names = ", ".join(str(record.image) for record in trainer.train_dataloader.dataset.unreadable())
+        raise DataError(
+            f"rank {trainer.global_rank} of {trainer.world_size} has too few readable pictures in a batch, and the other "
+            f"ranks cannot go on without it: unreadable are {names}; mend or remove them, or use one device"
+        )
 
 
 class GradedData(PictureData):

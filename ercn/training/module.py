@@ -14,6 +14,7 @@ from ercn.losses import classification_loss
 from ercn.models import ERCN, grade_probabilities, targets_from_grades
 from ercn.objective import ercn_loss
 from ercn.training import metrics
+from ercn.training.loaders import need_whole_batches
 from ercn.training.schedule import adamw
 from ercn.training.seeding import derive, generator
 from ercn.transforms import sample_transform
@@ -38,6 +39,7 @@ class ERCNModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor] | None, step: int) -> Tensor | None:
         if batch is None:  # every picture of the batch was unreadable
+            need_whole_batches(self.trainer)
             return None
         config, place = self.config, (self.current_epoch, step, self.global_rank)
         torch.manual_seed(derive(config.run.seed, "step", *place))

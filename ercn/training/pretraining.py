@@ -26,10 +26,10 @@ from lightly.models.utils import (
 from torch import Tensor, nn
 
 from ercn.config import PretrainConfig
-from ercn.models import create_backbone
+from ercn.models import create_backbone, stages
 from ercn.training import runs
 from ercn.training.checkpoint import save_weights
-from ercn.training.loaders import PictureData
+from ercn.training.loaders import PictureData, need_whole_batches
 from ercn.training.pictures import load_manifest, need_split
 from ercn.training.report import write_report
 from ercn.training.schedule import adamw
@@ -44,9 +44,7 @@ class Embedder(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, image: Tensor) -> Tensor:
-        last = self.backbone(image)[-1]
-        space = (1, 2) if getattr(self.backbone, "output_fmt", None) == "NHWC" else (2, 3)
-        return self.head(last.mean(space))
+        return self.head(stages(self.backbone, image)[-1].mean((2, 3)))
 
 
 class Contrastive(pl.LightningModule):
@@ -77,7 +75,10 @@ class Contrastive(pl.LightningModule):
         return adamw(self, self.config.run)
 
     def training_step(self, batch: dict[str, Tensor] | None, step: int) -> Tensor | None:
-        if batch is None or len(batch["views"]) < 2:  # nothing to contrast with: the other pictures were unreadable
+        read = 0 if batch is None else len(batch["views"])
+        if read < self.trainer.train_dataloader.batch_size:  # the other pictures were unreadable
+            need_whole_batches(self.trainer)
+        if read < 2:  # nothing to contrast with
             return None
         torch.manual_seed(derive(self.config.run.seed, "step", self.current_epoch, step, self.global_rank))
         layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
@@ -139,6 +140,7 @@ def pretrain(config: PretrainConfig) -> Path:
             "manifest": manifest.hash,
             "mean": list(manifest.mean),
             "std": list(manifest.std),
+            "unreadable": data.unreadable,
         },
     )
     write_report(out)

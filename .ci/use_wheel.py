@@ -1,4 +1,7 @@
-"""Uses an installed ercn without extras as a user of the operators would. Argument: the README with the example to run."""
+"""Uses an installed ercn without extras as a user of the operators would.
+
+Argument: the README with the example to run.
+"""
 
 import re
 import runpy
@@ -16,7 +19,6 @@ assert new == {"ercn"} and "ercn.kernels" not in sys.modules, f"import ercn also
 assert find_spec("timm") is None, "the training extra was installed with the operators"
 
 import ercn.kernels
-
 from ercn.ops import _extension, relu_affinity
 
 assert "kernels" not in sys.modules

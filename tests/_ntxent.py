@@ -1,4 +1,4 @@
-"""One rank's part of a distributed contrastive gradient; a file of its own, so that a spawned process imports little."""
+"""One rank's part of a distributed contrastive gradient; its own file, so that a spawned process imports little."""
 
 import torch
 import torch.distributed as dist

@@ -22,7 +22,8 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 def backends_of(op: str) -> list[str]:
     """Backends on this machine that have the op at all."""
     usable = {b.name for b in ercn.ops.backends() if b.reason is None}
-    return [row.name for row in _backends.TABLE if row.name in usable and row.can_run(op, (torch.ones(1, 1, 1),)) is None]
+    probe = (torch.ones(1, 1, 1),)
+    return [row.name for row in _backends.TABLE if row.name in usable and row.can_run(op, probe) is None]
 
 
 def require(backend: str, op: str, *tensors: torch.Tensor) -> None:

@@ -33,10 +33,10 @@ def write_csv(path: Path, header: str, rows: list[tuple], newline: str = "\n", b
 
 
 def write_eyepacs_tree(root: Path, patients: int = 12, seed: int = 0, test: bool = False) -> None:
-    """EyePACS' published layout: trainLabels.csv and train/<patient>_<eye>.jpeg; with ``test`` the solution and test/ too.
+    """EyePACS' published layout: trainLabels.csv and train/<patient>_<eye>.jpeg.
 
-    Two eyes a patient, all five grades, phantom lesions, mixed sizes and frames. ``test`` adds ``patients`` more, every
-    second one Public.
+    Two eyes a patient, all five grades, phantom lesions, mixed sizes and frames. ``test`` adds ``patients`` more in
+    retinopathy_solution.csv and test/, every second one Public.
     """
     parts = {"train": (patients, 10)} | ({"test": (patients, 10 + patients)} if test else {})
     for part, (count, first) in parts.items():

@@ -1,4 +1,4 @@
-"""The affinity ops against SEAM's published code, plain torch in float64, and the properties every backend must have."""
+"""The affinity ops against SEAM's published code, plain torch in float64, and properties every backend must have."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ercn.ops import affinity_propagate, relu_affinity
 pytestmark = pytest.mark.parametrize("backend", backends_of("relu_affinity"))
 
 # B, C, D, N: ones, primes, one off every power of two, the model's own widths.
-SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 6, 64, 127), (3, 1, 192, 129), (1, 22, 192, 196), (2, 5, 512, 33), (1, 2, 3, 257)]
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 6, 64, 127), (3, 1, 192, 129), (1, 22, 192, 196)]
+SHAPES += [(2, 5, 512, 33), (1, 2, 3, 257)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -59,7 +60,8 @@ def test_matches_published_seam(backend, name):
     assert error(grad_cam, data["grad_cam"]) < 1e-12
     assert error(grad_feat, data["grad_feat"]) < 1e-10  # sums of N terms that cancel
     lower = affinity_propagate(cam.float(), feat.float(), backend=backend)
-    assert_within_budget(lower, dense_propagate(cam.float().flatten(2), feat.float().flatten(2)).view_as(lower), data["out"])
+    plain = dense_propagate(cam.float().flatten(2), feat.float().flatten(2)).view_as(lower)
+    assert_within_budget(lower, plain, data["out"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,7 +157,7 @@ def test_compile_with_dynamic_pixels_does_not_recompile(backend):
             cam, feat = randn(2, 3, n, seed=n).requires_grad_(), randn(2, 5, n, seed=n + 1).requires_grad_()
             ours, eager = compiled(cam, feat), step(cam, feat)
             assert error(ours, eager) < 1e-12
-            for a, e in zip(torch.autograd.grad(ours.sum(), (cam, feat)), torch.autograd.grad(eager.sum(), (cam, feat))):
+            for a, e in zip(*(torch.autograd.grad(x.sum(), (cam, feat)) for x in (ours, eager))):
                 assert error(a, e) < 1e-12 or e.abs().max() < 1e-9
 
 

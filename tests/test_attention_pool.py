@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from _ops import assert_within_budget, backends_of, error, golden, layouts, randn, require
@@ -77,7 +79,8 @@ def test_forward_and_gradients_within_budget(backend, case, gated, dtype):
     arguments = [None if x is None else x.to(dtype) for x in inputs(*case, gated=gated)]
     require(backend, "gated_attention_pool", arguments[0])
     results = []
-    for function, cast in ((lambda *a: gated_attention_pool(*a, backend=backend), dtype), (dense, dtype), (dense, torch.float64)):
+    op = functools.partial(gated_attention_pool, backend=backend)
+    for function, cast in ((op, dtype), (dense, dtype), (dense, torch.float64)):
         leaves = [None if x is None else leaf(x.to(cast)) for x in arguments]
         pooled, scores = function(*leaves)
         seeds = [randn(*t.shape, seed=s).to(t.dtype) for s, t in ((8, pooled), (9, scores))]
@@ -98,7 +101,8 @@ def test_any_strides(backend, layout):
     pooled, scores = gated_attention_pool(*leaves, backend=backend)
     expected, expected_scores = dense(*leaves)
     assert error(pooled, expected) < 1e-13 and error(scores, expected_scores) < 1e-13
-    ours, theirs = (gradients(p.sum() + s.square().sum(), leaves, None) for p, s in ((pooled, scores), (expected, expected_scores)))
+    pairs = (pooled, scores), (expected, expected_scores)
+    ours, theirs = (gradients(p.sum() + s.square().sum(), leaves, None) for p, s in pairs)
     assert all(error(a, e) < 1e-12 for a, e in zip(ours, theirs))
 
 
@@ -129,8 +133,8 @@ def test_only_gradients_asked_for(backend, index):
 
 @pytest.mark.parametrize("gated, forward, backward", [(True, 1368, 3600), (False, 936, 2304)], ids=["gated", "plain"])
 def test_flops(backend, gated, forward, backward):
-    """Projections 2·18·4·3 = 432 each, scores and pooling 2·18·2·(3 + 4) = 504. Backward: thrice the projections (formed
-    again, for the weights, for h), twice the others."""
+    """Projections 2·18·4·3 = 432 each, scores and pooling 2·18·2·(3 + 4) = 504. Backward: thrice the projections
+    (formed again, for the weights, for h), twice the others."""
     arguments = [x if x is None else x.requires_grad_() for x in inputs(2, 9, 4, 3, heads=2, gated=gated)]
     with FlopCounterMode(display=False) as flops:
         pooled, _ = gated_attention_pool(*arguments, backend=backend)
@@ -170,7 +174,8 @@ def test_gradcheck_dense_masked_and_ragged(backend, gated):
 
 
 def test_opcheck(backend):
-    forward, backward = torch.ops.ercn.gated_attention_pool.default, torch.ops.ercn.gated_attention_pool_backward.default
+    forward = torch.ops.ercn.gated_attention_pool.default
+    backward = torch.ops.ercn.gated_attention_pool_backward.default
     mask, bounds = torch.tensor([[True, False, True]] * 2), torch.tensor([0, 1, 1, 3], dtype=torch.int32)
     for gated in (True, False):
         arguments = inputs(2, 3, 4, 5, heads=2, gated=gated)
@@ -291,7 +296,8 @@ def test_empty_and_fully_masked_bags(backend):
         assert all((row == 0).all() for row, e in zip(pooled, empty) if e)
         assert scores.shape == ((2, 2, 0) if bounds is None else (2, n))
         assert all(g.isfinite().all() for g in gradients(pooled.sum(), [h, *arguments[1:]], None))
-    no_bag = gated_attention_pool(torch.ones(0, 4).double(), *arguments[1:], cu_seqlens=torch.tensor([0]), backend=backend)
+    empty = torch.ones(0, 4).double()
+    no_bag = gated_attention_pool(empty, *arguments[1:], cu_seqlens=torch.tensor([0]), backend=backend)
     assert no_bag[0].shape == (0, 2, 4) and no_bag[1].shape == (2, 0)
 
 
@@ -304,7 +310,8 @@ def test_ragged_equals_bag_by_bag(backend, index_dtype):
     alone = [gated_attention_pool(arguments[0][None, bag], *arguments[1:], backend=backend) for bag in bags]
     expected = torch.cat([p for p, _ in alone]), torch.cat([s[0] for _, s in alone], dim=-1)
     assert error(pooled, expected[0]) < 1e-13 and error(scores, expected[1]) < 1e-13
-    ours, theirs = (gradients(p.square().sum() + s.square().sum(), arguments, None) for p, s in ((pooled, scores), expected))
+    pairs = (pooled, scores), expected
+    ours, theirs = (gradients(p.square().sum() + s.square().sum(), arguments, None) for p, s in pairs)
     assert all(error(a, e) < 1e-12 for a, e in zip(ours, theirs))
 
 

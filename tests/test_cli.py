@@ -15,7 +15,11 @@ from ercn import cli, config
 def called(monkeypatch):
     """Records the configuration instead of running the command."""
     seen = []
-    monkeypatch.setattr(cli, "_function", lambda module, name: lambda *args, **kwargs: seen.append((name, args, kwargs)))
+
+    def function(module, name):
+        return lambda *args, **kwargs: seen.append((name, args, kwargs))
+
+    monkeypatch.setattr(cli, "_function", function)
     return seen
 
 

@@ -94,7 +94,7 @@ def test_masks_say_which_lesions_are_there(grade, size):
 
 
 def test_masks_are_where_the_picture_was_painted():
-    """The same eye with and without lesions differs at its masks, and nowhere far from them: grades leak nowhere else."""
+    """The same eye with and without lesions differs at its masks, and not far from them: grades leak nowhere else."""
     for patient, eye in ((0, "left"), (1, "right"), (2, "left")):
         clean, _ = render_phantom(patient, eye, 0, 256, 1)
         for grade in (1, 2, 3, 4):

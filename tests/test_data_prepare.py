@@ -128,9 +128,8 @@ def test_davis(tmp_path):
     write_davis_tree(tmp_path / "d", patients=8)
     hashes = set()
     for label in ("one_figure", "concatenated"):
-        made = prepare(
-            PrepareConfig(dataset="davis", root=str(tmp_path / "d"), out=str(tmp_path / label), label=label, fractions=(0.6, 0, 0.4), **SMALL)
-        )  # fmt: skip
+        options = {"root": str(tmp_path / "d"), "out": str(tmp_path / label), "fractions": (0.6, 0, 0.4)}
+        made = prepare(PrepareConfig(dataset="davis", label=label, **options, **SMALL))
         manifest = Manifest.load(made)
         assert manifest.class_names == ["NDR", "SDR", "PPDR", "PDR"] and len(manifest.records) == 24
         assert {r.patient for r in manifest.split("train")}.isdisjoint(r.patient for r in manifest.split("test"))
@@ -283,7 +282,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 
 
 def test_a_killed_run_goes_on(phantom, tmp_path):
-    """SIGKILL in the middle: the folder is refused until the same command has ended it, with the same bytes as undisturbed."""
+    """SIGKILL in the middle: the folder is refused until a second run ends it, with the bytes of one undisturbed."""
     out = tmp_path / "d"
     code = (
         "from ercn.config import PrepareConfig; from ercn.data import prepare\n"

@@ -1,4 +1,4 @@
-"""The demo's configurations fit together, and its photographs are what `ercn predict` meets. `make demo` runs it whole."""
+"""The demo's configurations fit together, and its photographs are what `ercn predict` meets. `make demo` runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def test_each_step_reads_what_the_one_before_writes(tmp_path):
     assert pretrained.run.out == trained.init and pretrained.backbone == trained.model.backbone
     assert trained.run.out == evaluated.run == predicted.run
     assert trained.model == preset("demo").model and trained.loss == preset("demo").loss
-    assert all(Path(c).is_relative_to(tmp_path) for c in (prepared.out, trained.run.out, predicted.input, predicted.out))
+    places = prepared.out, trained.run.out, predicted.input, predicted.out
+    assert all(Path(place).is_relative_to(tmp_path) for place in places)
 
 
 def test_photographs_are_off_centre_and_their_disc_is_found(tmp_path):

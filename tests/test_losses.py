@@ -34,10 +34,10 @@ def seam_terms(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
 
 
-# Relative errors in units of float32's rounding u = 2^-24, to first order. A sum of n terms, however ordered, is off by at most
-# (n - 1)u of the sum of their sizes, which for terms of one sign is the sum. Resizing and max_norm take about 16 roundings
-# of values below 1. Every term is below 2, so 2·(n + 32)·u bounds the difference of two float32 evaluations and, all the
-# more, that of float32 from float64.
+# Relative errors in units of float32's rounding u = 2^-24, to first order. A sum of n terms, however ordered, is off by
+# at most (n - 1)u of the sum of their sizes, which for terms of one sign is the sum. Resizing and max_norm take about
+# 16 roundings of values below 1. Every term is below 2, so 2·(n + 32)·u bounds the difference of two float32
+# evaluations and, all the more, that of float32 from float64.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "term, terms_summed",
@@ -51,7 +51,10 @@ def test_seam_golden(term, terms_summed, dtype):
 def test_max_norm_formula():
     cam = torch.tensor([[[[-1.0, 0.0], [1.0, 3.0]], [[2.0, 3.0], [4.0, 6.0]]]], dtype=torch.float64)
     e = 1e-5
-    expected = [[[0, 0], [(1 - e) / (3 + e), (3 - e) / (3 + e)]], [[0, (1 - e) / (4 + e)], [(2 - e) / (4 + e), (4 - e) / (4 + e)]]]
+    expected = [
+        [[0, 0], [(1 - e) / (3 + e), (3 - e) / (3 + e)]],
+        [[0, (1 - e) / (4 + e)], [(2 - e) / (4 + e), (4 - e) / (4 + e)]],
+    ]
     torch.testing.assert_close(losses.max_norm(cam), torch.tensor([expected], dtype=torch.float64))
 
 
@@ -153,7 +156,7 @@ def test_cross_loss_fraction(fraction):
 
 
 def test_refinement_consistency_by_loops():
-    cam, refined, mask = torch.rand(3, 4, 5, 6).double(), torch.rand(3, 4, 5, 6).double(), torch.rand(3, 1, 5, 6).double()
+    cam, refined, mask = (torch.rand(3, channels, 5, 6).double() for channels in (4, 4, 1))
     mask[1] = 0
     expected = 0.0
     for b in (0, 2):

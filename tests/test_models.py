@@ -182,7 +182,10 @@ def test_backbone_keys_do_not_depend_on_the_stride():
     "changes, message",
     [
         ({"backbone": "resnet999"}, "unknown backbone 'resnet999'"),
-        ({"backbone": "test_mambaout", "output_stride": 8}, "'test_mambaout' does not support output_stride 8; it supports 32"),
+        (
+            {"backbone": "test_mambaout", "output_stride": 8},
+            "'test_mambaout' does not support output_stride 8; it supports 32",
+        ),
         ({"backbone": "test_vit", "output_stride": 32}, "'test_vit' does not support output_stride 32; it supports 16"),
         ({"output_stride": 64}, "'test_resnet' does not support output_stride 64; it supports 8, 16, 32"),
         ({"pool": "none"}, "fusion must be 'cam' but is 'mean'"),
@@ -197,7 +200,7 @@ def test_configuration_errors(changes, message):
 
 @pytest.mark.parametrize("backbone, stride", [("test_mambaout", 32), ("test_vit", 16), ("test_efficientnet", 16)])
 def test_other_kinds_of_feature_extractor(backbone, stride):
-    """Channels-last stages, a single-resolution transformer, and a network whose feature class has no layout attribute."""
+    """Channels-last stages, a single-resolution transformer, and a network whose features have no layout attribute."""
     out = build(backbone=backbone, output_stride=stride).eval()(pictures(1, 160, 160))
     assert out.cam.shape == (1, 4, 160 // stride, 160 // stride)
 
@@ -296,7 +299,8 @@ def test_loss_is_the_weighted_sum_of_its_terms(kind, size):
     total, terms = ercn_loss(model, image, grade, SMALL, EVERY_TERM, transform, weight_scale=0.5)
     assert list(terms) == ["cls", "er", "ecr", "consistency", "min_pool"]
     assert all(t.isfinite() and t > 0 and not t.requires_grad for t in terms.values())
-    expected = terms["cls"] + 0.5 * (0.5 * terms["er"] + 2 * terms["ecr"] + 0.25 * terms["consistency"] + 3 * terms["min_pool"])
+    others = 0.5 * terms["er"] + 2 * terms["ecr"] + 0.25 * terms["consistency"] + 3 * terms["min_pool"]
+    expected = terms["cls"] + 0.5 * others
     torch.testing.assert_close(total.detach(), expected)
     total.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -46,7 +46,7 @@ def test_pixel_correlation_is_seams(dtype, prefix):
     layer = PixelCorrelation.from_seam(state)
     cam, features, image = seam_inputs(dtype)
     # The embedding sums 3 + 14 products of sums of 12, is normalised over 16 and correlated over 16 channels, and the
-    # affinities are summed over 63 elements: fewer than 128 roundings of values whose sizes do not exceed twice the result's.
+    # affinities are summed over 63 elements: fewer than 128 roundings of values of at most twice the result's size.
     expected = seam_refinement(weights, cam, *features, image)
     torch.testing.assert_close(layer(cam, features, image).double(), expected, rtol=0, atol=256 * U[dtype])
 
@@ -192,7 +192,8 @@ def test_attention_takes_weights_without_biases():
 
 
 def test_attention_rejects_other_weights():
-    with pytest.raises(ValueError, match=r"found none.*AMLab gated: attention_V\.0\.weight.*CLAM plain.*Keys found: V, U"):
+    told = r"found none.*AMLab gated: attention_V\.0\.weight.*CLAM plain.*Keys found: V, U"
+    with pytest.raises(ValueError, match=told):
         GatedAttentionPool.from_state_dict({"V": torch.zeros(1), "U": torch.zeros(1)})
     two = {f"{p}.{key}": value for p in "ab" for key, value in AMLabPlain().state_dict().items()}
     with pytest.raises(ValueError, match=r"found AMLab plain at 'a\.', AMLab plain at 'b\.'"):

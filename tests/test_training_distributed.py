@@ -42,7 +42,7 @@ def test_a_rank_without_readable_pictures_stops_instead_of_leaving_the_others_wa
         module.trainer = SimpleNamespace(world_size=1, global_rank=0, train_dataloader=loader)
         assert module.training_step(batch, 0) is None
         module.trainer = SimpleNamespace(world_size=2, global_rank=1, train_dataloader=loader)
-        with pytest.raises(DataError, match="rank 1 of 2 has too few readable pictures .* unreadable are a.png, b.png;"):
+        with pytest.raises(DataError, match="rank 1 of 2 has too few readable .* unreadable are a.png, b.png;"):
             module.training_step(batch, 0)
 
 

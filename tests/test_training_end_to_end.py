@@ -54,7 +54,8 @@ def root(tmp_path_factory):
     cut.write_bytes(cut.read_bytes()[:2000])
     options = ["--size", "96", "--fractions", "[0.6,0.2,0.2]", "--out", str(root / "data")]
     ercn("prepare", "--dataset", "eyepacs", "--root", str(root / "raw"), *options)
-    small = ["--data.root", str(root / "data"), "--data.image_size", "64", "--data.batch_size", "6", "--run.epochs", "2"]
+    small = ["--data.root", str(root / "data"), "--data.image_size", "64", "--data.batch_size", "6"]
+    small += ["--run.epochs", "2"]
     for method in ("simclr", "moco_v2"):
         ercn("pretrain", *small, "--method", method, "--backbone", BACKBONE, "--run.out", str(root / method))
     model = ["--model.backbone", BACKBONE, "--model.embed_dim", "16", "--init", str(root / "moco_v2")]
@@ -66,7 +67,8 @@ def root(tmp_path_factory):
 def test_the_run_folder_is_complete(root):
     run = root / "run"
     for name in (
-        *("config.yaml", "environment.json", "metrics.csv", "report.html", "checkpoints/last.ckpt", "checkpoints/best.ckpt"),
+        *("config.yaml", "environment.json", "metrics.csv", "report.html"),
+        *("checkpoints/last.ckpt", "checkpoints/best.ckpt"),
         *("export/model.safetensors", "export/model.json"),
         *("evaluation/val.json", "evaluation/test.json", "evaluation/test_predictions.csv"),
     ):

@@ -11,7 +11,8 @@ from ercn.config import ModelConfig, TrainConfig
 from ercn.models import ERCN
 from ercn.training.checkpoint import load_backbone, load_model, save_model, save_weights
 
-CONFIG = TrainConfig(model=ModelConfig(backbone="mobilenetv3_small_050", embed_dim=8, pool_dim=8, mask_thresholds=(0.1,)))
+SMALL = {"embed_dim": 8, "pool_dim": 8, "mask_thresholds": (0.1,)}
+CONFIG = TrainConfig(model=ModelConfig(backbone="mobilenetv3_small_050", **SMALL))
 INFO = {
     "class_names": list("abcde"),
     "image_size": 64,
@@ -53,7 +54,8 @@ def test_weights_of_another_model_list_what_differs(run):
     save_file(state, path)
     with pytest.raises(ValueError) as error:
         load_model(folder)
-    for part in ("1 missing (classifier.weight)", "1 unexpected (extra.weight)", "mil_classifier.bias [9] instead of [4]"):
+    parts = "1 missing (classifier.weight)", "1 unexpected (extra.weight)", "mil_classifier.bias [9] instead of [4]"
+    for part in parts:
         assert part in str(error.value)
 
 

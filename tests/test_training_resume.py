@@ -165,7 +165,8 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path):
     saved = tmp_path / "run" / "config.yaml"
     last.write_bytes(whole)
     saved.write_text(saved.read_text().replace("embed_dim: 16", "embed_dim: 8"))
-    with pytest.raises(ValueError, match=r"last.ckpt holds the weights of another model .*1 of another shape \(model\.refin"):
+    told = r"last.ckpt holds the weights of another model .*1 of another shape \(model\.refin"
+    with pytest.raises(ValueError, match=told):
         train(replace(longer, model=replace(config.model, embed_dim=8)))
 
 

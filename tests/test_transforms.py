@@ -1,4 +1,4 @@
-"""The maps A: exact where they are permutations, aligned between resolutions elsewhere, and a function of the generator."""
+"""The maps A: exact where they are permutations, aligned between resolutions elsewhere, functions of the generator."""
 
 import pytest
 import torch
@@ -110,7 +110,8 @@ def test_translation_moves_whole_pixels():
         rows, columns = torch.meshgrid(torch.arange(SIZE[0]) + dy, torch.arange(SIZE[1]) + dx, indexing="ij")
         inside = (rows >= 0) & (rows < SIZE[0]) & (columns >= 0) & (columns < SIZE[1])
         assert torch.equal(transform.valid(*SIZE), inside)
-        torch.testing.assert_close(transform(x)[0, 0][inside], x[0, 0][rows[inside], columns[inside]], rtol=0, atol=1e-12)
+        expected = x[0, 0][rows[inside], columns[inside]]
+        torch.testing.assert_close(transform(x)[0, 0][inside], expected, rtol=0, atol=1e-12)
 
 
 def test_affine_rotates_pixels_without_shear():

@@ -14,9 +14,9 @@ class Geometry:
     """The crop square of one photograph.
 
     width, height: of the photograph. left, top, side: the square, in the photograph's pixels; it may reach outside
-    (not wholly), which is padded with black. size: side of the prepared picture. Pixel (i, j) of any [h, w] map of the square has
-    its center at photograph coordinates (left + (j + 0.5) side / w, top + (i + 0.5) side / h), where pixel centers are
-    at k + 0.5.
+    (not wholly), which is padded with black. size: side of the prepared picture. Pixel (i, j) of any [h, w] map of the
+    square has its center at photograph coordinates (left + (j + 0.5) side / w, top + (i + 0.5) side / h), where pixel
+    centers are at k + 0.5.
     """
 
     width: int

@@ -185,7 +185,7 @@ def _missing(entries: Sequence[Entry], config: PrepareConfig) -> list[tuple[Entr
 
 
 def _check_sources(entries: Sequence[Entry], config: PrepareConfig) -> None:
-    """Refuses photographs that are not those the pictures in ``out`` were made from; ones that are gone are no fault."""
+    """Refuses photographs other than those the pictures in ``out`` were made from; ones that are gone are no fault."""
     if config.dataset == "phantom":
         return
     others = []

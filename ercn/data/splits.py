@@ -20,7 +20,7 @@ def split_patients(grades: Mapping[str, Sequence[int]], fractions: Sequence[floa
 
     Every stratum is shuffled and dealt out by ``fractions``, the largest first; what rounding leaves over is carried
     to the next, so that the sizes of the splits are right to within a few patients at most. The first patient of each
-    stratum goes to train: no worst grade is missing there. (scikit-learn's StratifiedGroupKFold knows equal folds only.)
+    stratum goes to train: no worst grade is missing there. (scikit-learn's StratifiedGroupKFold has equal folds only.)
 
     grades: patient to the grades of that patient's pictures. fractions: of train, val and test, summing to 1.
     Deterministic in (grades, fractions, seed), whatever the order of ``grades``.
@@ -58,8 +58,8 @@ def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str], sou
     for id, patient, grade, split in pictures:
         if home.setdefault(patient, split) != split:
             raise DataError(
-                f"{source}: patient {patient!r} is in the splits {home[patient]!r} and {split!r} (picture {id!r}); a patient "
-                "belongs to one split"
+                f"{source}: patient {patient!r} is in the splits {home[patient]!r} and {split!r} (picture {id!r}); "
+                "a patient belongs to one split"
             )
         count[split][grade] += 1
     for grade, name in enumerate(class_names):

@@ -107,8 +107,8 @@ def need_whole_batches(trainer: pl.Trainer) -> None:
     if trainer.world_size > 1:
         names = ", ".join(str(record.image) for record in trainer.train_dataloader.dataset.unreadable())
         raise DataError(
-            f"rank {trainer.global_rank} of {trainer.world_size} has too few readable pictures in a batch, and the other "
-            f"ranks cannot go on without it: unreadable are {names}; mend or remove them, or use one device"
+            f"rank {trainer.global_rank} of {trainer.world_size} has too few readable pictures in a batch, and the "
+            f"other ranks cannot go on without it: unreadable are {names}; mend or remove them, or use one device"
         )
 
 

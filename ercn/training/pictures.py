@@ -51,7 +51,7 @@ def picture_dataset(
 
 
 class PictureLoader(DataLoader):
-    """What a worker process found unreadable is raised as the sentence it is: torch wraps it in the worker's traceback."""
+    """Raises what a worker found unreadable as the sentence it is: torch wraps it in the worker's traceback."""
 
     def __iter__(self) -> Iterator[Any]:
         return self._plainly(super().__iter__())

@@ -315,10 +315,10 @@ def registry(op: str, device: str) -> list[Case]:
 # The standard suites: what the README shows and what the kernels' targets are stated for.
 _STANDARD = {
     "cpu": (
-        r"affinity/.*/float32/b1-c6-d192-(28x28|56x56)",
+        r"affinity/forward/float32/b1-c6-d192-28x28",
+        r"affinity/.*/float32/b1-c6-d192-56x56",
         r"affinity/(forward|forward_backward)/float32/b1-c6-d192-96x96",
-        r"affinity/(forward|forward_backward)/float32/b1-c22-d(64|192)-56x56",
-        r"affinity/forward/float32/b1-c6-d192-128x128",
+        r"affinity/forward/float32/b1-c22-d(64|192)-56x56",
         r"affinity/forward/bfloat16/b1-c6-d192-56x56",
         r"mil/(forward|forward_backward)/float32/dense-n(49|1024|8192)-d512-l256-k1",
         r"mil/forward/float32/dense-n8192-d1024-l256-k4",

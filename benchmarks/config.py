@@ -27,7 +27,7 @@ class BenchConfig:
     filter: str = ""
     quick: bool = False
     full: bool = False
-    seconds: float = 8.0
+    seconds: float = 6.0
     rounds: int = 5
     threads: int = 0
     memory: bool = True

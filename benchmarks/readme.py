@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ercn._files import write_text
 from ercn.benchmarks.config import ReadmeConfig
 from ercn.benchmarks.environment import machine
 from ercn.benchmarks.results import Row, load, timed
-from ercn._files import write_text
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 COLUMNS = ("case", "fastest of ours", "ms (p20–p80)", "/ one product", "eager ms", "eager / ours", "peak MB, ours",

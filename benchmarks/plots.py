@@ -66,7 +66,8 @@ def roofline(runs: list[dict[str, Any]], titles: list[str]):
         bandwidth = run["ceilings"]["copy_gbps"]
         for dtype, rate in run["ceilings"]["gemm_gflops"].items():
             ridge = rate / bandwidth
-            axis.plot([min(low, ridge), ridge, max(high, ridge)], [min(low, ridge) * bandwidth, rate, rate], "k-", lw=1)
+            left = min(low, ridge / 8)
+            axis.plot([left, ridge, max(high, ridge)], [left * bandwidth, rate, rate], "k-", lw=1)
             axis.annotate(f"{dtype} product {rate:,.0f}", (max(high, ridge), rate), ha="right", va="bottom", fontsize=7)
         for variant in sorted({row["variant"] for row in rows}):
             for op, marker in MARKERS.items():

@@ -13,6 +13,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(PY) -m ercn doctor --selftest
+	$(PY) -m pytest benchmarks -m smoke -q
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
@@ -31,5 +32,5 @@ $(VENV)/.environment: constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.environment pyproject.toml $(NATIVE)
-	$(INSTALL) --no-build-isolation -e '.[train,dev]'
+	$(INSTALL) --no-build-isolation -e '.[train,bench,dev]'
 	touch $@

@@ -111,7 +111,14 @@ def run_stage(stage: Stage, seconds: int, out: Path) -> Outcome:
     with open(log, "w", encoding="utf-8") as stream:
         try:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # A shell that runs this in the background ignores SIGINT, and a child would inherit that. No threads here.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
             )
         except OSError as error:
             return Outcome(stage.name, "failed", reason=str(error), command=" ".join(command))

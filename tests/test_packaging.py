@@ -36,7 +36,7 @@ def source_copy(tmp_path_factory):
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "constraints.txt", "Makefile"):
         shutil.copy(ROOT / name, copy / name)
-    for name in ("ercn", "kernels", "csrc"):
+    for name in ("ercn", "kernels", "benchmarks", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("_C.*", "_build.json", "__pycache__"))
     return copy
 
@@ -69,13 +69,15 @@ def test_runtime_requirements():
 
 def test_every_package_of_the_tree_is_installed():
     in_tree = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("ercn/**/__init__.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == in_tree | {"ercn.kernels"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == in_tree | {"ercn.benchmarks", "ercn.kernels"}
 
 
 def test_every_import_is_a_declared_requirement():
-    declared = {package_name(requirement) for requirement in PROJECT["project"]["dependencies"]} | EXTRAS["train"]
+    runtime = {package_name(requirement) for requirement in PROJECT["project"]["dependencies"]} | EXTRAS["train"]
     undeclared = set()
-    for file in [*ROOT.glob("ercn/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+    folders = {"ercn": runtime, "kernels": runtime, "benchmarks": runtime | EXTRAS["bench"] | {"pytest", "pynvml"}}
+    files = [(file, allowed) for name, allowed in folders.items() for file in ROOT.glob(f"{name}/**/*.py")]
+    for file, declared in files:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:

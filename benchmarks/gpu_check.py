@@ -117,7 +117,7 @@ def run_stage(stage: Stage, seconds: int, out: Path) -> Outcome:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # A shell that runs this in the background ignores SIGINT, and a child would inherit that. No threads here.
+                # A background shell ignores SIGINT, and a child would inherit that. There are no threads here.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
             )
         except OSError as error:

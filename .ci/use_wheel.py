@@ -26,7 +26,8 @@ folder = Path(ercn.__file__).parent
 assert "site-packages" in folder.parts, f"not the installed wheel: {folder}"
 assert _extension.load() is None, _extension.load()
 
-value, feat = torch.randn(2, 3, 100), torch.randn(2, 16, 100, requires_grad=True)
+value = torch.randn(2, 3, 100, dtype=torch.float64)
+feat = torch.randn(2, 16, 100, dtype=torch.float64, requires_grad=True)
 out = relu_affinity(value, feat)
 out.sum().backward()
 torch.testing.assert_close(out, value @ torch.relu(feat.mT @ feat))

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from ercn.benchmarks.cases import OPS
 from ercn.benchmarks.config import BenchConfig, CompareConfig, PlotConfig, ReadmeConfig
-from ercn.cli import _parse_or_explain, field_help
+from ercn.cli import field_help, parse_or_explain
 
 TOOLS: dict[str, tuple[str, type]] = {
     "compare": ("ercn.benchmarks.compare", CompareConfig),
@@ -44,7 +44,7 @@ def _parse(command: str, cls: type, positional: str, argv: Sequence[str]) -> Any
     hints, texts = get_type_hints(cls), field_help(cls)
     for field in dataclasses.fields(cls):
         parser.add_argument(*_argument(field, positional), **_options(field, hints[field.name], positional, texts))
-    values = _parse_or_explain(parser, argv, command)
+    values = parse_or_explain(parser, argv, command)
     if positional == "files":
         values["files"] = tuple(values["files"])
     return cls(**values)

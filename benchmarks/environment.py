@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ercn.doctor import _cpu_name
+from ercn.doctor import cpu_name
 from ercn.ops import backends
 from ercn.training import files
 
@@ -24,7 +24,7 @@ def environment(device: str) -> dict[str, Any]:
     values["packages"] |= {name: v for name in ("triton", "nvidia-ml-py") if (v := _version(name))}
     values |= {
         "device": device,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "backends": {b.name: b.reason or "usable" for b in backends()},

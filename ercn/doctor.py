@@ -61,7 +61,7 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _hardware() -> list[tuple[str, str]]:
-    rows = [("system", platform.platform()), ("CPU", f"{_cpu_name()}, {torch.get_num_threads()} threads in use")]
+    rows = [("system", platform.platform()), ("CPU", f"{cpu_name()}, {torch.get_num_threads()} threads in use")]
     if _extension.load() is None:
         from ercn import _C
 
@@ -76,7 +76,8 @@ def _hardware() -> list[tuple[str, str]]:
     return rows
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]

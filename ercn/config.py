@@ -269,9 +269,14 @@ class PredictConfig:
 class PrepareConfig:
     """``ercn prepare``: find the fundus disc, crop, resize and cache a data set, and save its splits.
 
-    dataset: "phantom", "eyepacs" or "davis". root: the published layout's folder (not for the phantom). out: the cache.
-    label: which label column, where the data set has two (davis: "one_figure" or "concatenated").
-    size: side of the cached pictures. fractions: train, val, test by patient.
+    dataset: "phantom", or the published data set. root: the published layout's folder (csv: the file; not for the
+        phantom). out: the cache.
+    label: which label column, where the data set has several; empty for the first. davis: "one_figure" or
+        "concatenated"; csv: any column.
+    size: side of the cached pictures.
+    normalize: "graham" subtracts the local mean color (Graham 2015) from the cached pictures, "none" keeps them.
+    fractions: train, val, test by patient; a split that the publishers made is kept.
+    exclude: a prepared folder whose patients are left out: one of pictures from the same source.
     patients: phantom only, how many.
     max_unreadable: unreadable or missing pictures that are skipped, by name, before it stops.
     max_pixels: pictures whose longer side squared is larger count as unreadable.
@@ -283,8 +288,10 @@ class PrepareConfig:
     root: str = ""
     out: str = "runs/data"
     size: int = 512
-    label: str = "one_figure"
+    label: str = ""
+    normalize: Literal["none", "graham"] = "none"
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    exclude: str = ""
     patients: int = 200
     seed: int = 0
     workers: int = 2

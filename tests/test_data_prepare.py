@@ -261,7 +261,7 @@ def test_other_photographs_under_the_same_labels_are_refused(eyepacs, tmp_path):
         ({"out": ""}, "out must be the folder"),
         ({"seed": -1}, "seed must be at least 0; got -1"),
         ({"patients": 3}, "at least 5 patients"),
-        ({"dataset": "aptos"}, "dataset must be 'phantom', 'eyepacs' or 'davis'; got 'aptos'"),
+        ({"dataset": "retinas"}, "dataset must be 'phantom' or one of 'eyepacs', 'davis'.*; got 'retinas'"),
         ({"dataset": "eyepacs"}, "root must be the folder"),
         ({"fractions": (1.0, 1.0, 1.0)}, "fractions must be three numbers"),
     ],

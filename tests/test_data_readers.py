@@ -19,7 +19,7 @@ def fault(call, *arguments):
 
 def test_eyepacs_tree_as_published(tmp_path):
     write_eyepacs_tree(tmp_path / "e", patients=6, test=True)
-    entries = read_eyepacs(str(tmp_path / "e"))
+    entries = read_eyepacs(str(tmp_path / "e")).entries
     assert [e.split for e in entries].count("train") == 12
     assert {e.split for e in entries} == {"train", "val", "test"}
     assert all(e.source.is_file() and e.id == f"{e.patient}_{e.id.split('_')[1]}" for e in entries)
@@ -30,15 +30,15 @@ def test_eyepacs_tree_as_published(tmp_path):
 def test_eyepacs_without_test_pictures_leaves_the_split_open(tmp_path):
     write_eyepacs_tree(tmp_path / "e", patients=5)
     write_csv(tmp_path / "e" / "retinopathy_solution.csv", "image,level,Usage", [("1_left", 0, "Private")])
-    entries = read_eyepacs(str(tmp_path / "e"))
+    entries = read_eyepacs(str(tmp_path / "e")).entries
     assert len(entries) == 10 and {e.split for e in entries} == {None}
 
 
 def test_eyepacs_pictures_beside_the_csv(tmp_path):
     root = eyepacs(tmp_path, [("1_left", 0), ("1_right", 4)])
     (tmp_path / "1_left.jpeg").touch()
-    assert [e.source.name for e in read_eyepacs(root)] == ["1_left.jpeg", "1_right.jpeg"]
-    assert [e.source.exists() for e in read_eyepacs(root)] == [True, False]
+    assert [e.source.name for e in read_eyepacs(root).entries] == ["1_left.jpeg", "1_right.jpeg"]
+    assert [e.source.exists() for e in read_eyepacs(root).entries] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_eyepacs_pictures_beside_the_csv(tmp_path):
 )
 def test_line_ends_marks_blanks_and_extensions(tmp_path, options):
     rows = [("007_left", " 2"), ("", ""), (" 007_right.jpeg", "0 ")]
-    entries = read_eyepacs(eyepacs(tmp_path, rows, header=" image , level", **options))
+    entries = read_eyepacs(eyepacs(tmp_path, rows, header=" image , level", **options)).entries
     assert [(e.id, e.patient, e.grade) for e in entries] == [("007_left", "007", 2), ("007_right", "007", 0)]
 
 
 def test_quoted_values_and_further_columns(tmp_path):
     root = eyepacs(tmp_path, [('"1_left"', '"3"', "x", ""), ("2_left", 1, "", "")], header="image,level,note,")
-    assert [e.grade for e in read_eyepacs(root)] == [3, 1]
+    assert [e.grade for e in read_eyepacs(root).entries] == [3, 1]
 
 
 @pytest.mark.parametrize("value", ["2.0", "5", "-1", "severe", "", "NA", "nan", "²", "=1+1"])
@@ -84,7 +84,7 @@ def test_ids_that_differ_in_case_only_are_duplicates(tmp_path):
 
 
 def test_ids_with_leading_zeros_are_different_ids(tmp_path):
-    entries = read_eyepacs(eyepacs(tmp_path, [("01_left", 0), ("1_left", 1)]))
+    entries = read_eyepacs(eyepacs(tmp_path, [("01_left", 0), ("1_left", 1)])).entries
     assert [e.patient for e in entries] == ["01", "1"]
 
 
@@ -120,7 +120,7 @@ def test_files_that_are_no_csv(tmp_path):
     path = tmp_path / "trainLabels.csv"
     for content, part in [
         (b"", "found the columns nothing"),
-        (b"image,level\n", "no rows below the header"),
+        (b"image,level\n", "no rows"),
         ("image,level\n1_left,0\n".encode("utf-16"), "not UTF-8"),
         (b"image,level\n1_left,\0\n", "NUL"),
         (b'image,level\n"1_left' + b"x" * 200_000, "field larger"),
@@ -138,8 +138,8 @@ def test_an_unknown_usage_is_named(tmp_path):
 
 def test_davis_tree_as_published_with_both_label_columns(tmp_path):
     write_davis_tree(tmp_path / "d", patients=4)
-    one = read_davis(str(tmp_path / "d"), "one_figure")
-    both = read_davis(str(tmp_path / "d"), "concatenated")
+    one = read_davis(str(tmp_path / "d"), "one_figure").entries
+    both = read_davis(str(tmp_path / "d"), "concatenated").entries
     assert [e.id for e in one] == [e.id for e in both] and len(one) == 12
     assert [e.grade for e in one] != [e.grade for e in both]
     assert (one[0].id, one[0].patient, one[0].grade, one[0].split) == ("001_1_L", "001", 1, None)
@@ -151,7 +151,7 @@ def test_davis_labels_names_and_folder(tmp_path):
     write_csv(tmp_path / "list.csv", header, [("1_2_L", "ndr", "pdr"), ("a_b_3_R.jpg", "x", "ppdr")])
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "1_2_L.JPG").touch()
-    entries = read_davis(str(tmp_path), "one_figure")
+    entries = read_davis(str(tmp_path), "one_figure").entries
     assert [(e.patient, e.grade, e.source.exists()) for e in entries] == [("1", 3, True), ("a_b", 2, False)]
     assert "row 3: column 'Davis_grading_of_concatenated_figures': 'x' is not one of ndr, sdr, ppdr, pdr" in fault(
         read_davis, str(tmp_path), "concatenated"

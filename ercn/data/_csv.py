@@ -13,14 +13,16 @@ SHOWN = 10
 
 
 class Table:
-    """A CSV file with a header row, in UTF-8 with or without a byte order mark, any line ends.
+    """A CSV file in UTF-8 with or without a byte order mark, any line ends.
 
     Blanks around names and values are dropped, blank rows and empty further columns ignored. Values stay strings, so
-    that ids keep their leading zeros. Rows are counted as a text editor does: the header is row 1. Raises DataError if
-    the file cannot be read or lacks one of ``columns``.
+    that ids keep their leading zeros. Rows are counted as a text editor does, from 1. Raises DataError if the file
+    cannot be read or lacks one of ``columns``.
+
+    header: whether the first row names the columns; otherwise they are ``columns``, in this order.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...]):
+    def __init__(self, path: Path, columns: tuple[str, ...], *, delimiter: str = ",", header: bool = True):
         self.path = path
         self.faults: list[str] = []
         try:
@@ -33,26 +35,28 @@ class Table:
             ) from None
         if "\0" in text:
             raise DataError(f"{path}: holds NUL characters; save it as UTF-8 CSV")
-        reader = csv.reader(io.StringIO(text), skipinitialspace=True)
-        header = [name.strip() for name in next(reader, [])]
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+        self.columns = [name.strip() for name in next(reader, [])] if header else list(columns)
+        while self.columns and not self.columns[-1]:
+            self.columns.pop()
         for name in columns:
-            if header.count(name) != 1:
-                found = ", ".join(map(repr, header)) or "nothing"
+            if self.columns.count(name) != 1:
+                found = ", ".join(map(repr, self.columns)) or "nothing"
                 raise DataError(f"{path}: needs one column {name!r}; found the columns {found}")
         self._rows: list[tuple[int, dict[str, str]]] = []
         try:
             for values in reader:
-                self._add(reader.line_num, header, [value.strip() for value in values])
+                self._add(reader.line_num, [value.strip() for value in values])
         except csv.Error as error:
             raise DataError(f"{path}: row {reader.line_num}: {error}") from None
 
-    def _add(self, row: int, header: list[str], values: list[str]) -> None:
+    def _add(self, row: int, values: list[str]) -> None:
         if not any(values):
             return
-        if len(values) < len(header) or any(values[len(header) :]):
-            self.fault(row, f"{len(values)} values for {len(header)} columns")
+        if len(values) < len(self.columns) or any(values[len(self.columns) :]):
+            self.fault(row, f"{len(values)} values for {len(self.columns)} columns")
         else:
-            self._rows.append((row, dict(zip(header, values))))
+            self._rows.append((row, dict(zip(self.columns, values))))
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
         return iter(self._rows)
@@ -95,4 +99,4 @@ class Table:
             tail = f"; and {more} more" if more > 0 else ""
             raise DataError(f"{self.path}: {len(self.faults)} fault(s): " + "; ".join(self.faults[:SHOWN]) + tail)
         if not self._rows:
-            raise DataError(f"{self.path}: no rows below the header")
+            raise DataError(f"{self.path}: no rows")

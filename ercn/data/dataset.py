@@ -75,9 +75,10 @@ class PictureDataset(Dataset):
         with_masks: also return the union of the lesion masks; not with ``augment``.
         cache_bytes: decoded pictures that each worker keeps in memory.
 
-    An item is ``{"image": float32 [3, S, S], "grade": int, "index": int}``; with ``views`` > 1 it has ``"views"``
-    [V, 3, S, S] in place of ``"image"``; ``with_masks`` adds ``"lesion"`` uint8 [S, S]. A picture that cannot be read
-    is logged by name and gives None, which ``collate`` drops; one too many raises DataError with all their names.
+    An item is ``{"image": float32 [3, S, S], "grade": int, "index": int}``, the grade -1 where there is none; with
+    ``views`` > 1 it has ``"views"`` [V, 3, S, S] in place of ``"image"``; ``with_masks`` adds ``"lesion"`` uint8
+    [S, S]. A picture that cannot be read is logged by name and gives None, which ``collate`` drops; one too many raises
+    DataError with all their names.
 
     A view depends on (seed, epoch, index, number of the view) only, not on the worker or on what was read before.
     """
@@ -150,7 +151,7 @@ class PictureDataset(Dataset):
             return None
         views = [self._view(pixels, index, view) for view in range(self.views)]
         item = {"image": views[0]} if self.views == 1 else {"views": torch.stack(views)}
-        item |= {"grade": record.grade, "index": index}
+        item |= {"grade": -1 if record.grade is None else record.grade, "index": index}
         if lesion is not None:
             item["lesion"] = lesion
         return item

@@ -9,27 +9,34 @@ from __future__ import annotations
 import re
 
 from ercn.data._csv import Table
-from ercn.data.entries import Entry, Pictures, dataset_folder, stem
-from ercn.data.images import DataError
+from ercn.data.entries import (
+    NO_LABEL,
+    SAME_NAME,
+    Entry,
+    Pictures,
+    Published,
+    dataset_folder,
+    label_column,
+    notes,
+    stem,
+)
 
-CLASS_NAMES = ["NDR", "SDR", "PPDR", "PDR"]
+_CLASS_NAMES = ("NDR", "SDR", "PPDR", "PDR")
 LABELS = {"one_figure": "Davis_grading_of_one_figure", "concatenated": "Davis_grading_of_concatenated_figures"}
 _GRADES = {"ndr": 0, "sdr": 1, "ppdr": 2, "pdr": 3}
 _NAME = re.compile(r"(.+)_[^_]+_[LR]")
 
 
-def read_davis(root: str, label: str) -> list[Entry]:
+def read_davis(root: str, label: str) -> Published:
     """All labeled pictures below ``root``: grades ndr, sdr, ppdr, pdr are 0 … 3.
 
     label: "one_figure" (the grade of this picture) or "concatenated" (the grade of the eye's four pictures together).
     The patient is the part of the name before ``_<n>_<L|R>``; a patient has several pictures.
     Raises DataError for anything in list.csv that is not as published.
     """
-    if label not in LABELS:
-        raise DataError(f"label must be {' or '.join(map(repr, LABELS))} for the davis data set; got {label!r}")
+    column = label_column(label, LABELS, "davis")
     folder = dataset_folder(root, "Jichi (DAVIS)")
     pictures = Pictures(folder, *sorted(path for path in folder.iterdir() if path.is_dir()))
-    column = LABELS[label]
     table = Table(folder / "list.csv", ("Image", column))
     seen: dict[str, int] = {}
     entries = []
@@ -44,4 +51,5 @@ def read_davis(root: str, label: str) -> list[Entry]:
         grade = table.label(row, column, values[column], _GRADES)
         entries.append(Entry(id, pictures.find(id, ".jpg"), grade, name[1]))
     table.check()
-    return entries
+    found = notes((NO_LABEL, pictures.unused(seen)), (SAME_NAME, pictures.doubles))
+    return Published(entries, _CLASS_NAMES, folder, notes=found)

@@ -1,27 +1,52 @@
-"""What a reader returns: one entry for each labeled picture of a published data set."""
+"""What a reader returns: an entry for each picture of a published data set, and a note on all that it leaves out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ercn.data.images import DataError
 
-EXTENSIONS = (".jpeg", ".jpg", ".png")
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".tif", ".tiff")
+ICDR = ("no DR", "mild", "moderate", "severe", "proliferative")
+OPTIC_DISC = "optic_disc"
+NO_LABEL = "no label, left out"
+NO_MASKS = "no lesion mask, taken as without lesions"
+NO_PICTURE = "a mask without a picture, left out"
+SAME_NAME = "another picture of the same name is read, left out"
+UNGRADABLE = "ungradable, left out"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """id: file name without extension. source: the picture, which may be missing. grade: class index, 0 is healthy.
+    """id: names the prepared picture. source: the photograph, which may be missing.
 
-    split: where the data set's publishers put it, or None where ``ercn prepare`` splits.
+    grade: class index, 0 is healthy; None in a data set without grades. split: where the data set's publishers put it,
+    or None where ``ercn prepare`` splits. masks: lesion, or ``OPTIC_DISC``, to mask file.
     """
 
     id: str
     source: Path
-    grade: int
+    grade: int | None
     patient: str
     split: str | None = None
+    masks: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A data set as it was found.
+
+    class_names: of the grades; none in a data set without grades. folder: sources are told relative to it.
+    mask_level: pixels of a mask at or above it are lesion. notes: sentence to the names of the files it is true of.
+    """
+
+    entries: list[Entry]
+    class_names: Sequence[str]
+    folder: Path
+    mask_level: int = 1
+    notes: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def stem(name: str) -> str:
@@ -31,22 +56,48 @@ def stem(name: str) -> str:
 
 
 class Pictures:
-    """The picture files of one or more folders by lower-case name without extension; earlier folders come first."""
+    """The picture files of one or more folders by lower-case name without extension; earlier folders come first.
+
+    doubles: files that are not read because an earlier one has their name.
+    """
 
     def __init__(self, *folders: Path):
         self.folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+        self.doubles: list[str] = []
         self._files: dict[str, Path] = {}
         for folder in folders:
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if path.suffix.lower() in EXTENSIONS:
-                    self._files.setdefault(path.stem.lower(), path)
+                if path.suffix.lower() in EXTENSIONS and self._files.setdefault(path.stem.lower(), path) != path:
+                    self.doubles.append(_short(path))
 
     def __contains__(self, id: str) -> bool:
         return id.lower() in self._files
 
+    def __iter__(self):
+        """Names without extension, as written, in order of the folders and names."""
+        return (path.stem for path in self._files.values())
+
     def find(self, id: str, extension: str) -> Path:
         """The file, or where it should be."""
         return self._files.get(id.lower(), self.folder / (id + extension))
+
+    def unused(self, ids: Collection[str]) -> list[str]:
+        """Files of which ``ids`` has not the name."""
+        used = {id.lower() for id in ids}
+        return [_short(path) for name, path in self._files.items() if name not in used]
+
+
+def _short(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def notes(*found: tuple[str, list[str]]) -> dict[str, list[str]]:
+    """Sentences with the names they are true of, without those that are true of none."""
+    result: dict[str, list[str]] = {}
+    for sentence, names in found:
+        if names:
+            result[sentence] = result.get(sentence, []) + names
+    return result
 
 
 def dataset_folder(root: str, what: str) -> Path:
@@ -55,3 +106,15 @@ def dataset_folder(root: str, what: str) -> Path:
     if not Path(root).is_dir():
         raise DataError(f"{root}: no such folder; root must be the folder of the {what} data set")
     return Path(root)
+
+
+def existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    return folder
+
+
+def label_column(label: str, columns: Mapping[str, str], dataset: str) -> str:
+    if label not in columns:
+        raise DataError(f"label must be {' or '.join(map(repr, columns))} for the {dataset} data set; got {label!r}")
+    return columns[label]

@@ -9,20 +9,22 @@ Source: Kaggle; the labels of the test pictures were published after the competi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ercn.data._csv import Table
-from ercn.data.entries import Entry, Pictures, dataset_folder, stem
+from ercn.data.entries import ICDR, NO_LABEL, SAME_NAME, Entry, Pictures, Published, dataset_folder, notes, stem
 
-CLASS_NAMES = ["no DR", "mild", "moderate", "severe", "proliferative"]
-_LEVELS = {str(level): level for level in range(5)}
+LEVELS = {str(level): level for level in range(5)}
 _USAGE = {"Public": "val", "Private": "test"}
+_NO_TEST = "of retinopathy_solution.csv, which is left out because not one of its pictures is there"
 
 
-def _patient(table: Table, row: int, id: str) -> str:
+def patient_of(table: Table, row: int, column: str, id: str) -> str:
+    """The part before ``_left`` or ``_right``, or a fault."""
     patient, _, eye = id.rpartition("_")
     if not patient or eye not in ("left", "right"):
-        table.fault(row, f"column 'image': {id!r} is not <patient>_left or <patient>_right")
+        table.fault(row, f"column {column!r}: {id!r} is not <patient>_left or <patient>_right")
     return patient
 
 
@@ -34,15 +36,15 @@ def _read(path: Path, pictures: Pictures, usage: bool) -> list[Entry]:
         id = stem(values["image"])
         if not table.unique(row, "image", id, seen):
             continue
-        patient = _patient(table, row, id)
-        grade = table.label(row, "level", values["level"], _LEVELS)
+        patient = patient_of(table, row, "image", id)
+        grade = table.label(row, "level", values["level"], LEVELS)
         split = table.label(row, "Usage", values["Usage"], _USAGE) if usage else None
         entries.append(Entry(id, pictures.find(id, ".jpeg"), grade, patient, split))
     table.check()
     return entries
 
 
-def read_eyepacs(root: str) -> list[Entry]:
+def read_eyepacs(root: str) -> Published:
     """All labeled pictures below ``root``.
 
     If ``retinopathy_solution.csv`` is there and at least one of its pictures too, its Public part is the val split, its
@@ -51,11 +53,19 @@ def read_eyepacs(root: str) -> list[Entry]:
     Raises DataError for anything in the CSV files that is not as published.
     """
     folder = dataset_folder(root, "EyePACS")
-    train = _read(folder / "trainLabels.csv", Pictures(folder / "train", folder), usage=False)
-    solution = folder / "retinopathy_solution.csv"
-    if solution.exists():
-        pictures = Pictures(folder / "test", folder)
-        test = _read(solution, pictures, usage=True)
-        if any(entry.id in pictures for entry in test):
-            return [Entry(e.id, e.source, e.grade, e.patient, "train") for e in train] + test
-    return train
+    train_pictures, test_pictures = Pictures(folder / "train", folder), Pictures(folder / "test", folder)
+    entries, test = _read(folder / "trainLabels.csv", train_pictures, usage=False), []
+    if (folder / "retinopathy_solution.csv").exists():
+        test = _read(folder / "retinopathy_solution.csv", test_pictures, usage=True)
+    labeled = [entry.id for entry in entries + test]
+    unused = train_pictures.unused(labeled) + test_pictures.unused(labeled)
+    doubles = train_pictures.doubles + test_pictures.doubles
+    no_test = []
+    if any(entry.id in test_pictures for entry in test):
+        entries = [replace(entry, split="train") for entry in entries] + test
+    else:
+        no_test = [entry.id for entry in test]
+    found = notes(
+        (NO_LABEL, sorted(set(unused))), (SAME_NAME, sorted(set(doubles))), (_NO_TEST, no_test)
+    )  # pictures beside the CSV files are in both
+    return Published(entries, ICDR, folder, notes=found)

@@ -26,13 +26,13 @@ class Geometry:
     side: int
     size: int
 
-    def crop(self, picture: Image.Image) -> Image.Image:
+    def crop(self, picture: Image.Image, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
         """The prepared picture, size x size. Raises ValueError if the photograph has another size."""
         if picture.size != (self.width, self.height):
             raise ValueError(f"picture must be {self.width} x {self.height} (width x height); got {picture.size}")
         square = Image.new(picture.mode, (self.side, self.side))
         square.paste(picture, (-self.left, -self.top))
-        return square.resize((self.size, self.size), Image.Resampling.LANCZOS)
+        return square.resize((self.size, self.size), resample)
 
     def to_original(self, map: np.ndarray) -> np.ndarray:
         """A map [h, w] of the square on the photograph's pixels, bilinear: float32 [height, width], 0 outside."""

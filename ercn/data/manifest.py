@@ -31,14 +31,14 @@ COLUMNS = ("id", "image", "grade", "patient", "split", *_SQUARE, "masks", "optic
 class Record:
     """One prepared picture.
 
-    grade: class index. split: "train", "val" or "test". masks: lesion name to mask file; empty if the picture has no
-    lesion or the data set no masks. optic_disc: its mask, where known. source: the photograph's path inside the
-    published data set.
+    grade: class index, or None in a data set without grades. split: "train", "val" or "test". masks: lesion name to
+    mask file; empty if the picture has no lesion or the data set no masks. optic_disc: its mask, where known.
+    source: the photograph's path inside the published data set.
     """
 
     id: str
     image: Path
-    grade: int
+    grade: int | None
     patient: str
     split: str
     masks: dict[str, Path]
@@ -55,8 +55,10 @@ def mask_path(kind: str, id: str) -> str:
 class Manifest:
     """A prepared data set.
 
-    class_names: one for each grade. size: side of the prepared pictures. hash: SHA-256 of manifest.csv, which fixes
-    ids, grades, patients, splits and geometry. mean, std: RGB statistics of the train split's pictures, in 0 … 1.
+    class_names: one for each grade; none in a data set without grades. size: side of the prepared pictures.
+    hash: SHA-256 of manifest.csv, which fixes ids, grades, patients, splits and geometry.
+    mean, std: RGB statistics of the train split's pictures, in 0 … 1.
+    normalize: what ``PrepareConfig.normalize`` was.
     """
 
     root: Path
@@ -67,6 +69,7 @@ class Manifest:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     records: list[Record]
+    normalize: str = "none"
 
     def split(self, name: str) -> list[Record]:
         return [record for record in self.records if record.split == name]
@@ -110,6 +113,7 @@ class Manifest:
             tuple(about["mean"]),
             tuple(about["std"]),
             records,
+            settings.get("normalize", "none"),
         )
 
 
@@ -124,7 +128,7 @@ def _read_json(path: Path, otherwise: str) -> dict:
 
 def _read_records(root: Path, size: int, grades: int) -> list[Record]:
     table = Table(root / "manifest.csv", COLUMNS)
-    levels = {str(grade): grade for grade in range(grades)}
+    levels = {str(grade): grade for grade in range(grades)} if grades else {"": None}
     names = dict.fromkeys(SPLITS, True)
     seen: dict[str, int] = {}
     records = []

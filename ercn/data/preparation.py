@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +24,15 @@ from PIL import Image, PngImagePlugin
 from ercn._files import remove_temporary, replacing, write_text
 from ercn._progress import with_progress
 from ercn.config import PrepareConfig
-from ercn.data import davis, eyepacs
-from ercn.data.entries import Entry
+from ercn.data.entries import OPTIC_DISC, Entry
 from ercn.data.geometry import Geometry, locate_disc
 from ercn.data.images import DataError, read_picture
 from ercn.data.manifest import Record, mask_path, write_manifest
-from ercn.data.phantom import LESIONS, phantom_grades, phantom_optic_disc, render_phantom
-from ercn.data.splits import SPLITS, check_splits, split_patients
+from ercn.data.masks import pixels_outside, prepared_mask, read_mask
+from ercn.data.normalization import prepared
+from ercn.data.phantom import LESIONS, phantom_optic_disc, render_phantom
+from ercn.data.readers import label_of, read_published
+from ercn.data.splits import SPLITS, check_splits
 
 logger = logging.getLogger(__name__)
 
@@ -38,23 +41,30 @@ SHOWN = 20
 
 
 class _Kept(NamedTuple):
+    """What a prepared picture's comment says. sizes: bytes of the photograph's file and of its masks, by file name."""
+
     geometry: Geometry
-    source_bytes: int | None  # size of the photograph's file; None for a phantom
+    sizes: dict[str, int]
+    losses: dict[str, str]  # lesion to what the prepared mask has lost
 
 
 class _Outcome(NamedTuple):
     geometry: Geometry | None  # None if the picture could not be read
-    reason: str = ""
+    reason: str
+    losses: dict[str, str]  # as in _Kept
 
 
 def prepare(config: PrepareConfig) -> Path:
     """Prepares a data set and returns its folder, ``config.out``; ``ercn.data.Manifest.load`` reads it.
 
-    Photographs are cropped to the fundus disc (``locate_disc``), resized and saved as JPEG of quality 95 without
-    metadata of the original; phantoms are rendered and saved as PNG with a mask for each kind of lesion. Every picture
-    is written under a temporary name and then renamed, so an interrupted run goes on where it stopped when it is
-    called again. Splits are by patient and stratified, or the publishers' own, and do not depend on which pictures can
-    be read. Channel statistics are those of the train split, from at most 2,000 pictures, evenly chosen.
+    Photographs are cropped to the fundus disc (``locate_disc``), resized, normalized if that is wanted, and saved as
+    JPEG of quality 95 without metadata of the original, their lesion masks beside them as PNG of 0 and 255 (255 where
+    half of a pixel is lesion); phantoms are rendered and saved as PNG, with masks. Every picture is written under a
+    temporary name and then renamed, so an interrupted run goes on where it stopped when it is called again.
+
+    Splits are by patient and stratified, or the publishers' own, and do not depend on which pictures can be read.
+    Channel statistics are those of the train split, from at most 2,000 pictures, evenly chosen. What the reader left
+    out or doubts, and what the prepared masks lost, is told and listed in prepare.json under "notes".
 
     Raises:
         DataError: faults in the labels, a grade without pictures, more than ``max_unreadable`` pictures missing or
@@ -63,32 +73,39 @@ def prepare(config: PrepareConfig) -> Path:
     """
     if not config.out:
         raise DataError("out must be the folder to write; got nothing")
-    entries, class_names = _entries(config)
+    published = read_published(config)
+    entries, class_names = published.entries, list(published.class_names)
     labels = config.root or config.dataset
-    notes = check_splits(_assigned(entries), class_names, labels)
+    doubts = check_splits(_assigned(entries), class_names, labels)
     out = Path(config.out)
     settings = _settings(config, entries)
     _limit(_missing(entries, config), config)
-    _check_sources(entries, config)
+    _check_sources(entries, config, published.folder)
     _claim(out, settings)
 
-    for kind in (*LESIONS, "optic_disc") if config.dataset == "phantom" else ():
+    phantom = config.dataset == "phantom"
+    for kind in (*LESIONS, OPTIC_DISC) if phantom else {kind for entry in entries for kind in entry.masks}:
         (out / "masks" / kind).mkdir(parents=True, exist_ok=True)
     (out / "images").mkdir(exist_ok=True)
 
-    make = partial(_phantom if config.dataset == "phantom" else _photograph, config=config, out=out)
+    make = partial(_phantom, config=config, out=out)
+    if not phantom:
+        make = partial(_photograph, config=config, out=out, folder=published.folder, mask_level=published.mask_level)
     records, skipped = [], []
+    notes = dict(published.notes)
     with closing(_parallel(make, entries, config, "prepare")) as outcomes:
         for entry, outcome in zip(entries, outcomes):
             if outcome.geometry is None:
                 skipped.append((entry, outcome.reason))
                 _limit(skipped, config)
             else:
-                records.append(_record(entry, outcome.geometry, config, out))
+                records.append(_record(entry, outcome.geometry, config, out, published.folder))
+                for kind, loss in outcome.losses.items():
+                    notes.setdefault(loss, []).append(f"{entry.id} {kind}")
     if skipped:
-        notes = check_splits(_assigned(records), class_names, f"{labels}, less what cannot be read")
-    for note in notes:
-        logger.warning("%s: %s", out, note)
+        doubts = check_splits(_assigned(records), class_names, f"{labels}, less what cannot be read")
+    for doubt in doubts:
+        logger.warning("%s: %s", out, doubt)
 
     train = [record.image for record in records if record.split == "train"]
     chosen = train[:: -(-len(train) // STATISTICS_PICTURES)]
@@ -100,39 +117,14 @@ def prepare(config: PrepareConfig) -> Path:
         "counts": _counts(records, class_names),
         "mean": moments[0].tolist(),
         "std": np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 1 / 255**2)).tolist(),
-        "skipped": [{"id": e.id, "source": _relative(e, config), "reason": reason} for e, reason in skipped],
+        "skipped": [{"id": e.id, "source": _relative(e.source, published.folder), "reason": why} for e, why in skipped],
+        "notes": notes,
         "hash": write_manifest(out, records),
         "software": {name: version(name) for name in ("pillow", "numpy", "scipy", "scikit-image")},
     }
     _write_about(out, about)
     _report(out, about, len({record.patient for record in records}))
     return out
-
-
-def _entries(config: PrepareConfig) -> tuple[list[Entry], list[str]]:
-    """All labeled pictures, each with its split, and the names of the grades."""
-    if config.dataset == "phantom":
-        entries, names = _phantom_entries(config), eyepacs.CLASS_NAMES
-    elif config.dataset == "eyepacs":
-        entries, names = eyepacs.read_eyepacs(config.root), eyepacs.CLASS_NAMES
-    elif config.dataset == "davis":
-        entries, names = davis.read_davis(config.root, config.label), davis.CLASS_NAMES
-    else:
-        raise DataError(f"dataset must be 'phantom', 'eyepacs' or 'davis'; got {config.dataset!r}")
-    grades = defaultdict(list)
-    for entry in entries:
-        grades[entry.patient].append(entry.grade)
-    split = split_patients(grades, config.fractions, config.seed)
-    return [entry if entry.split else replace(entry, split=split[entry.patient]) for entry in entries], list(names)
-
-
-def _phantom_entries(config: PrepareConfig) -> list[Entry]:
-    digits = max(4, len(str(config.patients)))
-    return [
-        Entry(f"p{number:0{digits}}_{eye}", Path(), grade, f"p{number:0{digits}}")
-        for number, grades in enumerate(phantom_grades(config.patients, config.seed), 1)
-        for eye, grade in zip(("left", "right"), grades)
-    ]
 
 
 def _assigned(pictures: Sequence[Entry | Record]) -> list[tuple[str, str, int, str]]:
@@ -143,9 +135,10 @@ def _settings(config: PrepareConfig, entries: Sequence[Entry]) -> dict:
     """All that the prepared pictures and splits depend on, as JSON holds it."""
     names = ["dataset", "size", "fractions", "seed"]
     names += ["patients"] if config.dataset == "phantom" else ["max_pixels"]
-    names += ["label"] if config.dataset == "davis" else []
+    names += ["normalize"] if config.normalize != "none" else []
     settings = {name: getattr(config, name) for name in names}
-    lines = "".join(f"{id}\t{patient}\t{grade}\t{split}\n" for id, patient, grade, split in _assigned(entries))
+    settings |= {"label": label_of(config)} if label_of(config) else {}
+    lines = "".join("\t".join(map(str, (e.id, e.patient, e.grade, e.split, *sorted(e.masks)))) + "\n" for e in entries)
     settings["labels_sha256"] = hashlib.sha256(lines.encode()).hexdigest()
     return json.loads(json.dumps(settings))
 
@@ -184,15 +177,20 @@ def _missing(entries: Sequence[Entry], config: PrepareConfig) -> list[tuple[Entr
     return [(entry, "no such file") for entry in lost]
 
 
-def _check_sources(entries: Sequence[Entry], config: PrepareConfig) -> None:
-    """Refuses photographs other than those the pictures in ``out`` were made from; ones that are gone are no fault."""
+def _check_sources(entries: Sequence[Entry], config: PrepareConfig, folder: Path) -> None:
+    """Refuses photographs and masks other than those the pictures in ``out`` were made from.
+
+    Ones that are gone are no fault.
+    """
     if config.dataset == "phantom":
         return
     others = []
     for entry in entries:
         kept = _kept(Path(config.out) / _image_path(entry, config))
-        if kept and entry.source.is_file() and (now := entry.source.stat().st_size) != kept.source_bytes:
-            others.append(f"{_image_path(entry, config)} from {kept.source_bytes} bytes, {entry.source} has {now}")
+        for path in _files(entry) if kept else ():
+            before = kept.sizes.get(_relative(path, folder))
+            if path.is_file() and (now := path.stat().st_size) != before:
+                others.append(f"{_image_path(entry, config)} from {before} bytes, {path} has {now}")
     if others:
         more = f"; and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         raise DataError(
@@ -231,68 +229,98 @@ def _image_path(entry: Entry, config: PrepareConfig) -> str:
     return f"images/{entry.id}.png" if config.dataset == "phantom" else f"images/{entry.id}.jpg"
 
 
-def _comment(geometry: Geometry, source_bytes: int | None) -> str:
-    return json.dumps({"geometry": asdict(geometry), "source_bytes": source_bytes})
-
-
 def _kept(path: Path) -> _Kept | None:
     """What ``_comment`` stored in a prepared picture, or None if there is no such picture."""
     try:
         with Image.open(path) as picture:
             comment = json.loads(picture.info["comment"])
-        return _Kept(Geometry(**comment["geometry"]), comment["source_bytes"])
+        return _Kept(Geometry(**comment["geometry"]), comment["sizes"], comment["losses"])
     except (OSError, KeyError, ValueError, TypeError):  # missing, or not one of ours: it is made again
         return None
 
 
-def _photograph(entry: Entry, config: PrepareConfig, out: Path) -> _Outcome:
+def _comment(geometry: Geometry, sizes: dict[str, int], losses: dict[str, str]) -> str:
+    return json.dumps({"geometry": asdict(geometry), "sizes": sizes, "losses": losses})
+
+
+def _files(entry: Entry) -> list[Path]:
+    return [entry.source, *entry.masks.values()]
+
+
+def _photograph(entry: Entry, config: PrepareConfig, out: Path, folder: Path, mask_level: int) -> _Outcome:
     path = out / _image_path(entry, config)
     if kept := _kept(path):
-        return _Outcome(kept.geometry)
+        return _Outcome(kept.geometry, "", kept.losses)
     try:
         picture = read_picture(entry.source, max_pixels=config.max_pixels)
+        masks = {
+            kind: read_mask(mask, picture.size, mask_level, max_pixels=config.max_pixels)
+            for kind, mask in entry.masks.items()
+        }
     except DataError as error:
-        return _Outcome(None, str(error).removeprefix(f"{entry.source}: "))
+        reason = str(error).removeprefix(f"{entry.source}: ").replace(f"{folder}{os.sep}", "")  # in a mask's path
+        return _Outcome(None, reason, {})
     geometry = locate_disc(picture, config.size)
-    comment = _comment(geometry, entry.source.stat().st_size)
-    with replacing(path) as temporary:
-        geometry.crop(picture).save(temporary, quality=95, subsampling="4:4:4", comment=comment)
-    return _Outcome(geometry)
+    losses = {kind: loss for kind, mask in masks.items() if (loss := _write_mask(mask, kind, entry, geometry, out))}
+    sizes = {_relative(file, folder): file.stat().st_size for file in _files(entry)}
+    comment = _comment(geometry, sizes, losses)
+    with replacing(path) as temporary:  # last: where the picture is, its masks are
+        prepared(picture, geometry, config.normalize).save(temporary, quality=95, subsampling="4:4:4", comment=comment)
+    return _Outcome(geometry, "", losses)
+
+
+def _write_mask(mask: np.ndarray, kind: str, entry: Entry, geometry: Geometry, out: Path) -> str:
+    """Writes a photograph's mask, if it is not empty, and tells what it lost."""
+    path = out / mask_path(kind, entry.id)
+    small = prepared_mask(mask, geometry)
+    path.unlink(missing_ok=True)  # of a photograph that was here before
+    if small.getbbox():
+        with replacing(path) as temporary:
+            small.save(temporary)
+    if pixels_outside(mask, geometry):
+        return "mask reaches outside of the crop"
+    return "mask is empty at this size" if mask.any() and not small.getbbox() else ""
 
 
 def _phantom(entry: Entry, config: PrepareConfig, out: Path) -> _Outcome:
     path = out / _image_path(entry, config)
     if kept := _kept(path):
-        return _Outcome(kept.geometry)
+        return _Outcome(kept.geometry, "", {})
     size = config.size
     patient, eye = entry.patient[1:], entry.id.rpartition("_")[2]
     picture, masks = render_phantom(int(patient), eye, entry.grade, size, config.seed)
-    masks["optic_disc"] = phantom_optic_disc(int(patient), eye, size, config.seed)
+    masks[OPTIC_DISC] = phantom_optic_disc(int(patient), eye, size, config.seed)
     for kind, mask in masks.items():
         with replacing(out / mask_path(kind, entry.id)) as temporary:
             Image.fromarray(mask.astype(np.uint8) * 255).save(temporary)
     geometry = Geometry(size, size, 0, 0, size, size)
     info = PngImagePlugin.PngInfo()
-    info.add_text("comment", _comment(geometry, None))
+    info.add_text("comment", _comment(geometry, {}, {}))
+    image = prepared(Image.fromarray(picture), geometry, config.normalize)
     with replacing(path) as temporary:  # last: where the picture is, its masks are
-        Image.fromarray(picture).save(temporary, pnginfo=info, compress_level=4)
-    return _Outcome(geometry)
+        image.save(temporary, pnginfo=info, compress_level=4)
+    return _Outcome(geometry, "", {})
 
 
-def _record(entry: Entry, geometry: Geometry, config: PrepareConfig, out: Path) -> Record:
-    masks, disc = {}, None
-    if config.dataset == "phantom":
-        paths = {kind: out / mask_path(kind, entry.id) for kind in LESIONS}
-        masks = {kind: path for kind, path in paths.items() if path.exists()}
-        disc = out / mask_path("optic_disc", entry.id)
-    image = out / _image_path(entry, config)
+def _record(entry: Entry, geometry: Geometry, config: PrepareConfig, out: Path, folder: Path) -> Record:
+    kinds = LESIONS if config.dataset == "phantom" else [kind for kind in entry.masks if kind != OPTIC_DISC]
+    masks = {kind: path for kind in kinds if (path := out / mask_path(kind, entry.id)).exists()}
+    disc = out / mask_path(OPTIC_DISC, entry.id)
     return Record(
-        entry.id, image, entry.grade, entry.patient, entry.split, masks, geometry, disc, _relative(entry, config)
+        entry.id,
+        out / _image_path(entry, config),
+        entry.grade,
+        entry.patient,
+        entry.split,
+        masks,
+        geometry,
+        disc if disc.exists() else None,
+        "" if config.dataset == "phantom" else _relative(entry.source, folder),
     )
 
 
-def _relative(entry: Entry, config: PrepareConfig) -> str:
-    return "" if config.dataset == "phantom" else entry.source.relative_to(config.root).as_posix()
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
 
 
 def _moments(path: Path) -> np.ndarray:
@@ -303,12 +331,15 @@ def _moments(path: Path) -> np.ndarray:
 
 
 def _counts(records: Sequence[Record], class_names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Pictures by split and name of the grade."""
     count = Counter((record.split, record.grade) for record in records)
-    return {split: {name: count[split, grade] for grade, name in enumerate(class_names)} for split in SPLITS}
+    names = dict(enumerate(class_names)) or {None: "no grade"}
+    return {split: {name: count[split, grade] for grade, name in names.items()} for split in SPLITS}
 
 
 def _report(out: Path, about: dict, patients: int) -> None:
-    names, counts, size = about["class_names"], about["counts"], about["settings"]["size"]
+    counts, size = about["counts"], about["settings"]["size"]
+    names = list(counts["train"])
     pictures = sum(sum(count.values()) for count in counts.values())
     widths = [max(len(name), 6) for name in names]
     print(f"{about['settings']['dataset']}: {pictures} pictures of {patients} patients, {size} x {size}, in {out}")
@@ -321,3 +352,6 @@ def _report(out: Path, about: dict, patients: int) -> None:
             print(f"no picture in the {split} split, although its fraction is {fraction:g}: there are too few patients")
     for one in about["skipped"]:
         print(f"skipped {one['source']}: {one['reason']}", file=sys.stderr)
+    for sentence, files in about["notes"].items():
+        more = f", and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
+        print(f"{sentence}: {len(files)}: {', '.join(files[:SHOWN])}{more}", file=sys.stderr)

@@ -11,8 +11,16 @@ import numpy as np
 from ercn.data.images import DataError
 
 SPLITS = ("train", "val", "test")
-# (id, patient, grade, split) of one picture
-Assignment = tuple[str, str, int, str]
+# (id, patient, grade or None, split) of one picture
+Assignment = tuple[str, str, int | None, str]
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    fractions = np.asarray(fractions, float)
+    if fractions.shape != (3,) or (fractions < 0).any() or fractions[0] == 0 or abs(fractions.sum() - 1) > 1e-6:
+        raise DataError(
+            f"fractions must be three numbers >= 0 for train (> 0), val and test that sum to 1; got {fractions}"
+        )
 
 
 def split_patients(grades: Mapping[str, Sequence[int]], fractions: Sequence[float], seed: int) -> dict[str, str]:
@@ -25,11 +33,8 @@ def split_patients(grades: Mapping[str, Sequence[int]], fractions: Sequence[floa
     grades: patient to the grades of that patient's pictures. fractions: of train, val and test, summing to 1.
     Deterministic in (grades, fractions, seed), whatever the order of ``grades``.
     """
+    check_fractions(fractions)
     fractions = np.asarray(fractions, float)
-    if fractions.shape != (3,) or (fractions < 0).any() or fractions[0] == 0 or abs(fractions.sum() - 1) > 1e-6:
-        raise DataError(
-            f"fractions must be three numbers >= 0 for train (> 0), val and test that sum to 1; got {fractions}"
-        )
     strata = defaultdict(list)
     for patient in sorted(grades):
         strata[max(grades[patient])].append(patient)
@@ -48,8 +53,8 @@ def split_patients(grades: Mapping[str, Sequence[int]], fractions: Sequence[floa
 
 
 def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str], source: str) -> list[str]:
-    """Raises DataError naming ``source``, a file or folder, if a patient is in two splits, or a class nowhere or not in
-    train.
+    """Raises DataError naming ``source``, a file or folder, if a patient is in two splits, a class nowhere or not in
+    train, or the train split empty.
 
     Returns a sentence for each of val and test that has pictures, but not of every class.
     """
@@ -61,7 +66,8 @@ def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str], sou
                 f"{source}: patient {patient!r} is in the splits {home[patient]!r} and {split!r} (picture {id!r}); "
                 "a patient belongs to one split"
             )
-        count[split][grade] += 1
+        if grade is not None:
+            count[split][grade] += 1
     for grade, name in enumerate(class_names):
         if not any(count[split][grade] for split in SPLITS):
             raise DataError(f"{source}: no picture of grade {grade} ({name}); every grade needs some")
@@ -70,6 +76,8 @@ def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str], sou
                 f"{source}: no picture of grade {grade} ({name}) in the train split; add patients or change fractions "
                 "or seed"
             )
+    if "train" not in home.values():
+        raise DataError(f"{source}: no picture in the train split; add patients or change fractions")
     missing = []
     for split in ("val", "test"):
         names = [f"{grade} ({class_names[grade]})" for grade in np.flatnonzero(count[split] == 0)]
@@ -79,10 +87,11 @@ def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str], sou
 
 
 def split_hashes(pictures: Iterable[Assignment]) -> dict[str, dict]:
-    """Pictures, patients and SHA-256 of each split; the hash is of its sorted lines ``id<TAB>patient<TAB>grade``."""
+    """Pictures, patients and SHA-256 of each split; the hash is of its sorted lines ``id<TAB>patient<TAB>grade``, no
+    grade being empty."""
     chosen = defaultdict(list)
     for id, patient, grade, split in pictures:
-        chosen[split].append((id, patient, grade))
+        chosen[split].append((id, patient, "" if grade is None else grade))
     result = {}
     for split in SPLITS:
         lines = "".join(f"{id}\t{patient}\t{grade}\n" for id, patient, grade in sorted(chosen[split]))

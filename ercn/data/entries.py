@@ -10,6 +10,7 @@ from ercn.data.images import DataError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".tif", ".tiff")
 ICDR = ("no DR", "mild", "moderate", "severe", "proliferative")
+ICDR_GRADES = {str(grade): grade for grade in range(len(ICDR))}
 OPTIC_DISC = "optic_disc"
 NO_LABEL = "no label, left out"
 NO_MASKS = "no lesion mask, taken as without lesions"

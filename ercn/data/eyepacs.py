@@ -13,9 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from ercn.data._csv import Table
-from ercn.data.entries import ICDR, NO_LABEL, SAME_NAME, Entry, Pictures, Published, dataset_folder, notes, stem
+from ercn.data.entries import (
+    ICDR,
+    ICDR_GRADES,
+    NO_LABEL,
+    SAME_NAME,
+    Entry,
+    Pictures,
+    Published,
+    dataset_folder,
+    notes,
+    stem,
+)
 
-LEVELS = {str(level): level for level in range(5)}
 _USAGE = {"Public": "val", "Private": "test"}
 _NO_TEST = "of retinopathy_solution.csv, which is left out because not one of its pictures is there"
 
@@ -37,7 +47,7 @@ def _read(path: Path, pictures: Pictures, usage: bool) -> list[Entry]:
         if not table.unique(row, "image", id, seen):
             continue
         patient = patient_of(table, row, "image", id)
-        grade = table.label(row, "level", values["level"], LEVELS)
+        grade = table.label(row, "level", values["level"], ICDR_GRADES)
         split = table.label(row, "Usage", values["Usage"], _USAGE) if usage else None
         entries.append(Entry(id, pictures.find(id, ".jpeg"), grade, patient, split))
     table.check()

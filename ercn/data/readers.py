@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ercn.config import PrepareConfig
-from ercn.data import davis, eyepacs
+from ercn.data import aptos, davis, eyepacs, idrid, messidor2
 from ercn.data.entries import ICDR, Entry, Published, notes
 from ercn.data.images import DataError
 from ercn.data.manifest import Manifest
@@ -27,6 +27,10 @@ class Reader(NamedTuple):
 READERS = {
     "eyepacs": Reader(eyepacs.read_eyepacs),
     "davis": Reader(davis.read_davis, davis.LABELS),
+    "aptos": Reader(aptos.read_aptos),
+    "messidor2": Reader(messidor2.read_messidor2, messidor2.LABELS),
+    "idrid": Reader(idrid.read_idrid, idrid.LABELS),
+    "idrid_segmentation": Reader(idrid.read_idrid_segmentation),
 }
 
 

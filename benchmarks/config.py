@@ -12,7 +12,9 @@ class BenchConfig:
 
     op: affinity, mil, model or all. device: "auto" takes the GPU where torch can use one.
     backend: measure only this one of ours (ercn doctor lists them), besides the baselines. direction: only this one.
-    dtype: only this one. filter: only cases whose id contains a match of this regular expression.
+    dtype: only this one. also: settings, separated by commas, in which our cpu backend takes turns with itself:
+    one_thread, the instruction sets portable, avx2 and avx512, and float32 (on float32 copies of the inputs).
+    filter: only cases whose id contains a match of this regular expression.
     quick: a few small cases, few rounds. full: every registered case instead of the standard ones.
     seconds: of rounds per case. rounds: at least so many per case. threads: of torch on the CPU, 0 leaves torch's own
     number. memory: measure peak memory too. list: print the ids of the chosen cases and stop.
@@ -24,10 +26,11 @@ class BenchConfig:
     backend: str = ""
     direction: Literal["forward", "backward", "forward_backward", "all"] = "all"
     dtype: Literal["float32", "tf32", "bfloat16", "float16", "all"] = "all"
+    also: str = ""
     filter: str = ""
     quick: bool = False
     full: bool = False
-    seconds: float = 6.0
+    seconds: float = 4.0
     rounds: int = 5
     threads: int = 0
     memory: bool = True

@@ -53,10 +53,10 @@ def cuda_peak(make: Callable[[], Callable[[], object]]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def cpu_peak(case: Case, variant: str, backend: str, threads: int) -> int:
+def cpu_peak(case: Case, variant: str, threads: int) -> int:
     """Peak extra bytes of the variant's call in a fresh process; OSError where this system cannot tell."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = _server().Process(target=_measure, args=(sender, case, variant, backend, threads), daemon=False)
+    child = _server().Process(target=_measure, args=(sender, case, variant, threads), daemon=False)
     child.start()
     sender.close()
     try:
@@ -72,26 +72,27 @@ def cpu_peak(case: Case, variant: str, backend: str, threads: int) -> int:
 
 @cache
 def _server() -> multiprocessing.context.BaseContext:
-    """Children start from a process that has imported torch and run nothing: no thread pool, no buffer, in 20 ms."""
+    """Children start from a process that has imported torch and its compiler and run nothing: no threads, no memory."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ercn.benchmarks.variants"])
+    context.set_forkserver_preload(["ercn.benchmarks.variants", "torch._inductor.compile_fx"])
     return context
 
 
-def _measure(sender, case: Case, variant: str, backend: str, threads: int) -> None:
+def _measure(sender, case: Case, variant: str, threads: int) -> None:
     try:
-        sender.send(_peak_here(case, variant, backend, threads))
+        sender.send(_peak_here(case, variant, threads))
     except Exception as error:  # noqa: BLE001 - whatever goes wrong here is the answer
         sender.send(f"{type(error).__name__}: {error}")
     finally:
         sender.close()
 
 
-def _peak_here(case: Case, variant: str, backend: str, threads: int) -> int:
+def _peak_here(case: Case, variant: str, threads: int) -> int:
+    from ercn.benchmarks.settings import SETTINGS
     from ercn.benchmarks.variants import inputs_of, precision, variants
 
     torch.set_num_threads(threads)
-    chosen = next(v for v in variants(case, "cpu", backend) if v.name == variant)
+    chosen = next(v for v in variants(case, "cpu", also=SETTINGS) if v.name == variant)
     with precision(case):
         inputs = inputs_of(case, "cpu")
         if variant == "compile":  # the compiler's own memory is not the program's

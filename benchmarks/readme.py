@@ -13,6 +13,7 @@ from ercn.benchmarks.results import Row, load, timed
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 COLUMNS = ("case", "fastest of ours", "ms (p20–p80)", "/ one product", "eager ms", "eager / ours", "peak MB, ours",
            "peak MB, eager", "error, ours", "error, eager")  # fmt: skip
+SETTING_COLUMNS = ("case", "backend, setting", "ms (p20–p80)", "/ one product", "/ its own setting")
 
 
 def readme(config: ReadmeConfig) -> int:
@@ -61,12 +62,16 @@ def _machine(name: str, run: dict[str, Any]) -> str:
     ]
     for case in dict.fromkeys(row["case"] for row in run["rows"]):
         lines.append(_line([row for row in run["rows"] if row["case"] == case]))
+    changed = [row for row in timed(run) if "@" in row["variant"]]
+    if changed:
+        lines += ["", f"| {' | '.join(SETTING_COLUMNS)} |", f"|{'---|' * len(SETTING_COLUMNS)}"]
+        lines += [_setting(row) for row in changed]
     return "\n".join(lines)
 
 
 def _line(rows: list[Row]) -> str:
     eager = next((row for row in rows if row["variant"] == "eager"), None)
-    ours = [row for row in timed({"rows": rows}) if row["variant"].startswith("ercn-")]
+    ours = [row for row in timed({"rows": rows}) if row["variant"].startswith("ercn-") and "@" not in row["variant"]]
     if not ours:
         why = "; ".join(f"{row['variant']} {row['status']}: {row['reason']}" for row in rows if row["status"] != "ok")
         return f"| {_case(rows[0])} | none | {why} |{' |' * (len(COLUMNS) - 3)}"
@@ -84,6 +89,19 @@ def _line(rows: list[Row]) -> str:
         _megabytes(eager.get("peak_extra_mb")) if has_eager else _needed(eager),
         f"{best['error']:.1e}",
         f"{best['judge_error']:.1e}" if best["judge"] == "eager" else "–",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _setting(row: Row) -> str:
+    own, _, setting = row["variant"].partition("@")
+    product = row["ratios"].get(row["baseline"], {}).get("median")
+    ratio = row["ratios"].get(own, {}).get("median")
+    cells = [
+        _case(row),
+        f"{own.removeprefix('ercn-')}, {setting.replace('_', ' ')}",
+        f"{row['median_ms']:.3g} ({row['p20_ms']:.3g}–{row['p80_ms']:.3g})",
+        *("–" if value is None else f"{value:.2f}" for value in (product, ratio)),
     ]
     return f"| {' | '.join(cells)} |"
 

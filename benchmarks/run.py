@@ -18,9 +18,10 @@ from ercn.benchmarks.ceilings import ceilings
 from ercn.benchmarks.config import BenchConfig
 from ercn.benchmarks.environment import environment, machine
 from ercn.benchmarks.results import Row, Writer
+from ercn.benchmarks.settings import SETTINGS
 from ercn.benchmarks.table import print_case
 from ercn.benchmarks.telemetry import Telemetry
-from ercn.benchmarks.variants import Variant, inputs_of, precision, variants
+from ercn.benchmarks.variants import SETTABLE, Variant, inputs_of, precision, variants
 from ercn.benchmarks.verify import Judge
 from ercn.ops import backends
 
@@ -51,6 +52,11 @@ def select(config: BenchConfig, device: str) -> list[Case]:
     names = [b.name for b in backends()]
     if config.backend and config.backend not in names:
         raise ValueError(f"{config.backend!r} is no backend; there are {', '.join(names)}")
+    unknown = [name for name in settings(config) if name not in SETTINGS]
+    if unknown:
+        raise ValueError(f"--also {unknown[0]!r} is no setting; there are {', '.join(SETTINGS)}")
+    if config.also and (device != "cpu" or config.backend not in ("", SETTABLE.removeprefix("ercn-"))):
+        raise ValueError(f"--also repeats the cpu backend on the CPU; got device {device}, backend {config.backend!r}")
     if config.quick and config.full:
         raise ValueError("--quick and --full exclude each other")
     try:
@@ -69,6 +75,10 @@ def select(config: BenchConfig, device: str) -> list[Case]:
         examples = ", ".join(case.id for case in chosen[:3]) or "none; --full has more"
         raise ValueError(f"no case matches; of {len(chosen)} on {device} the first are {examples}")
     return cases
+
+
+def settings(config: BenchConfig) -> list[str]:
+    return [name.strip() for name in config.also.split(",") if name.strip()]
 
 
 def _device(name: str) -> str:
@@ -150,7 +160,7 @@ def _prepare(case: Case, inputs: Inputs, device: str, config: BenchConfig, refus
     """The variants that run, fit and are right, with what is known of them so far."""
     fitting: list[Variant] = []
     held = 0.0
-    table = variants(case, device, config.backend)
+    table = variants(case, device, config.backend, settings(config))
     for variant in table:
         reason = variant.obstacle(case, inputs)
         needed = variant.bytes(case) + variant.held(case)
@@ -227,7 +237,7 @@ def _peak(
     if device == "cuda":
         return memory.cuda_peak(lambda: variant.make(case, inputs)) / 1e6, None
     try:
-        return memory.cpu_peak(case, variant.name, config.backend, torch.get_num_threads()) / 1e6, None
+        return memory.cpu_peak(case, variant.name, torch.get_num_threads()) / 1e6, None
     except OSError as error:
         return None, f"not measured: {error}"
 
@@ -264,7 +274,7 @@ def _rates(case: Case, variant: Variant, samples: dict[str, list[float]], peaks:
         "ratios": {
             name: dict(zip(("median", "p20", "p80"), timing.paired_ratio(own, other)))
             for name, other in samples.items()
-            if not name.startswith("ercn-") and name != variant.name
+            if name != variant.name and (not name.startswith("ercn-") or name == variant.name.partition("@")[0])
         },
         "flops": executed,
         "dense_flops": dense,

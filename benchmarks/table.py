@@ -22,6 +22,11 @@ def print_case(console, case: Case, rows: list[Row]) -> None:
     if table.row_count:
         console.print(table)
     for row in rows:
+        own, _, setting = row["variant"].partition("@")
+        if setting and row["status"] == "ok" and own in row["ratios"]:
+            ratio = row["ratios"][own]
+            text = f"  {row['variant']} / {own}: {ratio['median']:.3f} ({ratio['p20']:.3f}–{ratio['p80']:.3f})"
+            console.print(text, markup=False, highlight=False)
         if row["status"] != "ok":
             console.print(f"  {row['variant']}: {row['status']}: {row['reason']}", markup=False, highlight=False)
 

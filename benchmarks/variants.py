@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ercn.benchmarks import eager, network
 from ercn.benchmarks.cases import AffinityCase, Case, Inputs, ModelCase, PoolCase
+from ercn.benchmarks.settings import SETTINGS, Runner
 from ercn.ops import _backends, affinity_propagate, gated_attention_pool
 
-Runner = Callable[[], tuple[Tensor, ...]]
+SETTABLE = "ercn-cpu"  # what the settings apply to
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Variant:
 
     make: from case and inputs, what is timed; it returns outputs or gradients.
     role: "ercn", "baseline" (the same result), or "yardstick" (other mathematics, so nothing to verify).
-    flops: what it executes itself. bytes: memory that its call is known to need, 0 if little.
+    flops: what it executes itself, of the network what it would with dense operators.
+    bytes: memory that its call is known to need, 0 if little.
     held: memory that it keeps while others take their turns.
     """
 
@@ -63,13 +65,15 @@ def precision(case: Case) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def variants(case: Case, device: str, backend: str = "") -> list[Variant]:
-    """Baselines first. ``backend`` leaves only that one of ours."""
+def variants(case: Case, device: str, backend: str = "", also: Iterable[str] = ()) -> list[Variant]:
+    """Baselines first. ``backend`` leaves only that one of ours; ``also`` repeats the cpu backend in these settings."""
     ours = [row.name for row in _backends.TABLE if row.device in ("any", device)]
     if backend:
         ours = [backend]
     build = {AffinityCase: _affinity_variants, PoolCase: _pool_variants, ModelCase: _model_variants}[type(case)]
-    return build(case, ours)
+    rows = build(case, ours)
+    settable = [v for v in rows if v.name == SETTABLE]
+    return rows + [replace(v, name=f"{v.name}@{name}", make=SETTINGS[name](v.make)) for v in settable for name in also]
 
 
 def inputs_of(case: Case, device: str) -> Inputs:
@@ -116,6 +120,19 @@ def _eager_affinity_flops(case: AffinityCase) -> int:
 def _blockwise_affinity_flops(case: AffinityCase) -> int:
     again = 0 if case.direction == "forward" else 2 * case.batch * case.pixels**2 * (case.dim + case.maps)
     return _eager_affinity_flops(case) + again
+
+
+def _triangle_affinity_flops(case: AffinityCase) -> int:
+    """Each pair of pixels once, serving both: T and the rank-2C product W over half of the pairs, in full depth V·A (in
+    the backward G·A) and F·W. What tiles on the diagonal compute twice is not counted.
+    """
+    rows = case.maps + 1  # with the row of ones
+    forward, backward = case.dim + 2 * rows, 3 * case.dim + 4 * rows
+    halves = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[case.direction]
+    return case.batch * case.pixels**2 * halves
+
+
+EXECUTED = {"cpu": _triangle_affinity_flops}  # backends that use the symmetry; dense ones have AffinityCase.flops
 
 
 def _gemm_flops(case: AffinityCase) -> int:
@@ -168,7 +185,13 @@ def _affinity_variants(case: AffinityCase, ours: list[str]) -> list[Variant]:
         Variant("blockwise", "baseline", blockwise, _blockwise_affinity_flops),
         Variant("sdpa", "yardstick", _sdpa_affinity_make, _attention_flops),
         *(
-            Variant(f"ercn-{name}", "ercn", _in_direction(ercn(name)), AffinityCase.flops, backend=name)
+            Variant(
+                f"ercn-{name}",
+                "ercn",
+                _in_direction(ercn(name)),
+                EXECUTED.get(name, AffinityCase.flops),
+                backend=name,
+            )
             for name in ours
         ),
     ]

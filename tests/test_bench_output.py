@@ -107,6 +107,20 @@ def test_the_readme_section_states_its_origin_and_is_stable(file, tmp_path):
     assert page.read_text() == text
 
 
+def test_settings_have_a_table_of_their_own_and_are_not_the_fastest_of_ours(file):
+    values = json.loads(file.read_text())
+    slow = row(28, "ercn-cpu")
+    ratios = slow["ratios"] | {"ercn-cpu": {"median": 0.5, "p20": 0.4, "p80": 0.6}}
+    values["rows"].append(slow | {"variant": "ercn-cpu@one_thread", "median_ms": 7.0, "ratios": ratios})
+    file.write_text(json.dumps(values))
+    lines = readme.render([("r.json", results.load(file))]).splitlines()
+    found = [line for line in lines if "c6-d192-28x28" in line]
+    assert len(found) == 2 and "| cpu | 14 (" in found[0]
+    assert [cell.strip() for cell in found[1].strip("|").split("|")][1:] == [
+        "cpu, one thread", "7 (12.6–15.4)", "0.50", "0.50",
+    ]  # fmt: skip
+
+
 def test_gpu_results_take_the_disclaimer_away(file, tmp_path):
     values = json.loads(file.read_text())
     values["environment"] |= {"device": "cuda", "gpu": "Some GPU", "driver": "600.1", "cuda": "13.0"}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from ercn import cli
-from ercn.benchmarks import memory, results, run, timing, variants, verify
+from ercn.benchmarks import memory, results, run, settings, timing, variants, verify
 from ercn.benchmarks.cases import AffinityCase, ModelCase, PoolCase
 from ercn.benchmarks.compare import changes, compare
 from ercn.benchmarks.config import BenchConfig, CompareConfig
@@ -25,11 +26,11 @@ def planted(monkeypatch, change, name="ercn-reference"):
     """Puts ``change(runner)`` in the place of what a variant runs."""
     original = variants.variants
 
-    def table(case, device, backend=""):
+    def table(case, device, *rest):
         def make(make):
             return lambda case, inputs: change(make(case, inputs))
 
-        return [replace(v, make=make(v.make)) if v.name == name else v for v in original(case, device, backend)]
+        return [replace(v, make=make(v.make)) if v.name == name else v for v in original(case, device, *rest)]
 
     monkeypatch.setattr(run, "variants", table)
 
@@ -81,6 +82,39 @@ def test_a_network_case_runs_with_eager_and_our_operators():
     rows = measured(ModelCase(64, backbone="resnet18", direction="forward_backward"))
     assert {"eager", "ercn-auto", "ercn-reference"} <= set(rows)
     assert all(rows[name]["status"] == "ok" for name in ("eager", "ercn-auto", "ercn-reference"))
+
+
+def test_settings_take_turns_with_the_cpu_backend():
+    rows = measured(CASE, replace(QUICK, also="one_thread, float32"))
+    for name in ("ercn-cpu@one_thread", "ercn-cpu@float32"):
+        row = rows[name]
+        assert row["status"] == "ok", row["reason"]
+        assert {"ercn-cpu", "t_gemm", "eager"} <= set(row["ratios"]) and row["runs"] == rows["ercn-cpu"]["runs"]
+    assert not any("@" in name for row in rows.values() for name in row.get("ratios", ()))
+
+
+def test_settings_hold_while_a_call_runs_and_no_longer(monkeypatch):
+    seen = []
+
+    def make(case, inputs):
+        return lambda: seen.append((torch.get_num_threads(), os.environ.get(settings.ISA), inputs.tensors[0].dtype))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        case = replace(CASE, dtype="bfloat16")
+        monkeypatch.setenv(settings.ISA, "avx512")
+        calls = [settings.SETTINGS[name](make)(case, case.inputs("cpu")) for name in ("one_thread", "avx2", "float32")]
+        for call in calls:
+            call()
+        assert torch.get_num_threads() == 2 and os.environ[settings.ISA] == "avx512"
+        monkeypatch.delenv(settings.ISA)
+        calls[1]()
+        assert settings.ISA not in os.environ
+    finally:
+        torch.set_num_threads(before)
+    half = torch.bfloat16
+    assert seen == [(1, "avx512", half), (2, "avx2", half), (2, "avx512", torch.float32), (2, "avx2", half)]
 
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch):
@@ -267,19 +301,19 @@ def test_peak_memory_of_eager_agrees_with_the_arithmetic(direction, buffers, sid
     case = AffinityCase(1, 5, 16, side, direction=direction)
     if reason := memory.does_not_fit(1.3 * case.eager_bytes(), 0, "cpu"):
         pytest.skip(reason)
-    peak = memory.cpu_peak(case, "eager", "", torch.get_num_threads())
+    peak = memory.cpu_peak(case, "eager", torch.get_num_threads())
     assert case.eager_bytes() == pytest.approx(buffers * 4 * case.pixels**2)
     assert peak / (4 * case.pixels**2) == pytest.approx(buffers, rel=0.05)
 
 
 def test_our_peak_memory_has_no_square_buffer():
     case = AffinityCase(1, 5, 16, 64, direction="forward")
-    assert memory.cpu_peak(case, "ercn-reference", "", 1) < 4 * case.pixels**2
+    assert memory.cpu_peak(case, "ercn-reference", 1) < 4 * case.pixels**2
 
 
 def test_a_failure_while_weighing_is_reported():
     with pytest.raises(OSError, match="StopIteration"):
-        memory.cpu_peak(CASE, "no such variant", "", 1)
+        memory.cpu_peak(CASE, "no such variant", 1)
 
 
 def test_what_does_not_fit_is_a_row_with_the_reason(monkeypatch):
@@ -317,6 +351,25 @@ def test_the_judge_is_the_rule_of_the_operator_tests():
     assert judge.verdict(off_by(2 * limit)).reason is not None
 
 
+def test_a_baseline_may_add_in_any_order_and_only_that():
+    case = AffinityCase(1, 21, 64, 56)
+
+    def running_sum(case, inputs):
+        cam, feat = inputs.tensors
+        aff = torch.relu(feat.mT @ feat)
+        degree = torch.zeros_like(aff[:, 0])
+        for row in aff.unbind(1):
+            degree += row
+        return lambda: (cam @ (aff / (degree.unsqueeze(1) + 1e-5)),)
+
+    judge = verify.Judge(case, "cpu", "eager")
+    baseline = Variant("running sum", "baseline", running_sum, lambda case: 0)
+    assert judge.verdict(baseline).reason is None
+    assert "wrong output" in judge.verdict(replace(baseline, role="ercn")).reason
+    wrong = replace(baseline, make=lambda case, inputs: lambda: (running_sum(case, inputs)()[0] * (1 + 1e-5),))
+    assert "wrong output" in judge.verdict(wrong).reason
+
+
 def test_threads_are_set_stated_and_put_back(tmp_path):
     before = torch.get_num_threads()
     config = BenchConfig(quick=True, device="cpu", memory=False, filter="mil/forward/", threads=1)
@@ -332,6 +385,8 @@ def test_threads_are_set_stated_and_put_back(tmp_path):
         (["--backend", "fast"], ["'fast'", "cpu", "reference"]),
         (["--direction", "sideways"], ["--direction", "sideways", "forward_backward"]),
         (["--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
+        (["--also", "three_threads"], ["--also", "three_threads", "one_thread", "avx2"]),
+        (["--also", "avx2", "--backend", "reference"], ["--also", "cpu backend", "'reference'"]),
         (["--filter", "("], ["--filter", "regular expression"]),
         (["--filter", "77x77"], ["no case matches", "affinity/forward"]),
         (["--quick", "--full"], ["--quick", "--full"]),

@@ -1,0 +1,73 @@
+"""Our cpu backend under other settings than its own, to take turns with it: ``ercn-cpu@NAME`` in the results."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ercn.benchmarks.cases import Case, Inputs
+
+Runner = Callable[[], tuple[Tensor, ...]]
+Make = Callable[[Case, Inputs], Runner]
+ISA = "ERCN_CPU_ISA"  # read by the kernels at every call
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _instructions(name: str) -> Iterator[None]:
+    before = os.environ.get(ISA)
+    os.environ[ISA] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ISA]
+        else:
+            os.environ[ISA] = before
+
+
+def _within(scope: Callable[[], contextlib.AbstractContextManager], make: Make) -> Make:
+    def scoped(case: Case, inputs: Inputs) -> Runner:
+        with scope():
+            run = make(case, inputs)
+
+        def call() -> tuple[Tensor, ...]:
+            with scope():
+                return run()
+
+        return call
+
+    return scoped
+
+
+def _in_float32(make: Make) -> Make:
+    def wide(case: Case, inputs: Inputs) -> Runner:
+        tensors = tuple(x.float() if x.is_floating_point() else x for x in inputs.tensors)
+        return make(replace(case, dtype="float32"), Inputs(tensors, inputs.upstream.float()))
+
+    return wide
+
+
+# Each changes what makes the timed call; entering and leaving a scope takes about a microsecond.
+SETTINGS: dict[str, Callable[[Make], Make]] = {
+    "one_thread": partial(_within, _one_thread),
+    "portable": partial(_within, partial(_instructions, "portable")),
+    "avx2": partial(_within, partial(_instructions, "avx2")),
+    "avx512": partial(_within, partial(_instructions, "avx512")),
+    "float32": _in_float32,
+}

@@ -1,0 +1,513 @@
+// Gated attention pooling on the CPU, registered as ercn_native::gated_attention_pool_cpu and …_backward_cpu (LibTorch
+// stable ABI).  s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w,  a = softmax(s),  z = Σ a h
+// h, the weights and grad_pooled are fp32, fp64 or bf16 of one type, with any strides; sums, scores and the gradients of the
+// weights are fp32 (fp64 for fp64).
+//
+// All bags' instances are one row of numbers, cut into chunks whatever the bags; segments are the bags' shares of chunks.
+// Chunks, superblocks and the order of every sum depend on the shapes and on the mask alone, so results do not depend on
+// threads. Extra memory, T instances: forward, packed weights and T · K · D / 64 for the segments' shares of z; backward,
+// weights packed twice, dp of one superblock (4 MiB, at least 64 instances) and T · K of dots.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "elements.h"
+#include "kernels.h"
+
+namespace ercn {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+constexpr int64_t kDpBytes = 4 << 20;  // of a superblock: with its rows of h it stays in the last level of cache
+
+const PoolKernel<float, float>& kernel_of(float, float) { return kernels(isa()).pool_float; }
+const PoolKernel<double, double>& kernel_of(double, double) { return kernels(isa()).pool_double; }
+const PoolKernel<uint16_t, float>& kernel_of(uint16_t, float) { return kernels(isa()).pool_bf16; }
+
+struct Inputs {
+  const Tensor &h, &v_weight;
+  const Optional &v_bias, &u_weight, &u_bias;
+  const Tensor& w_weight;
+  const Optional &w_bias, &mask, &cu_seqlens;
+};
+
+// Uninitialized memory that is cut into pieces, each on a cache line of its own.
+class Arena {
+ public:
+  template <typename T>
+  void reserve(T*& piece, int64_t elements) {
+    pieces_.push_back({reinterpret_cast<void**>(&piece), bytes_});
+    bytes_ += round_up(elements * static_cast<int64_t>(sizeof(T)), 64);
+  }
+  void allocate() {
+    memory_.reset(static_cast<char*>(::operator new(bytes_, std::align_val_t(64))));
+    for (const auto& [piece, offset] : pieces_) *piece = memory_.get() + offset;
+  }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+  };
+  std::vector<std::pair<void**, int64_t>> pieces_;
+  int64_t bytes_ = 0;
+  std::unique_ptr<char, Free> memory_;
+};
+
+// Runs body(task, worker) for every task, each thread taking the next; workers number the threads.
+template <typename F>
+void for_each_task(int64_t tasks, const F& body) {
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task, worker);
+    }
+  });
+}
+
+template <typename E>
+Matrix<E> matrix(const Tensor& x) {
+  return {static_cast<const E*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
+}
+
+// The bags, as ends within the list of real instances, and that list.
+struct Bags {
+  std::vector<int64_t> ends, real;
+  int64_t total;  // instances that are real
+};
+
+template <typename Index>
+std::vector<int64_t> ends_of(const Tensor& cu_seqlens) {
+  const Index* bounds = static_cast<const Index*>(cu_seqlens.const_data_ptr());
+  std::vector<int64_t> ends(cu_seqlens.size(0) - 1);
+  for (size_t b = 0; b < ends.size(); ++b) ends[b] = bounds[(b + 1) * cu_seqlens.stride(0)];
+  return ends;
+}
+
+Bags bags_of(const Inputs& in) {
+  Bags bags;
+  if (in.cu_seqlens) {
+    const Tensor& bounds = *in.cu_seqlens;
+    bags.ends = bounds.scalar_type() == ScalarType::Int ? ends_of<int32_t>(bounds) : ends_of<int64_t>(bounds);
+    bags.total = in.h.size(0);
+    int64_t begin = 0;
+    for (const int64_t end : bags.ends) {
+      STD_TORCH_CHECK(begin <= end && end <= bags.total, "cu_seqlens must rise from 0 to T without falling");
+      begin = end;
+    }
+    return bags;
+  }
+  const int64_t B = in.h.size(0), N = in.h.size(1);
+  bags.ends.resize(B);
+  for (int64_t b = 0; b < B; ++b) bags.ends[b] = (b + 1) * N;
+  bags.total = B * N;
+  if (in.mask) {
+    const Matrix<bool> mask = matrix<bool>(*in.mask);
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t n = 0; n < N; ++n) {
+        if (mask.at[b * mask.row + n * mask.col]) bags.real.push_back(b * N + n);
+      }
+      bags.ends[b] = bags.real.size();
+    }
+    bags.total = bags.real.size();
+  }
+  return bags;
+}
+
+// Chunks of equal size, and their segments.
+struct Chunks {
+  int64_t size, count;
+  std::vector<Segment> segments;
+  std::vector<int64_t> first_segment;  // of each chunk, and one past the last
+
+  explicit Chunks(const Bags& bags) {
+    size = std::clamp(round_up((bags.total + 15) / 16, 8), int64_t{8}, kMaxChunk);
+    count = (bags.total + size - 1) / size;
+    int64_t begin = 0;
+    for (size_t bag = 0; bag < bags.ends.size(); ++bag) {
+      while (begin < bags.ends[bag]) {
+        const int64_t end = std::min(bags.ends[bag], begin / size * size + size);
+        if (begin % size == 0) first_segment.push_back(segments.size());
+        segments.push_back({begin, end - begin, static_cast<int64_t>(bag)});
+        begin = end;
+      }
+    }
+    first_segment.push_back(segments.size());
+  }
+};
+
+// What forward and backward have in common: shapes, and room for the packed weights.
+template <typename E, typename T>
+Pool<E, T> describe(const Inputs& in, const Bags& bags, const Chunks& chunks, const PoolKernel<E, T>& kernel) {
+  const bool ragged = in.cu_seqlens.has_value();
+  Pool<E, T> p{};
+  p.h = static_cast<const E*>(in.h.const_data_ptr());
+  p.N = in.h.size(ragged ? 0 : 1);
+  p.stride_b = ragged ? 0 : in.h.stride(0);
+  p.stride_n = in.h.stride(ragged ? 0 : 1);
+  p.stride_d = in.h.stride(ragged ? 1 : 2);
+  if (ragged || in.h.size(0) == 1) p.stride_b = p.N * p.stride_n;
+  p.real = in.mask ? bags.real.data() : nullptr;
+  p.D = in.h.size(ragged ? 1 : 2);
+  p.L = in.v_weight.size(0);
+  p.K = in.w_weight.size(0);
+  p.bags = bags.ends.size();
+  p.branches = in.u_weight ? 2 : 1;
+  p.units = round_up(p.L, std::max<int64_t>(2 / p.branches * kernel.lanes, 8));
+  p.v = matrix<E>(in.v_weight);
+  p.u = in.u_weight ? matrix<E>(*in.u_weight) : p.v;
+  p.segments = chunks.segments.data();
+  return p;
+}
+
+template <typename E, typename T>
+int64_t panels_of(const Pool<E, T>& p, const PoolKernel<E, T>& kernel) {
+  return p.units * p.branches / (2 * kernel.lanes);
+}
+
+template <typename E, typename T>
+void reserve_weights(Arena& arena, Pool<E, T>& p, const PoolKernel<E, T>& kernel) {
+  char*& projections = reinterpret_cast<char*&>(p.projections);
+  arena.reserve(projections, p.branches * p.units * round_up(p.D, 2) * kernel.operand_bytes);
+  arena.reserve(p.biases, p.branches * p.units);
+  arena.reserve(p.w, p.K * p.units);
+  arena.reserve(p.w_bias, p.K);
+}
+
+// The small operands; the panels are packed by tasks.
+template <typename E, typename T>
+void pack_small(const Inputs& in, const Pool<E, T>& p, const PoolKernel<E, T>& kernel) {
+  const auto bias = [&](const Optional& source, int64_t l) {
+    if (!source || l >= p.L) return T(0);
+    return convert<T>(static_cast<const E*>(source->const_data_ptr())[l * source->stride(0)]);
+  };
+  for (int64_t l = 0; l < p.units; ++l) {
+    if (p.branches == 1) {
+      p.biases[l] = bias(in.v_bias, l);
+    } else {
+      T* to = p.biases + l / kernel.lanes * 2 * kernel.lanes + l % kernel.lanes;
+      to[0] = bias(in.v_bias, l);
+      to[kernel.lanes] = bias(in.u_bias, l);
+    }
+  }
+  const Matrix<E> w = matrix<E>(in.w_weight);
+  for (int64_t k = 0; k < p.K; ++k) {
+    for (int64_t l = 0; l < p.units; ++l) p.w[k * p.units + l] = l < p.L ? convert<T>(w.at[k * w.row + l * w.col]) : T(0);
+    p.w_bias[k] = in.w_bias ? convert<T>(static_cast<const E*>(in.w_bias->const_data_ptr())[k * in.w_bias->stride(0)]) : T(0);
+  }
+}
+
+// Softmax over a bag from its segments' parts: calls add(segment, exp(its max - bag's max)) in order, and gives the bag's
+// max (0 for -Inf, as in the kernels) and sum.
+template <typename E, typename T, typename F>
+std::pair<T, double> join(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t k, const F& add) {
+  T most = -std::numeric_limits<T>::infinity();
+  for (int64_t s = begin; s < end; ++s) most = std::max(most, p.part_max[s * p.K + k]);
+  if (most == -std::numeric_limits<T>::infinity()) most = 0;
+  double sum = 0;
+  for (int64_t s = begin; s < end; ++s) {
+    const T own = p.part_max[s * p.K + k];
+    // A part whose scores are all -Inf holds zeros, or NaN.
+    const double scale = own == -std::numeric_limits<T>::infinity() ? 1 : std::exp(static_cast<double>(own) - most);
+    sum += scale * p.part_sum[s * p.K + k];
+    add(s, scale);
+  }
+  return {most, sum};
+}
+
+// First segment of every bag, and one past the last.
+template <typename E, typename T>
+std::vector<int64_t> segments_of_bags(const Pool<E, T>& p, const Chunks& chunks) {
+  std::vector<int64_t> first(p.bags + 1);
+  int64_t s = 0, segments = chunks.segments.size();
+  for (int64_t bag = 0; bag <= p.bags; ++bag) {
+    while (s < segments && chunks.segments[s].bag < bag) ++s;
+    first[bag] = s;
+  }
+  return first;
+}
+
+template <typename E, typename T>
+std::tuple<Tensor, Tensor> forward(const Inputs& in, ScalarType sums) {
+  const PoolKernel<E, T>& kernel = kernel_of(E{}, T{});
+  const Bags bags = bags_of(in);
+  const Chunks chunks(bags);
+  Pool<E, T> p = describe<E, T>(in, bags, chunks, kernel);
+  const Tensor pooled = torch::stable::new_empty(in.h, {p.bags, p.K, p.D});
+  Tensor scores = in.cu_seqlens ? torch::stable::new_empty(in.h, {p.K, p.N}, sums)
+                                : torch::stable::new_empty(in.h, {p.bags, p.K, p.N}, sums);
+  p.scores = static_cast<T*>(scores.mutable_data_ptr());
+  if (in.mask) torch::stable::fill_(scores, -std::numeric_limits<double>::infinity());
+
+  Arena arena;
+  reserve_weights(arena, p, kernel);
+  const int64_t segments = chunks.segments.size(), scratch_bytes = round_up(kernel.chunk_scratch(p), 64);
+  arena.reserve(p.part_max, segments * p.K);
+  arena.reserve(p.part_sum, segments * p.K);
+  arena.reserve(p.part_pooled, segments * p.K * p.D);
+  char* scratch;
+  arena.reserve(scratch, scratch_bytes * torch::stable::get_num_threads());
+  arena.allocate();
+
+  pack_small(in, p, kernel);
+  for_each_task(chunks.count > 0 ? panels_of(p, kernel) : 0, [&](int64_t panel, int64_t) { kernel.pack_projection(p, panel); });
+  for_each_task(chunks.count, [&](int64_t chunk, int64_t worker) {
+    kernel.forward(p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], scratch + worker * scratch_bytes);
+  });
+
+  const std::vector<int64_t> first = segments_of_bags(p, chunks);
+  E* out = static_cast<E*>(pooled.mutable_data_ptr());
+  const int64_t blocks = (p.D + 255) / 256;
+  const auto join_block = [&](int64_t task) {
+    const int64_t bag = task / blocks / p.K, k = task / blocks % p.K, d0 = task % blocks * 256;
+    const int64_t columns = std::min<int64_t>(256, p.D - d0);
+    double z[256] = {};
+    const auto [most, sum] = join(p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) {
+      const T* part = p.part_pooled + (s * p.K + k) * p.D + d0;
+      for (int64_t d = 0; d < columns; ++d) z[d] += scale * part[d];
+    });
+    const bool empty = first[bag] == first[bag + 1];
+    for (int64_t d = 0; d < columns; ++d) out[(bag * p.K + k) * p.D + d0 + d] = convert<E>(static_cast<T>(empty ? 0 : z[d] / sum));
+  };
+  // Joining one block takes about 256 additions for every segment of its bag.
+  const int64_t grain = 1 + (int64_t{1} << 17) * std::max<int64_t>(p.bags, 1) / (256 * (segments + 1));
+  torch::stable::parallel_for(0, p.bags * p.K * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) join_block(task);
+  });
+  return {pooled, scores};
+}
+
+enum Gradient { kH, kVWeight, kVBias, kUWeight, kUBias, kWWeight, kWBias };
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename E, typename T>
+Gradients backward(
+    const Optional& grad_pooled, const Optional& grad_scores, const Inputs& in, const Tensor& scores, int64_t needs, ScalarType sums) {
+  const PoolKernel<E, T>& kernel = kernel_of(E{}, T{});
+  const Bags bags = bags_of(in);
+  const Chunks chunks(bags);
+  Pool<E, T> p = describe<E, T>(in, bags, chunks, kernel);
+  const auto need = [&](Gradient which) { return (needs >> which & 1) != 0; };
+  const auto grad = [&](Gradient which, std::initializer_list<int64_t> sizes, bool h = false) {
+    if (!need(which)) return torch::stable::new_empty(in.h, {0});
+    Tensor made = torch::stable::new_empty(in.h, sizes, h ? in.h.scalar_type() : sums);
+    return h && !in.mask && !in.cu_seqlens ? made : torch::stable::fill_(made, 0);  // no instance, no gradient
+  };
+  Tensor grad_h = in.cu_seqlens ? grad(kH, {p.N, p.D}, true) : grad(kH, {p.bags, p.N, p.D}, true);
+  Tensor grad_v = grad(kVWeight, {p.L, p.D}), grad_v_bias = grad(kVBias, {p.L});
+  Tensor grad_u = grad(kUWeight, {p.L, p.D}), grad_u_bias = grad(kUBias, {p.L});
+  Tensor grad_w = grad(kWWeight, {p.K, p.L}), grad_w_bias = grad(kWBias, {p.K});
+  const auto data = [](const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); };
+
+  p.scores = const_cast<T*>(static_cast<const T*>(scores.const_data_ptr()));
+  if (need(kH)) p.grad_h = static_cast<E*>(grad_h.mutable_data_ptr());
+  if (grad_scores) {
+    const bool ragged = in.cu_seqlens.has_value();
+    p.grad_scores = static_cast<const T*>(grad_scores->const_data_ptr());
+    p.grad_scores_b = ragged ? 0 : grad_scores->stride(0);
+    p.grad_scores_k = grad_scores->stride(ragged ? 0 : 1);
+    p.grad_scores_n = grad_scores->stride(ragged ? 1 : 2);
+  }
+
+  const int64_t panels = round_up(p.D, kernel.panel) / kernel.panel, columns = panels * kernel.panel;
+  const int64_t segments = chunks.segments.size(), scratch_bytes = round_up(kernel.chunk_scratch(p), 64);
+  p.dp_row = p.branches * p.units + 16;  // not a multiple of 4 KiB
+  const int64_t chunks_per_block =
+      std::max<int64_t>(1, std::min<int64_t>(chunks.count, kDpBytes / (p.dp_row * static_cast<int64_t>(sizeof(T)) * chunks.size)));
+  const int64_t block_rows = chunks_per_block * chunks.size, part_row = (2 + p.K) * p.units + p.K;
+
+  Arena arena;
+  reserve_weights(arena, p, kernel);
+  T *grad_pooled_rows, *bag_max, *bag_sum, *bag_dot, *weight_scratch;
+  char* scratch;
+  const int64_t workers = torch::stable::get_num_threads();
+  if (need(kH)) arena.reserve(p.columns, p.branches * p.units * columns);
+  arena.reserve(grad_pooled_rows, grad_pooled ? p.bags * p.K * columns : 0);
+  arena.reserve(p.part_max, segments * p.K);
+  arena.reserve(p.part_sum, segments * p.K);
+  arena.reserve(p.part_dot, segments * p.K);
+  arena.reserve(bag_max, p.bags * p.K);
+  arena.reserve(bag_sum, p.bags * p.K);
+  arena.reserve(bag_dot, p.bags * p.K);
+  arena.reserve(p.dots, grad_pooled ? bags.total * p.K : 0);
+  arena.reserve(p.dp, block_rows * p.dp_row);
+  arena.reserve(p.part_grads, chunks_per_block * part_row);
+  arena.reserve(scratch, scratch_bytes * workers);
+  arena.reserve(weight_scratch, kernel.weight_scratch * workers);
+  arena.allocate();
+  p.bag_max = bag_max, p.bag_sum = bag_sum, p.bag_dot = bag_dot;
+
+  pack_small(in, p, kernel);
+  const int64_t projections = chunks.count > 0 ? panels_of(p, kernel) : 0;
+  for_each_task(projections + (need(kH) && chunks.count > 0 ? panels : 0), [&](int64_t task, int64_t) {
+    if (task < projections) {
+      kernel.pack_projection(p, task);
+    } else {
+      kernel.pack_columns(p, task - projections);
+    }
+  });
+  if (grad_pooled) {
+    const E* from = static_cast<const E*>(grad_pooled->const_data_ptr());
+    const int64_t stride_b = grad_pooled->stride(0), stride_k = grad_pooled->stride(1), stride_d = grad_pooled->stride(2);
+    for (int64_t row = 0; row < p.bags * p.K; ++row) {
+      for (int64_t d = 0; d < columns; ++d) {
+        grad_pooled_rows[row * columns + d] =
+            d < p.D ? convert<T>(from[row / p.K * stride_b + row % p.K * stride_k + d * stride_d]) : T(0);
+      }
+    }
+    p.grad_pooled = grad_pooled_rows;
+    for_each_task(chunks.count, [&](int64_t chunk, int64_t worker) {
+      kernel.dots(p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], scratch + worker * scratch_bytes);
+    });
+    const std::vector<int64_t> first = segments_of_bags(p, chunks);
+    for (int64_t bag = 0; bag < p.bags; ++bag) {
+      for (int64_t k = 0; k < p.K; ++k) {
+        double dot = 0;
+        const auto [most, sum] = join(
+            p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) { dot += scale * p.part_dot[s * p.K + k]; });
+        const int64_t at = bag * p.K + k;
+        bag_max[at] = most, bag_sum[at] = static_cast<T>(sum), bag_dot[at] = static_cast<T>(dot / sum);
+      }
+    }
+  }
+
+  for (int64_t begin = 0; begin < chunks.count; begin += chunks_per_block) {
+    const int64_t end = std::min(chunks.count, begin + chunks_per_block), first = begin * chunks.size;
+    const int64_t rows = std::min(bags.total, end * chunks.size) - first;
+    for_each_task(end - begin, [&](int64_t task, int64_t worker) {
+      const int64_t chunk = begin + task;
+      kernel.backward(
+          p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], first, task, scratch + worker * scratch_bytes);
+    });
+    for (int64_t part = 0; part < end - begin; ++part) {
+      const T* from = p.part_grads + part * part_row;
+      const auto add = [&](Gradient which, const Tensor& to, int64_t row, int64_t count, const T* values) {
+        if (!need(which)) return;
+        T* sum = data(to) + row * count;
+        for (int64_t l = 0; l < count; ++l) sum[l] += values[l];
+      };
+      add(kVBias, grad_v_bias, 0, p.L, from);
+      add(kUBias, grad_u_bias, 0, p.L, from + p.units);
+      for (int64_t k = 0; k < p.K; ++k) add(kWWeight, grad_w, k, p.L, from + (2 + k) * p.units);
+      add(kWBias, grad_w_bias, 0, p.K, from + (2 + p.K) * p.units);
+    }
+    const int64_t groups = (p.L + kUnitGroup - 1) / kUnitGroup, across = (panels + kPanelGroup - 1) / kPanelGroup;
+    const bool branch_needed[] = {need(kVWeight), need(kUWeight)};
+    for_each_task(2 * groups * across, [&](int64_t task, int64_t worker) {
+      const int64_t branch = task / across / groups;
+      if (!branch_needed[branch]) return;
+      kernel.weight(
+          p, first, rows, branch, task / across % groups * kUnitGroup, task % across * kPanelGroup, data(branch ? grad_u : grad_v),
+          weight_scratch + worker * kernel.weight_scratch);
+    });
+  }
+  return {grad_h, grad_v, grad_v_bias, grad_u, grad_u_bias, grad_w, grad_w_bias};
+}
+
+void check(const Inputs& in) {
+  const ScalarType type = in.h.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16,
+      "h must be float32, float64 or bfloat16");
+  STD_TORCH_CHECK(in.h.dim() == (in.cu_seqlens ? 2 : 3), "h must be [B, N, D], or [T, D] with cu_seqlens");
+  const int64_t D = in.h.size(in.h.dim() - 1), L = in.v_weight.dim() == 2 ? in.v_weight.size(0) : -1;
+  const int64_t K = in.w_weight.dim() == 2 ? in.w_weight.size(0) : -1;
+  const auto require = [&](const Optional& x, const char* name, std::vector<int64_t> sizes) {
+    if (!x) return;
+    bool fits = x->is_cpu() && x->scalar_type() == type && x->dim() == static_cast<int64_t>(sizes.size());
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x->size(i) == sizes[i];
+    STD_TORCH_CHECK(fits, name, " must be on the CPU, of h's dtype, and fit D = ", D, ", L = ", L, ", K = ", K);
+  };
+  STD_TORCH_CHECK(in.h.is_cpu(), "h must be on the CPU");
+  require(in.v_weight, "v_weight", {L, D});
+  require(in.v_bias, "v_bias", {L});
+  require(in.u_weight, "u_weight", {L, D});
+  require(in.u_bias, "u_bias", {L});
+  require(in.w_weight, "w_weight", {K, L});
+  require(in.w_bias, "w_bias", {K});
+  if (in.mask) {
+    STD_TORCH_CHECK(
+        !in.cu_seqlens && in.mask->is_cpu() && in.mask->scalar_type() == ScalarType::Bool && in.mask->dim() == 2 &&
+            in.mask->size(0) == in.h.size(0) && in.mask->size(1) == in.h.size(1),
+        "mask must be bool [B, N] on the CPU, of dense bags");
+  }
+  if (in.cu_seqlens) {
+    const ScalarType index = in.cu_seqlens->scalar_type();
+    STD_TORCH_CHECK(
+        in.cu_seqlens->is_cpu() && in.cu_seqlens->dim() == 1 && in.cu_seqlens->size(0) > 0 &&
+            (index == ScalarType::Int || index == ScalarType::Long),
+        "cu_seqlens must be int32 or int64 [B + 1] on the CPU");
+  }
+}
+
+std::tuple<Tensor, Tensor> gated_attention_pool_cpu(
+    const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
+    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens) {
+  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens};
+  check(in);
+  switch (h.scalar_type()) {
+    case ScalarType::Double: return forward<double, double>(in, ScalarType::Double);
+    case ScalarType::Float: return forward<float, float>(in, ScalarType::Float);
+    default: return forward<uint16_t, float>(in, ScalarType::Float);
+  }
+}
+
+Gradients gated_attention_pool_backward_cpu(
+    const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h, const Tensor& v_weight, const Optional& v_bias,
+    const Optional& u_weight, const Optional& u_bias, const Tensor& w_weight, const Optional& w_bias, const Optional& mask,
+    const Optional& cu_seqlens, const Tensor& scores, int64_t needs) {
+  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens};
+  check(in);
+  const ScalarType sums = h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const int64_t bags = cu_seqlens ? cu_seqlens->size(0) - 1 : h.size(0), K = w_weight.size(0);
+  STD_TORCH_CHECK(
+      scores.is_cpu() && scores.is_contiguous() && scores.scalar_type() == sums &&
+          scores.numel() == h.numel() / std::max<int64_t>(h.size(h.dim() - 1), 1) * K,
+      "scores must be the forward's");
+  STD_TORCH_CHECK(
+      !grad_pooled || (grad_pooled->is_cpu() && grad_pooled->scalar_type() == h.scalar_type() && grad_pooled->dim() == 3 &&
+                       grad_pooled->size(0) == bags && grad_pooled->size(1) == K),
+      "grad_pooled must have pooled's shape and dtype");
+  STD_TORCH_CHECK(
+      !grad_scores || (grad_scores->is_cpu() && grad_scores->scalar_type() == sums && grad_scores->dim() == scores.dim() &&
+                       grad_scores->numel() == scores.numel()),
+      "grad_scores must have scores' shape and dtype");
+  switch (h.scalar_type()) {
+    case ScalarType::Double: return backward<double, double>(grad_pooled, grad_scores, in, scores, needs, sums);
+    case ScalarType::Float: return backward<float, float>(grad_pooled, grad_scores, in, scores, needs, sums);
+    default: return backward<uint16_t, float>(grad_pooled, grad_scores, in, scores, needs, sums);
+  }
+}
+
+}  // namespace
+}  // namespace ercn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ercn_native, m) {
+  m.def(
+      "gated_attention_pool_cpu(Tensor h, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, "
+      "Tensor w_weight, Tensor? w_bias, Tensor? mask, Tensor? cu_seqlens) -> (Tensor pooled, Tensor scores)");
+  m.def(
+      "gated_attention_pool_backward_cpu(Tensor? grad_pooled, Tensor? grad_scores, Tensor h, Tensor v_weight, "
+      "Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias, Tensor? mask, "
+      "Tensor? cu_seqlens, Tensor scores, int needs) -> (Tensor grad_h, Tensor grad_v_weight, Tensor grad_v_bias, "
+      "Tensor grad_u_weight, Tensor grad_u_bias, Tensor grad_w_weight, Tensor grad_w_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ercn_native, CPU, m) {
+  m.impl("gated_attention_pool_cpu", TORCH_BOX(&ercn::gated_attention_pool_cpu));
+  m.impl("gated_attention_pool_backward_cpu", TORCH_BOX(&ercn::gated_attention_pool_backward_cpu));
+}

@@ -1,0 +1,83 @@
+#pragma once
+// What the attention pooling kernels of all instruction sets share: one call's operands, and their entry points.
+#include <cstdint>
+
+namespace ercn {
+
+constexpr int64_t kMaxChunk = 64;    // instances whose scores, softmax and gradients are formed together
+constexpr int64_t kSlice = 256;      // instances of one term of a weight gradient's sum
+constexpr int64_t kUnitGroup = 128;  // hidden units times
+constexpr int64_t kPanelGroup = 4;   // panels of channels: the block of a weight gradient that is summed in cache
+
+// Row r, column c at at[r * row + c * col].
+template <typename E>
+struct Matrix {
+  const E* at;
+  int64_t row, col;
+};
+
+// Instances of one bag within one chunk.
+struct Segment {
+  int64_t first, rows, bag;
+};
+
+// One call. h holds E (float, double, or bfloat16 as uint16_t), sums are T. Instances are numbered over all bags; `real`,
+// if not null, lists those that the mask keeps, and all else speaks of places in that list: masked ones are never read.
+// Instance i lies at h[i / N * stride_b + i % N * stride_n]; its score at scores[i / N * K * N + k * N + i % N].
+template <typename E, typename T>
+struct Pool {
+  const E* h;
+  int64_t N, stride_b, stride_n, stride_d;
+  const int64_t* real;
+  int64_t D, L, K, bags;
+  int64_t branches;  // 2, or 1 without U
+  int64_t units;     // L rounded up to whole panels; what pads it is 0
+  Matrix<E> v, u;    // [L, D]
+
+  // Packed by the kernel. A panel of projections has two vectors of hidden units: V's and U's of the same units, or V's.
+  void* projections;  // [units · branches / (2 · lanes), D rounded up to even, 2, lanes]
+  T* columns;         // backward: [D rounded up / panel, branches · units, panel]
+  T* biases;          // [units · branches / (2 · lanes), 2, lanes]
+  T *w, *w_bias;      // [K, units], [K]
+
+  T* scores;
+  const Segment* segments;
+  // Per segment and head; in the backward part_dot is Σ e (ĝ·h).
+  T *part_max, *part_sum, *part_dot;  // [segments, K]
+  T* part_pooled;                     // [segments, K, D]
+
+  // Backward. Rows of the gradient of the projections, dp, are V's units, then U's.
+  const T* grad_pooled;  // [bags, K, D rounded up to panels], or null
+  const T* grad_scores;  // with the strides of a bag, a head, an instance; or null
+  int64_t grad_scores_b, grad_scores_k, grad_scores_n;
+  T* dots;                                // [instances, K], ĝ·h
+  const T *bag_max, *bag_sum, *bag_dot;  // [bags, K]
+  T* dp;                                  // [instances of a superblock, dp_row]
+  int64_t dp_row;
+  T* part_grads;  // per chunk of a superblock: [2 + K, units] of v_bias, u_bias, w, then [K] of w_bias
+  E* grad_h;      // [B, N, D] contiguous, or null
+};
+
+template <typename E, typename T>
+struct PoolKernel {
+  int64_t lanes;           // of a vector
+  int64_t panel;           // channels of a panel of columns
+  int64_t operand_bytes;   // of an element of h and of the weights in the projections
+
+  void (*pack_projection)(const Pool<E, T>& pool, int64_t panel);
+  void (*pack_columns)(const Pool<E, T>& pool, int64_t panel);
+  int64_t (*chunk_scratch)(const Pool<E, T>& pool);  // bytes, for the next three
+  // Scores, and the parts of max, sum and pooled, of the segments [begin, end) of one chunk.
+  void (*forward)(const Pool<E, T>& pool, int64_t begin, int64_t end, void* scratch);
+  // dots, and the parts of max, sum and dot.
+  void (*dots)(const Pool<E, T>& pool, int64_t begin, int64_t end, void* scratch);
+  // dp from row dp_first on, part_grads number `part`, and grad_h.
+  void (*backward)(const Pool<E, T>& pool, int64_t begin, int64_t end, int64_t dp_first, int64_t part, void* scratch);
+  // grad[l, d] += Σ_i dp[i - first, unit + l] · h[i, d] of `rows` instances, hidden units [unit, unit + kUnitGroup) of a
+  // branch and kPanelGroup panels of channels. scratch: weight_scratch elements of T.
+  int64_t weight_scratch;
+  void (*weight)(
+      const Pool<E, T>& pool, int64_t first, int64_t rows, int64_t branch, int64_t unit, int64_t panel, T* grad, T* scratch);
+};
+
+}  // namespace ercn

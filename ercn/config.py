@@ -12,6 +12,20 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Targets = Literal["ordinal", "onehot", "referable"]
+Dataset = Literal[
+    "phantom",
+    "eyepacs",
+    "davis",
+    "aptos",
+    "messidor2",
+    "idrid",
+    "idrid_segmentation",
+    "ddr",
+    "ddr_segmentation",
+    "fgadr",
+    "rldr",
+    "csv",
+]
 
 _RULES: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda x: x >= 0,
@@ -284,7 +298,7 @@ class PrepareConfig:
     progress: a progress bar where the output is a terminal.
     """
 
-    dataset: Literal["phantom", "eyepacs", "davis"] = "phantom"
+    dataset: Dataset = "phantom"
     root: str = ""
     out: str = "runs/data"
     size: int = 512

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from _pictures import framed, write_csv
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from ercn.data import DataError
 from ercn.data.phantom import phantom_optic_disc, render_phantom
@@ -109,3 +109,99 @@ def write_idrid_segmentation_tree(root: Path, train: int = 4, test: int = 2) -> 
                 if number == 2:
                     red = red.convert("RGBA")
                 red.save(where / f"IDRiD_{number:02}_{suffix}.tif")
+
+
+DDR_PARTS = {"train": "label", "valid": "segmentation label", "test": "label"}
+DDR_FOLDERS = {"hard_exudates": "EX", "hemorrhages": "HE", "microaneurysms": "MA", "soft_exudates": "SE"}
+
+
+def write_ddr_tree(root: Path, count: int = 5) -> None:
+    """One ungradable picture in each split."""
+    for place, part in enumerate(DDR_PARTS):
+        lines = []
+        for n in range(count + 1):
+            name = f"007-{100 * place + n:04}-{100 * n:03}.jpg"
+            save(root / "DR_grading" / part / name, photograph(place + n, min(n, 4))[0])
+            lines.append(f"{name} {5 if n == count else n % 5}\n")
+        (root / "DR_grading" / f"{part}.txt").write_text("".join(lines))
+
+
+def write_ddr_segmentation_tree(root: Path, count: int = 2) -> None:
+    """A mask of every lesion for every picture, some of them empty; another folder name in valid."""
+    for place, (part, label) in enumerate(DDR_PARTS.items()):
+        for n in range(count):
+            name = f"007-{10 * place + n:04}-200"
+            picture, masks = photograph(10 * place + n, 3)
+            save(root / "lesion_segmentation" / part / "image" / f"{name}.jpg", picture)
+            for kind, folder in DDR_FOLDERS.items():
+                mask = masks.get(kind, Image.new("L", picture.size))
+                save(root / "lesion_segmentation" / part / label / folder / f"{name}.tif", mask)
+
+
+FGADR_FOLDERS = {
+    "microaneurysms": "Microaneurysms_Masks",
+    "hemorrhages": "Hemohedge_Masks",
+    "hard_exudates": "HardExudate_Masks",
+    "soft_exudates": "SoftExudate_Masks",
+    "irma": "IRMA_Masks",
+    "neovascularization": "Neovascularization_Masks",
+}
+
+
+def write_fgadr_tree(root: Path, count: int = 10) -> None:
+    """Four masks for every picture, the two rare ones where there is such a lesion; smoothed edges, some as RGB."""
+    part = root / "Seg-set"
+    for folder in FGADR_FOLDERS.values():
+        (part / folder).mkdir(parents=True)
+    rows = []
+    for n in range(count):
+        name, (picture, masks) = f"{n:04}_{1 + n % 3}.png", photograph(n, n % 5)
+        save(part / "Original_Images" / name, picture)
+        for kind, folder in FGADR_FOLDERS.items():
+            if kind in masks or kind not in ("irma", "neovascularization"):
+                mask = masks.get(kind, Image.new("L", picture.size)).filter(ImageFilter.BoxBlur(1))
+                save(part / folder / name, mask.convert("RGB") if n % 2 else mask)
+        rows.append(f"{name},{n % 5}\n")
+    (part / "DR_Seg_Grading_Label.csv").write_text("".join(rows))
+
+
+RLDR_FILES = {
+    "microaneurysms": "microaneurysm",
+    "hemorrhages": "retinal_hemorrhage",
+    "hard_exudates": "hard_exudate",
+    "soft_exudates": "cotton_wool_spots",
+    "preretinal_hemorrhage": "preretinal_hemorrhage",
+    "neovascularization": "neovascularization",
+}
+
+
+def write_rldr_tree(root: Path, patients: int = 10, first: int = 10) -> None:
+    """Square pictures, named as in EyePACS; no folder of masks where there is no lesion; 127 in a corner of some."""
+    rows = []
+    (root / "lesion_segs_896x896").mkdir(parents=True)
+    for number in range(first, first + patients):
+        for eye in ("left", "right") if number % 2 else ("left",):
+            name, grade = f"{number}_{eye}", number % 5
+            picture, masks = photograph(5 * number, grade)
+            save(root / "images_896x896" / f"{name}.jpg", picture)
+            for kind, file in RLDR_FILES.items():
+                if kind in masks:
+                    mask = masks[kind].copy()
+                    mask.paste(127, (0, 0, 20, 20))
+                    save(root / "lesion_segs_896x896" / name / f"{file}.png", mask)
+            rows.append((name, (grade + 1) % 5, grade))
+    write_csv(root / "dr_grades.csv", "image id,kaggle label,our label", rows)
+
+
+def write_csv_manifest(root: Path, patients: int = 6) -> Path:
+    rows = []
+    for number in range(patients):
+        for eye in ("l", "r"):
+            picture, masks = photograph(number, number % 3)
+            source, mask = f"clinic/{number}/{eye}.jpg", f"masks/{number}{eye}.png"
+            save(root / source, picture)
+            if "hemorrhages" in masks:
+                save(root / mask, masks["hemorrhages"])
+            rows.append((source, number % 3, f"p{number}", mask if "hemorrhages" in masks else "", number % 2))
+    write_csv(root / "mine.csv", "path,label,patient,mask_hemorrhages,smoker", rows)
+    return root / "mine.csv"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +74,7 @@ class Pictures:
     def __contains__(self, id: str) -> bool:
         return id.lower() in self._files
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         """Names without extension, as written, in order of the folders and names."""
         return (path.stem for path in self._files.values())
 
@@ -86,6 +86,36 @@ class Pictures:
         """Files of which ``ids`` has not the name."""
         used = {id.lower() for id in ids}
         return [_short(path) for name, path in self._files.items() if name not in used]
+
+
+class Masks:
+    """Masks in one folder for each lesion, of the picture's name and perhaps a lesion's suffix.
+
+    folders: lesion to folder; a missing one raises DataError. suffixes: lesion to what is after the picture's name.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], suffixes: Mapping[str, str] | None = None):
+        self._pictures = {kind: Pictures(existing(folder)) for kind, folder in folders.items()}
+        self._suffixes = suffixes or dict.fromkeys(folders, "")
+
+    def of(self, id: str) -> dict[str, Path]:
+        """The masks that this picture has."""
+        names = {kind: id + suffix for kind, suffix in self._suffixes.items()}
+        return {
+            kind: self._pictures[kind].find(name, "") for kind, name in names.items() if name in self._pictures[kind]
+        }
+
+    def strays(self, ids: Collection[str]) -> list[str]:
+        """Masks of other pictures than these."""
+        return [
+            name
+            for kind, suffix in self._suffixes.items()
+            for name in self._pictures[kind].unused([id + suffix for id in ids])
+        ]
+
+    @property
+    def doubles(self) -> list[str]:
+        return [name for pictures in self._pictures.values() for name in pictures.doubles]
 
 
 def _short(path: Path) -> str:

@@ -24,6 +24,7 @@ from ercn.data.entries import (
     OPTIC_DISC,
     SAME_NAME,
     Entry,
+    Masks,
     Pictures,
     Published,
     dataset_folder,
@@ -39,12 +40,13 @@ _RISKS = ("no exudates", "exudates far from the macula", "exudates within a disc
 _CLASSES = {"dr": (ICDR, ICDR_GRADES), "dme": (_RISKS, {"0": 0, "1": 1, "2": 2})}
 _PARTS = {"train": "a. Training Set", "test": "b. Testing Set"}
 _MASKS = {
-    "microaneurysms": ("1. Microaneurysms", "MA"),
-    "hemorrhages": ("2. Haemorrhages", "HE"),
-    "hard_exudates": ("3. Hard Exudates", "EX"),
-    "soft_exudates": ("4. Soft Exudates", "SE"),
-    OPTIC_DISC: ("5. Optic Disc", "OD"),
+    "microaneurysms": "1. Microaneurysms",
+    "hemorrhages": "2. Haemorrhages",
+    "hard_exudates": "3. Hard Exudates",
+    "soft_exudates": "4. Soft Exudates",
+    OPTIC_DISC: "5. Optic Disc",
 }
+_SUFFIXES = dict(zip(_MASKS, ("_MA", "_HE", "_EX", "_SE", "_OD")))
 
 
 def read_idrid(root: str, label: str) -> Published:
@@ -88,21 +90,16 @@ def read_idrid_segmentation(root: str) -> Published:
     home: dict[str, str] = {}
     for split, name in _PARTS.items():
         pictures = Pictures(existing(part / "1. Original Images" / name))
-        masks = {
-            kind: (Pictures(existing(part / "2. All Segmentation Groundtruths" / name / where)), suffix)
-            for kind, (where, suffix) in _MASKS.items()
-        }
+        truths = part / "2. All Segmentation Groundtruths" / name
+        masks = Masks({kind: truths / where for kind, where in _MASKS.items()}, _SUFFIXES)
         for id in pictures:
             if home.setdefault(id.lower(), name) != name:
                 raise DataError(f"{part}: {id} is in {home[id.lower()]!r} and in {name!r}; it can be in one only")
-            own = {kind: of.find(f"{id}_{end}", "") for kind, (of, end) in masks.items() if f"{id}_{end}" in of}
             made = "test" if split == "test" else None
-            entries.append(Entry(id, pictures.find(id, ".jpg"), None, id, made, own))
-            bare += [] if own.keys() - {OPTIC_DISC} else [id]
-        for of, end in masks.values():
-            strays += of.unused([f"{id}_{end}" for id in pictures])
-            doubles += of.doubles
-        doubles += pictures.doubles
+            entries.append(Entry(id, pictures.find(id, ".jpg"), None, id, made, masks.of(id)))
+            bare += [] if masks.of(id).keys() - {OPTIC_DISC} else [id]
+        strays += masks.strays(list(pictures))
+        doubles += pictures.doubles + masks.doubles
     if not entries:
         raise DataError(f"{part / '1. Original Images'}: no pictures")
     found = notes((NO_PICTURE, strays), (NO_MASKS, bare), (SAME_NAME, doubles))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ercn.config import PrepareConfig
-from ercn.data import aptos, davis, eyepacs, idrid, messidor2
+from ercn.data import aptos, csv_manifest, davis, ddr, eyepacs, fgadr, idrid, messidor2, rldr
 from ercn.data.entries import ICDR, Entry, Published, notes
 from ercn.data.images import DataError
 from ercn.data.manifest import Manifest
@@ -31,6 +31,11 @@ READERS = {
     "messidor2": Reader(messidor2.read_messidor2, messidor2.LABELS),
     "idrid": Reader(idrid.read_idrid, idrid.LABELS),
     "idrid_segmentation": Reader(idrid.read_idrid_segmentation),
+    "ddr": Reader(ddr.read_ddr),
+    "ddr_segmentation": Reader(ddr.read_ddr_segmentation),
+    "fgadr": Reader(fgadr.read_fgadr),
+    "rldr": Reader(rldr.read_rldr, rldr.LABELS),
+    "csv": Reader(csv_manifest.read_csv_manifest, csv_manifest.LABELS),
 }
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,7 +23,7 @@ except ImportError:
 MODES = ("auto", "cpu", "none")
 MODE = os.environ.get("ERCN_BUILD", "auto")
 TARGET_TORCH = (2, 10)  # the oldest torch that the library loads in
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/features.cpp", "csrc/cpu/relu_affinity.cpp"]
+SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
 FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
 
 

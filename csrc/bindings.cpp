@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/features.h"
+#include "cpu/isa.h"
 
 #define ERCN_STRING_(...) #__VA_ARGS__
 #define ERCN_STRING(...) ERCN_STRING_(__VA_ARGS__)
@@ -61,10 +62,19 @@ py::dict cpu_features() {
   return features;
 }
 
+py::list cpu_isas() {
+  py::list usable;
+  for (const ercn::Isa isa : ercn::kAllIsas) {
+    if (isa <= ercn::best_isa()) usable.append(ercn::isa_name(isa));
+  }
+  return usable;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of ercn; importing it also registers the operators torch.ops.ercn_native.*";
   m.def("build_info", &build_info, "Compiler, C++ standard, flags and the oldest torch that this library runs on.");
   m.def("cpu_features", &cpu_features, "Instruction sets usable on this machine (processor and operating system).");
+  m.def("cpu_isas", &cpu_isas, "What the CPU kernels can run as here, the best last: values of ERCN_CPU_ISA.");
 }

@@ -66,6 +66,7 @@ def _hardware() -> list[tuple[str, str]]:
         from ercn import _C
 
         rows.append(("CPU features", " ".join(name for name, present in _C.cpu_features().items() if present)))
+        rows.append(("CPU kernels", os.environ.get("ERCN_CPU_ISA") or _C.cpu_isas()[-1]))
     else:
         rows.append(("CPU features", f"{torch.backends.cpu.get_cpu_capability()} (as torch sees it)"))
     if not torch.cuda.is_available():

@@ -1,0 +1,15 @@
+#pragma once
+
+namespace ercn {
+
+// What the kernels are compiled for; each has its own translation unit, kernels_<name>.cpp.
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
+constexpr Isa kAllIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+
+// The best that this machine has, or the one that ERCN_CPU_ISA names (for tests; read at every call).
+// Throws std::runtime_error if that is unknown or this machine lacks it.
+Isa isa();
+Isa best_isa();
+const char* isa_name(Isa isa);
+
+}  // namespace ercn

@@ -1,0 +1,33 @@
+#pragma once
+#include "affinity.h"
+#include "isa.h"
+#include "pool.h"
+
+namespace ercn {
+
+// Entry points of one instruction set. A missing one (null function) is done in the next wider type.
+struct Kernels {
+  AffinityKernel<float, float> affinity_float;
+  AffinityKernel<double, double> affinity_double;
+  AffinityKernel<uint16_t, float> affinity_bf16;
+  PoolKernel<float, float> pool_float;
+  PoolKernel<double, double> pool_double;
+  PoolKernel<uint16_t, float> pool_bf16;
+};
+
+const Kernels& kernels(Isa isa);
+
+namespace portable {
+const Kernels& kernels();
+}
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512_bf16 {
+const Kernels& kernels();
+}
+
+}  // namespace ercn

@@ -1,0 +1,26 @@
+#pragma once
+// The whole of one kernels_<isa>.cpp. No other code is compiled for that instruction set, so that none can leak out of
+// it through an inline function that the linker picks.
+#include "affinity_kernel.h"
+#include "kernels.h"
+#include "pool_kernel.h"
+
+namespace ercn::ERCN_ISA {
+
+const Kernels& kernels() {
+  static const Kernels table{
+      affinity_kernel<float, float>(),
+      affinity_kernel<double, double>(),
+#if defined(ERCN_AVX512_BF16)
+      affinity_kernel<uint16_t, float>(),
+#else
+      {},
+#endif
+      pool_kernel<float, float>(),
+      pool_kernel<double, double>(),
+      pool_kernel<uint16_t, float>(),
+  };
+  return table;
+}
+
+}  // namespace ercn::ERCN_ISA

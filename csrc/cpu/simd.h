@@ -1,0 +1,69 @@
+#pragma once
+// Vectors and the register tile that every kernel is built of. Included by the kernels_<isa>.cpp files only, inside
+// which ERCN_ISA names the namespace and the macros below choose sizes; everything is inlined into that file's functions.
+#include <cstdint>
+
+#define ERCN_INLINE inline __attribute__((always_inline))
+#define ERCN_UNROLL _Pragma("GCC unroll 32")
+
+namespace ercn::ERCN_ISA {
+
+#if defined(ERCN_AVX512)
+constexpr int kVecBytes = 64;
+#elif defined(ERCN_AVX2)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+template <typename T, int BYTES>
+struct VecOf {
+  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));  // reads from any T*
+};
+template <typename T, int BYTES = kVecBytes>
+using Vec = typename VecOf<T, BYTES>::type;
+
+template <typename V, typename T>
+ERCN_INLINE V load(const T* from) {
+  return *reinterpret_cast<const V*>(from);
+}
+template <typename V, typename T>
+ERCN_INLINE void store(T* to, V v) {
+  *reinterpret_cast<V*>(to) = v;
+}
+
+// sum[m][v] += Σ_k a[m * a_row + k * a_col] · b[k * b_row + v * lanes]: ROWS broadcasts times VECS vectors, all in
+// registers. ROWS * VECS sums hide the latency of the fused multiply-add.
+template <int ROWS, int VECS, typename V, typename T>
+ERCN_INLINE void tile_product(
+    const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t depth, V (&sum)[ROWS][VECS]) {
+  constexpr int lanes = sizeof(V) / sizeof(T);
+  for (int64_t k = 0; k < depth; ++k) {
+    V row[VECS];
+    ERCN_UNROLL for (int v = 0; v < VECS; ++v) row[v] = load<V>(b + k * b_row + v * lanes);
+    ERCN_UNROLL for (int m = 0; m < ROWS; ++m) {
+      const T scale = a[m * a_row + k * a_col];
+      ERCN_UNROLL for (int v = 0; v < VECS; ++v) sum[m][v] += scale * row[v];
+    }
+  }
+}
+
+// out[m * out_row + …] += the product above. The sum over k is formed in registers first: long sums are sums of short ones.
+template <int ROWS, int VECS, typename V, typename T>
+ERCN_INLINE void tile_add_product(
+    const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t depth, T* out, int64_t out_row) {
+  constexpr int lanes = sizeof(V) / sizeof(T);
+  V sum[ROWS][VECS] = {};
+  tile_product<ROWS, VECS>(a, a_row, a_col, b, b_row, depth, sum);
+  ERCN_UNROLL for (int m = 0; m < ROWS; ++m) {
+    ERCN_UNROLL for (int v = 0; v < VECS; ++v) {
+      T* to = out + m * out_row + v * lanes;
+      store(to, load<V>(to) + sum[m][v]);
+    }
+  }
+}
+
+// The register tile of two or three wide vectors that runs at the machine's peak: rows and vectors.
+constexpr int kRows = kVecBytes == 64 ? 8 : 4, kVecs = kVecBytes == 32 ? 3 : 2;
+
+}  // namespace ercn::ERCN_ISA

@@ -1,0 +1,200 @@
+"""The affinity kernels in csrc/cpu for every instruction set of this machine."""
+
+import pytest
+import torch
+from _ops import assert_within_budget, error, layouts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ercn.ops import _extension, relu_affinity
+
+if (reason := _extension.load()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+from ercn import _C
+
+# Blocks are 96 pixels, panels and strips 4 to 48, narrow vectors 4 or 8 channels: one off each, primes, degenerate
+# sizes, odd and even numbers of blocks.
+SHAPES = [
+    pytest.param(*shape, id="x".join(map(str, shape)))
+    for shape in [
+        (1, 1, 1, 1),
+        (2, 3, 5, 95),
+        (1, 4, 8, 96),
+        (3, 5, 7, 97),
+        (1, 21, 17, 131),
+        (1, 6, 47, 191),
+        (1, 8, 48, 193),
+        (2, 9, 49, 33),
+        (1, 25, 96, 289),
+        (1, 64, 2, 385),
+        (0, 2, 3, 5),
+        (2, 0, 3, 5),
+        (2, 3, 0, 5),
+        (2, 3, 4, 0),
+    ]
+]
+
+
+@pytest.fixture(autouse=True, params=_C.cpu_isas())
+def isa(request, monkeypatch):
+    monkeypatch.setenv("ERCN_CPU_ISA", request.param)
+    return request.param
+
+
+def torch_affinity(value, feat):
+    return value @ torch.relu(feat.transpose(1, 2) @ feat)
+
+
+def torch_gradients(grad_out, value, feat):
+    value, feat = value.clone().requires_grad_(), feat.clone().requires_grad_()
+    return torch.autograd.grad(torch_affinity(value, feat), (value, feat), grad_out)
+
+
+def inputs(B, C, D, N, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(B + C + D + N)
+    draw = [torch.randn(B, size, N, generator=generator, dtype=dtype) for size in (C, C, D)]
+    return draw[0], draw[1], draw[2]
+
+
+@pytest.fixture
+def one_and_two_threads():
+    before = torch.get_num_threads()
+    yield (1, 2)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("B, C, D, N", SHAPES)
+def test_forward_and_gradients_equal_torch_in_float64(B, C, D, N):
+    value, grad_out, feat = inputs(B, C, D, N)
+    native = torch.ops.ercn_native
+    torch.testing.assert_close(native.relu_affinity_cpu(value, feat), torch_affinity(value, feat))
+    expected = torch_gradients(grad_out, value, feat)
+    torch.testing.assert_close(native.relu_affinity_backward_cpu(grad_out, value, feat, True), expected)
+
+
+@pytest.mark.parametrize("B, C, D, N", SHAPES[:6])
+def test_float32_error_is_within_twice_torchs(B, C, D, N):
+    value, grad_out, feat = inputs(B, C, D, N, torch.float32)
+    # Integer features: T is exact in both precisions, so the ReLU kink is at the same pairs.
+    feat = (2 * feat).round()
+    native = torch.ops.ercn_native
+    ours = [native.relu_affinity_cpu(value, feat)]
+    ours += native.relu_affinity_backward_cpu(grad_out, value, feat, True)
+    torchs = [torch_affinity(value, feat), *torch_gradients(grad_out, value, feat)]
+    value, grad_out, feat = value.double(), grad_out.double(), feat.double()
+    exact = [torch_affinity(value, feat), *torch_gradients(grad_out, value, feat)]
+    for our, their, true in zip(ours, torchs, exact):
+        rounding = torch.finfo(torch.float32).eps * true.abs().max()
+        assert (our - true).abs().max() <= 2 * (their - true).abs().max() + rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_bits_for_any_thread_count_and_every_run(dtype, one_and_two_threads):
+    value, grad_out, feat = inputs(2, 5, 19, 1000, dtype)
+    native = torch.ops.ercn_native
+    runs = []
+    for threads in one_and_two_threads * 2:
+        torch.set_num_threads(threads)
+        backward = native.relu_affinity_backward_cpu(grad_out, value, feat, True)
+        runs.append((native.relu_affinity_cpu(value, feat), *backward))
+    for run in runs[1:]:
+        assert all(torch.equal(first, other) for first, other in zip(runs[0], run))
+
+
+def test_any_strides():
+    value, grad_out, feat = inputs(2, 6, 10, 77)
+    native = torch.ops.ercn_native
+    expected = native.relu_affinity_backward_cpu(grad_out, value, feat, True)
+
+    def channels_last(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def with_offset(x):
+        return torch.cat((x, x), dim=2)[:, :, x.shape[2] :]
+
+    for layout in (channels_last, with_offset):
+        strided = [layout(x) for x in (grad_out, value, feat)]
+        assert not any(x.is_contiguous() for x in strided)
+        for ours, same in zip(native.relu_affinity_backward_cpu(*strided, True), expected):
+            assert torch.equal(ours, same)
+    expanded = native.relu_affinity_cpu(value[:, :1].expand_as(value), feat)
+    assert torch.equal(expanded, native.relu_affinity_cpu(value[:, :1], feat).expand_as(value))
+
+
+def test_the_gradient_of_value_is_left_out_unless_asked_for():
+    value, grad_out, feat = inputs(2, 3, 9, 70)
+    backward = torch.ops.ercn_native.relu_affinity_backward_cpu
+    nothing, grad_feat = backward(grad_out, value, feat, False)
+    assert nothing.shape == (0,)
+    assert torch.equal(grad_feat, backward(grad_out, value, feat, True)[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["value", "feat", "grad_out"])
+def test_nan_and_infinity_propagate_as_in_torch(bad, where):
+    value, grad_out, feat = inputs(1, 2, 3, 67)
+    {"value": value, "feat": feat, "grad_out": grad_out}[where][0, 1, 66] = bad
+    native = torch.ops.ercn_native
+    ours = [native.relu_affinity_cpu(value, feat)]
+    ours += native.relu_affinity_backward_cpu(grad_out, value, feat, True)
+    # Autograd adds F·(VᵀG) and F·(GᵀV) after the products, where opposite infinities meet; the op defines F·W.
+    affinity = feat.transpose(1, 2) @ feat
+    outer = value.transpose(1, 2) @ grad_out
+    weight = torch.ops.aten.threshold_backward(outer + outer.transpose(1, 2), affinity, 0)
+    affinity = torch.relu(affinity)
+    for our, their in zip(ours, [value @ affinity, grad_out @ affinity, feat @ weight]):
+        torch.testing.assert_close(our, their, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "value, feat, words",
+    [
+        (torch.ones(2, 3), torch.ones(1, 2, 3), "value must be"),
+        (torch.ones(1, 1, 4), torch.ones(1, 2, 3), "value must be"),
+        (torch.ones(1, 1, 3), torch.ones(2, 3), "feat must be"),
+        (torch.ones(1, 1, 3, dtype=torch.float64), torch.ones(1, 2, 3), "float32"),
+        (torch.ones(1, 1, 3, dtype=torch.int64), torch.ones(1, 2, 3, dtype=torch.int64), "float32"),
+    ],
+)
+def test_unsafe_arguments_are_refused(value, feat, words):
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.ercn_native.relu_affinity_cpu(value, feat)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_layout_and_dtype(data):
+    """Against float64 on the same rounded data; integer features keep T exact, so no pair crosses ReLU's kink."""
+    B, C, D = (data.draw(st.integers(1, limit)) for limit in (3, 64, 70))
+    N = data.draw(st.one_of(st.integers(1, 40), st.integers(90, 100), st.integers(186, 200)))
+    feat_dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    value, grad_out, feat = inputs(B, C, D, N)
+    value, grad_out = value.float(), grad_out.float()
+    feat = (2 * feat).round().to(feat_dtype)
+    exact = [torch_affinity(value.double(), feat.double())]
+    exact += torch_gradients(grad_out.double(), value.double(), feat.double())
+    plain_feat = feat if feat_dtype == torch.float64 else feat.float()
+    plain_value, plain_grad = value.to(plain_feat.dtype), grad_out.to(plain_feat.dtype)
+    plain = [torch_affinity(plain_value, plain_feat), *torch_gradients(plain_grad, plain_value, plain_feat)]
+    layout = st.sampled_from(["contiguous", "channels_last", "strided", "offset"])
+    value, feat = (layouts(x)[data.draw(layout)] for x in (value, feat))
+    value, feat = value.requires_grad_(), feat.requires_grad_()
+    out = relu_affinity(value, feat, backend="cpu")
+    grads = torch.autograd.grad(out, (value, feat), grad_out.to(out.dtype))
+    for ours, theirs, true in zip((out, *grads), plain, exact):
+        assert_within_budget(ours, theirs, true)
+
+
+def test_bfloat16_products_are_exact_in_float32(isa):
+    """The dot-product instructions add products of bfloat16 in float32, as widening does."""
+    value, _, feat = inputs(1, 3, 66, 250, torch.float32)
+    feat = feat.bfloat16()
+    exact = torch_affinity(value.double(), feat.double())
+    assert error(relu_affinity(value, feat, backend="cpu"), exact) < 2e-6
+
+
+def test_an_unknown_instruction_set_is_named(monkeypatch):
+    monkeypatch.setenv("ERCN_CPU_ISA", "sse9")
+    with pytest.raises(RuntimeError, match="'sse9'; there are portable, avx2"):
+        relu_affinity(torch.ones(1, 1, 2), torch.ones(1, 1, 2), backend="cpu")

@@ -90,6 +90,7 @@ def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
     """
     folder = Path(run) / "export"
     state, info = load_weights(folder, "model", "ercn train", _NEEDED)
+    info.setdefault("normalize", "none")  # exports from before there was a choice
     info["config"] = from_dict(TrainConfig, info["config"], f"{folder / 'model.json'}: config")
     model = ERCN(without_pretrained(info["config"]).model)
     check_state(model, state, str(folder / "model.safetensors"), f"{info['config'].model.backbone} of model.json")

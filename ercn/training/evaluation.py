@@ -151,6 +151,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"to evaluate on it as another data set, name it: --data {root}"
         )
     check_classes(info, manifest)
+    check_normalization(info, manifest)
     records = need_split(manifest, config.split, root)
     collected = collect(
         model,
@@ -177,6 +178,15 @@ def check_classes(info: dict[str, Any], manifest: Manifest) -> None:
         raise ValueError(
             f"the model grades {grades} classes (model.num_grades), but data set {manifest.dataset} has "
             f"{len(manifest.class_names)}: {', '.join(manifest.class_names)}"
+        )
+
+
+def check_normalization(info: dict[str, Any], manifest: Manifest) -> None:
+    """Raises ValueError where the pictures were not prepared like those of the training."""
+    if manifest.normalize != info["normalize"]:
+        raise ValueError(
+            f"the model was trained on pictures of `ercn prepare --normalize {info['normalize']}`, but {manifest.root} "
+            f"was prepared with {manifest.normalize}; prepare it again in a new folder"
         )
 
 

@@ -90,6 +90,7 @@ def describe(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
         "prepared_size": manifest.size,
         "mean": list(manifest.mean),
         "std": list(manifest.std),
+        "normalize": manifest.normalize,
         "dataset": manifest.dataset,
         "manifest": manifest.hash,
     }

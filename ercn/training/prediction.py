@@ -16,6 +16,7 @@ from ercn._progress import with_progress
 from ercn.config import PredictConfig
 from ercn.data import DataError, Geometry, locate_disc, read_picture
 from ercn.data.dataset import to_tensor
+from ercn.data.normalization import prepared
 from ercn.training.checkpoint import load_model
 from ercn.training.files import DISCLAIMER, write_csv, write_json
 from ercn.training.infer import forward, pick_device
@@ -43,7 +44,8 @@ class RawPictures(Dataset):
         except DataError as error:
             return str(error)
         geometry = locate_disc(picture, self.info["prepared_size"])
-        image = to_tensor(geometry.crop(picture), self.info["image_size"], self.info["mean"], self.info["std"])
+        square = prepared(picture, geometry, self.info["normalize"])
+        image = to_tensor(square, self.info["image_size"], self.info["mean"], self.info["std"])
         return {"image": image, "index": index, "geometry": geometry}
 
 

@@ -256,8 +256,8 @@ class ModelCase:
     def tiny(self) -> ModelCase:
         return replace(self, image_size=64)
 
-    def eager_bytes(self) -> float:
-        """The affinity's N² buffers alone; activations of the backbone come on top for every variant alike."""
+    def affinity_bytes(self) -> float:
+        """Eager's N² buffers alone; what the rest of the network takes comes on top for every variant alike."""
         pixels = (self.image_size // 16) ** 2
         views, buffers = (1, 2.07) if self.direction == "forward" else (2, 6.1)
         return views * buffers * self.batch * pixels**2 * 4

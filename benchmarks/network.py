@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -11,9 +12,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ercn.benchmarks import eager
+from ercn.benchmarks import eager, memory
 from ercn.benchmarks.cases import DTYPES, SEED, Inputs, ModelCase
 from ercn.config import LossConfig, ModelConfig
 from ercn.ops import use_backend
@@ -21,13 +25,14 @@ from ercn.ops import use_backend
 EAGER = "eager"
 
 
-def obstacle() -> str | None:
-    """Why the network cannot be measured here, in a sentence."""
+def obstacle(case: ModelCase, device: str) -> str | None:
+    """Why the case cannot be measured here, in a sentence: every variant is judged by inference in float64."""
     try:
         import timm  # noqa: F401
     except ModuleNotFoundError:
         return "the network needs timm: pip install 'ercn[train]'"
-    return None
+    reason = memory.does_not_fit(2 * live_bytes(replace(case, direction="forward")), 0, device)
+    return reason and f"inference in float64 {reason}"
 
 
 def inputs(case: ModelCase, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -98,17 +103,59 @@ def _operators(backend: str) -> Iterator[None]:
         yield
 
 
-@cache
-def flops(case: ModelCase) -> int:
-    """Counted by torch on tensors without data, the operators by their dense formulas."""
+@contextlib.contextmanager
+def _without_data(case: ModelCase) -> Iterator[Callable]:
+    """The step on tensors without data, which autocast does not know: in float32."""
     from ercn.models import ERCN
 
-    case = replace(case, dtype="float32")  # autocast does not exist for tensors without data; counts are the same
+    case = replace(case, dtype="float32")
     _transform(case.image_size)  # draws numbers, which tensors without data cannot
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode():
         model = ERCN(ModelConfig(backbone=case.backbone))
-        _step(case, model, *inputs(case, "cpu").tensors, "")()
+        yield _step(case, model, *inputs(case, "cpu").tensors, "reference")
+
+
+@cache
+def flops(case: ModelCase) -> int:
+    """Counted by torch, the operators by their dense formulas."""
+    with _without_data(case) as step, FlopCounterMode(display=False) as counter:
+        step()
     return counter.get_total_flops()
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive while it is on; ``peak`` is the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            if storage is None or storage in self.known:
+                continue
+            self.known[storage] = size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, size)
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+@cache
+def live_bytes(case: ModelCase) -> int:
+    """The most that activations, gradients and temporaries of a call take at once, with blockwise operators.
+
+    In float32, so more than autocast takes; kernels' own workspaces, about 100 MB on a CPU, come on top.
+    """
+    with _without_data(case) as step, _Live() as live:
+        step()
+    return live.peak
 
 
 @cache

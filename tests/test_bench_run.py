@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ercn import cli
-from ercn.benchmarks import memory, results, run, settings, timing, variants, verify
+from ercn.benchmarks import memory, network, results, run, settings, timing, variants, verify
 from ercn.benchmarks.cases import AffinityCase, ModelCase, PoolCase
 from ercn.benchmarks.compare import changes, compare
 from ercn.benchmarks.config import BenchConfig, CompareConfig
@@ -115,6 +115,48 @@ def test_settings_hold_while_a_call_runs_and_no_longer(monkeypatch):
         torch.set_num_threads(before)
     half = torch.bfloat16
     assert seen == [(1, "avx512", half), (2, "avx2", half), (2, "avx512", torch.float32), (2, "avx2", half)]
+
+
+SMALL_NETWORK = ModelCase(64, backbone="resnet18", direction="forward_backward")
+
+
+def test_a_network_case_runs_in_half_precision():
+    rows = measured(replace(SMALL_NETWORK, dtype="bfloat16"))
+    assert all(rows[name]["status"] == "ok" for name in ("eager", "ercn-auto", "ercn-reference"))
+
+
+def test_a_network_that_does_not_fit_is_a_row_with_the_reason(monkeypatch):
+    need = network.live_bytes(SMALL_NETWORK)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0.5 * need)
+    rows = measured(SMALL_NETWORK)
+    assert {row["status"] for row in rows.values()} == {"skipped"} and {"eager", "ercn-reference"} <= set(rows)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    (row,) = measured(SMALL_NETWORK).values()
+    assert row["status"] == "skipped" and row["reason"].startswith("inference in float64 does not fit: needs")
+
+
+def test_a_network_without_room_for_eager_is_judged_by_the_reference(monkeypatch):
+    case = replace(SMALL_NETWORK, image_size=128)
+    need = network.live_bytes(case) + 0.5 * case.affinity_bytes()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: need / memory.RESERVE)
+    rows = measured(case)
+    assert rows["eager"]["status"] == "skipped" and rows["eager"]["expected_extra_mb"] > 0
+    assert rows["ercn-auto"]["status"] == "ok" and rows["ercn-auto"]["judge"] == "ercn-reference"
+
+
+def test_live_bytes_follow_allocation_and_release():
+    with network._Live() as live:
+        kept = torch.ones(1000)
+        kept.view(10, 100)
+        for _ in range(3):
+            kept + 1
+    assert live.peak == 8000 and live.now == 4000
+
+
+def test_peak_memory_of_the_network_agrees_with_what_is_expected():
+    expected = network.live_bytes(SMALL_NETWORK)
+    peak = memory.cpu_peak(SMALL_NETWORK, "ercn-reference", 1)
+    assert 0.9 * expected < peak < expected + 100e6
 
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch):

@@ -1,0 +1,410 @@
+"""ReLU affinity on GPUs: out = V·relu(FᵀF), its gradients, and the launchers.
+
+Value and gradient maps are first laid out pixel-major as bfloat16 terms (``split_kernel``), so that the main loops feed
+tensor cores from memory without arithmetic. Rows i of A are owned by a program, which walks columns j in tiles:
+T_ij = F_iᵀF_j, then out_i += A_ij V_jᵀ. The triangle version visits j ≥ i only and also writes V_iᵀ A_ij for the
+columns, one partial sum per group of rows. All partial sums are added in a fixed order; nothing is atomic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ercn.kernels import configs
+from ercn.kernels._tiles import dot, dot_terms, narrow, split, transpose
+
+
+@triton.jit
+def split_kernel(
+    value, terms, C, N, stride_b, stride_c, stride_n,
+    TERMS: tl.constexpr, CP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """value [B, C, N] -> terms [B, TERMS, N, CP], channels padded with zeros."""
+    blocks_n, blocks_c = tl.cdiv(N, BLOCK_N), CP // BLOCK_C
+    pid = tl.program_id(0)
+    i_c, pid = pid % blocks_c, pid // blocks_c
+    i_n, i_b = pid % blocks_n, (pid // blocks_n).to(tl.int64)
+    n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    p_value = value + i_b * stride_b + n[:, None] * stride_n + c[None, :].to(tl.int64) * stride_c
+    x = tl.load(p_value, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+    parts = split(x, TERMS, FULL)
+    for i in tl.static_range(TERMS):
+        p_terms = terms + ((i_b * TERMS + i) * N + n[:, None]) * CP + c[None, :]
+        tl.store(p_terms, parts[i], mask=(n < N)[:, None])
+
+
+@triton.jit
+def load_terms(terms, n, N, i_c, CP, TERMS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows n of one image's terms [TERMS, N, CP], channel block i_c: a tuple of [len(n), BLOCK_C]."""
+    c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    p_terms = terms + n.to(tl.int64)[:, None] * CP + c[None, :]
+    mask = (n < N)[:, None]
+    high = tl.load(p_terms, mask=mask, other=0.0)
+    if TERMS == 1:
+        return (high,)
+    return (high, tl.load(p_terms + tl.cast(N, tl.int64) * CP, mask=mask, other=0.0))
+
+
+@triton.jit
+def load_feat(feat, n, d0, N, D, stride_d, stride_n, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
+    """F[d0 : d0 + BLOCK_D, n] of one image: [BLOCK_D, len(n)], zero outside."""
+    d = d0 + tl.arange(0, BLOCK_D)
+    p_feat = feat + d.to(tl.int64)[:, None] * stride_d + n.to(tl.int64)[None, :] * stride_n
+    mask = (n < N)[None, :]
+    if not EVEN_D:
+        mask = mask & (d < D)[:, None]
+    return tl.load(p_feat, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_chunks(
+    feat, n, first, N, D, stride_d, stride_n, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr
+):
+    """CHUNKS consecutive feature blocks from channel ``first`` on, as a tuple."""
+    chunks = ()
+    for i in tl.static_range(CHUNKS):
+        chunks = chunks + (load_feat(feat, n, first + i * BLOCK_D, N, D, stride_d, stride_n, BLOCK_D, EVEN_D),)
+    return chunks
+
+
+@triton.jit
+def products(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+    """T = F_iᵀF_j from chunks on chip: [BLOCK_M, BLOCK_N]."""
+    t = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in tl.static_range(len(rows)):
+        t = dot(tl.trans(rows[i]), columns[i], t, PRECISION)
+    return t
+
+
+@triton.jit
+def streamed_products(
+    feat, n_i, n_j, N, D, stride_d, stride_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """T = F_iᵀF_j where a row of D channels does not fit on chip."""
+    t = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        f_i = load_feat(feat, n_i, d0, N, D, stride_d, stride_n, BLOCK_D, EVEN_D)
+        f_j = load_feat(feat, n_j, d0, N, D, stride_d, stride_n, BLOCK_D, EVEN_D)
+        t = dot(tl.trans(f_i), f_j, t, PRECISION)
+    return t
+
+
+@triton.jit
+def relu(t):
+    return tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def forward_kernel(
+    feat, terms, direct, mirrored, batch, C, D, N, groups, slabs, slab, first_group, CP,
+    stride_b, stride_d, stride_n,
+    TRIANGLE: tl.constexpr, RESIDENT: tl.constexpr, CHUNKS: tl.constexpr, EVEN_D: tl.constexpr,
+    TERMS: tl.constexpr, A_TERMS: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+):  # fmt: skip
+    """One program: a group of ROW_TILES·BLOCK_M rows against one slab of columns, for one block of channels.
+
+    direct [slabs, B, C, rows of this launch]: the rows' sums over the slab. mirrored [groups, B, C, N]: with TRIANGLE,
+    what the group's rows add to columns beyond the group.
+    """
+    blocks_c = CP // BLOCK_C
+    pid = tl.program_id(0)
+    i_c, pid = pid % blocks_c, pid // blocks_c
+    i_slab, pid = pid % slabs, pid // slabs
+    i_group, i_b = pid % groups, (pid // groups).to(tl.int64)
+    GROUP: tl.constexpr = ROW_TILES * BLOCK_M
+    row0 = (first_group + i_group) * GROUP
+    low, high = i_slab * slab, tl.minimum((i_slab + 1) * slab, N)
+    inside = high  # columns from here on are also rows of other groups only
+    if TRIANGLE:
+        low = tl.maximum(low, row0)
+        inside = tl.minimum(tl.maximum(row0 + GROUP, low), high)
+    if low >= high:
+        return
+    feat += i_b * stride_b
+    terms += i_b * TERMS * N * CP
+
+    f_rows = ()
+    v_rows = ()
+    acc = ()
+    for r in tl.static_range(ROW_TILES):
+        n_i = row0 + r * BLOCK_M + tl.arange(0, BLOCK_M)
+        if RESIDENT:
+            f_rows = f_rows + (load_chunks(feat, n_i, 0, N, D, stride_d, stride_n, CHUNKS, BLOCK_D, EVEN_D),)
+        if TRIANGLE:
+            v_rows = v_rows + (load_terms(terms, n_i, N, i_c, CP, TERMS, BLOCK_C),)
+        acc = acc + (tl.zeros((BLOCK_M, BLOCK_C), tl.float32),)
+
+    for j in range(low, inside, BLOCK_N):
+        n_j = j + tl.arange(0, BLOCK_N)
+        v_j = load_terms(terms, n_j, N, i_c, CP, TERMS, BLOCK_C)
+        if RESIDENT:
+            f_j = load_chunks(feat, n_j, 0, N, D, stride_d, stride_n, CHUNKS, BLOCK_D, EVEN_D)
+        sums = ()
+        for r in tl.static_range(ROW_TILES):
+            if RESIDENT:
+                t = products(f_rows[r], f_j, BLOCK_M, BLOCK_N, PRECISION)
+            else:
+                n_i = row0 + r * BLOCK_M + tl.arange(0, BLOCK_M)
+                t = streamed_products(
+                    feat, n_i, n_j, N, D, stride_d, stride_n, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
+                )
+            sums = sums + (dot_terms(split(relu(t), A_TERMS, FULL), v_j, acc[r], PRECISION),)
+        acc = sums
+
+    c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    if TRIANGLE:
+        p_mirrored = mirrored + ((i_group.to(tl.int64) * batch + i_b) * C + c)[None, :] * N
+        for j in range(inside, high, BLOCK_N):
+            n_j = j + tl.arange(0, BLOCK_N)
+            v_j = load_terms(terms, n_j, N, i_c, CP, TERMS, BLOCK_C)
+            if RESIDENT:
+                f_j = load_chunks(feat, n_j, 0, N, D, stride_d, stride_n, CHUNKS, BLOCK_D, EVEN_D)
+            sums = ()
+            back = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+            for r in tl.static_range(ROW_TILES):
+                if RESIDENT:
+                    t = products(f_rows[r], f_j, BLOCK_M, BLOCK_N, PRECISION)
+                else:
+                    n_i = row0 + r * BLOCK_M + tl.arange(0, BLOCK_M)
+                    t = streamed_products(
+                        feat, n_i, n_j, N, D, stride_d, stride_n, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
+                    )
+                a = split(relu(t), A_TERMS, FULL)
+                sums = sums + (dot_terms(a, v_j, acc[r], PRECISION),)
+                back = dot_terms(transpose(a), v_rows[r], back, PRECISION)
+            acc = sums
+            tl.store(p_mirrored + n_j[:, None], back, mask=(n_j < N)[:, None] & (c < C)[None, :])
+
+    held = tl.minimum(N - first_group * GROUP, groups * GROUP)  # rows of this launch
+    p_direct = direct + ((i_slab.to(tl.int64) * batch + i_b) * C + c)[None, :] * held
+    for r in tl.static_range(ROW_TILES):
+        n_i = i_group * GROUP + r * BLOCK_M + tl.arange(0, BLOCK_M)
+        tl.store(p_direct + n_i[:, None], acc[r], mask=(n_i < held)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    direct, mirrored, out, batch, C, N, groups, slabs, slab, first_group,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """out [B, C, N] (from the launch's first row on) = mirrored sums of the groups above, then direct sums by slab."""
+    row0 = first_group * GROUP
+    blocks = tl.cdiv(N - row0, BLOCK_N)
+    pid = tl.program_id(0)
+    i_n, i_bc = pid % blocks, (pid // blocks).to(tl.int64)
+    start = row0 + i_n * BLOCK_N
+    n = start + tl.arange(0, BLOCK_N)
+    group = start // GROUP
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    if ACCUMULATE:
+        total = tl.load(out + i_bc * N + n, mask=n < N, other=0.0)
+    stride = tl.cast(batch, tl.int64) * C
+    for g in range(tl.minimum(group - first_group, groups)):
+        total += tl.load(mirrored + (g * stride + i_bc) * N + n, mask=n < N, other=0.0)
+    if group < first_group + groups:
+        held = tl.minimum(N - row0, groups * GROUP)
+        for p in range(group * GROUP // slab, slabs):
+            total += tl.load(direct + (p * stride + i_bc) * held + n - row0, mask=n < N, other=0.0)
+    tl.store(out + i_bc * N + n, total, mask=n < N)
+
+
+@triton.jit
+def backward_kernel(
+    feat, value, grad, grad_value, grad_feat, batch, C, D, N, splits, slab, CP,
+    stride_b, stride_d, stride_n,
+    NEED_VALUE: tl.constexpr, RESIDENT: tl.constexpr, CHUNKS: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCKS_C: tl.constexpr, V_TERMS: tl.constexpr, G_TERMS: tl.constexpr, A_TERMS: tl.constexpr,
+    FULL: tl.constexpr, PRECISION: tl.constexpr, W_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M rows of grad_feat (CHUNKS·BLOCK_D of its channels) and grad_value over one slab of columns.
+
+    value, grad: terms of V and G. W_ij = 1[T>0] ⊙ (V_iᵀG_j + G_iᵀV_j), grad_feat_i = Σ_j F_j W_ji with W symmetric,
+    grad_value_i = Σ_j G_j A_ji. Outputs are [splits, B, channels, N].
+    """
+    blocks_n = tl.cdiv(N, BLOCK_M)
+    blocks_d = tl.cdiv(D, CHUNKS * BLOCK_D)
+    pid = tl.program_id(0)
+    i_d, pid = pid % blocks_d, pid // blocks_d
+    i_split, pid = pid % splits, pid // splits
+    i_n, i_b = pid % blocks_n, (pid // blocks_n).to(tl.int64)
+    low, high = i_split * slab, tl.minimum((i_split + 1) * slab, N)
+    n_i = i_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_d = i_d * CHUNKS * BLOCK_D
+    feat += i_b * stride_b
+    value += i_b * V_TERMS * N * CP
+    grad += i_b * G_TERMS * N * CP
+
+    if RESIDENT:
+        f_i = load_chunks(feat, n_i, 0, N, D, stride_d, stride_n, CHUNKS, BLOCK_D, EVEN_D)
+    if BLOCKS_C == 1:
+        v_i = load_terms(value, n_i, N, 0, CP, V_TERMS, BLOCK_C)
+        g_i = load_terms(grad, n_i, N, 0, CP, G_TERMS, BLOCK_C)
+    acc = ()
+    for i in tl.static_range(CHUNKS):
+        acc = acc + (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)
+    if NEED_VALUE:
+        acc_value = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+
+    for j in range(low, high, BLOCK_N):
+        n_j = j + tl.arange(0, BLOCK_N)
+        f_j = load_chunks(feat, n_j, first_d, N, D, stride_d, stride_n, CHUNKS, BLOCK_D, EVEN_D)
+        if RESIDENT:
+            t = products(f_i, f_j, BLOCK_M, BLOCK_N, PRECISION)
+        else:
+            t = streamed_products(
+                feat, n_i, n_j, N, D, stride_d, stride_n, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
+            )
+        w = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i in tl.static_range(BLOCKS_C):
+            v_j = load_terms(value, n_j, N, i, CP, V_TERMS, BLOCK_C)
+            g_j = load_terms(grad, n_j, N, i, CP, G_TERMS, BLOCK_C)
+            if BLOCKS_C > 1:
+                v_i = load_terms(value, n_i, N, i, CP, V_TERMS, BLOCK_C)
+                g_i = load_terms(grad, n_i, N, i, CP, G_TERMS, BLOCK_C)
+            w = dot_terms(v_i, transpose(g_j), w, PRECISION)
+            w = dot_terms(g_i, transpose(v_j), w, PRECISION)
+        if NEED_VALUE:
+            acc_value = dot_terms(split(relu(t), A_TERMS, FULL), g_j, acc_value, PRECISION)
+        w = narrow(tl.where(t <= 0, 0.0, w), W_DTYPE)  # T = NaN passes the gradient on, as in torch
+        sums = ()
+        for i in tl.static_range(CHUNKS):
+            sums = sums + (dot(w, tl.trans(f_j[i]).to(W_DTYPE), acc[i], PRECISION),)
+        acc = sums
+
+    part = i_split.to(tl.int64) * batch + i_b
+    for i in tl.static_range(CHUNKS):
+        d = first_d + i * BLOCK_D + tl.arange(0, BLOCK_D)
+        p_feat = grad_feat + (part * D + d)[None, :] * N + n_i[:, None]
+        x = narrow(acc[i], grad_feat.dtype.element_ty)
+        tl.store(p_feat, x, mask=(n_i < N)[:, None] & (d < D)[None, :])
+    if NEED_VALUE:
+        c = tl.arange(0, BLOCK_C)
+        p_value = grad_value + (part * C + c)[None, :] * N + n_i[:, None]
+        x = narrow(acc_value, grad_value.dtype.element_ty)
+        tl.store(p_value, x, mask=(n_i < N)[:, None] & (c < C)[None, :])
+
+
+def _terms(x: Tensor, precision: configs.Precision) -> Tensor:
+    """x [B, C, N] as [B, terms, N, CP] in the layout of the kernels."""
+    batch, channels, n = x.shape
+    block_c, block_n = configs.channel_block(channels), 32
+    padded = triton.cdiv(channels, block_c) * block_c
+    count = 1 if precision.full or x.dtype == torch.bfloat16 else 2
+    terms = torch.empty(batch, count, n, padded, dtype=precision.terms_dtype, device=x.device)
+    split_kernel[(batch * triton.cdiv(n, block_n) * (padded // block_c),)](
+        x, terms, channels, n, *x.stride(),
+        TERMS=count, CP=padded, BLOCK_N=block_n, BLOCK_C=block_c, FULL=precision.full,
+    )  # fmt: skip
+    return terms
+
+
+def forward_constants(
+    channels: int, dim: int, terms: int, plan: configs.ForwardPlan, precision: configs.Precision
+) -> dict[str, object]:
+    """Compile-time arguments of ``forward_kernel``."""
+    config = plan.config
+    return {
+        "TRIANGLE": plan.band > 0, "RESIDENT": config.resident, "CHUNKS": triton.cdiv(dim, config.block_d),
+        "EVEN_D": dim % config.block_d == 0, "TERMS": terms, "A_TERMS": precision.a_terms, "FULL": precision.full,
+        "PRECISION": precision.dot, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d,
+        "BLOCK_C": configs.channel_block(channels), "ROW_TILES": config.row_tiles,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+
+
+def backward_constants(
+    channels: int, dim: int, need_value: bool, terms: tuple[int, int], plan: configs.BackwardPlan,
+    precision: configs.Precision,
+) -> dict[str, object]:  # fmt: skip
+    """Compile-time arguments of ``backward_kernel``; terms: those of value and of grad_out."""
+    config, block_c = plan.config, configs.channel_block(channels)
+    blocks_c = triton.cdiv(channels, block_c)
+    resident = config.chunks == 0
+    chunks = triton.cdiv(dim, config.block_d) if resident else config.chunks
+    return {
+        "NEED_VALUE": need_value and resident and blocks_c == 1, "RESIDENT": resident, "CHUNKS": chunks,
+        "EVEN_D": dim % (chunks * config.block_d) == 0, "BLOCKS_C": blocks_c,
+        "V_TERMS": terms[0], "G_TERMS": terms[1], "A_TERMS": precision.a_terms, "FULL": precision.full,
+        "PRECISION": precision.dot, "W_DTYPE": tl.bfloat16 if precision.product_dtype == torch.bfloat16 else tl.float32,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "BLOCK_C": block_c,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+
+
+def relu_affinity(value: Tensor, feat: Tensor, plan: configs.ForwardPlan | None = None) -> Tensor:
+    """out = V·relu(FᵀF), float32; value V [B, C, N], feat F [B, D, N]."""
+    (batch, channels, n), dim = value.shape, feat.shape[1]
+    out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
+    if out.numel() == 0 or dim == 0:
+        return out.zero_()
+    arch = configs.arch(feat.device)
+    plan = plan or configs.forward_plan(batch, channels, dim, n, feat.dtype, arch)
+    precision = configs.precision(feat.dtype, arch)
+    terms = _terms(value, precision)
+    constants = forward_constants(channels, dim, terms.shape[1], plan, precision)
+    group, padded = plan.config.group, terms.shape[3]
+    groups, blocks_c = triton.cdiv(n, group), padded // constants["BLOCK_C"]
+
+    def launch(direct: Tensor, mirrored: Tensor, first: int, count: int) -> None:
+        forward_kernel[(batch * count * plan.slabs * blocks_c,)](
+            feat, terms, direct, mirrored, batch, channels, dim, n, count, plan.slabs, plan.slab, first, padded,
+            *feat.stride(), **constants,
+        )  # fmt: skip
+
+    if plan.band == 0:
+        direct = out if plan.slabs == 1 else out.new_empty(plan.slabs, *out.shape)
+        launch(direct, direct, 0, groups)
+        return out if plan.slabs == 1 else torch.sum(direct, dim=0, out=out)
+    mirrored = out.new_empty(min(plan.band, groups), batch, channels, n)
+    for first in range(0, groups, plan.band):
+        count = min(plan.band, groups - first)
+        left = n - first * group
+        direct = out.new_empty(plan.slabs, batch, channels, min(left, count * group))
+        launch(direct, mirrored, first, count)
+        block_n = min(256, triton.next_power_of_2(group) // 2 if group & (group - 1) else group)
+        combine_kernel[(batch * channels * triton.cdiv(left, block_n),)](
+            direct, mirrored, out, batch, channels, n, count, plan.slabs, plan.slab, first,
+            GROUP=group, BLOCK_N=block_n, ACCUMULATE=first > 0,
+        )  # fmt: skip
+    return out
+
+
+def relu_affinity_backward(
+    grad_out: Tensor, value: Tensor, feat: Tensor, need_value: bool, plan: configs.BackwardPlan | None = None
+) -> tuple[Tensor, Tensor]:
+    """grad_value = G·A in value's dtype (empty if not needed) and grad_feat = F·W in feat's."""
+    (batch, channels, n), dim = value.shape, feat.shape[1]
+    grad_value = torch.empty(value.shape if need_value else 0, dtype=value.dtype, device=value.device)
+    grad_feat = torch.empty(feat.shape, dtype=feat.dtype, device=feat.device)
+    if batch * channels * n * dim == 0:
+        return grad_value.zero_(), grad_feat.zero_()
+    arch = configs.arch(feat.device)
+    plan = plan or configs.backward_plan(batch, dim, n, feat.dtype, arch)
+    precision = configs.precision(feat.dtype, arch)
+    v, g = _terms(value, precision), _terms(grad_out, precision)
+    constants = backward_constants(channels, dim, need_value, (v.shape[1], g.shape[1]), plan, precision)
+    fused = constants["NEED_VALUE"]
+    if need_value and not fused:  # the op is its own adjoint
+        grad_value.copy_(relu_affinity(grad_out, feat))
+    whole = plan.slabs == 1
+    part_feat = grad_feat if whole else grad_feat.new_empty(plan.slabs, *feat.shape, dtype=torch.float32)
+    part_value = grad_value
+    if fused and not whole:
+        part_value = grad_value.new_empty(plan.slabs, *value.shape, dtype=torch.float32)
+    blocks = triton.cdiv(n, constants["BLOCK_M"]) * triton.cdiv(dim, constants["CHUNKS"] * constants["BLOCK_D"])
+    backward_kernel[(batch * blocks * plan.slabs,)](
+        feat, v, g, part_value, part_feat, batch, channels, dim, n, plan.slabs, plan.slab, v.shape[3],
+        *feat.stride(), **constants,
+    )  # fmt: skip
+    if not whole:
+        grad_feat = part_feat.sum(dim=0).to(feat.dtype)
+        grad_value = part_value.sum(dim=0).to(value.dtype) if fused else grad_value
+    return grad_value, grad_feat

@@ -18,18 +18,20 @@ constexpr int kVecBytes = 16;
 
 template <typename T, int BYTES>
 struct VecOf {
-  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));  // reads from any T*
+  typedef T type __attribute__((vector_size(BYTES)));
 };
 template <typename T, int BYTES = kVecBytes>
 using Vec = typename VecOf<T, BYTES>::type;
 
 template <typename V, typename T>
 ERCN_INLINE V load(const T* from) {
-  return *reinterpret_cast<const V*>(from);
+  V v;
+  __builtin_memcpy(&v, from, sizeof v);  // any alignment
+  return v;
 }
 template <typename V, typename T>
 ERCN_INLINE void store(T* to, V v) {
-  *reinterpret_cast<V*>(to) = v;
+  __builtin_memcpy(to, &v, sizeof v);
 }
 
 // sum[m][v] += Σ_k a[m * a_row + k * a_col] · b[k * b_row + v * lanes]: ROWS broadcasts times VECS vectors, all in

@@ -1,15 +1,19 @@
-"""``ercn bench``: measure, compare, plot, or write the README's performance section."""
+"""``ercn bench``: measure, compare, plot, or write the README's performance section.
+
+The standard library reads the options, so that a machine for measuring needs little besides torch.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ercn.benchmarks.cases import OPS
 from ercn.benchmarks.config import BenchConfig, CompareConfig, PlotConfig, ReadmeConfig
-from ercn.cli import field_help, parse_or_explain
+from ercn.cli import field_help
 
 TOOLS: dict[str, tuple[str, type]] = {
     "compare": ("ercn.benchmarks.compare", CompareConfig),
@@ -36,30 +40,31 @@ def bench(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(command: str, cls: type, positional: str, argv: Sequence[str]) -> Any:
-    from jsonargparse import ArgumentParser
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help lists the options")
 
+
+def _parse(command: str, cls: type, positional: str, argv: Sequence[str]) -> Any:
     description = DESCRIPTION if cls is BenchConfig else (cls.__doc__ or "").split("\n\n")[0].replace("``", "")
-    parser = ArgumentParser(prog=f"ercn {command}", description=description, exit_on_error=False)
+    parser = _Parser(prog=f"ercn {command}", description=description, allow_abbrev=False)
     hints, texts = get_type_hints(cls), field_help(cls)
     for field in dataclasses.fields(cls):
-        parser.add_argument(*_argument(field, positional), **_options(field, hints[field.name], positional, texts))
-    values = parse_or_explain(parser, argv, command)
+        name = field.name if field.name == positional else f"--{field.name}"
+        parser.add_argument(name, **_options(field, hints[field.name], positional), help=texts[field.name])
+    values = vars(parser.parse_args(argv))
     if positional == "files":
         values["files"] = tuple(values["files"])
     return cls(**values)
 
 
-def _argument(field: dataclasses.Field, positional: str) -> tuple[str]:
-    return (field.name if field.name == positional else f"--{field.name}",)
-
-
-def _options(field: dataclasses.Field, hint: Any, positional: str, texts: dict[str, str]) -> dict[str, Any]:
-    options: dict[str, Any] = {"help": texts[field.name]}
+def _options(field: dataclasses.Field, hint: Any, positional: str) -> dict[str, Any]:
     if field.name == positional == "files":
-        return options | {"nargs": "+", "type": str}
+        return {"nargs": "+"}
     if field.name == positional:
-        return options | {"nargs": "?", "type": str, "default": field.default}
-    if hint is bool and not field.default:
-        return options | {"action": "store_true"}
-    return options | {"type": hint, "default": field.default}
+        return {"nargs": "?", "default": field.default}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction if field.default else "store_true", "default": field.default}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint), "default": field.default}
+    return {"type": hint, "default": field.default}

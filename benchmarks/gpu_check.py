@@ -5,7 +5,8 @@
 Every stage has an option of its name that gives its seconds; 0 leaves it out. A stage that fails or runs out of time
 does not stop the next ones, and a benchmark that is cut keeps its finished rows. The folder holds a log per stage, the
 results, plots, and summary.json; the exit code is 1 where a stage failed. Without a GPU the GPU stages are skipped.
-Needs torch, the packages of pyproject's build-system table, and the extras bench, train and dev.
+Needs torch, the packages of pyproject's build-system table, pytest and hypothesis. What is absent besides costs what
+needs it: without timm the network's rows, without nvidia-ml-py the telemetry, without matplotlib the plots.
 """
 
 from __future__ import annotations
@@ -129,8 +130,13 @@ def run_stage(stage: Stage, seconds: int, out: Path) -> Outcome:
     elif process.returncode == NO_TESTS and "pytest" in command:
         outcome.status, outcome.reason = "skipped", "no test carries the marker"
     elif process.returncode != 0:
-        outcome.status, outcome.reason = "failed", f"exit code {process.returncode}; see {log.name}"
+        outcome.status, outcome.reason = "failed", f"exit code {process.returncode}; {log.name} ends: {_last_line(log)}"
     return outcome
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1][-200:] if lines else "(nothing)"
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> bool:

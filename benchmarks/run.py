@@ -19,7 +19,7 @@ from ercn.benchmarks.config import BenchConfig
 from ercn.benchmarks.environment import environment, machine
 from ercn.benchmarks.results import Row, Writer
 from ercn.benchmarks.settings import SETTINGS
-from ercn.benchmarks.table import print_case
+from ercn.benchmarks.table import screen
 from ercn.benchmarks.telemetry import Telemetry
 from ercn.benchmarks.variants import SETTABLE, Variant, inputs_of, precision, variants
 from ercn.benchmarks.verify import Judge
@@ -32,19 +32,14 @@ SUBSTITUTE = {"affinity": "blockwise", "mil": "blockwise", "model": "ercn-refere
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Measure and return what ``--save`` writes. ValueError names the choices where an option is wrong."""
-    from rich.console import Console
-
     device = _device(config.device)
     cases = select(config, device)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
     if config.list:
         for case in cases:
             print(case.id)
         return {"rows": []}
     with _threads(config.threads):
-        return _run(config, cases, device, console)
+        return _run(config, cases, device)
 
 
 def select(config: BenchConfig, device: str) -> list[Case]:
@@ -103,26 +98,20 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(config: BenchConfig, cases: list[Case], device: str, console) -> dict[str, Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    values = environment(device)
-    console.print(f"{machine(values)}; torch {values['packages']['torch']}; {len(cases)} cases")
+def _run(config: BenchConfig, cases: list[Case], device: str) -> dict[str, Any]:
+    shown, values = screen(), environment(device)
+    shown.note(f"{machine(values)}; torch {values['packages']['torch']}; {len(cases)} cases")
     size, rounds = (1024, 2) if config.quick else (None, 5)
     peaks = ceilings(device, ["float32", *(case.dtype for case in cases)], size=size, rounds=rounds)
     rates = ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in peaks["gemm_gflops"].items())
-    console.print(f"large GEMM {rates}; copy {peaks['copy_gbps']:.1f} GB/s")
+    shown.note(f"large GEMM {rates}; copy {peaks['copy_gbps']:.1f} GB/s")
     header = {"environment": values, "config": asdict(config), "ceilings": peaks, "method": timing.METHOD[device]}
     writer = Writer(config.save, header)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-            task = progress.add_task("", total=len(cases))
+        with shown.progress(len(cases)):
             for case in cases:
-                progress.update(task, description=case.id)
-                rows = measure(case, device, config, peaks, writer.add)
-                print_case(console, case, rows)
-                progress.advance(task)
+                shown.starts(case)
+                shown.finished(case, measure(case, device, config, peaks, writer.add))
     finally:
         writer.finish()
     return {**writer.header, "rows": writer.rows}

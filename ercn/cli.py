@@ -105,13 +105,12 @@ def parse(command: str, cls: type, argv: Sequence[str]) -> Any:
         name, argv = _take_preset(argv)
         if name is not None:
             parser.set_defaults(configs.flatten(dataclasses.asdict(configs.preset(name))))
-    values = parse_or_explain(parser, argv, command)
+    values = _parse_or_explain(parser, argv, command)
     del values["config"]
     return configs.from_dict(cls, values)
 
 
-def parse_or_explain(parser: Any, argv: Sequence[str], command: str) -> dict[str, Any]:
-    """The options' values of ``ercn <command>``; ValueError, in one sentence, names the option that is wrong."""
+def _parse_or_explain(parser: Any, argv: Sequence[str], command: str) -> dict[str, Any]:
     from jsonargparse import ArgumentError
 
     try:

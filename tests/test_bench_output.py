@@ -239,6 +239,7 @@ def test_a_failed_stage_does_not_stop_the_next(gpu_check, monkeypatch, tmp_path,
     assert states == {"bad": "failed", "late": "out of time", "gpu": "skipped", "off": "skipped", "absent": "failed",
                       "good": "passed"}  # fmt: skip
     assert (tmp_path / "made.txt").exists() and (tmp_path / "bad.log").read_text() == "why\n"
+    assert summary["stages"][0]["reason"] == "exit code 3; bad.log ends: why"
     assert "torch finds no GPU" in capsys.readouterr().out
 
 

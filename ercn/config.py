@@ -285,12 +285,12 @@ class PrepareConfig:
 
     dataset: "phantom", or the published data set. root: the published layout's folder (csv: the file; not for the
         phantom). out: the cache.
-    label: which label column, where the data set has several; empty for the first. davis: "one_figure" or
-        "concatenated"; csv: any column.
+    label: which label column, where the data set has several; empty for the first. "one_figure" or "concatenated"
+        (davis), "dr" or "dme" (messidor2, idrid), "ours" or "kaggle" (rldr), the column's name (csv, first "label").
     size: side of the cached pictures.
     normalize: "graham" subtracts the local mean color (Graham 2015) from the cached pictures, "none" keeps them.
     fractions: train, val, test by patient; a split that the publishers made is kept.
-    exclude: a prepared folder whose patients are left out: one of pictures from the same source.
+    exclude: a prepared folder of pictures from the same source, whose patients are not taken.
     patients: phantom only, how many.
     max_unreadable: unreadable or missing pictures that are skipped, by name, before it stops.
     max_pixels: pictures whose longer side squared is larger count as unreadable.

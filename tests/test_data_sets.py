@@ -27,11 +27,12 @@ from _pictures import write_csv, write_davis_tree, write_eyepacs_tree
 from PIL import Image
 
 import ercn
-from ercn.config import Dataset, PrepareConfig
+from ercn.config import DataConfig, Dataset, ModelConfig, PrepareConfig, PretrainConfig, RunConfig, TrainConfig
 from ercn.data import DataError, Geometry, Manifest, PictureDataset, collate, prepare
 from ercn.data.entries import Masks, Pictures
 from ercn.data.masks import pixels_outside, prepared_mask, read_mask
 from ercn.data.readers import READERS
+from ercn.training import pretrain, train
 
 SMALL = {"size": 64, "workers": 1, "progress": False}
 TREES = {
@@ -83,7 +84,7 @@ def test_from_the_published_layout_to_tensors(dataset, tmp_path):
 def test_the_command_line(tmp_path):
     write_messidor2_tree(tmp_path / "messidor")
     options = ["--dataset", "messidor2", "--root", "messidor", "--label", "dme", "--normalize", "graham"]
-    options += ["--size", "64", "--out", "data"]
+    options += ["--size", "64", "--workers", "1", "--out", "data"]
     command = [sys.executable, "-m", "ercn", "prepare", *options]
     environment = os.environ | {"PYTHONPATH": str(Path(ercn.__file__).parents[1])}
     how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
@@ -94,6 +95,20 @@ def test_the_command_line(tmp_path):
     assert manifest.class_names == ["no DME", "referable DME"] and manifest.normalize == "graham"
     wrong = subprocess.run([*command, "--dataset", "messidor"], check=False, **how)
     assert wrong.returncode == 2 and "messidor2" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_a_set_without_grades_serves_pretraining_and_nothing_else(tmp_path):
+    write_idrid_segmentation_tree(tmp_path / "i")
+    options = {"root": str(tmp_path / "i"), "out": str(tmp_path / "d"), **SMALL}
+    prepare(PrepareConfig(dataset="idrid_segmentation", **options))
+    data = DataConfig(root=str(tmp_path / "d"), image_size=64, batch_size=2, workers=0)
+    run = RunConfig(out=str(tmp_path / "run"), epochs=1, accelerator="cpu", progress=False)
+    out = pretrain(PretrainConfig(data=data, run=run, backbone="mobilenetv3_small_050"))
+    assert (out / "export" / "backbone.safetensors").is_file()
+    with pytest.raises(
+        ValueError, match="data set idrid_segmentation has no grades; training and evaluation need them"
+    ):
+        train(TrainConfig(data=data, run=run, model=ModelConfig(backbone="mobilenetv3_small_050")))
 
 
 @pytest.mark.parametrize("dataset", ["aptos", "fgadr", "phantom"])

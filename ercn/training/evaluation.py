@@ -174,6 +174,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def check_classes(info: dict[str, Any], manifest: Manifest) -> None:
     """Raises ValueError where the data set has other grades than the model."""
     grades = info["config"].model.num_grades
+    if not manifest.class_names:
+        raise ValueError(f"data set {manifest.dataset} has no grades; training and evaluation need them")
     if len(manifest.class_names) != grades:
         raise ValueError(
             f"the model grades {grades} classes (model.num_grades), but data set {manifest.dataset} has "

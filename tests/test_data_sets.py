@@ -164,6 +164,18 @@ def test_other_masks_of_the_same_photographs_are_refused(tmp_path):
         prepare(PrepareConfig(dataset="csv", **options))
 
 
+def test_a_mask_made_again_without_a_lesion_is_no_mask(tmp_path):
+    path = write_csv_manifest(tmp_path / "c")
+    config = PrepareConfig(dataset="csv", root=str(path), out=str(tmp_path / "d"), **SMALL)
+    record = next(r for r in Manifest.load(prepare(config)).records if r.masks)
+    mask = tmp_path / "c" / "masks" / record.id.replace("clinic__", "").replace("__", "")
+    size = Image.open(mask.with_suffix(".png")).size
+    Image.new("L", size).save(mask.with_suffix(".png"))
+    record.image.unlink()
+    again = {r.id: r for r in Manifest.load(prepare(config)).records}
+    assert again[record.id].masks == {} and not record.masks["hemorrhages"].exists()
+
+
 def test_a_mask_that_is_gone_is_named_and_its_picture_skipped(tmp_path):
     path = write_csv_manifest(tmp_path / "c")
     for mask in (tmp_path / "c" / "masks").iterdir():
@@ -181,6 +193,8 @@ def test_masks_of_any_mode(tmp_path, mode):
     expected = np.zeros((7, 9), bool)
     expected[1:4, 2:5] = True
     np.testing.assert_array_equal(read_mask(tmp_path / "m.tif", (9, 7), 1, max_pixels=1000), expected)
+    assert read_mask(tmp_path / "m.tif", (9, 7), 76, max_pixels=1000).any()
+    assert not read_mask(tmp_path / "m.tif", (9, 7), 77, max_pixels=1000).any() or mode == "1"
     assert read_mask(tmp_path / "m.tif", (9, 7), 128, max_pixels=1000).any() == (mode == "1")
     assert "a mask of 9 x 7 for a photograph of 7 x 9" in fault(
         lambda: read_mask(tmp_path / "m.tif", (7, 9), 1, max_pixels=1000)

@@ -562,33 +562,33 @@ void backward(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t dp_first,
   }
 }
 
+// Columns of a block of h, and its row, which a cache line keeps from being a power of two.
+template <typename T>
+constexpr int64_t kGroupColumns = kPanelGroup* kColumns<T>;
+template <typename T>
+constexpr int64_t kGroupRow = kGroupColumns<T> + 64 / sizeof(T);
+
 template <typename E, typename T>
 void weight(
     const Pool<E, T>& p, int64_t first, int64_t rows, int64_t branch, int64_t unit, int64_t panel, T* grad, T* scratch) {
-  constexpr int64_t n = kColumns<T>;
+  constexpr int64_t n = kColumns<T>, row = kGroupRow<T>;
   const int64_t units = p.units - unit < kUnitGroup ? p.units - unit : kUnitGroup;
-  const int64_t d = panel * n, columns = p.D - d < kPanelGroup * n ? p.D - d : kPanelGroup * n;
-  const int64_t panels = (columns + n - 1) / n;
-  T *sum = scratch, *h = scratch + kUnitGroup * kPanelGroup * n;  // [panel, unit, n], [panel, instance, n]
-  for (int64_t i = 0; i < panels * kUnitGroup * n; i += kLanes<T>) store(sum + i, Vec<T>{});
+  const int64_t d = panel * n, columns = p.D - d < kGroupColumns<T> ? p.D - d : kGroupColumns<T>;
+  T *sum = scratch, *h = scratch + kUnitGroup * row;  // [unit, row], [instance of a slice, row]
+  for (int64_t i = 0; i < (kUnitGroup + kSlice) * row; i += kLanes<T>) store(scratch + i, Vec<T>{});
   for (int64_t r = 0; r < rows; r += kSlice) {
     const int64_t depth = rows - r < kSlice ? rows - r : kSlice;
-    for (int64_t c = 0; c < panels; ++c) {
-      T* rows_of_panel = h + c * kSlice * n;
-      const int64_t width = columns - c * n < n ? columns - c * n : n;
-      if (width < n) {
-        for (int64_t i = 0; i < depth * n; i += kLanes<T>) store(rows_of_panel + i, Vec<T>{});
-      }
-      gather(p, first + r, depth, d + c * n, width, rows_of_panel, n);
+    gather(p, first + r, depth, d, columns, h, row);
+    const T* dp = p.dp + r * p.dp_row + branch * p.units + unit;
+    for (int64_t c = 0; c < columns; c += n) {
       for (int64_t m = 0; m < units; m += kRows) {
-        tile_add_product<kRows, kVecs, Vec<T>>(
-            p.dp + r * p.dp_row + branch * p.units + unit + m, 1, p.dp_row, rows_of_panel, n, depth, sum + (c * kUnitGroup + m) * n, n);
+        tile_add_product<kRows, kVecs, Vec<T>>(dp + m, 1, p.dp_row, h + c, row, depth, sum + m * row + c, row);
       }
     }
   }
   for (int64_t l = 0; l < units && unit + l < p.L; ++l) {
     T* to = grad + (unit + l) * p.D + d;
-    for (int64_t c = 0; c < columns; ++c) to[c] += sum[(c / n * kUnitGroup + l) * n + c % n];
+    for (int64_t c = 0; c < columns; ++c) to[c] += sum[l * row + c];
   }
 }
 
@@ -604,7 +604,7 @@ PoolKernel<E, T> pool_kernel() {
       forward<E, T>,
       dots<E, T>,
       backward<E, T>,
-      kPanelGroup * kColumns<T> * (kUnitGroup + kSlice),
+      (kUnitGroup + kSlice) * kGroupRow<T>,
       weight<E, T>,
   };
 }

@@ -162,6 +162,8 @@ def _prepare(case: Case, inputs: Inputs, device: str, config: BenchConfig, refus
             continue
         held += variant.held(case)
         fitting.append(variant)
+    if not fitting:
+        return {}
     names = [v.name for v in fitting]
     judge = Judge(case, device, "eager" if "eager" in names else SUBSTITUTE[case.op])
     ready = {}

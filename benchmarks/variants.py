@@ -72,8 +72,9 @@ def variants(case: Case, device: str, backend: str = "", also: Iterable[str] = (
         ours = [backend]
     build = {AffinityCase: _affinity_variants, PoolCase: _pool_variants, ModelCase: _model_variants}[type(case)]
     rows = build(case, ours)
-    settable = [v for v in rows if v.name == SETTABLE]
-    return rows + [replace(v, name=f"{v.name}@{name}", make=SETTINGS[name](v.make)) for v in settable for name in also]
+    own = next((v for v in rows if v.name == SETTABLE), None)
+    names = [name for name in also if own is not None and name != case.dtype]
+    return rows + [replace(own, name=f"{own.name}@{name}", make=SETTINGS[name](own.make)) for name in names]
 
 
 def inputs_of(case: Case, device: str) -> Inputs:

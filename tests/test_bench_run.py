@@ -85,7 +85,9 @@ def test_a_network_case_runs_with_eager_and_our_operators():
 
 
 def test_settings_take_turns_with_the_cpu_backend():
-    rows = measured(CASE, replace(QUICK, also="one_thread, float32"))
+    also = replace(QUICK, also="one_thread, float32")
+    assert {name for name in measured(CASE, also) if "@" in name} == {"ercn-cpu@one_thread"}
+    rows = measured(replace(CASE, dtype="bfloat16"), also)
     for name in ("ercn-cpu@one_thread", "ercn-cpu@float32"):
         row = rows[name]
         assert row["status"] == "ok", row["reason"]
@@ -191,6 +193,22 @@ def test_a_crash_in_a_variant_is_a_row_and_the_others_go_on(monkeypatch):
         and rows["ercn-reference"]["reason"] == "RuntimeError: planted crash"
     )
     assert rows["eager"]["status"] == rows["blockwise"]["status"] == "ok"
+
+
+def test_a_crash_outside_of_the_variants_is_a_row_and_the_next_case_goes_on(monkeypatch):
+    original = run.inputs_of
+
+    def inputs_of(case, device):
+        if case.direction == "forward":
+            raise RuntimeError("planted")
+        return original(case, device)
+
+    monkeypatch.setattr(run, "inputs_of", inputs_of)
+    rows = run.run(BenchConfig(op="affinity", quick=True, memory=False, device="cpu"))["rows"]
+    assert [(r["variant"], r["status"], r["reason"]) for r in rows if r["direction"] == "forward"] == [
+        ("all", "error", "RuntimeError: planted")
+    ]
+    assert {r["direction"] for r in rows if r["status"] == "ok"} == {"backward", "forward_backward"}
 
 
 def test_a_crash_in_a_case_loses_no_finished_row(monkeypatch, tmp_path):

@@ -308,16 +308,15 @@ def test_a_planted_slowdown_is_found_and_the_same_run_is_not(saved, tmp_path, ca
     assert "2 faster" in capsys.readouterr().out
 
 
-def test_a_kernel_that_does_its_work_three_times_is_found_by_measuring(monkeypatch, tmp_path):
-    config = BenchConfig(quick=True, device="cpu", memory=False, seconds=1, filter="affinity/forward/", threads=1)
-    run.run(replace(config, save=str(tmp_path / "before.json")))
+def test_a_kernel_that_does_its_work_three_times_is_found_by_measuring(monkeypatch):
+    case, config = AffinityCase(1, 5, 192, 28), BenchConfig(memory=False, seconds=0, rounds=25)
 
     def thrice(runner):
         return lambda: (runner(), runner(), runner())[0]
 
+    before = {"rows": list(measured(case, config).values())}
     planted(monkeypatch, thrice)
-    run.run(replace(config, save=str(tmp_path / "after.json")))
-    before, after = (results.load(tmp_path / name) for name in ("before.json", "after.json"))
+    after = {"rows": list(measured(case, config).values())}
     found = {change.variant: change.factor for change in changes(before, after, "ratio", 1.1)}
     assert found["ercn-reference"] > 1.7
 

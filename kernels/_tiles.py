@@ -30,11 +30,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def split(x, TERMS: tl.constexpr, FULL: tl.constexpr):
     """float32 x as a tuple of TERMS bfloat16 terms whose sum is x to 8 bits a term; FULL: x itself."""
     if FULL:
-        return (x,)
-    high = narrow(x, tl.bfloat16)
-    if TERMS == 1:
-        return (high,)
-    return (high, narrow(x - high.to(tl.float32), tl.bfloat16))
+        terms = (x,)
+    else:
+        high = narrow(x, tl.bfloat16)
+        terms = (high,)
+        if TERMS == 2:
+            terms = (high, narrow(x - high.to(tl.float32), tl.bfloat16))
+    return terms
 
 
 @triton.jit
@@ -51,6 +53,7 @@ def dot_terms(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def transpose(terms):
     """Every tile of a tuple of one or two, transposed."""
+    transposed = (tl.trans(terms[0]),)
     if len(terms) == 2:
-        return (tl.trans(terms[0]), tl.trans(terms[1]))
-    return (tl.trans(terms[0]),)
+        transposed = (tl.trans(terms[0]), tl.trans(terms[1]))
+    return transposed

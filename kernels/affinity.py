@@ -33,7 +33,7 @@ def split_kernel(
     x = tl.load(p_value, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_C]
     parts = split(x, TERMS, FULL)
     for i in tl.static_range(TERMS):
-        p_terms = terms + ((i_b * TERMS + i) * N + n[:, None]) * CP + c[None, :]
+        p_terms = terms + (((i_b * TERMS + i) * N + n[:, None]) * CP + c[None, :])
         tl.store(p_terms, parts[i], mask=(n < N)[:, None])
 
 
@@ -41,12 +41,12 @@ def split_kernel(
 def load_terms(terms, n, N, i_c, CP, TERMS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Rows n of one image's terms [TERMS, N, CP], channel block i_c: a tuple of [len(n), BLOCK_C]."""
     c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    p_terms = terms + n.to(tl.int64)[:, None] * CP + c[None, :]
+    p_terms = terms + (n.to(tl.int64)[:, None] * CP + c[None, :])
     mask = (n < N)[:, None]
-    high = tl.load(p_terms, mask=mask, other=0.0)
-    if TERMS == 1:
-        return (high,)
-    return (high, tl.load(p_terms + tl.cast(N, tl.int64) * CP, mask=mask, other=0.0))
+    parts = (tl.load(p_terms, mask=mask, other=0.0),)
+    if TERMS == 2:
+        parts = parts + (tl.load(p_terms + tl.cast(N, tl.int64) * CP, mask=mask, other=0.0),)
+    return parts
 
 
 @triton.jit
@@ -282,12 +282,12 @@ def backward_kernel(
     part = i_split.to(tl.int64) * batch + i_b
     for i in tl.static_range(CHUNKS):
         d = first_d + i * BLOCK_D + tl.arange(0, BLOCK_D)
-        p_feat = grad_feat + (part * D + d)[None, :] * N + n_i[:, None]
+        p_feat = grad_feat + ((part * D + d)[None, :] * N + n_i[:, None])
         x = narrow(acc[i], grad_feat.dtype.element_ty)
         tl.store(p_feat, x, mask=(n_i < N)[:, None] & (d < D)[None, :])
     if NEED_VALUE:
         c = tl.arange(0, BLOCK_C)
-        p_value = grad_value + (part * C + c)[None, :] * N + n_i[:, None]
+        p_value = grad_value + ((part * C + c)[None, :] * N + n_i[:, None])
         x = narrow(acc_value, grad_value.dtype.element_ty)
         tl.store(p_value, x, mask=(n_i < N)[:, None] & (c < C)[None, :])
 

@@ -24,21 +24,23 @@ def bag_start(cu_seqlens, bag, N, RAGGED: tl.constexpr):
     """First row of a bag; that of the bag after the last is the number of rows."""
     if RAGGED:
         return tl.load(cu_seqlens + bag).to(tl.int32)
-    return bag * N
+    else:
+        return bag * N
 
 
 @triton.jit
 def bag_of(cu_seqlens, row, bags, N, RAGGED: tl.constexpr):
     """The bag that holds a row."""
-    if not RAGGED:
-        return row // N
-    low = row * 0
-    high = low + bags
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(cu_seqlens + middle) <= row
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
+    if RAGGED:
+        low = row * 0
+        high = low + bags
+        while high - low > 1:
+            middle = (low + high) // 2
+            before = tl.load(cu_seqlens + middle) <= row
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+    else:
+        low = row // N
     return low
 
 
@@ -47,7 +49,8 @@ def row_offsets(r, N, stride_b, stride_n, RAGGED: tl.constexpr):
     """Where rows r begin in a tensor [B, N, …], or [T, …] if ragged: int64."""
     if RAGGED:
         return r.to(tl.int64) * stride_n
-    return (r // N).to(tl.int64) * stride_b + (r % N).to(tl.int64) * stride_n
+    else:
+        return (r // N).to(tl.int64) * stride_b + (r % N).to(tl.int64) * stride_n
 
 
 @triton.jit
@@ -64,7 +67,8 @@ def score_offsets(r, k, T, N, K, RAGGED: tl.constexpr):
     """Offsets of [len(r), len(k)] in scores [B, K, N] or [K, T]."""
     if RAGGED:
         return k[None, :].to(tl.int64) * T + r[:, None]
-    return ((r // N).to(tl.int64)[:, None] * K + k[None, :]) * N + (r % N)[:, None]
+    else:
+        return ((r // N).to(tl.int64)[:, None] * K + k[None, :]) * N + (r % N)[:, None]
 
 
 @triton.jit
@@ -113,17 +117,17 @@ def branches(
         v += tl.load(v_bias + unit, mask=unit < L, other=0.0).to(tl.float32)[None, :]
     if U_BIAS:
         u += tl.load(u_bias + unit, mask=unit < L, other=0.0).to(tl.float32)[None, :]
-    v = tl.where((unit < L)[None, :], v, 0.0)  # an infinite h times a padded weight is NaN
-    if GATED:
-        return tanh(v), tl.sigmoid(tl.where((unit < L)[None, :], u, 0.0))
-    return tanh(v), u + 1
+    # An infinite h times a padded weight is NaN.
+    v = tl.where((unit < L)[None, :], v, 0.0)
+    u = tl.where((unit < L)[None, :], u, 0.0)
+    return tanh(v), (tl.sigmoid(u) if GATED else u + 1)
 
 
 @triton.jit
 def load_heads(w_weight, k, K, unit, L):
     """w_weight[k, unit] of a contiguous [K, L] in float32: [len(k), len(unit)]."""
     mask = (k < K)[:, None] & (unit < L)[None, :]
-    return tl.load(w_weight + k[:, None] * L + unit[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(w_weight + (k[:, None].to(tl.int64) * L + unit[None, :]), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -183,7 +187,7 @@ def forward_kernel(
             d = d0 + tl.arange(0, BLOCK_D)
             x = load_rows(h, offsets, inside, d, D, stride_d)
             z = dot(tl.trans(x), e, tl.zeros((BLOCK_D, BLOCK_K), tl.float32), EXACT)
-            p_parts = parts + (slot * K + k)[None, :] * D + d[:, None]
+            p_parts = parts + ((slot * K + k)[None, :] * D + d[:, None])
             tl.store(p_parts, z, mask=(d < D)[:, None] & (k < K)[None, :])
         bag += 1
         start = after
@@ -260,7 +264,7 @@ def pooled_grad_kernel(
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
             x = load_rows(h, offsets, inside, d, D, stride_d)
-            p_grad = grad_pooled + (bag.to(tl.int64) * K + k)[None, :] * D + d[:, None]
+            p_grad = grad_pooled + ((bag.to(tl.int64) * K + k)[None, :] * D + d[:, None])
             q = dot(x, tl.load(p_grad, mask=(d < D)[:, None] & (k < K)[None, :], other=0.0), q, EXACT)
         tl.store(products + at, q, mask=belongs[:, None] & (k < K)[None, :])
         largest, e = softmax_parts(s, inside)
@@ -364,11 +368,11 @@ def branch_grad_kernel(
     width = (2 if GATED else 1) * L
     if NEED_BRANCHES:
         i_r = (r - first_tile * BLOCK_M).to(tl.int64)
-        p_branches = grad_branches + i_r[:, None] * width + unit[None, :]
+        at = i_r[:, None] * width + unit[None, :]
         held = (r < T)[:, None] & (unit < L)[None, :]
-        tl.store(p_branches, narrow(dt, grad_branches.dtype.element_ty), mask=held)
+        tl.store(grad_branches + at, narrow(dt, grad_branches.dtype.element_ty), mask=held)
         if GATED:
-            tl.store(p_branches + L, narrow(du, grad_branches.dtype.element_ty), mask=held)
+            tl.store(grad_branches + (at + L), narrow(du, grad_branches.dtype.element_ty), mask=held)
     if NEED_BIAS:
         p_bias = part_bias + tile.to(tl.int64) * width + unit
         tl.store(p_bias, tl.sum(dt, axis=0), mask=unit < L)
@@ -377,7 +381,7 @@ def branch_grad_kernel(
     if NEED_HEADS:
         gated = split(tl.trans(t * gate), 2, FULL)  # [BLOCK_L, BLOCK_M]
         x = dot_terms(gated, ds_terms, tl.zeros((BLOCK_L, BLOCK_K), tl.float32), EXACT)
-        p_heads = part_heads + (tile.to(tl.int64) * K + k)[None, :] * L + unit[:, None]
+        p_heads = part_heads + ((tile.to(tl.int64) * K + k)[None, :] * L + unit[:, None])
         tl.store(p_heads, x, mask=(unit < L)[:, None] & (k < K)[None, :])
 
 
@@ -396,15 +400,15 @@ def row_grad_kernel(
     row0 = first_row + i_r * BLOCK_M
     r = row0 + tl.arange(0, BLOCK_M)
     d = i_d * BLOCK_N + tl.arange(0, BLOCK_N)
-    p_branches = grad_branches + (r - first_row).to(tl.int64)[:, None] * ((2 if GATED else 1) * L)
+    at_row = (r - first_row).to(tl.int64)[:, None] * ((2 if GATED else 1) * L)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for branch in tl.static_range(2 if GATED else 1):
         for l0 in range(0, L, BLOCK_L):
             unit = l0 + tl.arange(0, BLOCK_L)
             held = (r < last_row)[:, None] & (unit < L)[None, :]
-            dp = tl.load(p_branches + branch * L + unit[None, :], mask=held, other=0.0)
+            dp = tl.load(grad_branches + (at_row + branch * L + unit[None, :]), mask=held, other=0.0)
             weight = u_weight if branch else v_weight
-            p_weight = weight + unit.to(tl.int64)[:, None] * D + d[None, :]
+            p_weight = weight + (unit.to(tl.int64)[:, None] * D + d[None, :])
             w = tl.load(p_weight, mask=(unit < L)[:, None] & (d < D)[None, :], other=0.0)
             acc = dot(dp, w.to(grad_branches.dtype.element_ty), acc, PRECISION)
     if HAS_POOLED:
@@ -417,12 +421,12 @@ def row_grad_kernel(
             after = bag_start(cu_seqlens, bag + 1, N, RAGGED)
             inside = (r >= start) & (r < after) & (r < last_row)
             a = tl.load(attention + at, mask=inside[:, None] & (k < K)[None, :], other=0.0)
-            p_grad = grad_pooled + (bag.to(tl.int64) * K + k)[:, None] * D + d[None, :]
+            p_grad = grad_pooled + ((bag.to(tl.int64) * K + k)[:, None] * D + d[None, :])
             g = tl.load(p_grad, mask=(k < K)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
             acc = dot_terms(split(a, 2, FULL), split(g, TERMS, FULL), acc, EXACT)
             bag += 1
             start = after
-    p_h = grad_h + r.to(tl.int64)[:, None] * D + d[None, :]
+    p_h = grad_h + (r.to(tl.int64)[:, None] * D + d[None, :])
     tl.store(p_h, narrow(acc, grad_h.dtype.element_ty), mask=(r < last_row)[:, None] & (d < D)[None, :])
 
 
@@ -441,7 +445,7 @@ def weight_grad_kernel(
     i_u, i_split = pid % blocks_u, pid // blocks_u
     unit = i_u * BLOCK_M + tl.arange(0, BLOCK_M)
     d = i_d * BLOCK_N + tl.arange(0, BLOCK_N)
-    p_parts = parts + (i_split.to(tl.int64) * units + unit)[:, None] * D + d[None, :]
+    p_parts = parts + ((i_split.to(tl.int64) * units + unit)[:, None] * D + d[None, :])
     held = (unit < units)[:, None] & (d < D)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if ACCUMULATE:
@@ -449,7 +453,7 @@ def weight_grad_kernel(
     low = first_row + i_split * step
     for row0 in range(low, tl.minimum(low + step, last_row), BLOCK_R):
         r = row0 + tl.arange(0, BLOCK_R)
-        p_branches = grad_branches + (r - first_row).to(tl.int64)[:, None] * width + first_unit + unit[None, :]
+        p_branches = grad_branches + ((r - first_row).to(tl.int64)[:, None] * width + first_unit + unit[None, :])
         dp = tl.load(p_branches, mask=(r < last_row)[:, None] & (unit < units)[None, :], other=0.0)
         rows = real_rows(mask, r, last_row, N, stride_mb, stride_mn, MASKED)
         x = load_rows(h, row_offsets(r, N, stride_b, stride_n, RAGGED), rows, d, D, stride_d)

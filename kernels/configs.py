@@ -191,15 +191,12 @@ def forward_plan(batch: int, channels: int, dim: int, n: int, dtype: torch.dtype
     triangle = use_triangle(dim, n, arch)
     config = ForwardConfig(*row(arch, "triangle" if triangle else "forward", dtype, dim))
     wanted = TABLE[family(arch)]["programs"]
-    programs = batch * cdiv(n, config.group) * cdiv(channels, channel_block(channels))
+    groups, blocks_c = cdiv(n, config.group), cdiv(channels, channel_block(channels))
     if not triangle:
-        return ForwardPlan(config, *slabs(n, config.block_n, programs, wanted), band=0)
-    # Half of the programs lie below the diagonal, and those on it are shorter.
-    return ForwardPlan(
-        config,
-        *slabs(n, config.group, programs, 4 * wanted),
-        band=max(1, MIRRORED_BYTES // (4 * batch * channels * n)),
-    )
+        return ForwardPlan(config, *slabs(n, config.block_n, batch * groups * blocks_c, wanted), band=0)
+    band = min(groups, max(1, MIRRORED_BYTES // (4 * batch * channels * n)))
+    # Half of a launch's programs lie below the diagonal, and those on it are shorter.
+    return ForwardPlan(config, *slabs(n, config.group, batch * band * blocks_c, 4 * wanted), band)
 
 
 def backward_plan(batch: int, dim: int, n: int, dtype: torch.dtype, arch: str) -> BackwardPlan:

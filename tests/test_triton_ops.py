@@ -497,3 +497,40 @@ def test_float64_is_refused_in_a_sentence():
     arguments = [here(x) for x in inputs(1, 4, 3, 2)]
     with pytest.raises(RuntimeError, match="takes float32, bfloat16 and float16; got torch.float64"):
         gated_attention_pool(*arguments, backend="triton")
+
+
+@pytest.fixture
+def far_apart():
+    """A function that spreads x [B, D, N] in bfloat16 over more than 2³¹ elements, its channels 2³⁰ apart."""
+    storage = torch.empty((1 << 31) + 4096, dtype=torch.bfloat16, device=triton.DEVICE)  # 4 GB of addresses
+
+    def spread(x):
+        assert x.shape[0] == 1 and x.shape[1] == 3
+        view = storage.as_strided(x.shape, (0, 1 << 30, 1))
+        view.copy_(x)
+        return view
+
+    return spread
+
+
+def test_affinity_of_offsets_beyond_int32(far_apart):
+    value, grad, feat = randn(1, 2, 45, seed=1), randn(1, 2, 45, seed=3), off_kink(1, 3, 45).bfloat16()
+    near, far = (
+        affinity_gradients_with_output(
+            lambda v, f: relu_affinity(v, f, backend="triton"), here(grad.float()), here(value.float()), x
+        )
+        for x in (here(feat), far_apart(feat))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(near, far))
+
+
+def test_pool_of_offsets_beyond_int32(far_apart):
+    arguments = [here(x) for x in inputs(1, 45, 3, 4, dtype=torch.bfloat16)]
+    near, far = ([arguments[0], *arguments[1:]], [far_apart(arguments[0].mT).mT, *arguments[1:]])
+    results = []
+    for h, *weights in (near, far):
+        leaves = [leaf(x) for x in weights]
+        h = h.detach().requires_grad_()
+        pooled, scores = pool(h, *leaves)
+        results.append((pooled, scores, *gradients(pooled.sum() + scores.square().sum(), [h, *leaves], None)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))

@@ -1,0 +1,175 @@
+"""Every shipped config of the Triton kernels, compiled ahead of time for its architecture; no GPU is needed."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ercn.ops import triton as backend
+
+if backend.INTERPRETED:
+    pytest.skip("the interpreter has replaced the compiler in this process", allow_module_level=True)
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+pytest.importorskip("ercn.kernels", reason="this is a source tree that was not installed")
+
+from _triton_aot import SHARED_LIMIT, Compiled, launches
+
+from ercn.kernels import affinity, attention_pool, configs, tune
+from ercn.kernels.table import TABLE
+
+ARCHS = [arch for arch in TABLE if arch != "interpreter"]
+CHANNELS, PIXELS, POOL_DIM, HIDDEN = 22, 64**2, 1024, 256
+STREAMED = 512  # stands for any D
+# dtype, torch's float32 precision, and the widths at which it is compiled: every row by bfloat16 or float32, whose
+# three products on tensor cores take the most room.
+PRECISIONS = {
+    "bfloat16": (torch.bfloat16, "highest", tune.DIMS),
+    "float16": (torch.float16, "highest", (192,)),
+    "tf32": (torch.float32, "high", (192,)),
+    "float32": (torch.float32, "highest", tune.DIMS),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiler_cache(tmp_path_factory):
+    """Kernels compiled for chips that are not here stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def run_affinity(arch: str, kernel: str, dtype: torch.dtype, dim: int, layout: str = "channels_first") -> None:
+    """Launch one kernel as its row of the table says."""
+    feat = meta(1, dim or STREAMED, PIXELS, dtype=dtype)
+    if layout == "channels_last":
+        feat = meta(1, PIXELS, dim or STREAMED, dtype=dtype).mT
+    value, row = meta(1, CHANNELS, PIXELS, dtype=torch.float32), configs.row(arch, kernel, dtype, dim or STREAMED)
+    if kernel == "backward":
+        plan = configs.BackwardPlan(configs.BackwardConfig(*row), 1, PIXELS)
+        affinity.relu_affinity_backward(value, value, feat, True, plan)
+    else:
+        band = PIXELS if kernel == "triangle" else 0
+        affinity.relu_affinity(value, feat, configs.ForwardPlan(configs.ForwardConfig(*row), 1, PIXELS, band))
+
+
+def run_pool(dtype: torch.dtype, ragged: bool = False) -> None:
+    h = meta(PIXELS, POOL_DIM, dtype=dtype) if ragged else meta(2, PIXELS, POOL_DIM, dtype=dtype)
+    v, u = (meta(HIDDEN, POOL_DIM, dtype=dtype) for _ in range(2))
+    weights = v, meta(HIDDEN, dtype=dtype), u, meta(HIDDEN, dtype=dtype), meta(1, HIDDEN, dtype=dtype), None
+    bags = None, meta(3, dtype=torch.int64) if ragged else None
+    pooled, scores = attention_pool.gated_attention_pool(h, *weights, *bags)
+    needs = [True] * 6 + [False]
+    attention_pool.gated_attention_pool_backward(pooled, scores, h, *weights, *bags, pooled, scores, needs)
+
+
+@functools.cache
+def compiled(arch: str, kernel: str, precision: str, dim: int = 0, option: str = "") -> list[Compiled]:
+    """What the launchers compile. kernel: one of the affinity's rows, or "pool" for all of the pool."""
+    dtype, matmul, _ = PRECISIONS[precision]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        if kernel == "pool":
+            return launches(arch, lambda: run_pool(dtype, option == "ragged"))
+        return launches(arch, lambda: run_affinity(arch, kernel, dtype, dim, option or "channels_first"))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def named(kernels: list[Compiled], name: str) -> list[Compiled]:
+    found = [kernel for kernel in kernels if kernel.name == name]
+    assert found, f"no {name} among {[kernel.name for kernel in kernels]}"
+    return found
+
+
+@pytest.mark.parametrize("kernel", ["forward", "triangle", "backward", "pool"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_config_fits_on_chip(arch, kernel):
+    for precision, (_, _, dims) in PRECISIONS.items():
+        for dim in dims if kernel != "pool" else (0,):
+            for binary in compiled(arch, kernel, precision, dim):
+                size, limit = binary.shared, SHARED_LIMIT[arch]
+                assert size <= limit, f"{binary.name} {precision} D {dim}: {size} bytes of shared memory, {limit} there"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("option", ["channels_last", "ragged"])
+def test_other_layouts_fit_on_chip(arch, option):
+    kernel = "pool" if option == "ragged" else "backward"
+    for binary in compiled(arch, kernel, "bfloat16", 0 if kernel == "pool" else 192, option):
+        assert binary.shared <= SHARED_LIMIT[arch]
+
+
+def test_every_row_of_the_table_is_compiled():
+    for arch in ARCHS:
+        for kernel in tune.KERNELS:
+            dims = tune.DIMS if kernel in ("forward", "triangle", "backward") else (0,)
+            assert {kind: tuple(rows) for kind, rows in TABLE[arch][kernel].items()} == dict.fromkeys(tune.DTYPES, dims)
+        assert arch in SHARED_LIMIT
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_backward_at_the_model_width_does_not_spill(arch, tmp_path):
+    (kernel,) = named(compiled(arch, "backward", "bfloat16", 192), "backward_kernel")
+    if arch.startswith("gfx"):
+        assert re.findall(r"vgpr_spill_count:\s*(\d+)", kernel.kernel.asm["amdgcn"]) == ["0"]
+        return
+    resources = kernel.resources(tmp_path)
+    assert resources["STACK"] == 0 and resources["LOCAL"] == 0, resources
+    assert not re.search(r"\b(STL|LDL)\b", kernel.sass(tmp_path))
+
+
+def test_hopper_code_uses_warpgroup_products(tmp_path):
+    names = {"forward": "forward_kernel", "triangle": "forward_kernel", "backward": "backward_kernel"}
+    for kernel, name in names.items():
+        for binary in named(compiled("sm_90", kernel, "bfloat16", 192), name):
+            sass = binary.sass(tmp_path)
+            assert "HGMMA" in sass and not re.search(r"\bHMMA\b", sass), f"{kernel}: not all products are wgmma"
+    for name in ("forward_kernel", "branch_grad_kernel", "row_grad_kernel", "weight_grad_kernel"):
+        assert "HGMMA" in named(compiled("sm_90", "pool", "bfloat16"), name)[0].sass(tmp_path), name
+
+
+def test_loads_of_feature_tiles_are_asynchronous(tmp_path):
+    for arch in ("sm_80", "sm_90"):
+        for kernel, name in (("forward", "forward_kernel"), ("backward", "backward_kernel")):
+            sass = named(compiled(arch, kernel, "bfloat16", 192), name)[0].sass(tmp_path)
+            assert "LDGSTS" in sass, f"{arch} {kernel}: nothing is copied to shared memory in the background"
+
+
+@pytest.mark.parametrize("kernel", ["forward", "triangle", "backward", "pool"])
+def test_offsets_of_half_precision_tiles_are_64_bit(kernel):
+    pattern = re.compile(r"tt\.addptr [^:]*: tensor<\d+x\d+x!tt\.ptr<bf16>>, tensor<\d+x\d+x(i\d+)>")
+    kernels = compiled("sm_90", kernel, "bfloat16", 0 if kernel == "pool" else 192)
+    widths = [width for binary in kernels for width in pattern.findall(binary.kernel.asm["ttir"])]
+    assert widths and set(widths) == {"i64"}
+
+
+def test_the_table_is_as_the_tool_writes_it():
+    assert Path(tune.__file__).with_name("table.py").read_text(encoding="utf-8") == tune.render(TABLE)
+
+
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_candidates_are_configs(kernel):
+    config = {
+        "forward": configs.ForwardConfig, "triangle": configs.ForwardConfig, "backward": configs.BackwardConfig,
+        "pool": configs.PoolConfig, "row_grad": configs.GemmConfig, "weight_grad": configs.GemmConfig,
+    }[kernel]  # fmt: skip
+    rows = [row for dim in tune.DIMS for row in tune.candidates(kernel, "half", dim)]
+    assert rows and all(config(*row).num_warps in (4, 8) for row in rows)
+    for arch in ARCHS:
+        for shipped in TABLE[arch][kernel].values():
+            assert all(config(*row) for row in shipped.values())
+
+
+def test_family_of_an_unknown_architecture():
+    known = {"sm_87": "sm_80", "sm_88": "sm_86", "sm_90": "sm_90", "sm_103": "sm_100", "sm_120": "sm_89"}
+    assert {arch: configs.family(arch) for arch in known} == known
+    assert configs.family("gfx950") == "gfx942"

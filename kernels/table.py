@@ -64,7 +64,7 @@ TABLE = {
     },
     "sm_80": {
         "programs": 216,
-        "triangle_from": {"dim": 96, "pixels": 8192},
+        "triangle_from": {"dim": 160, "pixels": 8192},
         "forward": {
             "half": {
                 64: (8, 2, 128, 128, 64, 1, True),
@@ -140,7 +140,7 @@ TABLE = {
     },
     "sm_86": {
         "programs": 168,
-        "triangle_from": {"dim": 96, "pixels": 8192},
+        "triangle_from": {"dim": 160, "pixels": 8192},
         "forward": {
             "half": {
                 64: (8, 2, 128, 64, 64, 1, True),
@@ -216,7 +216,7 @@ TABLE = {
     },
     "sm_89": {
         "programs": 256,
-        "triangle_from": {"dim": 96, "pixels": 8192},
+        "triangle_from": {"dim": 160, "pixels": 8192},
         "forward": {
             "half": {
                 64: (8, 2, 128, 64, 64, 1, True),
@@ -292,7 +292,7 @@ TABLE = {
     },
     "sm_90": {
         "programs": 264,
-        "triangle_from": {"dim": 96, "pixels": 8192},
+        "triangle_from": {"dim": 160, "pixels": 8192},
         "forward": {
             "half": {
                 64: (8, 3, 128, 128, 64, 1, True),
@@ -368,7 +368,7 @@ TABLE = {
     },
     "sm_100": {
         "programs": 296,
-        "triangle_from": {"dim": 96, "pixels": 8192},
+        "triangle_from": {"dim": 160, "pixels": 8192},
         "forward": {
             "half": {
                 64: (8, 3, 128, 128, 64, 1, True),
@@ -444,7 +444,7 @@ TABLE = {
     },
     "gfx942": {
         "programs": 608,
-        "triangle_from": {"dim": 96, "pixels": 8192},
+        "triangle_from": {"dim": 160, "pixels": 8192},
         "forward": {
             "half": {
                 64: (8, 1, 128, 64, 64, 1, True),

@@ -60,11 +60,13 @@ def run_affinity(arch: str, kernel: str, dtype: torch.dtype, dim: int, layout: s
         affinity.relu_affinity(value, feat, configs.ForwardPlan(configs.ForwardConfig(*row), 1, PIXELS, band))
 
 
-def run_pool(dtype: torch.dtype, ragged: bool = False) -> None:
+def run_pool(dtype: torch.dtype, option: str) -> None:
+    ragged = option == "ragged"
     h = meta(PIXELS, POOL_DIM, dtype=dtype) if ragged else meta(2, PIXELS, POOL_DIM, dtype=dtype)
     v, u = (meta(HIDDEN, POOL_DIM, dtype=dtype) for _ in range(2))
     weights = v, meta(HIDDEN, dtype=dtype), u, meta(HIDDEN, dtype=dtype), meta(1, HIDDEN, dtype=dtype), None
-    bags = None, meta(3, dtype=torch.int64) if ragged else None
+    mask = meta(2, PIXELS, dtype=torch.bool) if option == "masked" else None
+    bags = mask, meta(3, dtype=torch.int64) if ragged else None
     pooled, scores = attention_pool.gated_attention_pool(h, *weights, *bags)
     needs = [True] * 6 + [False]
     attention_pool.gated_attention_pool_backward(pooled, scores, h, *weights, *bags, pooled, scores, needs)
@@ -78,7 +80,7 @@ def compiled(arch: str, kernel: str, precision: str, dim: int = 0, option: str =
     torch.set_float32_matmul_precision(matmul)
     try:
         if kernel == "pool":
-            return launches(arch, lambda: run_pool(dtype, option == "ragged"))
+            return launches(arch, lambda: run_pool(dtype, option))
         return launches(arch, lambda: run_affinity(arch, kernel, dtype, dim, option or "channels_first"))
     finally:
         torch.set_float32_matmul_precision(before)
@@ -101,11 +103,32 @@ def test_every_config_fits_on_chip(arch, kernel):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("option", ["channels_last", "ragged"])
+@pytest.mark.parametrize("option", ["channels_last", "ragged", "masked"])
 def test_other_layouts_fit_on_chip(arch, option):
-    kernel = "pool" if option == "ragged" else "backward"
+    kernel = "backward" if option == "channels_last" else "pool"
     for binary in compiled(arch, kernel, "bfloat16", 0 if kernel == "pool" else 192, option):
         assert binary.shared <= SHARED_LIMIT[arch]
+
+
+@pytest.mark.parametrize("triangle", [False, True], ids=["dense", "triangle"])
+def test_sizes_of_one_which_triton_takes_as_constants(triangle):
+    one, dtype = meta(1, 1, 1, dtype=torch.float32), torch.bfloat16
+    row = configs.row("sm_90", "triangle" if triangle else "forward", dtype, 1)
+    plan = configs.ForwardPlan(configs.ForwardConfig(*row), 1, 1 << 10, int(triangle))
+
+    def run():
+        affinity.relu_affinity(one, one.to(dtype), plan)
+        affinity.relu_affinity_backward(one, one, one.to(dtype), True)
+        weights = meta(1, 1, dtype=dtype), None, None, None, meta(1, 1, dtype=dtype), None
+        for h, cu_seqlens in ((one.to(dtype), None), (one[0].to(dtype), meta(2, dtype=torch.int32))):
+            pooled, scores = attention_pool.gated_attention_pool(h, *weights, None, cu_seqlens)
+            needs = [True, True, False, False, False, True, False]
+            attention_pool.gated_attention_pool_backward(
+                pooled, None, h, *weights, None, cu_seqlens, pooled, scores, needs
+            )
+
+    names = {kernel.name for kernel in launches("sm_90", run)}
+    assert {"forward_kernel", "backward_kernel", "weight_grad_kernel"} <= names
 
 
 def test_every_row_of_the_table_is_compiled():

@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint wheel sanitize valgrind clean
 
 demo: $(VENV)/.installed
 	$(PY) -m ercn doctor
@@ -21,6 +21,24 @@ lint: $(VENV)/.installed
 
 wheel: $(VENV)/.installed
 	$(PY) -m build --no-isolation --outdir dist
+
+# The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, which Python itself was not built with.
+SANITIZED := build/sanitized
+SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/.installed
+	rm -rf $(SANITIZED)
+	ERCN_BUILD=cpu ERCN_CXXFLAGS="-O1 $(SANITIZER)" LDFLAGS="$(SANITIZER)" \
+		$(PY) -m pip install --quiet --no-build-isolation --no-deps --target $(SANITIZED) .
+	cd tests && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=../$(SANITIZED) \
+		../$(PY) -m pytest -q -p no:cacheprovider test_cpu_affinity.py test_cpu_pool.py
+
+# A small case of every CPU kernel under valgrind, which knows no AVX-512. What it finds in Python and torch is not ours.
+valgrind: $(VENV)/.installed
+	mkdir -p build
+	PYTHONMALLOC=malloc ERCN_CPU_ISA=avx2 OMP_NUM_THREADS=1 \
+		valgrind --log-file=build/valgrind.log $(PY) tests/valgrind_case.py
+	! grep -n -e "ercn::" -e "_C\.cpython" build/valgrind.log
 
 clean:
 	rm -rf build dist *.egg-info ercn/_C.* ercn/_build.json $(VENV)/.installed

@@ -1,7 +1,8 @@
 """Builds ercn._C, the one part of ercn that needs a compiler; everything else is declared in pyproject.toml.
 
 ERCN_BUILD=auto (default) builds it where that is possible and installs without it otherwise, ERCN_BUILD=cpu makes a
-failure an error, ERCN_BUILD=none leaves it out. ercn/_build.json records what happened, for ``ercn doctor``.
+failure an error, ERCN_BUILD=none leaves it out; ERCN_CXXFLAGS is appended to the compiler's flags. ercn/_build.json
+records what happened, for ``ercn doctor``.
 """
 
 import json
@@ -24,7 +25,7 @@ MODES = ("auto", "cpu", "none")
 MODE = os.environ.get("ERCN_BUILD", "auto")
 TARGET_TORCH = (2, 10)  # the oldest torch that the library loads in
 SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
-FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
+FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", *os.environ.get("ERCN_CXXFLAGS", "").split()]
 
 
 def extension() -> Extension:

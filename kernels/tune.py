@@ -29,7 +29,7 @@ HEADER = '''"""Tile sizes by architecture, kernel, dtype and largest D (0: any),
 A row holds the fields of the kernel's config in ``configs.py``, num_warps and num_stages first.
 """
 '''
-DIMS = (64, 128, 192, 256, 0)
+DIMS = {"half": (64, 128, 192, 256, 0), "float32": (64, 128, 0)}
 STREAMED = 512  # the D at which rows for any D are timed
 CHANNELS, PIXELS = 22, 128**2
 INSTANCES, POOL_DIM, HIDDEN = 1 << 16, 1024, 256
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         TABLE[arch] = copy.deepcopy(TABLE[configs.family(arch)])
     TABLE[arch]["programs"] = 2 * torch.cuda.get_device_properties("cuda").multi_processor_count
     for kernel, kind in itertools.product(options.kernels, DTYPES):
-        for dim in DIMS if kernel in ("forward", "triangle", "backward") else (0,):
+        for dim in DIMS[kind] if kernel in ("forward", "triangle", "backward") else (0,):
             if row := fastest(arch, kernel, kind, dim, candidates(kernel, kind, dim)):
                 TABLE[arch][kernel][kind][dim] = row
             options.out.write_text(render(TABLE), encoding="utf-8")

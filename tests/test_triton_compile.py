@@ -27,10 +27,10 @@ STREAMED = 512  # stands for any D
 # dtype, torch's float32 precision, and the widths at which it is compiled: every row by bfloat16 or float32, whose
 # three products on tensor cores take the most room.
 PRECISIONS = {
-    "bfloat16": (torch.bfloat16, "highest", tune.DIMS),
+    "bfloat16": (torch.bfloat16, "highest", tune.DIMS["half"]),
     "float16": (torch.float16, "highest", (192,)),
-    "tf32": (torch.float32, "high", (192,)),
-    "float32": (torch.float32, "highest", tune.DIMS),
+    "tf32": (torch.float32, "high", (128,)),
+    "float32": (torch.float32, "highest", tune.DIMS["float32"]),
 }
 
 
@@ -95,14 +95,15 @@ def named(kernels: list[Compiled], name: str) -> list[Compiled]:
 @pytest.mark.parametrize("kernel", ["forward", "triangle", "backward", "pool"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_config_fits_on_chip(arch, kernel):
-    for precision, (_, _, dims) in PRECISIONS.items():
-        for dim in dims if kernel != "pool" else (0,):
+    # float16 and TF32 take the rows of bfloat16 and float32, in code that differs in a few products: one chip is enough.
+    for precision in PRECISIONS if arch == "sm_90" else ("bfloat16", "float32"):
+        for dim in PRECISIONS[precision][2] if kernel != "pool" else (0,):
             for binary in compiled(arch, kernel, precision, dim):
                 size, limit = binary.shared, SHARED_LIMIT[arch]
                 assert size <= limit, f"{binary.name} {precision} D {dim}: {size} bytes of shared memory, {limit} there"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90"])
 @pytest.mark.parametrize("option", ["channels_last", "ragged", "masked"])
 def test_other_layouts_fit_on_chip(arch, option):
     kernel = "backward" if option == "channels_last" else "pool"
@@ -134,8 +135,8 @@ def test_sizes_of_one_which_triton_takes_as_constants(triangle):
 def test_every_row_of_the_table_is_compiled():
     for arch in ARCHS:
         for kernel in tune.KERNELS:
-            dims = tune.DIMS if kernel in ("forward", "triangle", "backward") else (0,)
-            assert {kind: tuple(rows) for kind, rows in TABLE[arch][kernel].items()} == dict.fromkeys(tune.DTYPES, dims)
+            dims = tune.DIMS if kernel in ("forward", "triangle", "backward") else dict.fromkeys(tune.DTYPES, (0,))
+            assert {kind: tuple(rows) for kind, rows in TABLE[arch][kernel].items()} == dims
         assert arch in SHARED_LIMIT
 
 
@@ -185,7 +186,7 @@ def test_candidates_are_configs(kernel):
         "forward": configs.ForwardConfig, "triangle": configs.ForwardConfig, "backward": configs.BackwardConfig,
         "pool": configs.PoolConfig, "row_grad": configs.GemmConfig, "weight_grad": configs.GemmConfig,
     }[kernel]  # fmt: skip
-    rows = [row for dim in tune.DIMS for row in tune.candidates(kernel, "half", dim)]
+    rows = [row for dim in tune.DIMS["half"] for row in tune.candidates(kernel, "half", dim)]
     assert rows and all(config(*row).num_warps in (4, 8) for row in rows)
     for arch in ARCHS:
         for shipped in TABLE[arch][kernel].values():

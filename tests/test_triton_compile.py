@@ -95,7 +95,7 @@ def named(kernels: list[Compiled], name: str) -> list[Compiled]:
 @pytest.mark.parametrize("kernel", ["forward", "triangle", "backward", "pool"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_config_fits_on_chip(arch, kernel):
-    # float16 and TF32 take the rows of bfloat16 and float32, in code that differs in a few products: one chip is enough.
+    # float16 and TF32 take the rows of bfloat16 and float32, in code that differs in a few products: one chip will do.
     for precision in PRECISIONS if arch == "sm_90" else ("bfloat16", "float32"):
         for dim in PRECISIONS[precision][2] if kernel != "pool" else (0,):
             for binary in compiled(arch, kernel, precision, dim):

@@ -50,7 +50,7 @@ def gated_attention_pool(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    tensors = _pool_tensors(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, cu_seqlens)
+    tensors = _pool_tensors(cu_seqlens, h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
     pooled, scores = torch.ops.ercn_native.gated_attention_pool_cpu(*tensors, mask, cu_seqlens)
     return pooled.to(h.dtype), scores
 
@@ -72,7 +72,7 @@ def gated_attention_pool_backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     inputs = (h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    tensors = _pool_tensors(*inputs, cu_seqlens)
+    tensors = _pool_tensors(cu_seqlens, *inputs)
     grads = torch.ops.ercn_native.gated_attention_pool_backward_cpu(
         None if grad_pooled is None else grad_pooled.to(tensors[0].dtype),
         None if grad_scores is None else grad_scores.to(scores.dtype),
@@ -85,12 +85,12 @@ def gated_attention_pool_backward(
     return tuple(g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs))
 
 
-def _pool_tensors(h: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
-    *weights, cu_seqlens = rest
+def _pool_tensors(cu_seqlens: Tensor | None, h: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
     if cu_seqlens is not None:
         _bags(cu_seqlens, h.shape[0])  # raises where they do not fit
-    acc = accumulate_dtype(h)
-    return [None if x is None else _accepted(x, acc) for x in (h, *weights)]
+    if h.dtype != torch.float16:
+        return h, *weights
+    return tuple(None if x is None else x.float() for x in (h, *weights))
 
 
 def _accepted(x: Tensor, acc: torch.dtype) -> Tensor:

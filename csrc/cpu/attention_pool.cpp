@@ -6,7 +6,7 @@
 // All bags' instances are one row of numbers, cut into chunks whatever the bags; segments are the bags' shares of chunks.
 // Chunks, superblocks and the order of every sum depend on the shapes and on the mask alone, so results do not depend on
 // threads. Extra memory, T instances: forward, packed weights and T · K · D / 64 for the segments' shares of z; backward,
-// weights packed twice, dp of one superblock (4 MiB, at least 64 instances) and T · K of dots.
+// weights packed twice, dp of one superblock (4 MiB, at least one chunk) and T · K of dots.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -301,7 +301,8 @@ Gradients backward(
   const Bags bags = bags_of(in);
   const Chunks chunks(bags);
   Pool<E, T> p = describe<E, T>(in, bags, chunks, kernel);
-  const auto need = [&](Gradient which) { return (needs >> which & 1) != 0; };
+  const bool given[] = {true, true, in.v_bias.has_value(), in.u_weight.has_value(), in.u_bias.has_value(), true, in.w_bias.has_value()};
+  const auto need = [&](Gradient which) { return given[which] && (needs >> which & 1) != 0; };
   const auto grad = [&](Gradient which, std::initializer_list<int64_t> sizes, bool h = false) {
     if (!need(which)) return torch::stable::new_empty(in.h, {0});
     Tensor made = torch::stable::new_empty(in.h, sizes, h ? in.h.scalar_type() : sums);
@@ -325,10 +326,11 @@ Gradients backward(
 
   const int64_t panels = round_up(p.D, kernel.panel) / kernel.panel, columns = panels * kernel.panel;
   const int64_t segments = chunks.segments.size(), scratch_bytes = round_up(kernel.chunk_scratch(p), 64);
-  p.dp_row = p.branches * p.units + 16;  // not a multiple of 4 KiB
+  const int64_t dp_row_bytes = p.branches * p.units * sizeof(T);
   const int64_t chunks_per_block =
-      std::max<int64_t>(1, std::min<int64_t>(chunks.count, kDpBytes / (p.dp_row * static_cast<int64_t>(sizeof(T)) * chunks.size)));
+      std::max<int64_t>(1, std::min<int64_t>(chunks.count, kDpBytes / std::max<int64_t>(1, dp_row_bytes * chunks.size)));
   const int64_t block_rows = chunks_per_block * chunks.size, part_row = (2 + p.K) * p.units + p.K;
+  p.dp_block = block_rows * kDpUnits + 16;  // a power of two would crowd the cache
 
   Arena arena;
   reserve_weights(arena, p, kernel);
@@ -344,7 +346,7 @@ Gradients backward(
   arena.reserve(bag_sum, p.bags * p.K);
   arena.reserve(bag_dot, p.bags * p.K);
   arena.reserve(p.dots, grad_pooled ? bags.total * p.K : 0);
-  arena.reserve(p.dp, block_rows * p.dp_row);
+  arena.reserve(p.dp, p.branches * p.units / kDpUnits * p.dp_block);
   arena.reserve(p.part_grads, chunks_per_block * part_row);
   arena.reserve(scratch, scratch_bytes * workers);
   arena.reserve(weight_scratch, kernel.weight_scratch * workers);

@@ -4,9 +4,10 @@
 
 namespace ercn {
 
-constexpr int64_t kMaxChunk = 64;    // instances whose scores, softmax and gradients are formed together
-constexpr int64_t kSlice = 256;      // instances of one term of a weight gradient's sum
-constexpr int64_t kUnitGroup = 128;  // hidden units times
+constexpr int64_t kMaxChunk = 96;    // instances whose scores, softmax and gradients are formed together
+constexpr int64_t kSlice = 128;      // instances of one term of a weight gradient's sum
+constexpr int64_t kUnitGroup = 256;  // hidden units times
+constexpr int64_t kDpUnits = 8;      // hidden units of dp side by side
 constexpr int64_t kPanelGroup = 4;   // panels of channels: the block of a weight gradient that is summed in cache
 
 // Row r, column c at at[r * row + c * col].
@@ -46,14 +47,14 @@ struct Pool {
   T *part_max, *part_sum, *part_dot;  // [segments, K]
   T* part_pooled;                     // [segments, K, D]
 
-  // Backward. Rows of the gradient of the projections, dp, are V's units, then U's.
+  // Backward. The gradient of the projections, dp, is of V's units, then of U's.
   const T* grad_pooled;  // [bags, K, D rounded up to panels], or null
   const T* grad_scores;  // with the strides of a bag, a head, an instance; or null
   int64_t grad_scores_b, grad_scores_k, grad_scores_n;
   T* dots;                                // [instances, K], ĝ·h
   const T *bag_max, *bag_sum, *bag_dot;  // [bags, K]
-  T* dp;                                  // [instances of a superblock, dp_row]
-  int64_t dp_row;
+  T* dp;                                  // [branches · units / 8, instances of a superblock, 8], dp_block apart
+  int64_t dp_block;
   T* part_grads;  // per chunk of a superblock: [2 + K, units] of v_bias, u_bias, w, then [K] of w_bias
   E* grad_h;      // [B, N, D] contiguous, or null
 };
@@ -71,9 +72,9 @@ struct PoolKernel {
   void (*forward)(const Pool<E, T>& pool, int64_t begin, int64_t end, void* scratch);
   // dots, and the parts of max, sum and dot.
   void (*dots)(const Pool<E, T>& pool, int64_t begin, int64_t end, void* scratch);
-  // dp from row dp_first on, part_grads number `part`, and grad_h.
+  // dp of a superblock that begins at instance dp_first, part_grads number `part`, and grad_h.
   void (*backward)(const Pool<E, T>& pool, int64_t begin, int64_t end, int64_t dp_first, int64_t part, void* scratch);
-  // grad[l, d] += Σ_i dp[i - first, unit + l] · h[i, d] of `rows` instances, hidden units [unit, unit + kUnitGroup) of a
+  // grad[l, d] += Σ_i dp[i - first, unit + l] h[i, d] over the superblock's `rows` instances, hidden units [unit, unit + kUnitGroup) of a
   // branch and kPanelGroup panels of channels. scratch: weight_scratch elements of T.
   int64_t weight_scratch;
   void (*weight)(

@@ -425,9 +425,23 @@ void dots(const Pool<E, T>& p, int64_t begin, int64_t end, void* memory) {
   }
 }
 
-// dp, and the chunk's sums for the biases and w, from ds [rows, K].
+template <typename E, typename T>
+ERCN_INLINE T* dp_at(const Pool<E, T>& p, int64_t branch, int64_t unit, int64_t row) {
+  const int64_t u = branch * p.units + unit;
+  return p.dp + u / kDpUnits * p.dp_block + row * kDpUnits + u % kDpUnits;
+}
+
+template <typename E, typename T>
+ERCN_INLINE void store_dp(const Pool<E, T>& p, int64_t branch, int64_t unit, int64_t row, Vec<T> x) {
+  constexpr int64_t side = kLanes<T> < kDpUnits ? kLanes<T> : kDpUnits;
+  Vec<T, side * sizeof(T)> parts[kLanes<T> / side];
+  __builtin_memcpy(parts, &x, sizeof x);
+  ERCN_UNROLL for (int i = 0; i < kLanes<T> / side; ++i) store(dp_at(p, branch, unit + i * side, row), parts[i]);
+}
+
+// dp from row dp_row on, and the chunk's sums for the biases and w, from ds [rows, K].
 template <bool GATED, typename E, typename T>
-ERCN_INLINE void project_backward(const Pool<E, T>& p, Matrix<Operand<E, T>> x, int64_t rows, const T* ds, T* dp, T* parts) {
+ERCN_INLINE void project_backward(const Pool<E, T>& p, Matrix<Operand<E, T>> x, int64_t rows, const T* ds, int64_t dp_row, T* parts) {
   using X = Operand<E, T>;
   constexpr int64_t n = kLanes<T>, units = GATED ? n : 2 * n;
   const int64_t depth = operand_depth(p);
@@ -455,11 +469,11 @@ ERCN_INLINE void project_backward(const Pool<E, T>& p, Matrix<Operand<E, T>> x, 
             }
             if (partial) dgate = existing<T>(dgate, unit, p.L);
             const Vec<T> dt = (GATED ? dgate * s : dgate) * (1 - t * t);
-            store(dp + m * p.dp_row + unit, dt);
+            store_dp(p, 0, unit, dp_row + m, dt);
             add(sum_v + unit, dt);
             if constexpr (GATED) {
               const Vec<T> du = dgate * gate * (1 - s);
-              store(dp + m * p.dp_row + p.units + unit, du);
+              store_dp(p, 1, unit, dp_row + m, du);
               add(sum_u + unit, du);
             }
           }
@@ -485,12 +499,15 @@ void pack_columns(const Pool<E, T>& p, int64_t panel) {
 // grad_h[m] = dp[m] [V; U] + Σ_k a[m, k] ĝ_k, ĝ of m's bag at grads[m].
 template <int ROWS, typename E, typename T>
 ERCN_INLINE void input_rows(
-    const Pool<E, T>& p, int64_t& m, int64_t rows, int64_t panel, const T* dp, const T* a, const T* const* grads, E* const* to) {
+    const Pool<E, T>& p, int64_t& m, int64_t rows, int64_t panel, int64_t dp_row, const T* a, const T* const* grads, E* const* to) {
   constexpr int64_t n = kColumns<T>, lanes = kLanes<T>;
   const int64_t d = panel * n, columns = p.D - d < n ? p.D - d : n, depth = p.branches * p.units;
+  const T* weights = p.columns + panel * depth * n;
   for (; m + ROWS <= rows; m += ROWS) {
     Vec<T> sum[ROWS][kVecs] = {};
-    tile_product<ROWS, kVecs>(dp + m * p.dp_row, p.dp_row, 1, p.columns + panel * depth * n, n, depth, sum);
+    for (int64_t u = 0; u < depth; u += kDpUnits) {
+      tile_product<ROWS, kVecs>(dp_at(p, 0, u, dp_row + m), kDpUnits, 1, weights + u * n, n, kDpUnits, sum);
+    }
     T rested[ROWS][n];
     ERCN_UNROLL for (int r = 0; r < ROWS; ++r) {
       ERCN_UNROLL for (int v = 0; v < kVecs; ++v) store(rested[r] + v * lanes, sum[r][v]);
@@ -547,18 +564,17 @@ void backward(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t dp_first,
       }
     }
   }
-  T* dp = p.dp + (start - dp_first) * p.dp_row;
   if (p.branches == 2) {
-    project_backward<true>(p, x, rows, ds, dp, parts);
+    project_backward<true>(p, x, rows, ds, start - dp_first, parts);
   } else {
-    project_backward<false>(p, x, rows, ds, dp, parts);
+    project_backward<false>(p, x, rows, ds, start - dp_first, parts);
   }
   if (!p.grad_h) return;
   for (int64_t panel = 0; panel < padded_columns<T>(p.D) / kColumns<T>; ++panel) {
     int64_t m = 0;
-    input_rows<kRows>(p, m, rows, panel, dp, a, grads, to);
-    input_rows<kRows / 2>(p, m, rows, panel, dp, a, grads, to);
-    input_rows<1>(p, m, rows, panel, dp, a, grads, to);
+    input_rows<kRows>(p, m, rows, panel, start - dp_first, a, grads, to);
+    input_rows<kRows / 2>(p, m, rows, panel, start - dp_first, a, grads, to);
+    input_rows<1>(p, m, rows, panel, start - dp_first, a, grads, to);
   }
 }
 
@@ -575,14 +591,17 @@ void weight(
   const int64_t units = p.units - unit < kUnitGroup ? p.units - unit : kUnitGroup;
   const int64_t d = panel * n, columns = p.D - d < kGroupColumns<T> ? p.D - d : kGroupColumns<T>;
   T *sum = scratch, *h = scratch + kUnitGroup * row;  // [unit, row], [instance of a slice, row]
-  for (int64_t i = 0; i < (kUnitGroup + kSlice) * row; i += kLanes<T>) store(scratch + i, Vec<T>{});
+  for (int64_t i = 0; i < units * row; i += kLanes<T>) store(sum + i, Vec<T>{});
+  if (columns % n) {
+    for (int64_t i = 0; i < kSlice * row; i += kLanes<T>) store(h + i, Vec<T>{});
+  }
   for (int64_t r = 0; r < rows; r += kSlice) {
     const int64_t depth = rows - r < kSlice ? rows - r : kSlice;
     gather(p, first + r, depth, d, columns, h, row);
-    const T* dp = p.dp + r * p.dp_row + branch * p.units + unit;
     for (int64_t c = 0; c < columns; c += n) {
       for (int64_t m = 0; m < units; m += kRows) {
-        tile_add_product<kRows, kVecs, Vec<T>>(dp + m, 1, p.dp_row, h + c, row, depth, sum + m * row + c, row);
+        tile_add_product<kRows, kVecs, Vec<T>>(
+            dp_at(p, branch, unit + m, r), 1, kDpUnits, h + c, row, depth, sum + m * row + c, row);
       }
     }
   }

@@ -92,6 +92,7 @@ def named(kernels: list[Compiled], name: str) -> list[Compiled]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["forward", "triangle", "backward", "pool"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_config_fits_on_chip(arch, kernel):

@@ -1,0 +1,28 @@
+// csrc/cuda/arch/launch.h for the emulator.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <arch/base.h>
+
+#define ERCN_LIBRARY ercn_emulated
+#define ERCN_DISPATCH_KEY CPU
+
+namespace ercn::arch {
+
+class Stream {
+ public:
+  explicit Stream(const torch::stable::Tensor&) {}
+  int device() const { return 0; }
+  int multiprocessors() const { return 4; }
+};
+
+template <typename Kernel>
+void launch(const typename Kernel::Params& params, Grid grid, int shared_bytes, const Stream&) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  emulator::run({grid.x, grid.y, grid.z}, Kernel::kThreads, shared_bytes, [&](unsigned char* shared) {
+    Kernel::run(params, shared);
+  });
+}
+
+}  // namespace ercn::arch

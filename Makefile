@@ -41,12 +41,13 @@ valgrind: $(VENV)/.installed
 	! grep -n -e "ercn::" -e "_C\.cpython" build/valgrind.log
 
 clean:
-	rm -rf build dist *.egg-info ercn/_C.* ercn/_build.json $(VENV)/.installed
+	rm -rf build dist *.egg-info ercn/_C.* ercn/_cuda.* ercn/_build.json $(VENV)/.installed
 
 # What the extension is built with comes first, so that it is built against the torch that will run it.
 $(VENV)/.environment: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch setuptools pybind11 ninja
+	$(INSTALL) --no-deps nvidia-cutlass
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.environment pyproject.toml $(NATIVE)

@@ -110,7 +110,7 @@ def run_stage(stage: Stage, seconds: int, out: Path) -> Outcome:
         return Outcome(stage.name, "skipped", reason=reason)
     command = [part.replace("{out}", str(out)) for part in stage.command]
     start, log = time.monotonic(), out / f"{stage.name}.log"
-    environment = os.environ | {"ERCN_BUILD": os.environ.get("ERCN_BUILD", "cpu")}
+    environment = os.environ | {"ERCN_BUILD": os.environ.get("ERCN_BUILD", "cuda")}
     with open(log, "w", encoding="utf-8") as stream:
         try:
             process = subprocess.Popen(

@@ -90,12 +90,11 @@ def test_shared_memory_starts_as_nan(probes):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("deadlock", "deadlock:\n  threads 0-31 wait for barrier 0 of 64 threads\n"
-                     "  threads 32-63 wait for barrier 3 of 64 threads"),
+        ("deadlock", "threads 0-31 wait for barrier 0 of 64 threads\n  threads 32-63 wait for barrier 3 of 64 threads"),
         ("mixed_instructions", "of a warp whose other lanes are in"),
         ("beyond_shared", "ldmatrix: 16 bytes at offset 512 of shared memory, which has 512"),
     ],
-)  # fmt: skip
+)
 def test_undefined_behaviour_is_named(probes, name, says):
     assert says in probes(name)
 

@@ -22,4 +22,10 @@ ERCN_DEVICE Activations activate(float v, float u) {
   return {copysignf((1 - a) * (1 + b) * inverse, v), (u < 0 ? b : 1) * (1 + a) * inverse};
 }
 
+// tanh(v) · σ(u), likewise.
+ERCN_DEVICE float gated(float v, float u) {
+  const float a = arch::exp2_fast(-2 * kLog2E * fabsf(v)), b = arch::exp2_fast(-kLog2E * fabsf(u));
+  return copysignf((1 - a) * (u < 0 ? b : 1) * arch::reciprocal_fast((1 + a) * (1 + b)), v);
+}
+
 }  // namespace ercn::pool

@@ -25,6 +25,22 @@ struct Place {
   ERCN_DEVICE int column(int j) const { return 8 * j + lane % 4 * 2; }
 };
 
+// Of four registers in each of four lanes, lane i gets the i-th of every lane, in the order of lanes: the pairs of columns
+// that a thread has of four 8-column blocks become the 16 bytes of one block.
+ERCN_DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
+#pragma unroll
+  for (int mask = 1; mask < 4; mask *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & mask) continue;
+      const bool upper = lane & mask;
+      const uint32_t got = arch::shuffle_xor(upper ? x[i] : x[i + mask], mask);
+      x[i] = upper ? got : x[i];
+      x[i + mask] = upper ? x[i + mask] : got;
+    }
+  }
+}
+
 // Byte of a tile of 128-byte rows under the 128-byte swizzle.
 ERCN_DEVICE int swizzled(int row, int byte) { return row * 128 + (byte ^ (row % 8 * 16)); }
 

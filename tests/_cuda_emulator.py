@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 TESTS = Path(__file__).parent
 EMULATOR = TESTS / "cuda_emulator"
@@ -38,3 +41,16 @@ def library(name: str, sources: list[Path], flags: list[str]) -> Path:
         assert result.returncode == 0, result.stderr
         unfinished.rename(built)
     return built
+
+
+def caller(built: Path) -> Callable[..., str | None]:
+    """call(name, *arguments) of a library's function that returns what failed; tensors go as their addresses."""
+    loaded = ctypes.CDLL(str(built))
+
+    def call(name: str, *args) -> str | None:
+        function = getattr(loaded, name)
+        function.restype = ctypes.c_char_p
+        message = function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in args))
+        return None if message is None else message.decode()
+
+    return call

@@ -7,21 +7,13 @@ import itertools
 
 import pytest
 import torch
-from _cuda_emulator import EMULATOR, library
+from _cuda_emulator import EMULATOR, caller, library
 from _ops import randn
 
 
 @pytest.fixture(scope="module")
 def probes():
-    loaded = ctypes.CDLL(str(library("probes", [EMULATOR / "probes.cpp"], [])))
-
-    def call(name: str, *args) -> str | None:
-        function = getattr(loaded, name)
-        function.restype = ctypes.c_char_p
-        message = function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in args))
-        return None if message is None else message.decode()
-
-    return call
+    return caller(library("probes", [EMULATOR / "probes.cpp"], []))
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])

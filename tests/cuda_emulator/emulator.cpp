@@ -142,12 +142,29 @@ std::string deadlock() {
     }
     message += " wait for " + what;
   }
+  for (const auto& [offset, barrier] : machine->block.mbarriers) {
+    message += "\n  mbarrier at offset " + std::to_string(offset) + " is in phase " + std::to_string(barrier.phase) + ", lacks " +
+               std::to_string(barrier.pending) + " of " + std::to_string(barrier.count) + " arrivals and " +
+               std::to_string(barrier.bytes) + " bytes";
+  }
   return message;
+}
+
+// What a warp leaves behind when all threads are done.
+std::string left_open(const Block& block) {
+  for (size_t warp = 0; warp < block.warps.size(); ++warp) {
+    if (!block.warps[warp].accumulators.empty()) return "warp " + std::to_string(warp) + " did not wait for its last wgmma";
+    if (block.warps[warp].wgmmas != block.warps[warp / 4 * 4].wgmmas) {
+      return "warps " + std::to_string(warp / 4 * 4) + " and " + std::to_string(warp) +
+             " of one warpgroup made different products by wgmma";
+    }
+  }
+  return "";
 }
 
 void run_block(Coordinates index, Coordinates grid, int threads, unsigned char* shared, int shared_bytes) {
   Block& b = machine->block;
-  b = Block{index, grid, shared, shared_bytes, {}, {}, {}};
+  b = Block{index, grid, shared, shared_bytes, std::vector<unsigned char>(shared_bytes, kPoison), {}, {}, {}, {}, {}};
   b.threads.resize(threads);
   b.warps.resize((threads + kWarp - 1) / kWarp);
   b.barriers.resize(kBarriers);
@@ -163,7 +180,12 @@ void run_block(Coordinates index, Coordinates grid, int threads, unsigned char* 
   int alive = threads;
   while (alive > 0) {
     std::vector<Thread*>& ready = machine->ready;
-    if (ready.empty()) {
+    if (ready.empty() && !b.transfers.empty()) {
+      std::swap(b.transfers[machine->random() % b.transfers.size()], b.transfers.back());
+      const Action next = std::move(b.transfers.back());
+      b.transfers.pop_back();
+      next();
+    } else if (ready.empty()) {
       machine->failure = deadlock();
     } else {
       std::swap(ready[machine->random() % ready.size()], ready.back());
@@ -172,6 +194,16 @@ void run_block(Coordinates index, Coordinates grid, int threads, unsigned char* 
       next.ready = false;
       resume(next);
       alive -= next.done;
+    }
+    if (alive == 0) {
+      for (const Action& next : b.transfers) next();
+      for (Thread& thread : b.threads) {
+        for (const Action& store : thread.stores) store();
+        for (const std::vector<Action>& group : thread.store_groups) {
+          for (const Action& store : group) store();
+        }
+      }
+      machine->failure = left_open(b);
     }
     if (!machine->failure.empty()) {
       throw std::runtime_error(
@@ -240,6 +272,38 @@ void barrier(int index, int threads, bool waits) {
     b.waiting.push_back(&thread());
     wait(name);
   }
+}
+
+Mbarrier& mbarrier(const void* pointer, const char* instruction) {
+  const ptrdiff_t offset = in_shared(pointer, 8, 8, instruction) - block().shared;
+  const auto found = block().mbarriers.find(offset);
+  if (found == block().mbarriers.end()) {
+    fail(std::string(instruction) + ": no barrier was initialised at offset " + std::to_string(offset) + " of shared memory");
+  }
+  return found->second;
+}
+
+void mbarrier_advance(Mbarrier& barrier) {
+  if (barrier.pending > 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.pending = barrier.count;
+  for (Thread* thread : barrier.waiting) wake(*thread);
+  barrier.waiting.clear();
+}
+
+void transfer(unsigned char* to, int bytes, Mbarrier& barrier, const std::function<void(unsigned char*)>& write) {
+  if (!barrier.fenced) fail("a copy on a barrier that no fence_barrier_init followed");
+  unsigned char* view = block().async_view.data() + (to - block().shared);
+  std::memset(to, kPoison, bytes);
+  std::memset(view, kPoison, bytes);
+  block().transfers.push_back([=, &barrier] {
+    std::vector<unsigned char> data(bytes);
+    write(data.data());
+    std::memcpy(to, data.data(), bytes);
+    std::memcpy(view, data.data(), bytes);
+    barrier.bytes -= bytes;
+    mbarrier_advance(barrier);
+  });
 }
 
 unsigned char* in_shared(const void* pointer, int bytes, int alignment, const char* instruction) {

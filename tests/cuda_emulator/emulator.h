@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -27,10 +28,7 @@ struct Copy {
   int bytes;
 };
 
-// A product that was asked for: the accumulators of one warp's lanes hold NaN until it is waited for.
-struct Product {
-  std::function<void()> run;
-};
+using Action = std::function<void()>;
 
 struct Thread {
   int index;
@@ -40,6 +38,9 @@ struct Thread {
   std::string waits_for;  // while not ready
   std::vector<Copy> copies;  // since the last commit
   std::vector<std::vector<Copy>> copy_groups;
+  std::vector<Action> stores;  // of the copy engine, since the last commit
+  std::vector<std::vector<Action>> store_groups;
+  bool wgmma_fenced = false;
 };
 
 // Threads that take part in one instruction: the last to come carries it out for all.
@@ -49,8 +50,19 @@ struct Meeting {
   std::vector<Thread*> threads;
 };
 
+// Accumulators of a warp's lanes while wgmma works on them; the lanes' registers hold NaN.
+struct Accumulators {
+  int count, unfinished;
+  float* registers[kWarp];
+  std::vector<float> values;  // [kWarp, count]
+};
+
 struct Warp {
   Meeting meeting;
+  std::map<float*, Accumulators> accumulators;  // by lane 0's registers
+  std::vector<Action> products;  // since the last commit
+  std::vector<std::vector<Action>> product_groups;
+  std::vector<uint64_t> wgmmas;  // all of them, which the warps of a warpgroup must agree in
 };
 
 struct Barrier {
@@ -58,10 +70,23 @@ struct Barrier {
   std::vector<Thread*> waiting;
 };
 
+// In shared memory.
+struct Mbarrier {
+  int count, pending;  // arrivals of a phase, and those that are missing
+  int64_t bytes;       // expected and not here
+  int phase;
+  bool fenced;
+  std::vector<Thread*> waiting;
+};
+
 struct Block {
   Coordinates index, grid;
   unsigned char* shared;
   int shared_bytes;
+  // Shared memory as the copy engine and wgmma see it: without ordinary stores that no fence_proxy_async followed.
+  std::vector<unsigned char> async_view;
+  std::vector<Action> transfers;  // of the copy engine, that have not happened
+  std::map<ptrdiff_t, Mbarrier> mbarriers;  // by their offset
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<Barrier> barriers;
@@ -91,6 +116,13 @@ void meet(const char* instruction, Argument& argument, All&& all) {
 }
 
 void barrier(int index, int threads, bool waits);
+
+// The barrier at an address in shared memory, which must have been initialised; and after something came to it.
+Mbarrier& mbarrier(const void* pointer, const char* instruction);
+void mbarrier_advance(Mbarrier& barrier);
+
+// Bytes into shared memory by the copy engine: NaN now, and what write(destination) puts there as late as can be.
+void transfer(unsigned char* to, int bytes, Mbarrier& barrier, const std::function<void(unsigned char*)>& write);
 
 // `pointer` lies in shared memory with `bytes` after it, aligned; else the kernel fails.
 unsigned char* in_shared(const void* pointer, int bytes, int alignment, const char* instruction);

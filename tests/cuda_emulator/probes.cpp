@@ -1,27 +1,14 @@
 // Small kernels that show what the emulator does, for tests/test_cuda_emulator.py. A probe returns nullptr, or what failed.
-#include <exception>
-#include <string>
-
 #include <arch/async.h>
 #include <arch/convert.h>
 #include <arch/mma.h>
+
+#include "probe.h"
 
 namespace {
 
 using namespace ercn;
 using namespace ercn::arch;
-
-template <typename Body>
-const char* probe(int threads, int shared_bytes, const Body& body) {
-  static std::string message;
-  try {
-    emulator::run({1, 1, 1}, threads, shared_bytes, body);
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-  return nullptr;
-}
 
 // d [16, 8] += a [16, K] · b [8, K]ᵀ of 16-bit elements by ldmatrix; with `columns`, b is [K, 8].
 template <typename Element>

@@ -32,9 +32,9 @@ py::list kernels() {
   for (const ercn::KernelRecord* record : ercn::kernel_records()) {
     py::dict kernel;
     kernel["name"] = record->name;
-    kernel["launches"] = record->launches;
-    kernel["threads"] = record->threads;
-    kernel["dynamic_shared_bytes"] = record->shared;
+    kernel["launches"] = record->launches.load();
+    kernel["threads"] = record->threads.load();
+    kernel["dynamic_shared_bytes"] = record->shared.load();
     all.append(kernel);
   }
   return all;
@@ -48,12 +48,12 @@ py::list kernel_attributes() {
     check(cudaFuncGetAttributes(&found, record->function));
     py::dict kernel;
     kernel["name"] = record->name;
-    kernel["launches"] = record->launches;
-    kernel["threads"] = record->threads;
+    kernel["launches"] = record->launches.load();
+    kernel["threads"] = record->threads.load();
     kernel["registers"] = found.numRegs;
     kernel["local_bytes"] = found.localSizeBytes;
     kernel["static_shared_bytes"] = found.sharedSizeBytes;
-    kernel["dynamic_shared_bytes"] = record->shared;
+    kernel["dynamic_shared_bytes"] = record->shared.load();
     kernel["max_threads"] = found.maxThreadsPerBlock;
     kernel["binary_version"] = found.binaryVersion;
     if (record->launches > 0) {

@@ -37,9 +37,8 @@ inline bool on_device(const Tensor& tensor) {
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   Tensor made = torch::stable::new_empty(like, std::vector<int64_t>(sizes), type);
 #ifdef ERCN_EMULATED
-  if (type != ScalarType::Byte && made.numel() > 0) {
-    torch::stable::fill_(made, std::numeric_limits<double>::quiet_NaN());
-  }
+  const bool floating = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+  if (floating && made.numel() > 0) torch::stable::fill_(made, std::numeric_limits<double>::quiet_NaN());
 #endif
   return made;
 }

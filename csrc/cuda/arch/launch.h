@@ -20,9 +20,7 @@
 
 #include <arch/base.h>
 
-// Where the launchers are registered: STABLE_TORCH_LIBRARY_IMPL(ERCN_LIBRARY, ERCN_DISPATCH_KEY, m).
-#define ERCN_LIBRARY ercn_cuda
-#define ERCN_DISPATCH_KEY CUDA
+#include "registry.h"
 
 namespace ercn::arch {
 
@@ -31,6 +29,21 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     entry(const __grid_constant__ typename Kernel::Params params) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Kernel::run(params, shared);
+}
+
+template <typename Kernel>
+inline KernelRecord record{typeid(Kernel), reinterpret_cast<const void*>(&entry<Kernel>)};
+
+inline int attribute(cudaDeviceAttr of, int device) {
+  int value;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, of, device));
+  return value;
+}
+
+// Of a tensor's device, 90 for 9.0.
+inline int compute_capability(const torch::stable::Tensor& x) {
+  const int device = x.get_device_index();
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
 
 // Makes a tensor's device current while it lives, and holds the caller's stream there.
@@ -43,11 +56,9 @@ class Stream {
   }
   int device() const { return device_; }
   cudaStream_t get() const { return stream_; }
-  int multiprocessors() const {
-    int count;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
-    return count;
-  }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount, device_); }
+  // Bytes of shared memory that a block may have.
+  int shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device_); }
 
  private:
   int device_;
@@ -63,14 +74,14 @@ void launch(const typename Kernel::Params& params, Grid grid, int shared_bytes, 
     static std::array<std::atomic<bool>, kDevices> raised;  // of each device
     std::atomic<bool>& done = raised[stream.device() % kDevices];
     if (!done.load(std::memory_order_acquire)) {
-      int most;
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device()));
-      STD_CUDA_CHECK(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+      STD_CUDA_CHECK(
+          cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, stream.shared_limit()));
       done.store(true, std::memory_order_release);
     }
   }
   entry<Kernel><<<dim3(grid.x, grid.y, grid.z), Kernel::kThreads, shared_bytes, stream.get()>>>(params);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+  record<Kernel>.launched(Kernel::kThreads, shared_bytes);
 }
 
 }  // namespace ercn::arch

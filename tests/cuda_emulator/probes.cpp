@@ -88,7 +88,7 @@ const char* reduce(const float* from, float* to) {
     float sum = from[lane_index()];
     for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
     to[lane_index()] = sum + shuffle_down(from[lane_index()], 1);
-    if (warp_ballot(lane_index() % 2) != 0xaaaaaaaau) emulator::fail("warp_ballot");
+    if (arch::ballot(lane_index() % 2) != 0xaaaaaaaau) emulator::fail("ballot");
   });
 }
 

@@ -45,8 +45,7 @@ template <typename T>
 ERCN_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
-ERCN_DEVICE bool warp_any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
-ERCN_DEVICE uint32_t warp_ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+ERCN_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
 ERCN_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

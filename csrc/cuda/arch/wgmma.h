@@ -13,6 +13,7 @@
 //                         `group_bytes` away. The next 16 K: advance(…, 2048).
 #pragma once
 
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // every N, not the powers of two alone
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 
@@ -63,7 +64,7 @@ ERCN_DEVICE Operand operand_k(const void* tile) { return detail::operand(tile, 1
 ERCN_DEVICE Operand operand_mn(const void* tile, int group_bytes) { return detail::operand(tile, group_bytes, 1024); }
 ERCN_DEVICE Operand advance(Operand operand, int bytes) { return operand + (bytes >> 4); }
 
-// d = A · B, or d += A · B; asynchronous. N is 8, 16, 32, 64, 96, 128, 192 or 256.
+// d = A · B, or d += A · B; asynchronous. N is a multiple of 8 up to 256.
 template <typename Element, int N, Major kA, Major kB>
 ERCN_DEVICE void wgmma(float (&d)[N / 2], Operand a, Operand b, bool accumulate) {
   using E = detail::Cute<Element>;

@@ -77,19 +77,18 @@ ERCN_DEVICE T shuffle(T value, int lane) {
   return detail::shuffle_from("shuffle", value, lane % 32);
 }
 
-ERCN_DEVICE uint32_t warp_ballot(bool predicate) {
+ERCN_DEVICE uint32_t ballot(bool predicate) {
   struct Vote {
     bool predicate;
     uint32_t result;
   } vote{predicate, 0};
-  emulator::meet("warp_ballot", vote, [](Vote** lanes) {
+  emulator::meet("ballot", vote, [](Vote** lanes) {
     uint32_t all = 0;
     for (int lane = 0; lane < 32; ++lane) all |= static_cast<uint32_t>(lanes[lane]->predicate) << lane;
     for (int lane = 0; lane < 32; ++lane) lanes[lane]->result = all;
   });
   return vote.result;
 }
-ERCN_DEVICE bool warp_any(bool predicate) { return warp_ballot(predicate) != 0; }
 
 ERCN_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(emulator::in_shared(pointer, 0, 1, "shared_address") - emulator::block().shared);

@@ -89,7 +89,7 @@ struct Wgmma {
 // read_a(lanes) returns a function that returns the warp's 16 rows of A.
 template <typename Element, int N, Major kB, typename ReadA>
 void multiply(Wgmma argument, const ReadA& read_a) {
-  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256);
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
   static constexpr int K = kMmaK<Element>, kCount = N / 2;
   argument.thread = &emulator::thread();
   emulator::meet("wgmma", argument, [&](Wgmma** lanes) {

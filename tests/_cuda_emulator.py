@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import fcntl
+import functools
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,30 +19,50 @@ import torch
 TESTS = Path(__file__).parent
 EMULATOR = TESTS / "cuda_emulator"
 DEVICE = TESTS.parent / "csrc" / "cuda"
+BUILD = TESTS.parent / "build" / "cuda_emulator"
 CXX = os.environ.get("CXX", "c++")
-FLAGS = ["-std=c++20", "-O2", "-g1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DERCN_EMULATED"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DERCN_EMULATED"]
 
 
-def library(name: str, sources: list[Path], flags: list[str]) -> Path:
-    """build/cuda_emulator/NAME-HASH.so of the sources and the emulator, built unless it is there."""
+def library(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> Path:
+    """build/cuda_emulator/NAME.so of the sources and the emulator; files that did not change are not compiled again."""
     if shutil.which(CXX.split()[0]) is None:
         pytest.skip(f"the emulator needs a C++ compiler; {CXX!r} was not found")
-    command = [*shlex.split(CXX), *FLAGS, *shlex.split(os.environ.get("ERCN_CXXFLAGS", "")), *flags]
-    command += ["-I", str(EMULATOR), "-I", str(DEVICE)]
-    sources = [EMULATOR / "emulator.cpp", *sources]
-    state = hashlib.sha256(repr((command, sources)).encode())
-    for path in sorted(p for folder in (EMULATOR, DEVICE) for p in folder.rglob("*") if p.is_file()):
-        state.update(path.read_bytes())
-    folder = TESTS.parent / "build" / "cuda_emulator"
-    built = folder / f"{name}-{state.hexdigest()[:16]}.so"
-    if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = built.with_suffix(f".{os.getpid()}.so")
-        files = [part for source in sources for part in ("-x", "c++", str(source))]
-        result = subprocess.run([*command, "-o", str(unfinished), *files], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        unfinished.rename(built)
+    extra = shlex.split(os.environ.get("ERCN_CXXFLAGS", ""))
+    compiler = shlex.join([*shlex.split(CXX), *FLAGS, *extra, *flags, f"-I{EMULATOR}", f"-I{DEVICE}"])
+    linker = shlex.join([*shlex.split(CXX), "-shared", *extra])
+    folder = BUILD / name
+    objects = {folder / f"{source.parent.name}-{source.stem}.o": source for source in (EMULATOR / "emulator.cpp", *sources)}
+    built = folder / f"{name}.so"
+    rules = [
+        "rule compile",
+        f"  command = {compiler} -MMD -MF $out.d -c -x c++ $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {linker} -o $out $in {shlex.join(links)}",
+        *(f"build {to}: compile {source}" for to, source in objects.items()),
+        f"build {built}: link {' '.join(map(str, objects))}",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be building it
+        (folder / "build.ninja").write_text("\n".join(rules) + "\n")
+        ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+        result = subprocess.run([*ninja, "-f", folder / "build.ninja"], cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
     return built
+
+
+@functools.cache
+def load_operators() -> None:
+    """Registers csrc/cuda as torch.ops.ercn_emulated.*, for tensors on the CPU."""
+    sources = [*sorted(DEVICE.rglob("*.cu")), *(p for p in sorted(DEVICE.glob("*.cpp")) if p.name != "bindings.cpp")]
+    root = Path(torch.__file__).parent
+    flags = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DERCN_SM90=1"]
+    links = [f"-L{root / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"]
+    torch.ops.load_library(library("operators", sources, tuple(flags), tuple(links)))
 
 
 def caller(built: Path) -> Callable[..., str | None]:

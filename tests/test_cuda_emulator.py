@@ -13,7 +13,7 @@ from _ops import randn
 
 @pytest.fixture(scope="module")
 def probes():
-    return caller(library("probes", [EMULATOR / "probes.cpp"], []))
+    return caller(library("probes", [EMULATOR / "probes.cpp"]))
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])

@@ -14,7 +14,7 @@ NOTHING, WAIT, FENCE, PROXY_FENCE, BARRIER, COMMIT = range(6)
 
 @pytest.fixture(scope="module")
 def probes():
-    return caller(library("probes_hopper", [EMULATOR / "probes_hopper.cpp"], []))
+    return caller(library("probes_hopper", [EMULATOR / "probes_hopper.cpp"]))
 
 
 def operands(n, k, dtype, a_mn=False, b_mn=False):

@@ -34,7 +34,7 @@ struct PoolForward {
     const Place place;
     Multiplier<Element, CHANNELS_FIRST> multiplier(shared, own, slabs, groups);
     unsigned char* attention = shared.scratch[own];  // e [8 heads, 64 rows]; absent heads stay 0
-    arch::store_16(attention + 8 * (arch::thread_index() % 128), {});
+    if (arch::thread_index() % 128 < 64) arch::store_16(attention + 16 * (arch::thread_index() % 128), {});
     for (int64_t pair = work.begin(); pair < work.end; pair += work.step()) {
       if (work.is_empty(pair)) continue;
       const int64_t slot = pair + own;

@@ -1,0 +1,71 @@
+#pragma once
+// The operator's tensors as the kernels see them.
+#include <optional>
+#include <utility>
+
+#include "library.h"
+#include "pool/problem.h"
+
+namespace ercn::pool {
+
+using Optional = std::optional<Tensor>;
+
+struct Inputs {
+  const Tensor &h, &v_weight;
+  const Optional &v_bias, &u_weight, &u_bias;
+  const Tensor& w_weight;
+  const Optional &w_bias, &mask, &cu_seqlens;
+};
+
+// Holds the contiguous weights and offsets that its problem and weights point to.
+class Operands {
+ public:
+  explicit Operands(const Inputs& in)
+      : v_(torch::stable::contiguous(in.v_weight)),
+        w_(torch::stable::contiguous(in.w_weight)),
+        u_(contiguous(in.u_weight)),
+        v_bias_(contiguous(in.v_bias)),
+        u_bias_(contiguous(in.u_bias)),
+        w_bias_(contiguous(in.w_bias)),
+        cu_seqlens_(contiguous(in.cu_seqlens)) {
+    const Tensor& h = in.h;
+    const bool ragged = cu_seqlens_.has_value();
+    Problem& p = problem;
+    p.bags.cu_seqlens = ragged ? cu_seqlens_->const_data_ptr() : nullptr;
+    p.bags.wide = ragged && cu_seqlens_->scalar_type() == ScalarType::Long;
+    p.bags.count = ragged ? cu_seqlens_->size(0) - 1 : h.size(0);
+    p.bags.n = ragged ? 0 : h.size(1);
+    p.bags.rows = ragged ? h.size(0) : h.size(0) * h.size(1);
+    p.D = static_cast<int>(h.size(h.dim() - 1));
+    p.L = static_cast<int>(v_.size(0));
+    p.K = static_cast<int>(w_.size(0));
+    p.h = h.const_data_ptr();
+    p.h_b = ragged ? 0 : h.stride(0);
+    p.h_n = h.stride(h.dim() - 2);
+    p.h_d = h.stride(h.dim() - 1);
+    p.mask = in.mask ? static_cast<const bool*>(in.mask->const_data_ptr()) : nullptr;
+    p.mask_b = in.mask ? in.mask->stride(0) : 0;
+    p.mask_n = in.mask ? in.mask->stride(1) : 0;
+    weights = {data(v_), data(v_bias_), data(u_), data(u_bias_), data(w_), data(w_bias_)};
+  }
+  Operands(const Operands&) = delete;
+
+  Problem problem;
+  Weights weights;
+
+ private:
+  static Optional contiguous(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : std::nullopt; }
+  static const void* data(const Tensor& x) { return x.const_data_ptr(); }
+  static const void* data(const Optional& x) { return x ? x->const_data_ptr() : nullptr; }
+
+  const Tensor v_, w_;
+  const Optional u_, v_bias_, u_bias_, w_bias_, cu_seqlens_;
+};
+
+// scores of h, [B, K, N] or [K, T] in fp32.
+inline Tensor empty_scores(const Tensor& h, const Problem& p) {
+  return p.bags.cu_seqlens != nullptr ? empty(h, {p.K, p.bags.rows}, ScalarType::Float)
+                                      : empty(h, {p.bags.count, p.K, p.bags.n}, ScalarType::Float);
+}
+
+}  // namespace ercn::pool

@@ -57,7 +57,9 @@ def library(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: 
 @functools.cache
 def load_operators() -> None:
     """Registers csrc/cuda as torch.ops.ercn_emulated.*, for tensors on the CPU."""
-    sources = [*sorted(DEVICE.rglob("*.cu")), *(p for p in sorted(DEVICE.glob("*.cpp")) if p.name != "bindings.cpp")]
+    without = ("bindings.cpp", "stream.cpp")  # of Python and of the driver
+    sources = [*sorted(DEVICE.rglob("*.cu")), *(p for p in sorted(DEVICE.glob("*.cpp")) if p.name not in without)]
+    sources.append(EMULATOR / "operators.cpp")
     root = Path(torch.__file__).parent
     flags = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DERCN_SM90=1"]

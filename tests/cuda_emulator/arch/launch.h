@@ -1,8 +1,6 @@
 // csrc/cuda/arch/launch.h for the emulator.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <arch/base.h>
 
 #include "registry.h"
@@ -12,11 +10,16 @@ namespace ercn::arch {
 template <typename Kernel>
 inline KernelRecord record{typeid(Kernel), nullptr};
 
-inline int compute_capability(const torch::stable::Tensor&) { return 90; }
+template <typename Tensor>
+int compute_capability(const Tensor&) {
+  return 90;
+}
 
 class Stream {
  public:
-  explicit Stream(const torch::stable::Tensor&) {}
+  template <typename Tensor>
+  explicit Stream(const Tensor&) {}
+  Stream(const Stream&) = delete;
   int device() const { return 0; }
   int multiprocessors() const { return 4; }
   int shared_limit() const { return 227 << 10; }

@@ -39,7 +39,18 @@ def can_run(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     for x in tensors:
         if x.is_floating_point() and x.dtype not in _DTYPES:
             return f"it takes float32, bfloat16 and float16; got {x.dtype}"
+    if op.startswith("relu_affinity"):
+        feat = tensors[-1]
+        most = _call("relu_affinity_most_features", feat.itemsize, _shared_bytes(feat.device))
+        if feat.dim() == 3 and feat.shape[1] > most:
+            return f"it takes at most {most} features in {feat.dtype} on this GPU; got {feat.shape[1]}"
     return None
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that one block of threads may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def kernels() -> str:
@@ -63,9 +74,7 @@ def relu_affinity(value: Tensor, feat: Tensor) -> Tensor:
 
 
 def relu_affinity_backward(grad_out: Tensor, value: Tensor, feat: Tensor, need_value: bool) -> tuple[Tensor, Tensor]:
-    return _call(
-        "relu_affinity_backward_cuda", grad_out, value, feat, need_value, _exact(feat.dtype), kernels()
-    )
+    return _call("relu_affinity_backward_cuda", grad_out, value, feat, need_value, _exact(feat.dtype), kernels())
 
 
 def gated_attention_pool(

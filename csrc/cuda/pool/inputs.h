@@ -1,6 +1,7 @@
 #pragma once
 // The operator's tensors as the kernels see them.
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "library.h"
@@ -17,17 +18,24 @@ struct Inputs {
   const Optional &w_bias, &mask, &cu_seqlens;
 };
 
-// Holds the contiguous weights and offsets that its problem and weights point to.
+// x, or a copy of it that is contiguous and begins at a multiple of 16 bytes.
+inline Tensor aligned(const Tensor& x) {
+  const Tensor made = torch::stable::contiguous(x);
+  return reinterpret_cast<uintptr_t>(made.const_data_ptr()) % 16 == 0 ? made : torch::stable::clone(made);
+}
+inline Optional aligned(const Optional& x) { return x ? Optional(aligned(*x)) : std::nullopt; }
+
+// Holds the aligned weights and offsets that its problem and weights point to.
 class Operands {
  public:
   explicit Operands(const Inputs& in)
-      : v_(torch::stable::contiguous(in.v_weight)),
-        w_(torch::stable::contiguous(in.w_weight)),
-        u_(contiguous(in.u_weight)),
-        v_bias_(contiguous(in.v_bias)),
-        u_bias_(contiguous(in.u_bias)),
-        w_bias_(contiguous(in.w_bias)),
-        cu_seqlens_(contiguous(in.cu_seqlens)) {
+      : v_(aligned(in.v_weight)),
+        w_(aligned(in.w_weight)),
+        u_(aligned(in.u_weight)),
+        v_bias_(aligned(in.v_bias)),
+        u_bias_(aligned(in.u_bias)),
+        w_bias_(aligned(in.w_bias)),
+        cu_seqlens_(aligned(in.cu_seqlens)) {
     const Tensor& h = in.h;
     const bool ragged = cu_seqlens_.has_value();
     Problem& p = problem;
@@ -54,13 +62,17 @@ class Operands {
   Weights weights;
 
  private:
-  static Optional contiguous(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : std::nullopt; }
   static const void* data(const Tensor& x) { return x.const_data_ptr(); }
   static const void* data(const Optional& x) { return x ? x->const_data_ptr() : nullptr; }
 
   const Tensor v_, w_;
   const Optional u_, v_bias_, u_bias_, w_bias_, cu_seqlens_;
 };
+
+// Gradients that are asked for: bits of `needs`, in the order of the operator's outputs.
+enum Gradient { kH, kVWeight, kVBias, kUWeight, kUBias, kWWeight, kWBias };
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // scores of h, [B, K, N] or [K, T] in fp32.
 inline Tensor empty_scores(const Tensor& h, const Problem& p) {

@@ -29,6 +29,7 @@ struct ScoreGradientKernel {
     const uint32_t bits = arch::ballot(real);
     if (exists && i % 32 == 0) of.real[slot * kWarps + warp] = bits;
 
+    float largest = 0;
     for (int k = 0; k < p.K; ++k) {
       float ds = 0;
       if (i < segment.rows) {
@@ -46,12 +47,18 @@ struct ScoreGradientKernel {
         }
         of.grad[at] = ds;
       }
+      largest = fmaxf(largest, fabsf(ds));
       const float sum = reduce_warp<Add>(ds);
       if (i % 32 == 0) shared.sums[own][warp] = sum;
       arch::sync_threads();
       if (exists && i == 0) of.parts[slot * p.K + k] = shared.sums[own][0] + shared.sums[own][1];
       arch::sync_threads();
     }
+    if (of.largest == nullptr) return;
+    largest = reduce_warp<Max>(largest);
+    if (i % 32 == 0) shared.sums[own][warp] = largest;
+    arch::sync_threads();
+    if (exists && i == 0) of.largest[slot] = fmaxf(shared.sums[own][0], shared.sums[own][1]);
   }
 };
 

@@ -15,6 +15,7 @@ struct ScoreGradient {
   float* attention;          // a, likewise
   float* grad;               // holds q = ĝ·h, likewise, and becomes ds = a (q - Σ a q) + grad_scores
   float* parts;              // Σ ds over each segment, [slots, K]
+  float* largest;            // max |ds| over each segment and all heads, [slots], or null
   uint32_t* real;            // [slots, 2]: which of a segment's 64 rows are real, a bit each
 };
 

@@ -13,8 +13,8 @@ namespace ercn::sm90 {
 
 using arch::Major;
 
-// h as [B, N, D], or [1, T, D], in boxes of 64 rows × 64 channels (channels first: 64 channels × 64 rows); V and U as
-// [1, L, D] in boxes of kUnits rows × 64 channels. What lies outside reads as 0.
+// h as [B, N, D], or [1, T, D], in boxes of 64 rows × 64 channels (channels first: 64 channels × 64 rows); V and U
+// [L, D] in boxes of kUnits rows × 64 channels. What lies outside reads as 0.
 struct ProductMaps {
   arch::TensorMap h, v, u;
 };
@@ -46,15 +46,21 @@ class Phases {
   uint32_t bits_;
 };
 
+// By one thread.
+template <typename Shared>
+ERCN_DEVICE void initialize_rows(Shared& shared) {
+  for (int own = 0; own < kWarpgroups; ++own) {
+    for (int i = 0; i < kRowSlabs; ++i) {
+      arch::barrier_init(&shared.rows_full[own][i], 1);
+      arch::barrier_init(&shared.rows_empty[own][i], 4);  // warps of a warpgroup
+    }
+  }
+}
+
 // By all threads of the block.
 ERCN_DEVICE void initialize(ProductShared& shared) {
   if (arch::thread_index() == 0) {
-    for (int own = 0; own < kWarpgroups; ++own) {
-      for (int i = 0; i < kRowSlabs; ++i) {
-        arch::barrier_init(&shared.rows_full[own][i], 1);
-        arch::barrier_init(&shared.rows_empty[own][i], 4);  // warps of a warpgroup
-      }
-    }
+    initialize_rows(shared);
     for (int i = 0; i < kWeightStages; ++i) {
       arch::barrier_init(&shared.weights_full[i], 1);
       arch::barrier_init(&shared.weights_empty[i], 4 * kWarpgroups);
@@ -92,8 +98,8 @@ ERCN_DEVICE void load_weights(const ProductMaps& maps, const Work& work, int sla
         unsigned char* to = shared.weights[stage];
         empty.wait(shared.weights_empty, stage);
         arch::barrier_arrive_expect(&shared.weights_full[stage], kWeightBytes);
-        arch::tma_load(to, maps.v, &shared.weights_full[stage], d, group * kUnits, 0);
-        arch::tma_load(to + kWeightBytes / 2, maps.u, &shared.weights_full[stage], d, group * kUnits, 0);
+        arch::tma_load(to, maps.v, &shared.weights_full[stage], d, group * kUnits);
+        arch::tma_load(to + kWeightBytes / 2, maps.u, &shared.weights_full[stage], d, group * kUnits);
         stage = stage + 1 == kWeightStages ? 0 : stage + 1;
       }
     }
@@ -101,9 +107,9 @@ ERCN_DEVICE void load_weights(const ProductMaps& maps, const Work& work, int sla
 }
 
 // One thread: the slabs of h that warpgroup `own` needs.
-template <bool CHANNELS_FIRST>
+template <bool CHANNELS_FIRST, typename Shared>
 ERCN_DEVICE void load_rows(
-    const ProductMaps& maps, const Work& work, int slabs, int passes, int own, ProductShared& shared) {
+    const arch::TensorMap& h, const Work& work, int slabs, int passes, int own, Shared& shared) {
   Phases empty(~0u);
   for (int64_t slot = work.begin() + own; slot < work.end; slot += work.step()) {
     const Segment segment = work.at(slot);
@@ -119,7 +125,7 @@ ERCN_DEVICE void load_rows(
         arch::barrier_arrive_expect(full, kSlabBytes);
         const int d = slab * kDepth;
         arch::tma_load(
-            shared.rows[own][place], maps.h, full, CHANNELS_FIRST ? row : d, CHANNELS_FIRST ? d : row, bag);
+            shared.rows[own][place], h, full, CHANNELS_FIRST ? row : d, CHANNELS_FIRST ? d : row, bag);
       }
     }
   }
@@ -133,7 +139,7 @@ ERCN_DEVICE void load(const ProductMaps& maps, const Work& work, int slabs, int 
   if (warp == 0) {
     load_weights(maps, work, slabs, groups, shared);
   } else {
-    load_rows<CHANNELS_FIRST>(maps, work, slabs, passes, warp - 1, shared);
+    load_rows<CHANNELS_FIRST>(maps.h, work, slabs, passes, warp - 1, shared);
   }
 }
 

@@ -12,6 +12,7 @@ constexpr int kUnits = 128;         // hidden units of a group: 128 columns of V
 constexpr int kRowSlabs = 8;        // slabs of h that a warpgroup holds: D ≤ 512 stays in shared memory
 constexpr int kWeightStages = 3;    // slabs of [V|U] on their way
 constexpr int kMaxHeads = 8;        // one wgmma wide
+constexpr int kMaxSlabs = 48;       // D ≤ 3072: ĝ of two bags beside the slabs of h
 
 constexpr int kSlabBytes = kSegmentRows * kDepth * 2;
 constexpr int kWeightBytes = 2 * kUnits * kDepth * 2;
@@ -27,6 +28,29 @@ ERCN_HOST_DEVICE constexpr bool is_loaded(int pass, int i) { return pass == 0 ||
 // Whether its place is given up after its use: another slab of this pass needs it, or the segment is done.
 ERCN_HOST_DEVICE constexpr bool is_released(int slabs, int pass, int last_pass, int i) {
   return pass == last_pass || i < slabs - kRowSlabs;
+}
+
+// Outputs of a block of the backward's products: 64 rows for each warpgroup, and
+constexpr int kGemmColumns = 256;
+
+// Segments whose dP, 2 L elements of 2 bytes a row, are held at a time: 16 MB, which stay in the L2 cache, and pairs of them.
+ERCN_HOST_DEVICE constexpr int64_t chunk_slots(int64_t L) {
+  const int64_t slots = (int64_t{16} << 20) / (kSegmentRows * 2 * L * 2) / kWarpgroups * kWarpgroups;
+  return slots < kWarpgroups ? kWarpgroups : slots;
+}
+
+// How dPᵀ h is cut: columns first_unit … of dP, in `blocks` blocks of outputs, and a chunk's segments in `splits` shares so
+// that about every multiprocessor has a block.
+struct WeightShares {
+  int first_unit, units, blocks, splits;
+};
+
+ERCN_HOST_DEVICE constexpr WeightShares weight_shares(
+    bool need_v, bool need_u, int L, int D, int64_t slots, int multiprocessors) {
+  const int units = (need_v ? L : 0) + (need_u ? L : 0);
+  const int blocks = arch::divide_up(units, kWarpgroups * kDepth) * arch::divide_up(D, kGemmColumns);
+  const int64_t wanted = blocks == 0 ? 0 : blocks < multiprocessors ? multiprocessors / blocks : 1;
+  return {need_v ? 0 : L, units, blocks, static_cast<int>(wanted < slots ? wanted : slots)};
 }
 
 }  // namespace ercn::sm90

@@ -6,7 +6,7 @@
 // All bags' instances are one row of numbers, cut into chunks whatever the bags; segments are the bags' shares of chunks.
 // Chunks, superblocks and the order of every sum depend on the shapes and on the mask alone, so results do not depend on
 // threads. Extra memory, T instances: forward, packed weights and T · K · D / 64 for the segments' shares of z; backward,
-// weights packed twice, dp of one superblock (4 MiB, at least one chunk) and T · K of dots.
+// weights packed twice, dp of one superblock (4 MiB, at least one chunk) and 2 · T · K of attention and dots.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -211,9 +211,9 @@ void pack_small(const Inputs& in, const Pool<E, T>& p, const PoolKernel<E, T>& k
 }
 
 // Softmax over a bag from its segments' parts: calls add(segment, exp(its max - bag's max)) in order, and gives the bag's
-// max (0 for -Inf, as in the kernels) and sum.
+// sum.
 template <typename E, typename T, typename F>
-std::pair<T, double> join(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t k, const F& add) {
+double join(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t k, const F& add) {
   T most = -std::numeric_limits<T>::infinity();
   for (int64_t s = begin; s < end; ++s) most = std::max(most, p.part_max[s * p.K + k]);
   if (most == -std::numeric_limits<T>::infinity()) most = 0;
@@ -225,7 +225,7 @@ std::pair<T, double> join(const Pool<E, T>& p, int64_t begin, int64_t end, int64
     sum += scale * p.part_sum[s * p.K + k];
     add(s, scale);
   }
-  return {most, sum};
+  return sum;
 }
 
 // First segment of every bag, and one past the last.
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor> forward(const Inputs& in, ScalarType sums) {
     const int64_t bag = task / blocks / p.K, k = task / blocks % p.K, d0 = task % blocks * 256;
     const int64_t columns = std::min<int64_t>(256, p.D - d0);
     double z[256] = {};
-    const auto [most, sum] = join(p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) {
+    const double sum = join(p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) {
       const T* part = p.part_pooled + (s * p.K + k) * p.D + d0;
       for (int64_t d = 0; d < columns; ++d) z[d] += scale * part[d];
     });
@@ -334,7 +334,7 @@ Gradients backward(
 
   Arena arena;
   reserve_weights(arena, p, kernel);
-  T *grad_pooled_rows, *bag_max, *bag_sum, *bag_dot, *weight_scratch;
+  T *grad_pooled_rows, *part_scale, *bag_dot, *weight_scratch;
   char* scratch;
   const int64_t workers = torch::stable::get_num_threads();
   if (need(kH)) arena.reserve(p.columns, p.branches * p.units * columns);
@@ -342,16 +342,16 @@ Gradients backward(
   arena.reserve(p.part_max, segments * p.K);
   arena.reserve(p.part_sum, segments * p.K);
   arena.reserve(p.part_dot, segments * p.K);
-  arena.reserve(bag_max, p.bags * p.K);
-  arena.reserve(bag_sum, p.bags * p.K);
+  arena.reserve(part_scale, segments * p.K);
   arena.reserve(bag_dot, p.bags * p.K);
   arena.reserve(p.dots, grad_pooled ? bags.total * p.K : 0);
+  arena.reserve(p.attention, grad_pooled ? bags.total * p.K : 0);
   arena.reserve(p.dp, p.branches * p.units / kDpUnits * p.dp_block);
   arena.reserve(p.part_grads, chunks_per_block * part_row);
   arena.reserve(scratch, scratch_bytes * workers);
   arena.reserve(weight_scratch, kernel.weight_scratch * workers);
   arena.allocate();
-  p.bag_max = bag_max, p.bag_sum = bag_sum, p.bag_dot = bag_dot;
+  p.part_scale = part_scale, p.bag_dot = bag_dot;
 
   pack_small(in, p, kernel);
   const int64_t projections = chunks.count > 0 ? panels_of(p, kernel) : 0;
@@ -379,14 +379,18 @@ Gradients backward(
     for (int64_t bag = 0; bag < p.bags; ++bag) {
       for (int64_t k = 0; k < p.K; ++k) {
         double dot = 0;
-        const auto [most, sum] = join(
-            p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) { dot += scale * p.part_dot[s * p.K + k]; });
-        const int64_t at = bag * p.K + k;
-        bag_max[at] = most, bag_sum[at] = static_cast<T>(sum), bag_dot[at] = static_cast<T>(dot / sum);
+        const double sum = join(p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) {
+          dot += scale * p.part_dot[s * p.K + k];
+          part_scale[s * p.K + k] = static_cast<T>(scale);
+        });
+        for (int64_t s = first[bag]; s < first[bag + 1]; ++s) part_scale[s * p.K + k] /= sum;
+        bag_dot[bag * p.K + k] = static_cast<T>(dot / sum);
       }
     }
   }
 
+  // Sums over all instances of terms of either sign: in double, or what cancels would leave the rounding of what was there.
+  std::vector<double> totals(part_row);
   for (int64_t begin = 0; begin < chunks.count; begin += chunks_per_block) {
     const int64_t end = std::min(chunks.count, begin + chunks_per_block), first = begin * chunks.size;
     const int64_t rows = std::min(bags.total, end * chunks.size) - first;
@@ -396,16 +400,7 @@ Gradients backward(
           p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], first, task, scratch + worker * scratch_bytes);
     });
     for (int64_t part = 0; part < end - begin; ++part) {
-      const T* from = p.part_grads + part * part_row;
-      const auto add = [&](Gradient which, const Tensor& to, int64_t row, int64_t count, const T* values) {
-        if (!need(which)) return;
-        T* sum = data(to) + row * count;
-        for (int64_t l = 0; l < count; ++l) sum[l] += values[l];
-      };
-      add(kVBias, grad_v_bias, 0, p.L, from);
-      add(kUBias, grad_u_bias, 0, p.L, from + p.units);
-      for (int64_t k = 0; k < p.K; ++k) add(kWWeight, grad_w, k, p.L, from + (2 + k) * p.units);
-      add(kWBias, grad_w_bias, 0, p.K, from + (2 + p.K) * p.units);
+      for (int64_t i = 0; i < part_row; ++i) totals[i] += p.part_grads[part * part_row + i];
     }
     const int64_t groups = (p.L + kUnitGroup - 1) / kUnitGroup, across = (panels + kPanelGroup - 1) / kPanelGroup;
     const bool branch_needed[] = {need(kVWeight), need(kUWeight)};
@@ -417,6 +412,13 @@ Gradients backward(
           weight_scratch + worker * kernel.weight_scratch);
     });
   }
+  const auto total = [&](Gradient which, const Tensor& to, int64_t row, int64_t count, int64_t from) {
+    if (need(which)) std::copy_n(totals.begin() + from, count, data(to) + row * count);
+  };
+  total(kVBias, grad_v_bias, 0, p.L, 0);
+  total(kUBias, grad_u_bias, 0, p.L, p.units);
+  for (int64_t k = 0; k < p.K; ++k) total(kWWeight, grad_w, k, p.L, (2 + k) * p.units);
+  total(kWBias, grad_w_bias, 0, p.K, (2 + p.K) * p.units);
   return {grad_h, grad_v, grad_v_bias, grad_u, grad_u_bias, grad_w, grad_w_bias};
 }
 

@@ -51,8 +51,11 @@ struct Pool {
   const T* grad_pooled;  // [bags, K, D rounded up to panels], or null
   const T* grad_scores;  // with the strides of a bag, a head, an instance; or null
   int64_t grad_scores_b, grad_scores_k, grad_scores_n;
-  T* dots;                                // [instances, K], ĝ·h
-  const T *bag_max, *bag_sum, *bag_dot;  // [bags, K]
+  T* dots;                     // [instances, K], ĝ·h
+  // [instances, K]: exp(s − the segment's max), then times part_scale. The same numbers make bag_dot and the gradients, so
+  // that their errors cancel as the gradients do.
+  T* attention;
+  const T *part_scale, *bag_dot;  // [segments, K], [bags, K]
   T* dp;                                  // [branches · units / 8, instances of a superblock, 8], dp_block apart
   int64_t dp_block;
   T* part_grads;  // per chunk of a superblock: [2 + K, units] of v_bias, u_bias, w, then [K] of w_bias

@@ -410,17 +410,19 @@ void dots(const Pool<E, T>& p, int64_t begin, int64_t end, void* memory) {
     for (int64_t k = 0; k < p.K; ++k) {
       T* e = scratch.attention;
       for (int64_t m = 0; m < count; ++m) e[m] = score_of(p, instance(p, first + m), k);
-      T shift, sum = 0, sum_dot = 0;
+      T shift;
+      double sum = 0, sum_dot = 0;  // what is wrong with Σ a (ĝ·h) is wrong with every instance alike, and adds up
       p.part_max[s * p.K + k] = largest(e, count, 1, shift);
       for (int64_t m = 0; m < count; ++m) {
         const T product = dot(x.at + (first - start + m) * x.row, p.grad_pooled + (bag * p.K + k) * columns, p.D);
         const T weight = exponential(e[m] - shift);
         p.dots[(first + m) * p.K + k] = product;
+        p.attention[(first + m) * p.K + k] = weight;
         sum += weight;
         sum_dot += weight * product;
       }
-      p.part_sum[s * p.K + k] = sum;
-      p.part_dot[s * p.K + k] = sum_dot;
+      p.part_sum[s * p.K + k] = static_cast<T>(sum);
+      p.part_dot[s * p.K + k] = static_cast<T>(sum_dot);
     }
   }
 }
@@ -537,12 +539,10 @@ void backward(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t dp_first,
   const ChunkScratch<E, T> scratch(p, memory);
   const int64_t start = p.segments[begin].first, rows = p.segments[end - 1].first + p.segments[end - 1].rows - start;
   const auto x = operand(p, start, rows, scratch);
-  T *ds = scratch.grad_scores, *a = scratch.attention;
+  T *ds = scratch.grad_scores, *a = p.attention + start * p.K;
   T* parts = p.part_grads + part * ((2 + p.K) * p.units + p.K);
-  T* sum_ds = parts + (2 + p.K) * p.units;
   const T* grads[kMaxChunk];
   E* to[kMaxChunk];
-  for (int64_t k = 0; k < p.K; ++k) sum_ds[k] = 0;
   for (int64_t s = begin; s < end; ++s) {
     const auto [first, count, bag] = p.segments[s];
     for (int64_t r = first; r < first + count; ++r) {
@@ -552,17 +552,20 @@ void backward(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t dp_first,
       for (int64_t k = 0; k < p.K; ++k) {
         T sum = 0;
         if (p.grad_pooled) {
-          const int64_t at = bag * p.K + k;
-          a[m * p.K + k] = exponential(score_of(p, i, k) - p.bag_max[at]) / p.bag_sum[at];
-          sum = a[m * p.K + k] * (p.dots[r * p.K + k] - p.bag_dot[at]);
+          a[m * p.K + k] *= p.part_scale[s * p.K + k];
+          sum = a[m * p.K + k] * (p.dots[r * p.K + k] - p.bag_dot[bag * p.K + k]);
         }
         if (p.grad_scores) {
           sum += p.grad_scores[i / p.N * p.grad_scores_b + k * p.grad_scores_k + i % p.N * p.grad_scores_n];
         }
         ds[m * p.K + k] = sum;
-        sum_ds[k] += sum;
       }
     }
+  }
+  for (int64_t k = 0; k < p.K; ++k) {
+    double sum = 0;
+    for (int64_t m = 0; m < rows; ++m) sum += ds[m * p.K + k];
+    parts[(2 + p.K) * p.units + k] = static_cast<T>(sum);
   }
   if (p.branches == 2) {
     project_backward<true>(p, x, rows, ds, start - dp_first, parts);

@@ -35,8 +35,8 @@ py::dict build_info() {
   info["build_type"] = "debug";
 #endif
   info["torch_target_version"] = std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
-  info["pybind11"] =
-      ERCN_STRING(PYBIND11_VERSION_MAJOR) "." ERCN_STRING(PYBIND11_VERSION_MINOR) "." ERCN_STRING(PYBIND11_VERSION_MICRO);
+  info["pybind11"] = ERCN_STRING(PYBIND11_VERSION_MAJOR) "." ERCN_STRING(PYBIND11_VERSION_MINOR)
+      "." ERCN_STRING(PYBIND11_VERSION_MICRO);
   return info;
 }
 

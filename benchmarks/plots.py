@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ercn.benchmarks.ceilings import peak_gflops
 from ercn.benchmarks.config import PlotConfig
 from ercn.benchmarks.environment import machine
 from ercn.benchmarks.results import Row, load, timed
@@ -57,18 +58,19 @@ def _color(variant: str) -> str:
 
 
 def roofline(runs: list[dict[str, Any]], titles: list[str]):
-    """Dense-equivalent rate over FLOPs per minimum byte, under the measured product rates and copy bandwidth."""
+    """Dense-equivalent rate over FLOPs per minimum byte, under the measured peaks and copy bandwidth."""
     figure, axes = _axes(1, len(runs), 5)
     for axis, run, title in zip(axes[0], runs, titles):
         rows = [row for row in timed(run) if row["dense_flops"]]
         intensity = [row["dense_flops"] / row["min_bytes"] for row in rows]
         low, high = min(intensity, default=1) / 2, max(intensity, default=1) * 2
         bandwidth = run["ceilings"]["copy_gbps"]
-        for dtype, rate in run["ceilings"]["gemm_gflops"].items():
+        for dtype in run["ceilings"]["gemm_gflops"]:
+            rate = peak_gflops(run["ceilings"], dtype)
             ridge = rate / bandwidth
             left = min(low, ridge / 8)
             axis.plot([left, ridge, max(high, ridge)], [left * bandwidth, rate, rate], "k-", lw=1)
-            axis.annotate(f"{dtype} product {rate:,.0f}", (max(high, ridge), rate), ha="right", va="bottom", fontsize=7)
+            axis.annotate(f"{dtype} {rate:,.0f}", (max(high, ridge), rate), ha="right", va="bottom", fontsize=7)
         for variant in sorted({row["variant"] for row in rows}):
             for op, marker in MARKERS.items():
                 own = [(x, r) for x, r in zip(intensity, rows) if (r["variant"], r["op"]) == (variant, op)]

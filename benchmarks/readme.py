@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ercn._files import write_text
+from ercn.benchmarks.ceilings import describe
 from ercn.benchmarks.config import ReadmeConfig
 from ercn.benchmarks.environment import machine
 from ercn.benchmarks.results import Row, load, timed
@@ -45,12 +46,11 @@ def render(runs: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def _machine(name: str, run: dict[str, Any]) -> str:
-    values, peaks = run["environment"], run["ceilings"]
+    values = run["environment"]
     commit = (values.get("git") or {}).get("commit", "unknown")[:12]
-    rates = ", ".join(f"{dtype} {rate:,.0f} GFLOP/s" for dtype, rate in peaks["gemm_gflops"].items())
     title = (
-        f"**{machine(values)}**, torch {values['packages']['torch']}, commit {commit}. Large matrix product: {rates}; "
-        f"copy: {peaks['copy_gbps']:.1f} GB/s. Every number: [{Path(name).name}]({Path(name).as_posix()})."
+        f"**{machine(values)}**, torch {values['packages']['torch']}, commit {commit}. Measured ceilings: "
+        f"{describe(run['ceilings'])}. Every number: [{Path(name).name}]({Path(name).as_posix()})."
     )
     lines = [
         title,

@@ -14,7 +14,7 @@ from typing import Any
 
 from ercn.training import files
 
-FORMAT = 1
+FORMAT = 2
 Row = dict[str, Any]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ercn.benchmarks import memory, network, timing
 from ercn.benchmarks.cases import OPS, Case, Inputs, ModelCase, suite
-from ercn.benchmarks.ceilings import ceilings
+from ercn.benchmarks.ceilings import ceilings, describe, peak_gflops
 from ercn.benchmarks.config import BenchConfig
 from ercn.benchmarks.environment import environment, machine
 from ercn.benchmarks.results import Row, Writer
@@ -103,8 +103,7 @@ def _run(config: BenchConfig, cases: list[Case], device: str) -> dict[str, Any]:
     shown.note(f"{machine(values)}; torch {values['packages']['torch']}; {len(cases)} cases")
     size, rounds = (1024, 2) if config.quick else (None, 5)
     peaks = ceilings(device, ["float32", *(case.dtype for case in cases)], size=size, rounds=rounds)
-    rates = ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in peaks["gemm_gflops"].items())
-    shown.note(f"large GEMM {rates}; copy {peaks['copy_gbps']:.1f} GB/s")
+    shown.note(describe(peaks))
     header = {"environment": values, "config": asdict(config), "ceilings": peaks, "method": timing.METHOD[device]}
     writer = Writer(config.save, header)
     try:
@@ -257,7 +256,7 @@ def _rates(case: Case, variant: Variant, samples: dict[str, list[float]], peaks:
     same = variant.role != "yardstick"  # yardsticks compute something else: dense-equivalent rates are not theirs
     dense = (network.flops(case) if isinstance(case, ModelCase) else case.flops()) if same else None
     moved = (network.min_bytes(case) if isinstance(case, ModelCase) else case.min_bytes()) if same else None
-    peak = peaks["gemm_gflops"].get(case.dtype)
+    peak = peak_gflops(peaks, case.dtype)
     rate = executed / median / 1e6
     return {
         "runs": len(own),

@@ -2,11 +2,13 @@
 // of the same library register themselves through the LibTorch stable ABI when it is loaded.
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 
 #include "cpu/features.h"
 #include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 #define ERCN_STRING_(...) #__VA_ARGS__
 #define ERCN_STRING(...) ERCN_STRING_(__VA_ARGS__)
@@ -33,8 +35,8 @@ py::dict build_info() {
   info["build_type"] = "debug";
 #endif
   info["torch_target_version"] = std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
-  info["pybind11"] =
-      ERCN_STRING(PYBIND11_VERSION_MAJOR) "." ERCN_STRING(PYBIND11_VERSION_MINOR) "." ERCN_STRING(PYBIND11_VERSION_MICRO);
+  info["pybind11"] = ERCN_STRING(PYBIND11_VERSION_MAJOR) "." ERCN_STRING(PYBIND11_VERSION_MINOR)
+      "." ERCN_STRING(PYBIND11_VERSION_MICRO);
   return info;
 }
 
@@ -70,11 +72,31 @@ py::list cpu_isas() {
   return usable;
 }
 
+// FLOP/s of one thread's multiply-adds.
+double multiply_add_rate(const std::string& dtype, double seconds) {
+  const ercn::Kernels& kernels = ercn::kernels(ercn::isa());
+  const auto run = dtype == "bfloat16" && kernels.multiply_add_bf16 ? kernels.multiply_add_bf16
+                   : dtype == "float64"                             ? kernels.multiply_add_double
+                                                                    : kernels.multiply_add_float;
+  const py::gil_scoped_release release;
+  const auto begin = std::chrono::steady_clock::now();
+  double flops = 0, elapsed = 0;
+  while (elapsed < seconds) {
+    flops += run(100'000);
+    elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  }
+  return flops / elapsed;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of ercn; importing it also registers the operators torch.ops.ercn_native.*";
   m.def("build_info", &build_info, "Compiler, C++ standard, flags and the oldest torch that this library runs on.");
   m.def("cpu_features", &cpu_features, "Instruction sets usable on this machine (processor and operating system).");
+  m.def(
+      "multiply_add_rate", &multiply_add_rate, py::arg("dtype"), py::arg("seconds"),
+      "FLOP/s that one thread reaches with independent multiply-adds in registers: the peak of its arithmetic units in "
+      "float32, float64 or bfloat16 (float32's where there are no bfloat16 products). ERCN_CPU_ISA rules.");
   m.def("cpu_isas", &cpu_isas, "What the CPU kernels can run as here, the best last: values of ERCN_CPU_ISA.");
 }

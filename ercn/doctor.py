@@ -78,13 +78,18 @@ def _hardware() -> list[tuple[str, str]]:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system gives it, with family and model: virtual machines hide the rest."""
+    found: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            for line in file:
+                key, _, value = line.partition(":")
+                found.setdefault(key.strip(), value.strip())
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        pass
+    name = found.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key} {found[at]}" for key, at in (("family", "cpu family"), ("model", "model")) if at in found]
+    return f"{name} ({' '.join(numbers)})" if numbers else name
 
 
 def _compiled_cpu() -> list[tuple[str, str]]:

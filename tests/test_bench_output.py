@@ -44,7 +44,7 @@ def file(tmp_path):
     rows = [row(side, variant) for side in (28, 56) for variant in ("t_gemm", "eager", "ercn-cpu")]
     rows += [row(128, "t_gemm"), row(128, "ercn-cpu", judge="blockwise"),
              row(128, "eager", "skipped", expected_extra_mb=105_000.0)]  # fmt: skip
-    ceilings = {"gemm_gflops": {"float32": 180.0}, "copy_gbps": 30.0, "note": ""}
+    ceilings = {"gemm_gflops": {"float32": 180.0}, "fma_gflops": {"float32": 235.0}, "copy_gbps": 30.0, "note": ""}
     path = tmp_path / "r.json"
     path.write_text(
         json.dumps({"format": results.FORMAT, "environment": environment, "ceilings": ceilings, "rows": rows})

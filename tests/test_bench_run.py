@@ -19,7 +19,7 @@ from ercn.benchmarks.variants import Variant
 
 CASE = AffinityCase(1, 5, 16, 12)
 QUICK = BenchConfig(quick=True, memory=False)
-PEAKS = {"gemm_gflops": {"float32": 100.0}, "copy_gbps": 10.0}
+PEAKS = {"gemm_gflops": {"float32": 100.0}, "fma_gflops": {}, "copy_gbps": 10.0}
 
 
 def planted(monkeypatch, change, name="ercn-reference"):
@@ -260,7 +260,10 @@ def test_the_file_states_environment_ceilings_and_method(saved):
     environment = values["environment"]
     assert environment["cpu"] and environment["cpu_threads"] == 1 and environment["packages"]["torch"]
     assert environment["command"] and environment["backends"]["reference"] == "usable"
-    assert values["ceilings"]["gemm_gflops"]["float32"] > 1 and values["ceilings"]["copy_gbps"] > 0.1
+    ceilings = values["ceilings"]
+    assert ceilings["gemm_gflops"]["float32"] > 1 and ceilings["copy_gbps"] > 0.1
+    if values["environment"]["backends"]["cpu"] == "usable":  # no product is faster than its arithmetic units
+        assert ceilings["fma_gflops"]["float32"] > 0.9 * ceilings["gemm_gflops"]["float32"]
     assert "perf_counter" in values["method"] and values["config"]["quick"] is True
     assert not saved.with_suffix(".jsonl").exists()
 

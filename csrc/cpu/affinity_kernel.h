@@ -14,20 +14,21 @@ constexpr int64_t kStrip = 3 * kVecBytes / sizeof(T);
 
 constexpr int kNarrowBytes = kVecBytes < 32 ? kVecBytes : 32;  // vectors for C columns: few channels, few idle lanes
 
-// out[m, n] += Σ_k s(m, k) · b[k, n] for m < rows, n < columns, k < depth, with s = a [kBlock, kBlock] or its transpose.
+// out[m, n] += Σ_k s(m, k) · b[k, n] for m < rows, n < columns, k < depth, with s = a [kBlock, kBlock] or its
+// transpose.
 template <bool TRANSPOSED, int ROWS, int VECS, typename V, typename T>
 ERCN_INLINE void column_strip(const T* s, int64_t rows, const T* b, int64_t ld, int64_t depth, T* out, int64_t out_ld) {
   for (int64_t m = 0; m < rows; m += ROWS) {
-    tile_add_product<ROWS, VECS, V>(
-        s + m * (TRANSPOSED ? 1 : kBlock), TRANSPOSED ? 1 : kBlock, TRANSPOSED ? kBlock : 1, b, ld, depth, out + m * out_ld,
-        out_ld);
+    tile_add_product<ROWS, VECS, V>(s + m * (TRANSPOSED ? 1 : kBlock), TRANSPOSED ? 1 : kBlock, TRANSPOSED ? kBlock : 1,
+                                    b, ld, depth, out + m * out_ld, out_ld);
   }
 }
 
-// The same for any number of columns: 8×3, 8×2 and 16×1 sums, about half of them where there are 16 registers. Every panel
-// is a multiple of these rows.
+// The same for any number of columns: 8×3, 8×2 and 16×1 sums, about half of them where there are 16 registers. Every
+// panel is a multiple of these rows.
 template <bool TRANSPOSED, int BYTES, typename T>
-ERCN_INLINE void add_product(const T* s, int64_t rows, const T* b, int64_t ld, int64_t depth, T* out, int64_t out_ld, int64_t columns) {
+ERCN_INLINE void add_product(const T* s, int64_t rows, const T* b, int64_t ld, int64_t depth, T* out, int64_t out_ld,
+                             int64_t columns) {
   constexpr int64_t lanes = BYTES / sizeof(T);
   constexpr int tall = kVecBytes == 32 ? 12 : kPanel<T> % 16 == 0 ? 16 : kRows;
   using V = Vec<T, BYTES>;
@@ -73,7 +74,8 @@ constexpr int64_t kPacked = 1;
 // Pixels [i, i + rows) against [j, j + columns): T, then A and W in scratch, then the sums for j and, of two different
 // ranges, for i. i and j are multiples of the panel.
 template <typename E, typename T>
-ERCN_INLINE void rectangle(const AffinityImage<E, T>& p, int64_t i, int64_t rows, int64_t j, int64_t columns, T* affinity, T* weight) {
+ERCN_INLINE void rectangle(const AffinityImage<E, T>& p, int64_t i, int64_t rows, int64_t j, int64_t columns,
+                           T* affinity, T* weight) {
   constexpr int64_t panel = kPanel<T>, lanes = kVecBytes / sizeof(T);
   const int64_t depth = round_up(p.D, kPacked<E>);
   for (int64_t n = 0; n < columns; n += panel) {
@@ -104,20 +106,24 @@ ERCN_INLINE void rectangle(const AffinityImage<E, T>& p, int64_t i, int64_t rows
   const bool both = i != j;
   if (p.out_rows) {
     const T* value = p.value_rows + (p.out_feat ? p.C : 0);
-    add_product<true, kNarrowBytes>(affinity, columns, value + i * p.value_row, p.value_row, rows, p.out_rows + j * p.out_row, p.out_row, p.C);
+    add_product<true, kNarrowBytes>(affinity, columns, value + i * p.value_row, p.value_row, rows,
+                                    p.out_rows + j * p.out_row, p.out_row, p.C);
     if (both) {
-      add_product<false, kNarrowBytes>(affinity, rows, value + j * p.value_row, p.value_row, columns, p.out_rows + i * p.out_row, p.out_row, p.C);
+      add_product<false, kNarrowBytes>(affinity, rows, value + j * p.value_row, p.value_row, columns,
+                                       p.out_rows + i * p.out_row, p.out_row, p.C);
     }
   }
   if (p.out_feat) {
     const int64_t block = round_up(p.D, kStrip<T>) * kBlock;
-    const int64_t at_i = i / kBlock * block + i % kBlock * kStrip<T>, at_j = j / kBlock * block + j % kBlock * kStrip<T>;
+    const int64_t at_i = i / kBlock * block + i % kBlock * kStrip<T>,
+                  at_j = j / kBlock * block + j % kBlock * kStrip<T>;
     for (int64_t d = 0; d < p.D; d += kStrip<T>) {
       const T* from = p.feat_strips + d * kBlock;
       T* to = p.out_feat + d * kBlock;
       const int64_t width = p.D - d < kStrip<T> ? p.D - d : kStrip<T>;
       add_product<true, kVecBytes>(weight, columns, from + at_i, kStrip<T>, rows, to + at_j, kStrip<T>, width);
-      if (both) add_product<false, kVecBytes>(weight, rows, from + at_j, kStrip<T>, columns, to + at_i, kStrip<T>, width);
+      if (both)
+        add_product<false, kVecBytes>(weight, rows, from + at_j, kStrip<T>, columns, to + at_i, kStrip<T>, width);
     }
   }
 }

@@ -1,12 +1,13 @@
 // Gated attention pooling on the CPU, registered as ercn_native::gated_attention_pool_cpu and …_backward_cpu (LibTorch
 // stable ABI).  s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w,  a = softmax(s),  z = Σ a h
-// h, the weights and grad_pooled are fp32, fp64 or bf16 of one type, with any strides; sums, scores and the gradients of the
-// weights are fp32 (fp64 for fp64).
+// h, the weights and grad_pooled are fp32, fp64 or bf16 of one type, with any strides; sums, scores and the gradients
+// of the weights are fp32 (fp64 for fp64).
 //
-// All bags' instances are one row of numbers, cut into chunks whatever the bags; segments are the bags' shares of chunks.
-// Chunks, superblocks and the order of every sum depend on the shapes and on the mask alone, so results do not depend on
-// threads. Extra memory, T instances: forward, packed weights and T · K · D / 64 for the segments' shares of z; backward,
-// weights packed twice, dp of one superblock (4 MiB, at least one chunk) and T · K of dots.
+// All bags' instances are one row of numbers, cut into chunks whatever the bags; segments are the bags' shares of
+// chunks. Chunks, superblocks and the order of every sum depend on the shapes and on the mask alone, so results do not
+// depend on threads. Extra memory, T instances: forward, packed weights and T · K · D / 64 for the segments' shares of
+// z; backward, weights packed twice, dp of one superblock (4 MiB, at least one chunk) and 2 · T · K of attention and
+// dots.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -205,15 +206,17 @@ void pack_small(const Inputs& in, const Pool<E, T>& p, const PoolKernel<E, T>& k
   }
   const Matrix<E> w = matrix<E>(in.w_weight);
   for (int64_t k = 0; k < p.K; ++k) {
-    for (int64_t l = 0; l < p.units; ++l) p.w[k * p.units + l] = l < p.L ? convert<T>(w.at[k * w.row + l * w.col]) : T(0);
-    p.w_bias[k] = in.w_bias ? convert<T>(static_cast<const E*>(in.w_bias->const_data_ptr())[k * in.w_bias->stride(0)]) : T(0);
+    for (int64_t l = 0; l < p.units; ++l)
+      p.w[k * p.units + l] = l < p.L ? convert<T>(w.at[k * w.row + l * w.col]) : T(0);
+    p.w_bias[k] =
+        in.w_bias ? convert<T>(static_cast<const E*>(in.w_bias->const_data_ptr())[k * in.w_bias->stride(0)]) : T(0);
   }
 }
 
-// Softmax over a bag from its segments' parts: calls add(segment, exp(its max - bag's max)) in order, and gives the bag's
-// max (0 for -Inf, as in the kernels) and sum.
+// Softmax over a bag from its segments' parts: calls add(segment, exp(its max - bag's max)) in order, and gives the
+// bag's sum.
 template <typename E, typename T, typename F>
-std::pair<T, double> join(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t k, const F& add) {
+double join(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t k, const F& add) {
   T most = -std::numeric_limits<T>::infinity();
   for (int64_t s = begin; s < end; ++s) most = std::max(most, p.part_max[s * p.K + k]);
   if (most == -std::numeric_limits<T>::infinity()) most = 0;
@@ -225,7 +228,7 @@ std::pair<T, double> join(const Pool<E, T>& p, int64_t begin, int64_t end, int64
     sum += scale * p.part_sum[s * p.K + k];
     add(s, scale);
   }
-  return {most, sum};
+  return sum;
 }
 
 // First segment of every bag, and one past the last.
@@ -263,7 +266,8 @@ std::tuple<Tensor, Tensor> forward(const Inputs& in, ScalarType sums) {
   arena.allocate();
 
   pack_small(in, p, kernel);
-  for_each_task(chunks.count > 0 ? panels_of(p, kernel) : 0, [&](int64_t panel, int64_t) { kernel.pack_projection(p, panel); });
+  for_each_task(chunks.count > 0 ? panels_of(p, kernel) : 0,
+                [&](int64_t panel, int64_t) { kernel.pack_projection(p, panel); });
   for_each_task(chunks.count, [&](int64_t chunk, int64_t worker) {
     kernel.forward(p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], scratch + worker * scratch_bytes);
   });
@@ -275,12 +279,13 @@ std::tuple<Tensor, Tensor> forward(const Inputs& in, ScalarType sums) {
     const int64_t bag = task / blocks / p.K, k = task / blocks % p.K, d0 = task % blocks * 256;
     const int64_t columns = std::min<int64_t>(256, p.D - d0);
     double z[256] = {};
-    const auto [most, sum] = join(p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) {
+    const double sum = join(p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) {
       const T* part = p.part_pooled + (s * p.K + k) * p.D + d0;
       for (int64_t d = 0; d < columns; ++d) z[d] += scale * part[d];
     });
     const bool empty = first[bag] == first[bag + 1];
-    for (int64_t d = 0; d < columns; ++d) out[(bag * p.K + k) * p.D + d0 + d] = convert<E>(static_cast<T>(empty ? 0 : z[d] / sum));
+    for (int64_t d = 0; d < columns; ++d)
+      out[(bag * p.K + k) * p.D + d0 + d] = convert<E>(static_cast<T>(empty ? 0 : z[d] / sum));
   };
   // Joining one block takes about 256 additions for every segment of its bag.
   const int64_t grain = 1 + (int64_t{1} << 17) * std::max<int64_t>(p.bags, 1) / (256 * (segments + 1));
@@ -295,13 +300,14 @@ enum Gradient { kH, kVWeight, kVBias, kUWeight, kUBias, kWWeight, kWBias };
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename E, typename T>
-Gradients backward(
-    const Optional& grad_pooled, const Optional& grad_scores, const Inputs& in, const Tensor& scores, int64_t needs, ScalarType sums) {
+Gradients backward(const Optional& grad_pooled, const Optional& grad_scores, const Inputs& in, const Tensor& scores,
+                   int64_t needs, ScalarType sums) {
   const PoolKernel<E, T>& kernel = kernel_of(E{}, T{});
   const Bags bags = bags_of(in);
   const Chunks chunks(bags);
   Pool<E, T> p = describe<E, T>(in, bags, chunks, kernel);
-  const bool given[] = {true, true, in.v_bias.has_value(), in.u_weight.has_value(), in.u_bias.has_value(), true, in.w_bias.has_value()};
+  const bool given[] = {
+      true, true, in.v_bias.has_value(), in.u_weight.has_value(), in.u_bias.has_value(), true, in.w_bias.has_value()};
   const auto need = [&](Gradient which) { return given[which] && (needs >> which & 1) != 0; };
   const auto grad = [&](Gradient which, std::initializer_list<int64_t> sizes, bool h = false) {
     if (!need(which)) return torch::stable::new_empty(in.h, {0});
@@ -327,14 +333,14 @@ Gradients backward(
   const int64_t panels = round_up(p.D, kernel.panel) / kernel.panel, columns = panels * kernel.panel;
   const int64_t segments = chunks.segments.size(), scratch_bytes = round_up(kernel.chunk_scratch(p), 64);
   const int64_t dp_row_bytes = p.branches * p.units * sizeof(T);
-  const int64_t chunks_per_block =
-      std::max<int64_t>(1, std::min<int64_t>(chunks.count, kDpBytes / std::max<int64_t>(1, dp_row_bytes * chunks.size)));
+  const int64_t chunks_per_block = std::max<int64_t>(
+      1, std::min<int64_t>(chunks.count, kDpBytes / std::max<int64_t>(1, dp_row_bytes * chunks.size)));
   const int64_t block_rows = chunks_per_block * chunks.size, part_row = (2 + p.K) * p.units + p.K;
   p.dp_block = block_rows * kDpUnits + 16;  // a power of two would crowd the cache
 
   Arena arena;
   reserve_weights(arena, p, kernel);
-  T *grad_pooled_rows, *bag_max, *bag_sum, *bag_dot, *weight_scratch;
+  T *grad_pooled_rows, *part_scale, *bag_dot, *weight_scratch;
   char* scratch;
   const int64_t workers = torch::stable::get_num_threads();
   if (need(kH)) arena.reserve(p.columns, p.branches * p.units * columns);
@@ -342,16 +348,16 @@ Gradients backward(
   arena.reserve(p.part_max, segments * p.K);
   arena.reserve(p.part_sum, segments * p.K);
   arena.reserve(p.part_dot, segments * p.K);
-  arena.reserve(bag_max, p.bags * p.K);
-  arena.reserve(bag_sum, p.bags * p.K);
+  arena.reserve(part_scale, segments * p.K);
   arena.reserve(bag_dot, p.bags * p.K);
   arena.reserve(p.dots, grad_pooled ? bags.total * p.K : 0);
+  arena.reserve(p.attention, grad_pooled ? bags.total * p.K : 0);
   arena.reserve(p.dp, p.branches * p.units / kDpUnits * p.dp_block);
   arena.reserve(p.part_grads, chunks_per_block * part_row);
   arena.reserve(scratch, scratch_bytes * workers);
   arena.reserve(weight_scratch, kernel.weight_scratch * workers);
   arena.allocate();
-  p.bag_max = bag_max, p.bag_sum = bag_sum, p.bag_dot = bag_dot;
+  p.part_scale = part_scale, p.bag_dot = bag_dot;
 
   pack_small(in, p, kernel);
   const int64_t projections = chunks.count > 0 ? panels_of(p, kernel) : 0;
@@ -364,7 +370,8 @@ Gradients backward(
   });
   if (grad_pooled) {
     const E* from = static_cast<const E*>(grad_pooled->const_data_ptr());
-    const int64_t stride_b = grad_pooled->stride(0), stride_k = grad_pooled->stride(1), stride_d = grad_pooled->stride(2);
+    const int64_t stride_b = grad_pooled->stride(0), stride_k = grad_pooled->stride(1),
+                  stride_d = grad_pooled->stride(2);
     for (int64_t row = 0; row < p.bags * p.K; ++row) {
       for (int64_t d = 0; d < columns; ++d) {
         grad_pooled_rows[row * columns + d] =
@@ -379,44 +386,46 @@ Gradients backward(
     for (int64_t bag = 0; bag < p.bags; ++bag) {
       for (int64_t k = 0; k < p.K; ++k) {
         double dot = 0;
-        const auto [most, sum] = join(
-            p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) { dot += scale * p.part_dot[s * p.K + k]; });
-        const int64_t at = bag * p.K + k;
-        bag_max[at] = most, bag_sum[at] = static_cast<T>(sum), bag_dot[at] = static_cast<T>(dot / sum);
+        const double sum = join(p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) {
+          dot += scale * p.part_dot[s * p.K + k];
+          part_scale[s * p.K + k] = static_cast<T>(scale);
+        });
+        for (int64_t s = first[bag]; s < first[bag + 1]; ++s) part_scale[s * p.K + k] /= sum;
+        bag_dot[bag * p.K + k] = static_cast<T>(dot / sum);
       }
     }
   }
 
+  // Sums over all instances of terms of either sign: in double, or what cancels would leave the rounding of what was
+  // there.
+  std::vector<double> totals(part_row);
   for (int64_t begin = 0; begin < chunks.count; begin += chunks_per_block) {
     const int64_t end = std::min(chunks.count, begin + chunks_per_block), first = begin * chunks.size;
     const int64_t rows = std::min(bags.total, end * chunks.size) - first;
     for_each_task(end - begin, [&](int64_t task, int64_t worker) {
       const int64_t chunk = begin + task;
-      kernel.backward(
-          p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], first, task, scratch + worker * scratch_bytes);
+      kernel.backward(p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], first, task,
+                      scratch + worker * scratch_bytes);
     });
     for (int64_t part = 0; part < end - begin; ++part) {
-      const T* from = p.part_grads + part * part_row;
-      const auto add = [&](Gradient which, const Tensor& to, int64_t row, int64_t count, const T* values) {
-        if (!need(which)) return;
-        T* sum = data(to) + row * count;
-        for (int64_t l = 0; l < count; ++l) sum[l] += values[l];
-      };
-      add(kVBias, grad_v_bias, 0, p.L, from);
-      add(kUBias, grad_u_bias, 0, p.L, from + p.units);
-      for (int64_t k = 0; k < p.K; ++k) add(kWWeight, grad_w, k, p.L, from + (2 + k) * p.units);
-      add(kWBias, grad_w_bias, 0, p.K, from + (2 + p.K) * p.units);
+      for (int64_t i = 0; i < part_row; ++i) totals[i] += p.part_grads[part * part_row + i];
     }
     const int64_t groups = (p.L + kUnitGroup - 1) / kUnitGroup, across = (panels + kPanelGroup - 1) / kPanelGroup;
     const bool branch_needed[] = {need(kVWeight), need(kUWeight)};
     for_each_task(2 * groups * across, [&](int64_t task, int64_t worker) {
       const int64_t branch = task / across / groups;
       if (!branch_needed[branch]) return;
-      kernel.weight(
-          p, first, rows, branch, task / across % groups * kUnitGroup, task % across * kPanelGroup, data(branch ? grad_u : grad_v),
-          weight_scratch + worker * kernel.weight_scratch);
+      kernel.weight(p, first, rows, branch, task / across % groups * kUnitGroup, task % across * kPanelGroup,
+                    data(branch ? grad_u : grad_v), weight_scratch + worker * kernel.weight_scratch);
     });
   }
+  const auto total = [&](Gradient which, const Tensor& to, int64_t row, int64_t count, int64_t from) {
+    if (need(which)) std::copy_n(totals.begin() + from, count, data(to) + row * count);
+  };
+  total(kVBias, grad_v_bias, 0, p.L, 0);
+  total(kUBias, grad_u_bias, 0, p.L, p.units);
+  for (int64_t k = 0; k < p.K; ++k) total(kWWeight, grad_w, k, p.L, (2 + k) * p.units);
+  total(kWBias, grad_w_bias, 0, p.K, (2 + p.K) * p.units);
   return {grad_h, grad_v, grad_v_bias, grad_u, grad_u_bias, grad_w, grad_w_bias};
 }
 
@@ -468,10 +477,11 @@ std::tuple<Tensor, Tensor> gated_attention_pool_cpu(
   }
 }
 
-Gradients gated_attention_pool_backward_cpu(
-    const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h, const Tensor& v_weight, const Optional& v_bias,
-    const Optional& u_weight, const Optional& u_bias, const Tensor& w_weight, const Optional& w_bias, const Optional& mask,
-    const Optional& cu_seqlens, const Tensor& scores, int64_t needs) {
+Gradients gated_attention_pool_backward_cpu(const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h,
+                                            const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight,
+                                            const Optional& u_bias, const Tensor& w_weight, const Optional& w_bias,
+                                            const Optional& mask, const Optional& cu_seqlens, const Tensor& scores,
+                                            int64_t needs) {
   const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens};
   check(in);
   const ScalarType sums = h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -481,13 +491,12 @@ Gradients gated_attention_pool_backward_cpu(
           scores.numel() == h.numel() / std::max<int64_t>(h.size(h.dim() - 1), 1) * K,
       "scores must be the forward's");
   STD_TORCH_CHECK(
-      !grad_pooled || (grad_pooled->is_cpu() && grad_pooled->scalar_type() == h.scalar_type() && grad_pooled->dim() == 3 &&
-                       grad_pooled->size(0) == bags && grad_pooled->size(1) == K),
+      !grad_pooled || (grad_pooled->is_cpu() && grad_pooled->scalar_type() == h.scalar_type() &&
+                       grad_pooled->dim() == 3 && grad_pooled->size(0) == bags && grad_pooled->size(1) == K),
       "grad_pooled must have pooled's shape and dtype");
-  STD_TORCH_CHECK(
-      !grad_scores || (grad_scores->is_cpu() && grad_scores->scalar_type() == sums && grad_scores->dim() == scores.dim() &&
-                       grad_scores->numel() == scores.numel()),
-      "grad_scores must have scores' shape and dtype");
+  STD_TORCH_CHECK(!grad_scores || (grad_scores->is_cpu() && grad_scores->scalar_type() == sums &&
+                                   grad_scores->dim() == scores.dim() && grad_scores->numel() == scores.numel()),
+                  "grad_scores must have scores' shape and dtype");
   switch (h.scalar_type()) {
     case ScalarType::Double: return backward<double, double>(grad_pooled, grad_scores, in, scores, needs, sums);
     case ScalarType::Float: return backward<float, float>(grad_pooled, grad_scores, in, scores, needs, sums);

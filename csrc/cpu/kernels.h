@@ -13,6 +13,10 @@ struct Kernels {
   PoolKernel<float, float> pool_float;
   PoolKernel<double, double> pool_double;
   PoolKernel<uint16_t, float> pool_bf16;
+  // FLOPs of that many steps of independent multiply-adds in registers (multiply_add.h).
+  double (*multiply_add_float)(int64_t steps);
+  double (*multiply_add_double)(int64_t steps);
+  double (*multiply_add_bf16)(int64_t steps);
 };
 
 const Kernels& kernels(Isa isa);

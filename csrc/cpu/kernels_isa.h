@@ -3,6 +3,7 @@
 // it through an inline function that the linker picks.
 #include "affinity_kernel.h"
 #include "kernels.h"
+#include "multiply_add.h"
 #include "pool_kernel.h"
 
 namespace ercn::ERCN_ISA {
@@ -19,6 +20,13 @@ const Kernels& kernels() {
       pool_kernel<float, float>(),
       pool_kernel<double, double>(),
       pool_kernel<uint16_t, float>(),
+      multiply_add<float>,
+      multiply_add<double>,
+#if defined(ERCN_AVX512_BF16)
+      multiply_add_bf16,
+#else
+      nullptr,
+#endif
   };
   return table;
 }

@@ -22,9 +22,10 @@ struct Segment {
   int64_t first, rows, bag;
 };
 
-// One call. h holds E (float, double, or bfloat16 as uint16_t), sums are T. Instances are numbered over all bags; `real`,
-// if not null, lists those that the mask keeps, and all else speaks of places in that list: masked ones are never read.
-// Instance i lies at h[i / N * stride_b + i % N * stride_n]; its score at scores[i / N * K * N + k * N + i % N].
+// One call. h holds E (float, double, or bfloat16 as uint16_t), sums are T. Instances are numbered over all bags;
+// `real`, if not null, lists those that the mask keeps, and all else speaks of places in that list: masked ones are
+// never read. Instance i lies at h[i / N * stride_b + i % N * stride_n]; its score at scores[i / N * K * N + k * N + i
+// % N].
 template <typename E, typename T>
 struct Pool {
   const E* h;
@@ -35,7 +36,8 @@ struct Pool {
   int64_t units;     // L rounded up to whole panels; what pads it is 0
   Matrix<E> v, u;    // [L, D]
 
-  // Packed by the kernel. A panel of projections has two vectors of hidden units: V's and U's of the same units, or V's.
+  // Packed by the kernel. A panel of projections has two vectors of hidden units: V's and U's of the same units, or
+  // V's.
   void* projections;  // [units · branches / (2 · lanes), D rounded up to even, 2, lanes]
   T* columns;         // backward: [D rounded up / panel, branches · units, panel]
   T* biases;          // [units · branches / (2 · lanes), 2, lanes]
@@ -51,8 +53,11 @@ struct Pool {
   const T* grad_pooled;  // [bags, K, D rounded up to panels], or null
   const T* grad_scores;  // with the strides of a bag, a head, an instance; or null
   int64_t grad_scores_b, grad_scores_k, grad_scores_n;
-  T* dots;                                // [instances, K], ĝ·h
-  const T *bag_max, *bag_sum, *bag_dot;  // [bags, K]
+  T* dots;                     // [instances, K], ĝ·h
+  // [instances, K]: exp(s − the segment's max), then times part_scale. The same numbers make bag_dot and the gradients,
+  // so that their errors cancel as the gradients do.
+  T* attention;
+  const T *part_scale, *bag_dot;  // [segments, K], [bags, K]
   T* dp;                                  // [branches · units / 8, instances of a superblock, 8], dp_block apart
   int64_t dp_block;
   T* part_grads;  // per chunk of a superblock: [2 + K, units] of v_bias, u_bias, w, then [K] of w_bias
@@ -74,11 +79,11 @@ struct PoolKernel {
   void (*dots)(const Pool<E, T>& pool, int64_t begin, int64_t end, void* scratch);
   // dp of a superblock that begins at instance dp_first, part_grads number `part`, and grad_h.
   void (*backward)(const Pool<E, T>& pool, int64_t begin, int64_t end, int64_t dp_first, int64_t part, void* scratch);
-  // grad[l, d] += Σ_i dp[i - first, unit + l] h[i, d] over the superblock's `rows` instances, hidden units [unit, unit + kUnitGroup) of a
-  // branch and kPanelGroup panels of channels. scratch: weight_scratch elements of T.
+  // grad[l, d] += Σ_i dp[i - first, unit + l] h[i, d] over the superblock's `rows` instances, hidden units [unit, unit
+  // + kUnitGroup) of a branch and kPanelGroup panels of channels. scratch: weight_scratch elements of T.
   int64_t weight_scratch;
-  void (*weight)(
-      const Pool<E, T>& pool, int64_t first, int64_t rows, int64_t branch, int64_t unit, int64_t panel, T* grad, T* scratch);
+  void (*weight)(const Pool<E, T>& pool, int64_t first, int64_t rows, int64_t branch, int64_t unit, int64_t panel,
+                 T* grad, T* scratch);
 };
 
 }  // namespace ercn

@@ -1,6 +1,7 @@
 #pragma once
 // Gated attention pooling for one instruction set (see pool.h and simd.h).
-// Padded hidden units are selected away, never multiplied by 0, and channels are not padded where h is read: 0 · Inf = NaN.
+// Padded hidden units are selected away, never multiplied by 0, and channels are not padded where h is read: 0 · Inf =
+// NaN.
 #include <utility>
 
 #include "activations.h"
@@ -148,7 +149,8 @@ ERCN_INLINE int64_t run_length(const Pool<E, T>& p, int64_t r, int64_t limit) {
 
 // Channels [d, d + columns) of instances [r, r + rows).
 template <typename E, typename T, typename To>
-ERCN_INLINE void gather(const Pool<E, T>& p, int64_t r, int64_t rows, int64_t d, int64_t columns, To* to, int64_t to_row) {
+ERCN_INLINE void gather(const Pool<E, T>& p, int64_t r, int64_t rows, int64_t d, int64_t columns, To* to,
+                        int64_t to_row) {
   for (int64_t n = 0; n < rows;) {
     const int64_t run = run_length(p, r + n, rows - n);
     const E* from = row_of(p, instance(p, r + n)) + d * p.stride_d;
@@ -187,7 +189,8 @@ int64_t chunk_scratch(const Pool<E, T>& p) {
 
 // Instances [r, r + rows) with channels side by side: in place where they lie so, otherwise copied.
 template <typename E, typename T>
-ERCN_INLINE Matrix<Operand<E, T>> operand(const Pool<E, T>& p, int64_t r, int64_t rows, const ChunkScratch<E, T>& scratch) {
+ERCN_INLINE Matrix<Operand<E, T>> operand(const Pool<E, T>& p, int64_t r, int64_t rows,
+                                          const ChunkScratch<E, T>& scratch) {
   using X = Operand<E, T>;
   if constexpr (sizeof(X) == sizeof(E)) {
     if (p.stride_d == 1 && p.D == operand_depth(p) && run_length(p, r, rows) == rows) {
@@ -217,7 +220,8 @@ void pack_projection(const Pool<E, T>& p, int64_t panel) {
     if constexpr (sizeof(X) == 2) {  // [depth / 2, 2, n, 2]
       for (int64_t l = 0; l < n; ++l) {
         for (int64_t d = 0; d < depth; ++d) {
-          to[((d / 2 * 2 + branch) * n + l) * 2 + d % 2] = l < units && d < p.D ? from[l * weight.row + d * weight.col] : 0;
+          to[((d / 2 * 2 + branch) * n + l) * 2 + d % 2] =
+              l < units && d < p.D ? from[l * weight.row + d * weight.col] : 0;
         }
       }
     } else {
@@ -251,7 +255,8 @@ ERCN_INLINE void project(Matrix<uint16_t> x, const uint16_t* panel, int64_t dept
 
 // Calls use(m, sums) for every row m of the chunk with its two vectors of one panel, biases added.
 template <int ROWS, typename X, typename T, typename F>
-ERCN_INLINE void project_rows(Matrix<X> x, int64_t& m, int64_t rows, const X* panel, const T* bias, int64_t depth, const F& use) {
+ERCN_INLINE void project_rows(Matrix<X> x, int64_t& m, int64_t rows, const X* panel, const T* bias, int64_t depth,
+                              const F& use) {
   for (; m + ROWS <= rows; m += ROWS) {
     Vec<T> sum[ROWS][2];
     ERCN_UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -368,8 +373,8 @@ void forward(const Pool<E, T>& p, int64_t begin, int64_t end, void* memory) {
       p.part_max[s * p.K + k] = largest(e, segment.rows, p.K, shift);
       for (int64_t m = 0; m < segment.rows; ++m) sum += e[m * p.K] = exponential(e[m * p.K] - shift);
       p.part_sum[s * p.K + k] = sum;
-      weighted_sum(
-          e, p.K, Matrix<Operand<E, T>>{x.at + skip * x.row, x.row, 1}, segment.rows, p.D, p.part_pooled + (s * p.K + k) * p.D);
+      weighted_sum(e, p.K, Matrix<Operand<E, T>>{x.at + skip * x.row, x.row, 1}, segment.rows, p.D,
+                   p.part_pooled + (s * p.K + k) * p.D);
     }
   }
 }
@@ -410,17 +415,19 @@ void dots(const Pool<E, T>& p, int64_t begin, int64_t end, void* memory) {
     for (int64_t k = 0; k < p.K; ++k) {
       T* e = scratch.attention;
       for (int64_t m = 0; m < count; ++m) e[m] = score_of(p, instance(p, first + m), k);
-      T shift, sum = 0, sum_dot = 0;
+      T shift;
+      double sum = 0, sum_dot = 0;  // what is wrong with Σ a (ĝ·h) is wrong with every instance alike, and adds up
       p.part_max[s * p.K + k] = largest(e, count, 1, shift);
       for (int64_t m = 0; m < count; ++m) {
         const T product = dot(x.at + (first - start + m) * x.row, p.grad_pooled + (bag * p.K + k) * columns, p.D);
         const T weight = exponential(e[m] - shift);
         p.dots[(first + m) * p.K + k] = product;
+        p.attention[(first + m) * p.K + k] = weight;
         sum += weight;
         sum_dot += weight * product;
       }
-      p.part_sum[s * p.K + k] = sum;
-      p.part_dot[s * p.K + k] = sum_dot;
+      p.part_sum[s * p.K + k] = static_cast<T>(sum);
+      p.part_dot[s * p.K + k] = static_cast<T>(sum_dot);
     }
   }
 }
@@ -441,7 +448,8 @@ ERCN_INLINE void store_dp(const Pool<E, T>& p, int64_t branch, int64_t unit, int
 
 // dp from row dp_row on, and the chunk's sums for the biases and w, from ds [rows, K].
 template <bool GATED, typename E, typename T>
-ERCN_INLINE void project_backward(const Pool<E, T>& p, Matrix<Operand<E, T>> x, int64_t rows, const T* ds, int64_t dp_row, T* parts) {
+ERCN_INLINE void project_backward(const Pool<E, T>& p, Matrix<Operand<E, T>> x, int64_t rows, const T* ds,
+                                  int64_t dp_row, T* parts) {
   using X = Operand<E, T>;
   constexpr int64_t n = kLanes<T>, units = GATED ? n : 2 * n;
   const int64_t depth = operand_depth(p);
@@ -498,8 +506,8 @@ void pack_columns(const Pool<E, T>& p, int64_t panel) {
 
 // grad_h[m] = dp[m] [V; U] + Σ_k a[m, k] ĝ_k, ĝ of m's bag at grads[m].
 template <int ROWS, typename E, typename T>
-ERCN_INLINE void input_rows(
-    const Pool<E, T>& p, int64_t& m, int64_t rows, int64_t panel, int64_t dp_row, const T* a, const T* const* grads, E* const* to) {
+ERCN_INLINE void input_rows(const Pool<E, T>& p, int64_t& m, int64_t rows, int64_t panel, int64_t dp_row, const T* a,
+                            const T* const* grads, E* const* to) {
   constexpr int64_t n = kColumns<T>, lanes = kLanes<T>;
   const int64_t d = panel * n, columns = p.D - d < n ? p.D - d : n, depth = p.branches * p.units;
   const T* weights = p.columns + panel * depth * n;
@@ -518,7 +526,8 @@ ERCN_INLINE void input_rows(
         for (int64_t k = 0; k < p.K; ++k) {
           ERCN_UNROLL for (int v = 0; v < kVecs; ++v) {
             T* at = rested[r] + v * lanes;
-            store(at, load<Vec<T>>(at) + a[(m + r) * p.K + k] * load<Vec<T>>(grads[m + r] + k * padded_columns<T>(p.D) + d + v * lanes));
+            store(at, load<Vec<T>>(at) + a[(m + r) * p.K + k] *
+                                             load<Vec<T>>(grads[m + r] + k * padded_columns<T>(p.D) + d + v * lanes));
           }
         }
       }
@@ -537,12 +546,10 @@ void backward(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t dp_first,
   const ChunkScratch<E, T> scratch(p, memory);
   const int64_t start = p.segments[begin].first, rows = p.segments[end - 1].first + p.segments[end - 1].rows - start;
   const auto x = operand(p, start, rows, scratch);
-  T *ds = scratch.grad_scores, *a = scratch.attention;
+  T *ds = scratch.grad_scores, *a = p.attention + start * p.K;
   T* parts = p.part_grads + part * ((2 + p.K) * p.units + p.K);
-  T* sum_ds = parts + (2 + p.K) * p.units;
   const T* grads[kMaxChunk];
   E* to[kMaxChunk];
-  for (int64_t k = 0; k < p.K; ++k) sum_ds[k] = 0;
   for (int64_t s = begin; s < end; ++s) {
     const auto [first, count, bag] = p.segments[s];
     for (int64_t r = first; r < first + count; ++r) {
@@ -552,17 +559,20 @@ void backward(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t dp_first,
       for (int64_t k = 0; k < p.K; ++k) {
         T sum = 0;
         if (p.grad_pooled) {
-          const int64_t at = bag * p.K + k;
-          a[m * p.K + k] = exponential(score_of(p, i, k) - p.bag_max[at]) / p.bag_sum[at];
-          sum = a[m * p.K + k] * (p.dots[r * p.K + k] - p.bag_dot[at]);
+          a[m * p.K + k] *= p.part_scale[s * p.K + k];
+          sum = a[m * p.K + k] * (p.dots[r * p.K + k] - p.bag_dot[bag * p.K + k]);
         }
         if (p.grad_scores) {
           sum += p.grad_scores[i / p.N * p.grad_scores_b + k * p.grad_scores_k + i % p.N * p.grad_scores_n];
         }
         ds[m * p.K + k] = sum;
-        sum_ds[k] += sum;
       }
     }
+  }
+  for (int64_t k = 0; k < p.K; ++k) {
+    double sum = 0;
+    for (int64_t m = 0; m < rows; ++m) sum += ds[m * p.K + k];
+    parts[(2 + p.K) * p.units + k] = static_cast<T>(sum);
   }
   if (p.branches == 2) {
     project_backward<true>(p, x, rows, ds, start - dp_first, parts);
@@ -585,8 +595,8 @@ template <typename T>
 constexpr int64_t kGroupRow = kGroupColumns<T> + 64 / sizeof(T);
 
 template <typename E, typename T>
-void weight(
-    const Pool<E, T>& p, int64_t first, int64_t rows, int64_t branch, int64_t unit, int64_t panel, T* grad, T* scratch) {
+void weight(const Pool<E, T>& p, int64_t first, int64_t rows, int64_t branch, int64_t unit, int64_t panel, T* grad,
+            T* scratch) {
   constexpr int64_t n = kColumns<T>, row = kGroupRow<T>;
   const int64_t units = p.units - unit < kUnitGroup ? p.units - unit : kUnitGroup;
   const int64_t d = panel * n, columns = p.D - d < kGroupColumns<T> ? p.D - d : kGroupColumns<T>;

@@ -1,8 +1,9 @@
 // ReLU affinity on the CPU, registered as ercn_native::relu_affinity_cpu and …_backward_cpu (LibTorch stable ABI).
 //   Y = V · A,  A = relu(FᵀF);   dV = G · A;   dF = F · W,  W = 1[FᵀF > 0] ⊙ (VᵀG + GᵀV)
-// V, G [B, C, N] in fp32 or fp64; F [B, D, N] in that type, or bf16 beside fp32; any strides. A and W are symmetric: only
-// blocks on one side of the diagonal are formed, and each serves its rows and its columns. schedule.h says why the result
-// does not depend on threads. Extra memory: packed copies of the inputs and the outputs' sums, O(B · N · (C + D)).
+// V, G [B, C, N] in fp32 or fp64; F [B, D, N] in that type, or bf16 beside fp32; any strides. A and W are symmetric:
+// only blocks on one side of the diagonal are formed, and each serves its rows and its columns. schedule.h says why the
+// result does not depend on threads. Extra memory: packed copies of the inputs and the outputs' sums, O(B · N · (C +
+// D)).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -37,7 +38,8 @@ void for_each_block(int64_t B, int64_t N, const F& body) {
   });
 }
 
-// Visits rows [r0, r0 + R) of pixels [n0, n0 + count) of image b as body(r - r0, n - n0, value), in the order of memory.
+// Visits rows [r0, r0 + R) of pixels [n0, n0 + count) of image b as body(r - r0, n - n0, value), in the order of
+// memory.
 template <typename T, typename F>
 void visit(const Tensor& source, int64_t b, int64_t r0, int64_t R, int64_t n0, int64_t count, const F& body) {
   const int64_t stride_r = source.stride(1), stride_n = source.stride(2);
@@ -54,8 +56,8 @@ void visit(const Tensor& source, int64_t b, int64_t r0, int64_t R, int64_t n0, i
   }
 }
 
-// source [B, R, N] -> rows [r0, r0 + R) of panels [B, padded N / panel, rows / SIDE, panel, SIDE]: SIDE rows of a pixel lie
-// side by side. Padding pixels and later rows become zeros, which a call for those rows may overwrite.
+// source [B, R, N] -> rows [r0, r0 + R) of panels [B, padded N / panel, rows / SIDE, panel, SIDE]: SIDE rows of a pixel
+// lie side by side. Padding pixels and later rows become zeros, which a call for those rows may overwrite.
 template <typename From, int SIDE = 1, typename E>
 void pack_panels(const Tensor& source, E* to, int64_t rows, int64_t r0, int64_t panel) {
   const int64_t N = source.size(2), R = source.size(1), image = round_up(N, kBlock) * rows;
@@ -64,7 +66,8 @@ void pack_panels(const Tensor& source, E* to, int64_t rows, int64_t r0, int64_t 
       E* base = to + b * image + at * rows;
       const int64_t real = std::clamp<int64_t>(n0 + count - at, 0, panel);
       const auto row = [&](int64_t r) { return base + r / SIDE * SIDE * panel + r % SIDE; };
-      visit<From>(source, b, 0, R, at, real, [&](int64_t r, int64_t n, From x) { row(r0 + r)[n * SIDE] = convert<E>(x); });
+      visit<From>(source, b, 0, R, at, real,
+                  [&](int64_t r, int64_t n, From x) { row(r0 + r)[n * SIDE] = convert<E>(x); });
       for (int64_t r = r0; r < rows; ++r) {
         for (int64_t n = r < r0 + R ? real : 0; n < panel; ++n) row(r)[n * SIDE] = E(0);
       }
@@ -81,7 +84,8 @@ void pack_strips(const Tensor& source, T* to, int64_t rows, int64_t r0, int64_t 
     for (int64_t first = 0; first < rows; first += strip) {
       T* base = to + b * image + n0 * rows + first * kBlock + r0;
       const int64_t real = std::min(strip, R - first);
-      visit<From>(source, b, first, real, n0, count, [&](int64_t r, int64_t n, From x) { base[n * strip + r] = convert<T>(x); });
+      visit<From>(source, b, first, real, n0, count,
+                  [&](int64_t r, int64_t n, From x) { base[n * strip + r] = convert<T>(x); });
       for (int64_t n = 0; n < kBlock; ++n) {
         std::fill(base + n * strip + (n < count ? real : 0), base + (n + 1) * strip - r0, T(0));
       }
@@ -178,15 +182,16 @@ Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Te
 
 // (G · A, F · W); the first is empty where it is not needed.
 template <typename From, typename T>
-std::tuple<Tensor, Tensor> backward(
-    const AffinityKernel<T, T>& kernel, const Tensor& grad_out, const Tensor& value, const Tensor& feat, bool need_value) {
+std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Tensor& grad_out, const Tensor& value,
+                                    const Tensor& feat, bool need_value) {
   const int64_t B = feat.size(0), C = value.size(1), D = feat.size(1), N = feat.size(2), padded = round_up(N, kBlock);
   const int64_t feat_row = round_up(D, kernel.strip), out_row = round_up(C, kRowSlack), value_row = C + out_row;
   const Tensor out_feat = buffer<T>(feat, B * padded * feat_row);
   const Tensor out_rows = buffer<T>(feat, need_value ? B * padded * out_row : 0);
   if (B * N > 0) {
     const Tensor feat_panels = buffer<T>(feat, B * padded * D), feat_strips = buffer<T>(feat, B * padded * feat_row);
-    const Tensor value_rows = buffer<T>(feat, B * padded * value_row), pair_panels = buffer<T>(feat, B * padded * 2 * C);
+    const Tensor value_rows = buffer<T>(feat, B * padded * value_row),
+                 pair_panels = buffer<T>(feat, B * padded * 2 * C);
     pack_panels<From>(feat, data<T>(feat_panels), D, 0, kernel.panel);
     pack_strips<From>(feat, data<T>(feat_strips), feat_row, 0, kernel.strip);
     pack_strips<T>(value, data<T>(value_rows), value_row, 0, value_row);
@@ -198,9 +203,10 @@ std::tuple<Tensor, Tensor> backward(
     std::vector<AffinityImage<T, T>> images;
     for (int64_t b = 0; b < B; ++b) {
       const int64_t n = b * padded;
-      images.push_back({data<T>(feat_panels) + n * D, data<T>(value_rows) + n * value_row, data<T>(pair_panels) + n * 2 * C,
-                        data<T>(feat_strips) + n * feat_row, need_value ? data<T>(out_rows) + n * out_row : nullptr,
-                        data<T>(out_feat) + n * feat_row, C, D, N, value_row, out_row});
+      images.push_back({data<T>(feat_panels) + n * D, data<T>(value_rows) + n * value_row,
+                        data<T>(pair_panels) + n * 2 * C, data<T>(feat_strips) + n * feat_row,
+                        need_value ? data<T>(out_rows) + n * out_row : nullptr, data<T>(out_feat) + n * feat_row, C, D,
+                        N, value_row, out_row});
     }
     run_pairs(kernel, images);
   }

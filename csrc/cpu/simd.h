@@ -1,6 +1,7 @@
 #pragma once
 // Vectors and the register tile that every kernel is built of. Included by the kernels_<isa>.cpp files only, inside
-// which ERCN_ISA names the namespace and the macros below choose sizes; everything is inlined into that file's functions.
+// which ERCN_ISA names the namespace and the macros below choose sizes; everything is inlined into that file's
+// functions.
 #include <cstdint>
 
 #define ERCN_INLINE inline __attribute__((always_inline))
@@ -50,7 +51,8 @@ ERCN_INLINE void tile_product(
   }
 }
 
-// out[m * out_row + …] += the product above. The sum over k is formed in registers first: long sums are sums of short ones.
+// out[m * out_row + …] += the product above. The sum over k is formed in registers first: long sums are sums of short
+// ones.
 template <int ROWS, int VECS, typename V, typename T>
 ERCN_INLINE void tile_add_product(
     const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t depth, T* out, int64_t out_row) {

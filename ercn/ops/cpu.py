@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ercn.ops._extension import load as unavailable
-from ercn.ops.reference import _bags, accumulate_dtype
+from ercn.ops.reference import accumulate_dtype, bag_slices
 
 __all__ = [
     "can_run",
@@ -87,7 +87,7 @@ def gated_attention_pool_backward(
 
 def _pool_tensors(cu_seqlens: Tensor | None, h: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
     if cu_seqlens is not None:
-        _bags(cu_seqlens, h.shape[0])  # raises where they do not fit
+        bag_slices(cu_seqlens, h.shape[0])  # raises where they do not fit
     if h.dtype != torch.float16:
         return h, *weights
     return tuple(None if x is None else x.float() for x in (h, *weights))

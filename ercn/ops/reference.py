@@ -88,7 +88,7 @@ def _attention(scores: Tensor, mask: Tensor | None) -> Tensor:
     return attention if mask is None else attention.masked_fill(~mask.unsqueeze(1), 0)
 
 
-def _bags(cu_seqlens: Tensor, total: int) -> list[slice]:
+def bag_slices(cu_seqlens: Tensor, total: int) -> list[slice]:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {total} without falling; got {bounds}")
@@ -109,7 +109,7 @@ def gated_attention_pool(
     """pooled [B, K, D] in h's dtype, scores [B, K, N] (ragged: [K, T]) in the accumulation dtype."""
     weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
     if cu_seqlens is not None:
-        bags = _bags(cu_seqlens, h.shape[0])
+        bags = bag_slices(cu_seqlens, h.shape[0])
         parts = [gated_attention_pool(h[bag].unsqueeze(0), *weights, None, None) for bag in bags]
         pooled = [p for p, _ in parts]
         scores = [s[0] for _, s in parts]
@@ -164,7 +164,7 @@ def gated_attention_pool_backward(
         for x, need in zip(inputs, needs)
     ]
     if cu_seqlens is not None:
-        for i, bag in enumerate(_bags(cu_seqlens, h.shape[0])):
+        for i, bag in enumerate(bag_slices(cu_seqlens, h.shape[0])):
             parts = gated_attention_pool_backward(
                 None if grad_pooled is None else grad_pooled[i : i + 1],
                 None if grad_scores is None else grad_scores[None, :, bag],

@@ -36,21 +36,22 @@ struct ColumnSums {
 };
 
 template <typename Element>
-void sum_as(const float* parts, int64_t rows, int64_t stride, const Tensor& to, const arch::Stream& stream) {
+void sum_as(
+    const float* parts, int64_t rows, int64_t stride, int64_t columns, void* to, const arch::Stream& stream) {
   using Kernel = ColumnSums<Element>;
-  const int64_t columns = to.numel();
   arch::launch<Kernel>(
-      {parts, rows, stride, columns, static_cast<Element*>(to.mutable_data_ptr())},
-      {static_cast<int>(arch::divide_up<int64_t>(columns, 32))}, sizeof(typename Kernel::Shared), stream);
+      {parts, rows, stride, columns, static_cast<Element*>(to)}, {static_cast<int>(arch::divide_up<int64_t>(columns, 32))},
+      sizeof(typename Kernel::Shared), stream);
 }
 
 }  // namespace
 
-void column_sums(const float* parts, int64_t rows, int64_t stride, const Tensor& to, const arch::Stream& stream) {
-  switch (to.scalar_type()) {
-    case ScalarType::BFloat16: return sum_as<arch::bf16>(parts, rows, stride, to, stream);
-    case ScalarType::Half: return sum_as<arch::fp16>(parts, rows, stride, to, stream);
-    default: return sum_as<float>(parts, rows, stride, to, stream);
+void column_sums(
+    const float* parts, int64_t rows, int64_t stride, int64_t columns, void* to, Type type, const arch::Stream& stream) {
+  switch (type) {
+    case Type::kFloat: return sum_as<float>(parts, rows, stride, columns, to, stream);
+    case Type::kBf16: return sum_as<arch::bf16>(parts, rows, stride, columns, to, stream);
+    case Type::kFp16: return sum_as<arch::fp16>(parts, rows, stride, columns, to, stream);
   }
 }
 

@@ -1,11 +1,12 @@
 #pragma once
 #include <arch/launch.h>
 
-#include "library.h"
+#include "pool/problem.h"
 
 namespace ercn::pool {
 
-// to, any shape, from its partial results: to[c] = Σ parts[row, c] over `rows` rows in a fixed order, `stride` floats apart.
-void column_sums(const float* parts, int64_t rows, int64_t stride, const Tensor& to, const arch::Stream& stream);
+// to [columns] of `type` from its partial results: Σ parts[row, column] over `rows` rows `stride` floats apart, in a fixed order.
+void column_sums(
+    const float* parts, int64_t rows, int64_t stride, int64_t columns, void* to, Type type, const arch::Stream& stream);
 
 }  // namespace ercn::pool

@@ -104,21 +104,21 @@ struct CombineStatistics {
 };
 
 template <typename Element>
-void combine_as(const Problem& p, const Parts& parts, const Tensor& pooled, const arch::Stream& stream) {
+void combine_as(const Problem& p, const Parts& parts, void* pooled, const arch::Stream& stream) {
   using Kernel = Combine<Element>;
   const int64_t blocks = p.bags.count * p.K * arch::divide_up(p.D, Kernel::kChannels);
   arch::launch<Kernel>(
-      {p.bags, p.D, p.K, parts, static_cast<Element*>(pooled.mutable_data_ptr())}, {static_cast<int>(blocks)},
+      {p.bags, p.D, p.K, parts, static_cast<Element*>(pooled)}, {static_cast<int>(blocks)},
       sizeof(typename Kernel::Shared), stream);
 }
 
 }  // namespace
 
-void combine(const Problem& p, const Parts& parts, const Tensor& pooled, const arch::Stream& stream) {
-  switch (pooled.scalar_type()) {
-    case ScalarType::BFloat16: return combine_as<arch::bf16>(p, parts, pooled, stream);
-    case ScalarType::Half: return combine_as<arch::fp16>(p, parts, pooled, stream);
-    default: return combine_as<float>(p, parts, pooled, stream);
+void combine(const Problem& p, const Parts& parts, void* pooled, Type type, const arch::Stream& stream) {
+  switch (type) {
+    case Type::kFloat: return combine_as<float>(p, parts, pooled, stream);
+    case Type::kBf16: return combine_as<arch::bf16>(p, parts, pooled, stream);
+    case Type::kFp16: return combine_as<arch::fp16>(p, parts, pooled, stream);
   }
 }
 

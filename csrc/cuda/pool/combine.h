@@ -1,13 +1,12 @@
 #pragma once
 #include <arch/launch.h>
 
-#include "library.h"
 #include "pool/problem.h"
 
 namespace ercn::pool {
 
-// pooled [B, K, D] from the parts of every segment, each bag's slots in ascending order; 0 for a bag without real instances.
-void combine(const Problem& problem, const Parts& parts, const Tensor& pooled, const arch::Stream& stream);
+// pooled [B, K, D] of `type` from the parts of every segment, each bag's slots in ascending order; 0 for a bag without real instances.
+void combine(const Problem& problem, const Parts& parts, void* pooled, Type type, const arch::Stream& stream);
 
 // Of every bag and head [B, K]: the largest score (0 if none is real), Σ e (1 if none), and Σ a·q, q = ĝ·h.
 struct Statistics {

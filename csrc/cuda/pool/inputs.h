@@ -18,6 +18,11 @@ struct Inputs {
   const Optional &w_bias, &mask, &cu_seqlens;
 };
 
+inline Type type_of(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  return type == ScalarType::BFloat16 ? Type::kBf16 : type == ScalarType::Half ? Type::kFp16 : Type::kFloat;
+}
+
 // x, or a copy of it that is contiguous and begins at a multiple of 16 bytes.
 inline Tensor aligned(const Tensor& x) {
   const Tensor made = torch::stable::contiguous(x);

@@ -6,6 +6,8 @@
 
 namespace ercn::pool {
 
+enum class Type { kFloat, kBf16, kFp16 };
+
 // Sizes, the instances h [B, N, D] or [T, D] (strides in elements) and which of them are real (mask [B, N] or null).
 struct Problem {
   Bags bags;

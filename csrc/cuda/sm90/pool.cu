@@ -3,6 +3,7 @@
 
 #include "pool/column_sums.h"
 #include "pool/combine.h"
+#include "pool/scale.h"
 #include "pool/score_gradient.h"
 #include "sm90/pool_kernels.h"
 
@@ -41,17 +42,21 @@ struct Maps {
 };
 
 template <typename Function>
-auto with_maps(const pool::Problem& p, ScalarType type, const Function& function) {
-  return type == ScalarType::BFloat16 ? function(Maps<arch::bf16>{p}) : function(Maps<arch::fp16>{p});
+auto with_maps(const pool::Problem& p, pool::Type type, const Function& function) {
+  return type == pool::Type::kBf16 ? function(Maps<arch::bf16>{p}) : function(Maps<arch::fp16>{p});
 }
 
 // fp32 scratch that lives as long as the operator's call.
-float* floats(Tensor& held) { return static_cast<float*>(held.mutable_data_ptr()); }
+float* floats(const Tensor& held) { return static_cast<float*>(held.mutable_data_ptr()); }
 
 }  // namespace
 
 std::string cannot_pool(const pool::Inputs& in) {
   const Tensor& h = in.h;
+  if (const int capability = arch::compute_capability(h); capability != 90) {
+    return "the Hopper kernels of the pool need compute capability 9.0; this GPU has " + std::to_string(capability / 10) + "." +
+           std::to_string(capability % 10);
+  }
   if (!in.u_weight) return "the Hopper kernels of the pool are for gated attention; u_weight is None";
   if (h.scalar_type() != ScalarType::BFloat16 && h.scalar_type() != ScalarType::Half) {
     return "the Hopper kernels of the pool take bfloat16 and float16";
@@ -76,6 +81,7 @@ std::tuple<Tensor, Tensor> pool_forward(const pool::Inputs& in) {
   const arch::Stream stream(in.h);
   const pool::Operands operands(in);
   const pool::Problem& p = operands.problem;
+  const pool::Type type = pool::type_of(in.h);
   const int64_t slots = slot_count(p.bags);
   const Tensor pooled = empty(in.h, {p.bags.count, p.K, p.D}, in.h.scalar_type());
   Tensor scores = pool::empty_scores(in.h, p);
@@ -83,11 +89,10 @@ std::tuple<Tensor, Tensor> pool_forward(const pool::Inputs& in) {
   Tensor parts = empty(in.h, {slots, p.K, pool::pooled_width(p.D)}, ScalarType::Float);
   const pool::Parts of_segments{floats(largest), floats(sum), floats(parts)};
   if (p.bags.rows > 0) {
-    const ScalarType type = in.h.scalar_type();
     const ProductMaps maps = with_maps(p, type, [&](const auto& of) { return of.product(operands.weights); });
     pool_forward({p, operands.weights, of_segments, floats(scores), maps}, type, is_channels_first(p), stream);
   }
-  pool::combine(p, of_segments, pooled, stream);
+  pool::combine(p, of_segments, pooled.mutable_data_ptr(), type, stream);
   return {pooled, scores};
 }
 
@@ -98,17 +103,20 @@ pool::Gradients pool_backward(
   const arch::Stream stream(in.h);
   const Operands operands(in);
   const Problem& p = operands.problem;
-  const ScalarType type = in.h.scalar_type();
+  const Type type = type_of(in.h);
   const bool channels_first = is_channels_first(p);
   const int64_t slots = slot_count(p.bags), L = p.L, D = p.D, K = p.K;
   const bool given[] = {true, true, in.v_bias.has_value(), true, in.u_bias.has_value(), true, in.w_bias.has_value()};
   const auto need = [&](Gradient which) { return given[which] && (needs >> which & 1) != 0; };
   const auto grad = [&](Gradient which, std::initializer_list<int64_t> sizes) {
-    return need(which) ? empty(in.h, sizes, type) : empty(in.h, {0}, type);
+    return need(which) ? empty(in.h, sizes, in.h.scalar_type()) : empty(in.h, {0}, in.h.scalar_type());
   };
   Tensor grad_h = in.cu_seqlens ? grad(kH, {p.bags.rows, D}) : grad(kH, {p.bags.count, p.bags.n, D});
   const Gradients grads{grad_h, grad(kVWeight, {L, D}), grad(kVBias, {L}), grad(kUWeight, {L, D}),
                         grad(kUBias, {L}), grad(kWWeight, {K, L}), grad(kWBias, {K})};
+  const auto add_parts = [&](Gradient which, const float* parts, int64_t rows, int64_t stride, const Tensor& to) {
+    if (need(which)) column_sums(parts, rows, stride, to.numel(), to.mutable_data_ptr(), type, stream);
+  };
   const auto make = [&](std::initializer_list<int64_t> sizes) { return empty(in.h, sizes, ScalarType::Float); };
   if (p.bags.rows == 0) {
     std::apply([](auto... made) { (torch::stable::zero_(made), ...); }, grads);
@@ -119,13 +127,13 @@ pool::Gradients pool_backward(
   Tensor scores = torch::stable::contiguous(saved_scores), ds = pool::empty_scores(in.h, p);
   Tensor attention = grad_pooled ? pool::empty_scores(in.h, p) : make({0});
   Tensor segments = make({3, slots, K}), bags = make({3, p.bags.count, K});
-  Tensor part_ds = make({slots, K}), largest = make({type == ScalarType::Half ? slots : 0});
+  Tensor part_ds = make({slots, K}), largest = make({type == Type::kFp16 ? slots : 0});
   Tensor real = empty(in.h, {slots, 2}, ScalarType::Int);
   const Optional g = grad_pooled ? Optional(aligned(*grad_pooled)) : std::nullopt;
   const arch::TensorMap h = with_maps(p, type, [](const auto& of) { return of.instances(); });
   ScoreGradient of{floats(scores), nullptr, 0, 0, 0, {}, nullptr, floats(ds), floats(part_ds), nullptr,
                    static_cast<uint32_t*>(real.mutable_data_ptr())};
-  if (type == ScalarType::Half) of.largest = floats(largest);
+  if (type == Type::kFp16) of.largest = floats(largest);
   if (grad_scores) {
     const bool ragged = in.cu_seqlens.has_value();
     of.grad_scores = static_cast<const float*>(grad_scores->const_data_ptr());
@@ -143,7 +151,7 @@ pool::Gradients pool_backward(
     combine_statistics(p, parts, weighted, of.bags, stream);
   }
   score_gradient(p, of, stream);
-  if (need(kWBias)) column_sums(floats(part_ds), slots, K, std::get<kWBias>(grads), stream);
+  add_parts(kWBias, floats(part_ds), slots, K, std::get<kWBias>(grads));
 
   // The branches, whose gradients dP are held for a chunk of segments.
   const bool need_biases = need(kVBias) || need(kUBias), need_weights = need(kVWeight) || need(kUWeight);
@@ -156,15 +164,15 @@ pool::Gradients pool_backward(
   Tensor part_heads = parts_of(need(kWWeight), K * L), part_bias = parts_of(need_biases, 2 * L);
   const bool need_branches = need(kH) || need_weights;
   const int64_t held = std::min<int64_t>(slots, chunk_slots(L));
-  Tensor branch_grads = empty(in.h, {need_branches ? held * kSegmentRows : 0, 2 * L}, type), scale = make({2});
-  if (type == ScalarType::Half) {
-    pool_scale(floats(largest), slots, operands.weights.w, K * L, static_cast<int>(K), floats(scale), stream);
+  Tensor branch_grads = empty(in.h, {need_branches ? held * kSegmentRows : 0, 2 * L}, in.h.scalar_type()), scale = make({2});
+  if (type == Type::kFp16) {
+    branch_scale(floats(largest), slots, operands.weights.w, K * L, static_cast<int>(K), floats(scale), stream);
   }
   const WeightShares shares =
       weight_shares(need(kVWeight), need(kUWeight), static_cast<int>(L), static_cast<int>(D), held, stream.multiprocessors());
   Tensor part_weights = make({shares.splits, shares.units, D});
   const auto or_null = [](bool wanted, Tensor& x) { return wanted ? floats(x) : nullptr; };
-  const float* scale_of = or_null(type == ScalarType::Half, scale);
+  const float* scale_of = or_null(type == Type::kFp16, scale);
   BranchParams branch{p, operands.weights, floats(ds), need_branches ? branch_grads.mutable_data_ptr() : nullptr, scale_of,
                       or_null(need(kWWeight), part_heads), or_null(need_biases, part_bias), 0, 0, {}};
   RowsParams rows{p, or_null(g.has_value(), attention), g ? g->const_data_ptr() : nullptr, scale_of,
@@ -187,14 +195,12 @@ pool::Gradients pool_backward(
     if (need(kH)) pool_rows(rows, type, stream);
     if (need_weights) pool_weights(weights, type, channels_first, stream);
   }
-  if (need(kVWeight)) column_sums(floats(part_weights), shares.splits, shares.units * D, std::get<kVWeight>(grads), stream);
-  if (need(kUWeight)) {
-    column_sums(
-        floats(part_weights) + (L - shares.first_unit) * D, shares.splits, shares.units * D, std::get<kUWeight>(grads), stream);
-  }
-  if (need(kVBias)) column_sums(floats(part_bias), slots, 2 * L, std::get<kVBias>(grads), stream);
-  if (need(kUBias)) column_sums(floats(part_bias) + L, slots, 2 * L, std::get<kUBias>(grads), stream);
-  if (need(kWWeight)) column_sums(floats(part_heads), slots, K * L, std::get<kWWeight>(grads), stream);
+  const int64_t outputs = shares.units * D;
+  add_parts(kVWeight, floats(part_weights), shares.splits, outputs, std::get<kVWeight>(grads));
+  add_parts(kUWeight, floats(part_weights) + (L - shares.first_unit) * D, shares.splits, outputs, std::get<kUWeight>(grads));
+  add_parts(kVBias, floats(part_bias), slots, 2 * L, std::get<kVBias>(grads));
+  add_parts(kUBias, floats(part_bias) + L, slots, 2 * L, std::get<kUBias>(grads));
+  add_parts(kWWeight, floats(part_heads), slots, K * L, std::get<kWWeight>(grads));
   return grads;
 }
 

@@ -197,10 +197,10 @@ struct PoolBranch {
 
 }  // namespace
 
-void pool_branch(const BranchParams& p, ScalarType type, bool channels_first, const arch::Stream& stream) {
+void pool_branch(const BranchParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
   const int64_t pairs = arch::divide_up<int64_t>(p.last_slot - p.first_slot, kWarpgroups);
   const arch::Grid grid{static_cast<int>(std::min<int64_t>(pairs, stream.multiprocessors()))};
-  if (type == ScalarType::BFloat16) {
+  if (type == pool::Type::kBf16) {
     channels_first ? arch::launch<PoolBranch<arch::bf16, true>>(p, grid, sizeof(ProductShared), stream)
                    : arch::launch<PoolBranch<arch::bf16, false>>(p, grid, sizeof(ProductShared), stream);
   } else {

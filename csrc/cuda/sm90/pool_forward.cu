@@ -192,10 +192,10 @@ struct PoolForward {
 
 }  // namespace
 
-void pool_forward(const ForwardParams& p, ScalarType type, bool channels_first, const arch::Stream& stream) {
+void pool_forward(const ForwardParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
   const int64_t pairs = arch::divide_up<int64_t>(slot_count(p.problem.bags), kWarpgroups);
   const arch::Grid grid{static_cast<int>(std::min<int64_t>(pairs, stream.multiprocessors()))};
-  if (type == ScalarType::BFloat16) {
+  if (type == pool::Type::kBf16) {
     channels_first ? arch::launch<PoolForward<arch::bf16, true>>(p, grid, sizeof(ProductShared), stream)
                    : arch::launch<PoolForward<arch::bf16, false>>(p, grid, sizeof(ProductShared), stream);
   } else {

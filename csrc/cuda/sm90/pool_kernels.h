@@ -2,7 +2,6 @@
 // The pool's kernels on Hopper and what they are given.
 #include <arch/launch.h>
 
-#include "library.h"
 #include "sm90/pool_product.h"
 
 namespace ercn::sm90 {
@@ -62,14 +61,11 @@ struct WeightsParams {
   arch::TensorMap branch_grads, h;
 };
 
-void pool_forward(const ForwardParams& params, ScalarType type, bool channels_first, const arch::Stream& stream);
+void pool_forward(const ForwardParams& params, pool::Type type, bool channels_first, const arch::Stream& stream);
 
-void pool_products(const ProductsParams& params, ScalarType type, bool channels_first, const arch::Stream& stream);
-void pool_branch(const BranchParams& params, ScalarType type, bool channels_first, const arch::Stream& stream);
-void pool_rows(const RowsParams& params, ScalarType type, const arch::Stream& stream);
-void pool_weights(const WeightsParams& params, ScalarType type, bool channels_first, const arch::Stream& stream);
-
-// scale [2]: a power of two that brings dP into fp16's range, and its inverse, from the largest |ds| of every slot and w [count].
-void pool_scale(const float* largest, int64_t slots, const void* w, int64_t count, int heads, float* scale, const arch::Stream& stream);
+void pool_products(const ProductsParams& params, pool::Type type, bool channels_first, const arch::Stream& stream);
+void pool_branch(const BranchParams& params, pool::Type type, bool channels_first, const arch::Stream& stream);
+void pool_rows(const RowsParams& params, pool::Type type, const arch::Stream& stream);
+void pool_weights(const WeightsParams& params, pool::Type type, bool channels_first, const arch::Stream& stream);
 
 }  // namespace ercn::sm90

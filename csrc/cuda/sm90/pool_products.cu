@@ -161,8 +161,8 @@ void launch_as(const ProductsParams& p, const arch::Stream& stream) {
 
 }  // namespace
 
-void pool_products(const ProductsParams& p, ScalarType type, bool channels_first, const arch::Stream& stream) {
-  if (type == ScalarType::BFloat16) {
+void pool_products(const ProductsParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
+  if (type == pool::Type::kBf16) {
     channels_first ? launch_as<arch::bf16, true>(p, stream) : launch_as<arch::bf16, false>(p, stream);
   } else {
     channels_first ? launch_as<arch::fp16, true>(p, stream) : launch_as<arch::fp16, false>(p, stream);

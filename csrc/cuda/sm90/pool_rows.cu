@@ -135,8 +135,8 @@ void launch_as(const RowsParams& p, const arch::Stream& stream) {
 
 }  // namespace
 
-void pool_rows(const RowsParams& p, ScalarType type, const arch::Stream& stream) {
-  type == ScalarType::BFloat16 ? launch_as<arch::bf16>(p, stream) : launch_as<arch::fp16>(p, stream);
+void pool_rows(const RowsParams& p, pool::Type type, const arch::Stream& stream) {
+  type == pool::Type::kBf16 ? launch_as<arch::bf16>(p, stream) : launch_as<arch::fp16>(p, stream);
 }
 
 }  // namespace ercn::sm90

@@ -122,9 +122,9 @@ struct PoolWeights {
 
 }  // namespace
 
-void pool_weights(const WeightsParams& p, ScalarType type, bool channels_first, const arch::Stream& stream) {
+void pool_weights(const WeightsParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
   const arch::Grid grid{p.blocks * p.splits};
-  if (type == ScalarType::BFloat16) {
+  if (type == pool::Type::kBf16) {
     channels_first ? arch::launch<PoolWeights<arch::bf16, true>>(p, grid, sizeof(GemmShared), stream)
                    : arch::launch<PoolWeights<arch::bf16, false>>(p, grid, sizeof(GemmShared), stream);
   } else {

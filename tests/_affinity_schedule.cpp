@@ -11,15 +11,18 @@ int64_t slots(Schedule s) { return s.slots(); }
 int64_t worker(Schedule s, int64_t position) { return s.worker(position); }
 int64_t begin(Schedule s, int64_t worker) { return s.begin(worker); }
 
-// From position first on, by advance(): image, group, column, whether a group begins there, and the slot of its worker's sum.
-void walk(Schedule s, int64_t first, int64_t count, int64_t (*to)[5]) {
+// From position first on, by segments: image, group, column, whether a group begins there, and the slot of its worker's sum.
+void walk(Schedule s, int64_t first, int count, int64_t (*to)[5]) {
   Tile at = s.tile(first);
-  bool fresh = true;
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t* row = to[i];
-    row[0] = at.image, row[1] = at.group, row[2] = at.column, row[3] = fresh;
-    row[4] = s.worker(first + i) + s.ordinal(at.image, at.group);
-    fresh = s.advance(at);
+  for (int left = count; left > 0; at = s.next_group(at)) {
+    const int segment = s.segment(at, left);
+    for (int i = 0; i < segment; ++i) {
+      const int position = count - left + i;
+      int64_t* row = to[position];
+      row[0] = at.image, row[1] = at.group, row[2] = at.column + i, row[3] = i == 0;
+      row[4] = s.worker(first + position) + s.ordinal(at.image, at.group);
+    }
+    left -= segment;
   }
 }
 

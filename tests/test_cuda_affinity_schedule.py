@@ -48,7 +48,7 @@ def schedule(native, images, columns, step, workers, first_group=0, groups=None)
 def walk(native, s, first=0, count=None):
     count = native.tiles(s) - first if count is None else count
     found = np.empty((count, 5), np.int64)
-    native.walk(s, ctypes.c_int64(first), ctypes.c_int64(count), ctypes.c_void_p(found.ctypes.data))
+    native.walk(s, ctypes.c_int64(first), ctypes.c_int(count), ctypes.c_void_p(found.ctypes.data))
     return found
 
 

@@ -11,8 +11,7 @@
 namespace ercn::sm90::affinity {
 
 struct Tile {
-  int64_t image;
-  int group, column;  // column counts tiles
+  int image, group, column;  // column counts tiles
 };
 
 struct Schedule {
@@ -39,18 +38,20 @@ struct Schedule {
       (before(middle) <= rest ? low : high) = middle;
     }
     const int group = first_group + low;
-    return {image, group, first_column(group) + static_cast<int>(rest - before(low))};
+    return {static_cast<int>(image), group, first_column(group) + static_cast<int>(rest - before(low))};
   }
 
-  // The next tile of the sequence; true where it is the first one of another group.
-  ERCN_HOST_DEVICE bool advance(Tile& at) const {
-    if (++at.column < columns) return false;
-    if (++at.group == first_group + groups) {
-      at.group = first_group;
-      ++at.image;
-    }
-    at.column = first_column(at.group);
-    return true;
+  // Of `left` tiles of the sequence, those that are in the group of the first one, `at`.
+  ERCN_HOST_DEVICE int segment(const Tile& at, int left) const {
+    const int in_group = columns - at.column;
+    return left < in_group ? left : in_group;
+  }
+
+  // The first tile of the group after that of `at`.
+  ERCN_HOST_DEVICE Tile next_group(const Tile& at) const {
+    const bool last = at.group + 1 == first_group + groups;
+    const int group = last ? first_group : at.group + 1;
+    return {last ? at.image + 1 : at.image, group, first_column(group)};
   }
 
   // Positions [begin(w), begin(w + 1)) are worker w's.

@@ -163,7 +163,7 @@ pool::Gradients pool_backward(
   };
   Tensor part_heads = parts_of(need(kWWeight), K * L), part_bias = parts_of(need_biases, 2 * L);
   const bool need_branches = need(kH) || need_weights;
-  const int64_t held = std::min<int64_t>(slots, chunk_slots(L));
+  const int64_t held = std::min(slots, chunk_slots(L, stream.l2_bytes()));
   Tensor branch_grads = empty(in.h, {need_branches ? held * kSegmentRows : 0, 2 * L}, in.h.scalar_type()), scale = make({2});
   if (type == Type::kFp16) {
     branch_scale(floats(largest), slots, operands.weights.w, K * L, static_cast<int>(K), floats(scale), stream);

@@ -33,9 +33,9 @@ ERCN_HOST_DEVICE constexpr bool is_released(int slabs, int pass, int last_pass, 
 // Outputs of a block of the backward's products: 64 rows for each warpgroup, and
 constexpr int kGemmColumns = 256;
 
-// Segments whose dP, 2 L elements of 2 bytes a row, are held at a time: 16 MB, which stay in the L2 cache, and pairs of them.
-ERCN_HOST_DEVICE constexpr int64_t chunk_slots(int64_t L) {
-  const int64_t slots = (int64_t{16} << 20) / (kSegmentRows * 2 * L * 2) / kWarpgroups * kWarpgroups;
+// Segments whose dP, 2 L elements of 2 bytes a row, are held at a time, in pairs: a third of the L2 cache, where they stay.
+ERCN_HOST_DEVICE constexpr int64_t chunk_slots(int64_t L, int64_t cache_bytes) {
+  const int64_t slots = cache_bytes / 3 / (kSegmentRows * 2 * L * 2) / kWarpgroups * kWarpgroups;
   return slots < kWarpgroups ? kWarpgroups : slots;
 }
 

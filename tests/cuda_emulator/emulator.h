@@ -24,8 +24,8 @@ struct Coordinates {
 // A copy that was asked for and has not happened.
 struct Copy {
   unsigned char* to;
-  const unsigned char* from;  // nullptr: zeros
-  int bytes;
+  const unsigned char* from;
+  int bytes, width;  // zeros after the first `bytes`
 };
 
 using Action = std::function<void()>;

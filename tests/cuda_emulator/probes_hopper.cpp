@@ -144,6 +144,7 @@ const char* multiply_bf16(int n, bool registers, const bf16* a, const bf16* b, f
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 const char* set_seed(uint64_t seed) {
@@ -240,3 +241,4 @@ const char* bulk(const float* x, float* y) {
   });
 }
 }
+#pragma GCC visibility pop

@@ -21,6 +21,12 @@ ERCN_DEVICE void cp_async(void* shared, const void* global, bool valid) {
   }
 }
 
+// The first `bytes` (0 to 16) of 16, and zeros; both addresses multiples of 16.
+ERCN_DEVICE void cp_async_first(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
+
 // Closes the group of this thread's copies since the last commit.
 ERCN_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

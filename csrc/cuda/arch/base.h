@@ -6,13 +6,19 @@
 #include <arch/elements.h>
 #include <arch/host_device.h>
 
+#ifdef __CUDACC__
 #define ERCN_DEVICE __device__ __forceinline__
+#else
+#define ERCN_DEVICE inline  // in headers that the C++ compiler reads too
+#endif
 
 namespace ercn::arch {
 
 struct Grid {
   int x, y = 1, z = 1;
 };
+
+#ifdef __CUDACC__
 
 ERCN_DEVICE int thread_index() { return threadIdx.x; }
 ERCN_DEVICE int lane_index() { return threadIdx.x % 32; }
@@ -62,5 +68,7 @@ ERCN_DEVICE Vector16 load_16(const void* pointer) {
 ERCN_DEVICE void store_16(void* pointer, const Vector16& v) {
   *static_cast<uint4*>(pointer) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
 }
+
+#endif  // __CUDACC__
 
 }  // namespace ercn::arch

@@ -75,6 +75,22 @@ ERCN_DEVICE float unpack_high(uint32_t pair) {
   return to_float(Element{static_cast<uint16_t>(pair >> 16)});
 }
 
+// All bits of a half set where the element is not 0; NaN is not 0.
+template <typename Element>
+ERCN_DEVICE uint32_t nonzero_mask(uint32_t pair);
+template <>
+ERCN_DEVICE uint32_t nonzero_mask<bf16>(uint32_t pair) {
+  uint32_t mask;
+  asm("set.neu.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(pair), "r"(0));
+  return mask;
+}
+template <>
+ERCN_DEVICE uint32_t nonzero_mask<fp16>(uint32_t pair) {
+  uint32_t mask;
+  asm("set.neu.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(pair), "r"(0));
+  return mask;
+}
+
 ERCN_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 ERCN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 

@@ -30,6 +30,7 @@ class Stream {
   int device() const { return device_; }
   cudaStream_t get() const { return stream_; }
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount, device_); }
+  int l2_bytes() const { return attribute(cudaDevAttrL2CacheSize, device_); }
   // Bytes of shared memory that a block may have.
   int shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device_); }
 

@@ -6,7 +6,7 @@
 
 #include "pool/projection.h"
 #include "pool/reduce.h"
-#include "pool/weighted_sum.h"
+#include "pool/streaming.h"
 
 namespace ercn::pool {
 namespace {
@@ -15,7 +15,7 @@ template <typename Precision, bool CHANNELS_FIRST>
 struct PoolForward {
   using Element = typename Precision::Element;
   static constexpr int kThreads = 128, kMinBlocks = 2, kWarps = kThreads / 32, kHeads = 8;
-  using Stream = Streaming<Element, CHANNELS_FIRST>;
+  using Streams = Streaming<Element, CHANNELS_FIRST>;
   struct Params {
     Problem problem;
     Packed<Element> weights;
@@ -25,7 +25,7 @@ struct PoolForward {
   struct Shared {
     union {
       unsigned char stages[Projection<Precision, CHANNELS_FIRST>::kBytes];
-      typename Stream::Shared streaming;
+      typename Streams::Shared streaming;
     };
     float scores[2][kHeads][kSegmentRows];  // of either half of the columns; then e in the first
     uint32_t real[kSegmentRows / 32];
@@ -60,7 +60,7 @@ struct PoolForward {
     arch::sync_threads();
     const uint64_t real = shared.real[0] | static_cast<uint64_t>(shared.real[1]) << 32;
     const int64_t width = pooled_width(problem.D);
-    Stream::sum_rows(
+    Streams::sum_rows(
         h, real, shared.scores[0], heads, p.to.parts.pooled + (slot * problem.K + first) * width, width, shared.streaming);
   }
 

@@ -91,6 +91,19 @@ struct Tile {
   }
 };
 
+// Two neighbours, at a multiple of their size.
+template <typename Element>
+ERCN_DEVICE void store_pair(Element* to, float x, float y) {
+  if constexpr (sizeof(Element) == 4) {
+    struct alignas(8) Pair {
+      float x, y;
+    };
+    *reinterpret_cast<Pair*>(to) = {x, y};
+  } else {
+    *reinterpret_cast<uint32_t*>(to) = arch::pack<Element>(x, y);
+  }
+}
+
 // Sums of a warp: 32 rows by 64 columns. Warps are two by two.
 struct Sums {
   static constexpr int kRowTiles = 2, kColumnTiles = 8;

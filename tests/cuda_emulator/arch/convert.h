@@ -70,6 +70,11 @@ ERCN_DEVICE float unpack_high(uint32_t pair) {
   return to_float(Element{static_cast<uint16_t>(pair >> 16)});
 }
 
+template <typename Element>
+ERCN_DEVICE uint32_t nonzero_mask(uint32_t pair) {
+  return (pair & 0x7fff ? 0xffffu : 0u) | (pair & 0x7fff0000 ? 0xffff0000u : 0u);
+}
+
 ERCN_DEVICE float round_tf32(float x) {
   if (std::isnan(x) || std::isinf(x)) return x;
   return float_of((float_bits(x) + 0x1000) & 0xffffe000);

@@ -22,6 +22,7 @@ class Stream {
   Stream(const Stream&) = delete;
   int device() const { return 0; }
   int multiprocessors() const { return 4; }
+  int l2_bytes() const { return 48 << 10; }
   int shared_limit() const { return 227 << 10; }
 };
 

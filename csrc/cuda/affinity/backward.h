@@ -56,14 +56,14 @@ struct Backward {
         unsigned char* stage = stages + tile % kBackwardStages * stage_bytes;
         const int64_t column = (first + tile) * kBackwardColumns;
         for (int chunk = 0; chunk < p.chunks; ++chunk) {
-          copy_rows(stage + chunk * kColumnBytes, feat + column * stride + chunk * kRowBytes, stride, kBackwardColumns);
+          copy_rows<kBackwardColumns>(stage + chunk * kColumnBytes, feat + column * stride + chunk * kRowBytes, stride);
         }
         copy_pairs(p, stage + p.chunks * kColumnBytes, b, channel0, column);
       }
       arch::cp_async_commit();
     };
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
-      copy_rows(rows + chunk * kRowTileBytes, feat + row0 * stride + chunk * kRowBytes, stride, kBackwardRows);
+      copy_rows<kBackwardRows>(rows + chunk * kRowTileBytes, feat + row0 * stride + chunk * kRowBytes, stride);
     }
     for (int half = 0; half < kBackwardRows / 32; ++half) {
       copy_pairs(p, pair_rows + half * 2 * kPairTile, b, channel0, row0 + 32 * half);
@@ -118,8 +118,8 @@ struct Backward {
   // Value, then gradient, of 32 pixels: [32 channels] rows of 32 fp32 each.
   ERCN_DEVICE static void copy_pairs(const Params& p, unsigned char* tile, int64_t b, int channel0, int64_t pixel) {
     const int64_t from = (b * p.padded_channels + channel0) * p.padded + pixel, stride = p.padded * sizeof(float);
-    copy_rows<true>(tile, reinterpret_cast<const unsigned char*>(p.value + from), stride, kChannels);
-    copy_rows<true>(tile + kPairTile, reinterpret_cast<const unsigned char*>(p.grad + from), stride, kChannels);
+    copy_rows<kChannels, true>(tile, reinterpret_cast<const unsigned char*>(p.value + from), stride);
+    copy_rows<kChannels, true>(tile + kPairTile, reinterpret_cast<const unsigned char*>(p.grad + from), stride);
   }
 
   ERCN_DEVICE static float at(const unsigned char* tile, int channel, int pixel) {

@@ -46,9 +46,10 @@ struct Forward {
       if (step < steps) {
         const int tile = step / p.chunks, chunk = step % p.chunks, stage = step % kForwardStages;
         const int64_t column = (first + tile) * kForwardColumns;
-        copy_rows(columns + stage * kColumnChunkBytes, feat + column * stride + chunk * kRowBytes, stride, kForwardColumns);
+        copy_rows<kForwardColumns>(
+            columns + stage * kColumnChunkBytes, feat + column * stride + chunk * kRowBytes, stride);
         if (!p.resident) {
-          copy_rows(rows + stage * kRowChunkBytes, rows_from + chunk * kRowBytes, stride, kForwardRows);
+          copy_rows<kForwardRows>(rows + stage * kRowChunkBytes, rows_from + chunk * kRowBytes, stride);
         }
         if (chunk == 0) copy_terms(p, terms + tile % p.term_tiles * kTermTileBytes, b, channel0, column);
       }
@@ -56,7 +57,7 @@ struct Forward {
     };
     if (p.resident) {
       for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        copy_rows(rows + chunk * kRowChunkBytes, rows_from + chunk * kRowBytes, stride, kForwardRows);
+        copy_rows<kForwardRows>(rows + chunk * kRowChunkBytes, rows_from + chunk * kRowBytes, stride);
       }
     }
     for (int step = 0; step < kForwardStages - 1; ++step) start_copy(step);
@@ -90,15 +91,14 @@ struct Forward {
     for (int half = 0; half < 2; ++half) {
       const int64_t plane = Precision::kExact ? b : 2 * b + half;
       const unsigned char* from = p.terms + (plane * p.padded_channels + channel0) * channel_bytes + column * kBytes;
-      copy_rows<Precision::kExact>(
-          tile + half * kChannels * kRowBytes, Precision::kExact ? from + half * kRowBytes : from, channel_bytes, kChannels);
+      copy_rows<kChannels, Precision::kExact>(
+          tile + half * kChannels * kRowBytes, Precision::kExact ? from + half * kRowBytes : from, channel_bytes);
     }
   }
 
   // out += A V of one tile, for the channels that exist.
   ERCN_DEVICE static void propagate(
       float (&out)[kM][kC][4], float (&a)[kM][kN][4], const unsigned char* terms, int channels) {
-    float sum[kM][kC][4] = {};
     if constexpr (Precision::kExact) {
       const int lane = arch::lane_index();
 #pragma unroll
@@ -111,13 +111,15 @@ struct Forward {
           const float v[2] = {pair[0], pair[1]};
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
-            float factor[4];
+            float factor[4], sum[4] = {};
             as_factor(factor, a[m][n]);
-            mma_fp32<true>(sum[m][c], factor, v);
+            mma_fp32<true>(sum, factor, v);
+            for (int i = 0; i < 4; ++i) out[m][c][i] += sum[i];
           }
         }
       }
     } else {
+      float sum[kM][kC][4] = {};
 #pragma unroll
       for (int k = 0; k < kN / 2; ++k) {
         uint32_t high[kM][4], low[kM][4];
@@ -141,12 +143,12 @@ struct Forward {
           }
         }
       }
-    }
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
+      for (int m = 0; m < kM; ++m) {
 #pragma unroll
-      for (int c = 0; c < kC; ++c) {
-        for (int i = 0; i < 4; ++i) out[m][c][i] += sum[m][c][i];
+        for (int c = 0; c < kC; ++c) {
+          for (int i = 0; i < 4; ++i) out[m][c][i] += sum[m][c][i];
+        }
       }
     }
   }

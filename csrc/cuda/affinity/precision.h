@@ -41,7 +41,7 @@ ERCN_DEVICE bool finite(float x) { return (arch::float_bits(x) & 0x7f800000) != 
 // What x loses when it is rounded to `high`; 0 where that is infinite.
 ERCN_DEVICE float rest(float x, float high) { return finite(high) ? x - high : 0.0f; }
 
-// Fragments of fp32 elements as TF32 terms.
+// Fragments of fp32 elements as TF32 terms; the low one of what is not finite is NaN.
 template <int N>
 struct Terms {
   uint32_t high[N], low[N];
@@ -49,11 +49,22 @@ struct Terms {
   ERCN_DEVICE void set(int i, float x) {
     const float term = arch::round_tf32(x);
     high[i] = arch::float_bits(term);
-    low[i] = arch::float_bits(rest(x, term));
+    low[i] = arch::float_bits(x - term);
   }
 };
 
-// d += A · B of 8 TF32 columns of A from fp32 factors, in one product or in three.
+// d += A · B of 8 TF32 columns of A from terms. The products with a low term are NaN where a factor is not finite: then the
+// product of the high terms alone has what the product of such numbers is.
+ERCN_DEVICE void mma_terms(float (&d)[4], const Terms<4>& a, const Terms<2>& b) {
+  float small[4] = {};
+  arch::mma<arch::tf32>(small, a.low, b.high);
+  arch::mma<arch::tf32>(small, a.high, b.low);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += small[i] == small[i] ? small[i] : 0.0f;
+  arch::mma<arch::tf32>(d, a.high, b.high);
+}
+
+// The same from fp32 factors, in one product or in three.
 template <bool EXACT>
 ERCN_DEVICE void mma_fp32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   if constexpr (EXACT) {
@@ -61,9 +72,7 @@ ERCN_DEVICE void mma_fp32(float (&d)[4], const float (&a)[4], const float (&b)[2
     Terms<2> fb;
     for (int i = 0; i < 4; ++i) fa.set(i, a[i]);
     for (int i = 0; i < 2; ++i) fb.set(i, b[i]);
-    arch::mma<arch::tf32>(d, fa.low, fb.high);
-    arch::mma<arch::tf32>(d, fa.high, fb.low);
-    arch::mma<arch::tf32>(d, fa.high, fb.high);
+    mma_terms(d, fa, fb);
   } else {
     uint32_t fa[4], fb[2];
     for (int i = 0; i < 4; ++i) fa[i] = arch::float_bits(a[i]);

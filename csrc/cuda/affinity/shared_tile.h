@@ -13,12 +13,17 @@ ERCN_DEVICE int swizzled(int row, int byte) { return row * kRowBytes + (byte ^ (
 // Rows of fp32 of which 4 are read at a time, 32 bytes of each.
 ERCN_DEVICE int swizzled_pairs(int row, int byte) { return row * kRowBytes + (byte ^ ((row & 3) << 5)); }
 
-// Starts the copy of `rows` rows of 128 bytes, `stride` bytes apart in device memory.
-template <bool PAIRS = false>
-ERCN_DEVICE void copy_rows(unsigned char* tile, const unsigned char* from, int64_t stride, int rows) {
-  for (int i = arch::thread_index(); i < rows * 8; i += kThreads) {
-    const int row = i / 8, byte = i % 8 * 16;
-    arch::cp_async<16>(tile + (PAIRS ? swizzled_pairs(row, byte) : swizzled(row, byte)), from + row * stride + byte, true);
+// Starts the copy of ROWS rows of 128 bytes, `stride` bytes apart in device memory.
+template <int ROWS, bool PAIRS = false>
+ERCN_DEVICE void copy_rows(unsigned char* tile, const unsigned char* from, int64_t stride) {
+  constexpr int kAtOnce = kThreads / 8;  // rows; a multiple of what the swizzle repeats after
+  static_assert(ROWS % kAtOnce == 0 && kAtOnce % 8 == 0);
+  const int row = arch::thread_index() / 8, byte = arch::thread_index() % 8 * 16;
+  tile += PAIRS ? swizzled_pairs(row, byte) : swizzled(row, byte);
+  from += row * stride + byte;
+#pragma unroll
+  for (int i = 0; i < ROWS / kAtOnce; ++i) {
+    arch::cp_async<16>(tile + i * kAtOnce * kRowBytes, from + i * kAtOnce * stride, true);
   }
 }
 
@@ -38,7 +43,8 @@ ERCN_DEVICE void load_b(uint32_t (&b)[2][2], const unsigned char* tile, int row,
 template <typename Precision, int M, int N>
 ERCN_DEVICE void add_product(float (&t)[M][N][4], const unsigned char* rows, int row, const unsigned char* columns) {
   using Product = typename Precision::Product;
-#pragma unroll
+  constexpr int kUnroll = Precision::kExact ? 1 : kRowBytes / 32;  // terms take registers enough
+#pragma unroll kUnroll
   for (int step = 0; step < kRowBytes / 32; ++step) {
     uint32_t a[M][4];
 #pragma unroll
@@ -58,11 +64,7 @@ ERCN_DEVICE void add_product(float (&t)[M][N][4], const unsigned char* rows, int
           Terms<2> fb;
           for (int i = 0; i < 2; ++i) fb.set(i, arch::float_of(b[half][i]));
 #pragma unroll
-          for (int m = 0; m < M; ++m) {
-            arch::mma<Product>(t[m][n + half], fa[m].low, fb.high);
-            arch::mma<Product>(t[m][n + half], fa[m].high, fb.low);
-            arch::mma<Product>(t[m][n + half], fa[m].high, fb.high);
-          }
+          for (int m = 0; m < M; ++m) mma_terms(t[m][n + half], fa[m], fb);
         }
       }
     } else {

@@ -5,29 +5,29 @@
 namespace ercn::pool {
 namespace {
 
-// One block: 32 columns, a warp for every kLanes-th row.
-template <typename Element>
+// One block: COLUMNS columns, and LANES threads for each that take every LANES-th row.
+template <typename Element, int COLUMNS, int LANES>
 struct ColumnSums {
   struct Params {
     const float* parts;
     int64_t rows, stride, columns;
     Element* to;
   };
-  static constexpr int kThreads = 512, kMinBlocks = 1, kLanes = kThreads / 32;
+  static constexpr int kThreads = COLUMNS * LANES, kMinBlocks = 1;
   struct Shared {
-    float sums[kLanes][32];
+    float sums[LANES][COLUMNS];
   };
 
   ERCN_DEVICE static void run(const Params& p, unsigned char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const int lane = arch::thread_index() / 32, i = arch::thread_index() % 32;
-    const int64_t column = int64_t{arch::block_index().x} * 32 + i;
+    const int lane = arch::thread_index() / COLUMNS, i = arch::thread_index() % COLUMNS;
+    const int64_t column = int64_t{arch::block_index().x} * COLUMNS + i;
     float sum = 0;
     if (column < p.columns) {
-      for (int64_t row = lane; row < p.rows; row += kLanes) sum += p.parts[row * p.stride + column];
+      for (int64_t row = lane; row < p.rows; row += LANES) sum += p.parts[row * p.stride + column];
     }
     shared.sums[lane][i] = sum;
-    for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int half = LANES / 2; half > 0; half /= 2) {
       arch::sync_threads();
       if (lane < half) shared.sums[lane][i] += shared.sums[lane + half][i];
     }
@@ -35,13 +35,21 @@ struct ColumnSums {
   }
 };
 
+template <typename Kernel>
+void launch(const typename Kernel::Params& p, int columns, const arch::Stream& stream) {
+  const int64_t blocks = arch::divide_up<int64_t>(p.columns, columns);
+  arch::launch<Kernel>(p, {static_cast<int>(blocks)}, sizeof(typename Kernel::Shared), stream);
+}
+
+// Shares of weights are few rows of many columns; segments are many rows of few.
 template <typename Element>
 void sum_as(
     const float* parts, int64_t rows, int64_t stride, int64_t columns, void* to, const arch::Stream& stream) {
-  using Kernel = ColumnSums<Element>;
-  arch::launch<Kernel>(
-      {parts, rows, stride, columns, static_cast<Element*>(to)}, {static_cast<int>(arch::divide_up<int64_t>(columns, 32))},
-      sizeof(typename Kernel::Shared), stream);
+  constexpr int kFew = 32;
+  const auto with = [&](auto kernel, int across) {
+    launch<decltype(kernel)>({parts, rows, stride, columns, static_cast<Element*>(to)}, across, stream);
+  };
+  rows <= kFew ? with(ColumnSums<Element, 256, 1>(), 256) : with(ColumnSums<Element, 32, 16>(), 32);
 }
 
 }  // namespace

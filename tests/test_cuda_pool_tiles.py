@@ -40,8 +40,8 @@ def test_slabs_are_where_they_are_looked_for(native, passes):
             assert sorted(native.slab(slabs, p, i) for i in range(slabs)) == list(range(slabs))
             for i in range(slabs):
                 while queue and free[queue[0] % ring]:  # as far ahead as the loading thread can be
-                    free[queue[0] % ring] = False
-                    held[queue[0] % ring] = queue.pop(0)
+                    slab = queue.pop(0)
+                    free[slab % ring], held[slab % ring] = False, slab
                 slab = native.slab(slabs, p, i)
                 assert held.get(slab % ring) == slab
                 if native.released(slabs, p, passes - 1, i):

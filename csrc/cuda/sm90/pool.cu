@@ -1,10 +1,9 @@
 // Launches the pool's kernels on Hopper.
 #include "sm90/pool.h"
 
-#include "pool/column_sums.h"
+#include "pool/backward.h"
 #include "pool/combine.h"
 #include "pool/scale.h"
-#include "pool/score_gradient.h"
 #include "sm90/pool_kernels.h"
 
 namespace ercn::sm90 {
@@ -46,9 +45,6 @@ auto with_maps(const pool::Problem& p, pool::Type type, const Function& function
   return type == pool::Type::kBf16 ? function(Maps<arch::bf16>{p}) : function(Maps<arch::fp16>{p});
 }
 
-// fp32 scratch that lives as long as the operator's call.
-float* floats(const Tensor& held) { return static_cast<float*>(held.mutable_data_ptr()); }
-
 }  // namespace
 
 std::string cannot_pool(const pool::Inputs& in) {
@@ -83,21 +79,20 @@ std::tuple<Tensor, Tensor> pool_forward(const pool::Inputs& in) {
   const pool::Problem& p = operands.problem;
   const pool::Type type = pool::type_of(in.h);
   const int64_t slots = slot_count(p.bags);
-  const Tensor pooled = empty(in.h, {p.bags.count, p.K, p.D}, in.h.scalar_type());
-  Tensor scores = pool::empty_scores(in.h, p);
-  Tensor largest = empty(in.h, {slots, p.K}, ScalarType::Float), sum = empty(in.h, {slots, p.K}, ScalarType::Float);
-  Tensor parts = empty(in.h, {slots, p.K, pool::pooled_width(p.D)}, ScalarType::Float);
-  const pool::Parts of_segments{floats(largest), floats(sum), floats(parts)};
+  const Tensor pooled = empty(in.h, {p.bags.count, p.K, p.D}, in.h.scalar_type()), scores = pool::empty_scores(in.h, p);
+  const Tensor softmax = empty(in.h, {2, slots, p.K}, ScalarType::Float);
+  const Tensor sums = empty(in.h, {slots, p.K, pool::pooled_width(p.D)}, ScalarType::Float);
+  const pool::Parts parts{pool::floats(softmax), pool::floats(softmax) + slots * p.K, pool::floats(sums)};
   if (p.bags.rows > 0) {
     const ProductMaps maps = with_maps(p, type, [&](const auto& of) { return of.product(operands.weights); });
-    pool_forward({p, operands.weights, of_segments, floats(scores), maps}, type, is_channels_first(p), stream);
+    pool_forward({p, operands.weights, parts, pool::floats(scores), maps}, type, is_channels_first(p), stream);
   }
-  pool::combine(p, of_segments, pooled.mutable_data_ptr(), type, stream);
+  pool::combine(p, parts, pooled.mutable_data_ptr(), type, stream);
   return {pooled, scores};
 }
 
 pool::Gradients pool_backward(
-    const pool::Optional& grad_pooled, const pool::Optional& grad_scores, const pool::Inputs& in, const Tensor& saved_scores,
+    const pool::Optional& grad_pooled, const pool::Optional& grad_scores, const pool::Inputs& in, const Tensor& scores,
     int64_t needs) {
   using namespace pool;
   const arch::Stream stream(in.h);
@@ -106,102 +101,74 @@ pool::Gradients pool_backward(
   const Type type = type_of(in.h);
   const bool channels_first = is_channels_first(p);
   const int64_t slots = slot_count(p.bags), L = p.L, D = p.D, K = p.K;
-  const bool given[] = {true, true, in.v_bias.has_value(), true, in.u_bias.has_value(), true, in.w_bias.has_value()};
-  const auto need = [&](Gradient which) { return given[which] && (needs >> which & 1) != 0; };
-  const auto grad = [&](Gradient which, std::initializer_list<int64_t> sizes) {
-    return need(which) ? empty(in.h, sizes, in.h.scalar_type()) : empty(in.h, {0}, in.h.scalar_type());
-  };
-  Tensor grad_h = in.cu_seqlens ? grad(kH, {p.bags.rows, D}) : grad(kH, {p.bags.count, p.bags.n, D});
-  const Gradients grads{grad_h, grad(kVWeight, {L, D}), grad(kVBias, {L}), grad(kUWeight, {L, D}),
-                        grad(kUBias, {L}), grad(kWWeight, {K, L}), grad(kWBias, {K})};
-  const auto add_parts = [&](Gradient which, const float* parts, int64_t rows, int64_t stride, const Tensor& to) {
-    if (need(which)) column_sums(parts, rows, stride, to.numel(), to.mutable_data_ptr(), type, stream);
-  };
-  const auto make = [&](std::initializer_list<int64_t> sizes) { return empty(in.h, sizes, ScalarType::Float); };
+  const Wanted wanted(in, p, needs);
   if (p.bags.rows == 0) {
-    std::apply([](auto... made) { (torch::stable::zero_(made), ...); }, grads);
-    return grads;
+    std::apply([](auto... grads) { (torch::stable::zero_(grads), ...); }, wanted.grads);
+    return wanted.grads;
   }
-
-  // The gradient of scores.
-  Tensor scores = torch::stable::contiguous(saved_scores), ds = pool::empty_scores(in.h, p);
-  Tensor attention = grad_pooled ? pool::empty_scores(in.h, p) : make({0});
-  Tensor segments = make({3, slots, K}), bags = make({3, p.bags.count, K});
-  Tensor part_ds = make({slots, K}), largest = make({type == Type::kFp16 ? slots : 0});
-  Tensor real = empty(in.h, {slots, 2}, ScalarType::Int);
-  const Optional g = grad_pooled ? Optional(aligned(*grad_pooled)) : std::nullopt;
-  const arch::TensorMap h = with_maps(p, type, [](const auto& of) { return of.instances(); });
-  ScoreGradient of{floats(scores), nullptr, 0, 0, 0, {}, nullptr, floats(ds), floats(part_ds), nullptr,
-                   static_cast<uint32_t*>(real.mutable_data_ptr())};
-  if (type == Type::kFp16) of.largest = floats(largest);
-  if (grad_scores) {
-    const bool ragged = in.cu_seqlens.has_value();
-    of.grad_scores = static_cast<const float*>(grad_scores->const_data_ptr());
-    of.grad_b = ragged ? 0 : grad_scores->stride(0);
-    of.grad_k = grad_scores->stride(ragged ? 0 : 1);
-    of.grad_n = grad_scores->stride(ragged ? 1 : 2);
-  }
-  if (g) {
-    float* part = floats(segments);
-    const Parts parts{part, part + slots * K, nullptr};
-    float *weighted = part + 2 * slots * K, *bag = floats(bags);
-    of.bags = {bag, bag + p.bags.count * K, bag + 2 * p.bags.count * K};
-    of.attention = floats(attention);
-    pool_products({p, g->const_data_ptr(), floats(scores), floats(ds), parts, weighted, h}, type, channels_first, stream);
-    combine_statistics(p, parts, weighted, of.bags, stream);
-  }
-  score_gradient(p, of, stream);
-  add_parts(kWBias, floats(part_ds), slots, K, std::get<kWBias>(grads));
-
-  // The branches, whose gradients dP are held for a chunk of segments.
-  const bool need_biases = need(kVBias) || need(kUBias), need_weights = need(kVWeight) || need(kUWeight);
-  if (!need(kH) && !need_weights && !need_biases && !need(kWWeight)) return grads;
-  const auto parts_of = [&](bool wanted, int64_t columns) {
-    Tensor made = make({wanted ? slots : 0, columns});
-    // Ragged bags leave slots without a segment.
-    return in.cu_seqlens ? torch::stable::zero_(made) : made;
+  const auto add_parts = [&](Gradient which, const Tensor& to, const float* parts, int64_t rows, int64_t stride) {
+    if (wanted(which)) column_sums(parts, rows, stride, to.numel(), to.mutable_data_ptr(), type, stream);
   };
-  Tensor part_heads = parts_of(need(kWWeight), K * L), part_bias = parts_of(need_biases, 2 * L);
-  const bool need_branches = need(kH) || need_weights;
+
+  const arch::TensorMap h = with_maps(p, type, [](const auto& of) { return of.instances(); });
+  const ScoreGradients of(
+      grad_pooled, grad_scores, in, p, scores, stream,
+      [&](const void* grad, const float* scores, float* q, const Parts& parts, float* weighted) {
+        pool_products({p, grad, scores, q, parts, weighted, h}, type, channels_first, stream);
+      });
+  add_parts(kWBias, std::get<kWBias>(wanted.grads), floats(of.parts), slots, K);
+
+  const bool need_biases = wanted(kVBias) || wanted(kUBias), need_weights = wanted(kVWeight) || wanted(kUWeight);
+  const bool need_branches = wanted(kH) || need_weights;
+  if (!need_branches && !need_biases && !wanted(kWWeight)) return wanted.grads;
+  const auto make = [&](std::initializer_list<int64_t> sizes) { return empty(in.h, sizes, ScalarType::Float); };
+  const auto parts_of_slots = [&](bool made, int64_t columns) {
+    Tensor parts = make({made ? slots : 0, columns});
+    return in.cu_seqlens ? torch::stable::zero_(parts) : parts;  // ragged bags leave slots without a segment
+  };
+  const Tensor part_heads = parts_of_slots(wanted(kWWeight), K * L), part_biases = parts_of_slots(need_biases, 2 * L);
   const int64_t held = std::min(slots, chunk_slots(L, stream.l2_bytes()));
-  Tensor branch_grads = empty(in.h, {need_branches ? held * kSegmentRows : 0, 2 * L}, in.h.scalar_type()), scale = make({2});
-  if (type == Type::kFp16) {
-    branch_scale(floats(largest), slots, operands.weights.w, K * L, static_cast<int>(K), floats(scale), stream);
-  }
+  const Tensor branch_grads = empty(in.h, {need_branches ? held * kSegmentRows : 0, 2 * L}, in.h.scalar_type());
   const WeightShares shares =
-      weight_shares(need(kVWeight), need(kUWeight), static_cast<int>(L), static_cast<int>(D), held, stream.multiprocessors());
-  Tensor part_weights = make({shares.splits, shares.units, D});
-  const auto or_null = [](bool wanted, Tensor& x) { return wanted ? floats(x) : nullptr; };
-  const float* scale_of = or_null(type == Type::kFp16, scale);
-  BranchParams branch{p, operands.weights, floats(ds), need_branches ? branch_grads.mutable_data_ptr() : nullptr, scale_of,
-                      or_null(need(kWWeight), part_heads), or_null(need_biases, part_bias), 0, 0, {}};
-  RowsParams rows{p, or_null(g.has_value(), attention), g ? g->const_data_ptr() : nullptr, scale_of,
-                  need(kH) ? grad_h.mutable_data_ptr() : nullptr, 0, 0, {}, {}, {}};
-  WeightsParams weights{p, of.real, scale_of, floats(part_weights), shares.first_unit, shares.units, shares.blocks,
-                        shares.splits, false, 0, 0, {}, h};
+      weight_shares(wanted(kVWeight), wanted(kUWeight), p.L, p.D, held, stream.multiprocessors());
+  const Tensor part_weights = make({shares.splits, shares.units, D}), scale = make({2});
+  if (type == Type::kFp16) branch_scale(floats(of.largest), slots, operands.weights.w, K * L, p.K, floats(scale), stream);
+  const float* scale_of = floats(type == Type::kFp16, scale);
+
+  BranchParams branch{};
+  branch.problem = p, branch.weights = operands.weights, branch.score_grad = floats(of.ds), branch.scale = scale_of;
+  branch.branch_grads = need_branches ? branch_grads.mutable_data_ptr() : nullptr;
+  branch.part_heads = floats(wanted(kWWeight), part_heads), branch.part_bias = floats(need_biases, part_biases);
+  RowsParams rows{};
+  rows.problem = p, rows.scale = scale_of, rows.grad_h = std::get<kH>(wanted.grads).mutable_data_ptr();
+  rows.attention = floats(grad_pooled.has_value(), of.attention);
+  rows.grad_pooled = grad_pooled ? of.grad_pooled->const_data_ptr() : nullptr;
+  WeightsParams weights{};
+  weights.problem = p, weights.real = of.bits(), weights.scale = scale_of, weights.parts = floats(part_weights);
+  weights.shares = shares, weights.h = h;
   with_maps(p, type, [&](const auto& of) {
     branch.maps = of.product(operands.weights);
     if (!need_branches) return;
-    rows.branch_grads = weights.branch_grads = of.matrix(branch.branch_grads, held * kSegmentRows, 2 * L, kSegmentRows);
-    rows.v = of.matrix(operands.weights.v, L, D, kDepth);
-    rows.u = of.matrix(operands.weights.u, L, D, kDepth);
+    rows.branch_grads = of.matrix(branch.branch_grads, held * kSegmentRows, 2 * L, kSegmentRows);
+    rows.v = of.matrix(operands.weights.v, L, D, kDepth), rows.u = of.matrix(operands.weights.u, L, D, kDepth);
+    weights.branch_grads = rows.branch_grads;
   });
   for (int64_t first = 0; first < slots; first += held) {
-    const int64_t last = std::min(slots, first + held);
     branch.first_slot = rows.first_slot = weights.first_slot = first;
-    branch.last_slot = rows.last_slot = weights.last_slot = last;
+    branch.last_slot = rows.last_slot = weights.last_slot = std::min(slots, first + held);
     weights.accumulate = first > 0;
     pool_branch(branch, type, channels_first, stream);
-    if (need(kH)) pool_rows(rows, type, stream);
+    if (wanted(kH)) pool_rows(rows, type, stream);
     if (need_weights) pool_weights(weights, type, channels_first, stream);
   }
   const int64_t outputs = shares.units * D;
-  add_parts(kVWeight, floats(part_weights), shares.splits, outputs, std::get<kVWeight>(grads));
-  add_parts(kUWeight, floats(part_weights) + (L - shares.first_unit) * D, shares.splits, outputs, std::get<kUWeight>(grads));
-  add_parts(kVBias, floats(part_bias), slots, 2 * L, std::get<kVBias>(grads));
-  add_parts(kUBias, floats(part_bias) + L, slots, 2 * L, std::get<kUBias>(grads));
-  add_parts(kWWeight, floats(part_heads), slots, K * L, std::get<kWWeight>(grads));
-  return grads;
+  const float* part_u = floats(part_weights) + (L - shares.first_unit) * D;
+  add_parts(kVWeight, std::get<kVWeight>(wanted.grads), floats(part_weights), shares.splits, outputs);
+  add_parts(kUWeight, std::get<kUWeight>(wanted.grads), part_u, shares.splits, outputs);
+  add_parts(kVBias, std::get<kVBias>(wanted.grads), floats(part_biases), slots, 2 * L);
+  add_parts(kUBias, std::get<kUBias>(wanted.grads), floats(part_biases) + L, slots, 2 * L);
+  add_parts(kWWeight, std::get<kWWeight>(wanted.grads), floats(part_heads), slots, K * L);
+  return wanted.grads;
 }
 
 }  // namespace ercn::sm90

@@ -49,13 +49,13 @@ struct RowsParams {
   arch::TensorMap branch_grads, v, u;  // V and U [L, D] in boxes of 64 units × 64 channels
 };
 
-// parts [splits, units, D] (+)= dPᵀ h for columns first_unit … of dP; `blocks` blocks of outputs for each of `splits`.
+// parts [splits, units, D] (+)= dPᵀ h for columns first_unit … of dP.
 struct WeightsParams {
   pool::Problem problem;
   const uint32_t* real;  // [slots of the batch, 2]
   const float* scale;
   float* parts;
-  int first_unit, units, blocks, splits;
+  WeightShares shares;
   bool accumulate;
   int64_t first_slot, last_slot;
   arch::TensorMap branch_grads, h;

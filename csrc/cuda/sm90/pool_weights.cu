@@ -19,11 +19,11 @@ struct PoolWeights {
     Range slots;
   };
   ERCN_DEVICE static Item item(const Params& p) {
-    const int across = arch::divide_up(p.problem.D, kGemmColumns), block = arch::block_index().x % p.blocks;
-    const int split = arch::block_index().x / p.blocks;
-    const Range share = share_of(p.last_slot - p.first_slot, p.splits, split);
+    const int across = arch::divide_up(p.problem.D, kGemmColumns), block = arch::block_index().x % p.shares.blocks;
+    const int split = arch::block_index().x / p.shares.blocks;
+    const Range share = share_of(p.last_slot - p.first_slot, p.shares.splits, split);
     return {
-        p.first_unit + block / across * kWarpgroups * kDepth, block % across * kGemmColumns, split,
+        p.shares.first_unit + block / across * kWarpgroups * kDepth, block % across * kGemmColumns, split,
         {p.first_slot + share.begin, p.first_slot + share.end}};
   }
 
@@ -103,14 +103,14 @@ struct PoolWeights {
 
   ERCN_DEVICE static void store(const Params& p, const Item& at, int own, bool any, const float (&sums)[kGemmSums]) {
     const Place place;
-    const int D = p.problem.D, unit = at.unit + own * kDepth - p.first_unit;
-    if (unit >= p.units) return;
+    const int D = p.problem.D, unit = at.unit + own * kDepth - p.shares.first_unit;
+    if (unit >= p.shares.units) return;
     const float unscale = p.scale == nullptr ? 1 : p.scale[1];
 #pragma unroll
     for (int j = 0; j < kGemmColumns / 8; ++j) {
       if (at.d + 8 * j >= D) break;
       for (int r = 0; r < 2; ++r) {
-        float* to = p.parts + (int64_t{at.split} * p.units + unit + place.row(r)) * D + at.d + place.column(j);
+        float* to = p.parts + (int64_t{at.split} * p.shares.units + unit + place.row(r)) * D + at.d + place.column(j);
         for (int c = 0; c < 2; ++c) {
           const float sum = any ? unscale * sums[4 * j + 2 * r + c] : 0;
           to[c] = p.accumulate ? to[c] + sum : sum;
@@ -123,7 +123,7 @@ struct PoolWeights {
 }  // namespace
 
 void pool_weights(const WeightsParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
-  const arch::Grid grid{p.blocks * p.splits};
+  const arch::Grid grid{p.shares.blocks * p.shares.splits};
   if (type == pool::Type::kBf16) {
     channels_first ? arch::launch<PoolWeights<arch::bf16, true>>(p, grid, sizeof(GemmShared), stream)
                    : arch::launch<PoolWeights<arch::bf16, false>>(p, grid, sizeof(GemmShared), stream);

@@ -63,3 +63,15 @@ def test_pool_workspace_in_several_pieces(monkeypatch):
     monkeypatch.setattr(configs, "WORKSPACE_BYTES", 1)
     with use_backend("triton"):
         assert_pool(inputs(2, 75, 20, 17, heads=2, dtype=torch.float32))
+
+
+@pytest.mark.gpu
+def test_tool_measures_candidates():
+    from ercn.kernels import tune
+    from ercn.kernels.table import TABLE
+
+    arch = configs.family(configs.arch(torch.device("cuda", 0)))
+    before = dict(TABLE[arch]["forward"]["half"])
+    rows = [before[64], (4, 2, 64, 32, 32, 1, True)]
+    assert tune.fastest(arch, "forward", "half", 64, rows) in rows
+    assert TABLE[arch]["forward"]["half"] == before

@@ -16,9 +16,13 @@ struct PoolBranch {
     Branch<Element> of;
     bool gated, vector;
   };
+  static constexpr int kPitch = kColumns + 8;  // of P in shared memory: no bank is met twice
   struct Shared {
-    unsigned char stages[Projection<Precision, CHANNELS_FIRST>::kBytes];
-    float columns[2][kColumns];  // of either half of the rows
+    union {
+      unsigned char stages[Projection<Precision, CHANNELS_FIRST>::kBytes];
+      float products[kSegmentRows][kPitch];
+    };
+    float columns[2][kColumns / 2];  // of either half of the rows
     uint32_t real[kSegmentRows / 32];
   };
 
@@ -54,88 +58,74 @@ struct PoolBranch {
     }
   }
 
-  // sums become t and σ, both 0 in rows that are not real, and then dt and dσ.
+  // A thread has one unit, and half of the rows if gated. Its products become t and σ, and then dt and dσ.
   template <bool GATED>
   ERCN_DEVICE static void finish(
-      const Params& p, const Segment& segment, int64_t slot, Sums& sums, int group, Shared& shared) {
-    constexpr int kTiles = GATED ? 4 : 8;
-    const int L = p.problem.L, K = p.problem.K, units = padded_units({L, GATED}), branches = GATED ? 2 : 1;
-    const int first = group * kColumns / branches;  // unit
-    float gate[Sums::kRowTiles][kTiles][4];
+      const Params& p, const Segment& segment, int64_t slot, const Sums& sums, int group, Shared& shared) {
+    constexpr int kBranches = GATED ? 2 : 1, kUnits = kColumns / kBranches, kRows = kSegmentRows / kBranches;
+    const int L = p.problem.L, K = p.problem.K, units = padded_units({L, GATED}), first = group * kUnits;
 #pragma unroll
     for (int m = 0; m < Sums::kRowTiles; ++m) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < Sums::kColumnTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = Sums::row(m, i);
-          const bool real = shared.real[row / 32] >> row % 32 & 1;
-          const Activations on = activations_at<GATED>(sums, p.weights.biases, {L, GATED}, group, m, n, i);
-          sums.at[m][n][i] = real ? on.t : 0;
-          gate[m][n][i] = real ? on.gate : 0;
+        for (int i = 0; i < 4; i += 2) {
+          store_pair(&shared.products[Sums::row(m, i)][Sums::column(n, 0)], sums.at[m][n][i], sums.at[m][n][i + 1]);
         }
       }
     }
-    float columns[kTiles][2];
+    arch::sync_threads();
+    const int unit = arch::thread_index() % kUnits, begin = arch::thread_index() / kUnits * kRows, end = begin + kRows;
+    const int column = GATED ? unit / 32 * 64 + unit % 32 : unit;
+    const bool exists = first + unit < L;
+    const float* biases = p.weights.biases + group * kColumns + column;
+    const float v_bias = biases[0], u_bias = GATED ? biases[32] : 0;
+    for (int row = begin; row < end; ++row) {
+      // Where a row is not real h may be anything, and a unit that does not exist is NaN where h is infinite.
+      const bool real = exists && (shared.real[row / 32] >> row % 32 & 1) != 0;
+      float* at = &shared.products[row][column];
+      const Activations on = activate_small(at[0] + v_bias, GATED ? at[32] + u_bias : 0);
+      at[0] = real ? on.t : 0;
+      if constexpr (GATED) at[32] = real ? on.gate : 0;
+    }
     if (p.of.part_heads != nullptr) {
       for (int k = 0; k < K; ++k) {
         const float* ds = p.of.score_grad + score_offset(p.problem.bags, segment, k, K);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) columns[n][0] = columns[n][1] = 0;
-#pragma unroll
-        for (int m = 0; m < Sums::kRowTiles; ++m) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float d = at_row(ds, segment, Sums::row(m, i));
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n) columns[n][i % 2] += d * (sums.at[m][n][i] * gate[m][n][i]);
-          }
+        float sum = 0;
+        for (int row = begin; row < end; ++row) {
+          const float* at = &shared.products[row][column];
+          sum += at_row(ds, segment, row) * (GATED ? at[0] * at[32] : at[0]);
         }
-        add_columns<GATED>(columns, p.of.part_heads + (slot * K + k) * L, first, L, shared);
+        add_column<GATED>(sum, p.of.part_heads + (slot * K + k) * L + first, exists, shared);
       }
     }
 
-#pragma unroll
-    for (int m = 0; m < Sums::kRowTiles; ++m) {
-      float dg[kTiles][4] = {};
+    const int64_t pitch = column_count({L, GATED});
+    const float scale = p.of.scale == nullptr ? 1 : p.of.scale[0];
+    Element* to = p.of.branch_grads == nullptr ? nullptr
+                                               : p.of.branch_grads + (slot - p.of.first_slot) * kSegmentRows * pitch +
+                                                     group * kColumns + column;
+    float dt_sum = 0, ds_sum = 0;
+    for (int row = begin; row < end; ++row) {
+      float dg = 0;
       for (int k = 0; k < K; ++k) {
         const float* ds = p.of.score_grad + score_offset(p.problem.bags, segment, k, K);
-        const float* w = p.weights.heads + int64_t{k} * units;
-        const float d[2] = {at_row(ds, segment, Sums::row(m, 0)), at_row(ds, segment, Sums::row(m, 2))};
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) dg[n][i] += d[i / 2] * w[unit_at<GATED>(group, n, i)];
-        }
+        dg += at_row(ds, segment, row) * p.weights.heads[int64_t{k} * units + first + unit];
       }
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float t = sums.at[m][n][i], s = gate[m][n][i];
-          sums.at[m][n][i] = dg[n][i] * s * (1 - t * t);
-          if constexpr (GATED) sums.at[m][n + 4][i] = dg[n][i] * t * s * (1 - s);
-        }
-      }
+      const float *at = &shared.products[row][column], t = at[0], s = GATED ? at[32] : 1;
+      const float dt = dg * s * (1 - t * t), dsigma = dg * t * s * (1 - s);
+      dt_sum += dt;
+      ds_sum += dsigma;
+      if (to == nullptr) continue;
+      to[row * pitch] = arch::from_float<Element>(scale * dt);
+      if constexpr (GATED) to[row * pitch + 32] = arch::from_float<Element>(scale * dsigma);
     }
     if (p.of.part_biases != nullptr) {
-      for (int b = 0; b < branches; ++b) {
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            columns[n][i] = 0;
-#pragma unroll
-            for (int m = 0; m < Sums::kRowTiles; ++m) {
-              columns[n][i] += b == 0 ? sums.at[m][n][i] + sums.at[m][n][i + 2]
-                                      : sums.at[m][(n + 4) % 8][i] + sums.at[m][(n + 4) % 8][i + 2];
-            }
-          }
-        }
-        add_columns<GATED>(columns, p.of.part_biases + (slot * branches + b) * L, first, L, shared);
-      }
+      float* sums_to = p.of.part_biases + slot * kBranches * L + first;
+      add_column<GATED>(dt_sum, sums_to, exists, shared);
+      if constexpr (GATED) add_column<GATED>(ds_sum, sums_to + L, exists, shared);
     }
-    if (p.of.branch_grads != nullptr) store(p, slot, sums, group);
+    arch::sync_threads();  // the stages may be written again
   }
 
   // ds of a row, 0 beyond the segment.
@@ -143,43 +133,18 @@ struct PoolBranch {
     return row < segment.rows ? ds[row] : 0;
   }
 
-  // to[first + unit] = the sum of a column over all rows, from the sums over this thread's four.
-  template <bool GATED, int TILES>
-  ERCN_DEVICE static void add_columns(const float (&columns)[TILES][2], float* to, int first, int L, Shared& shared) {
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float sum = columns[n][i];
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) sum += arch::shuffle_xor(sum, mask);
-        if (arch::lane_index() < 4) shared.columns[arch::warp_index() / 2][unit_at<GATED>(0, n, i)] = sum;
-      }
+  // to[unit] = the sum over all rows from those of this thread.
+  template <bool GATED>
+  ERCN_DEVICE static void add_column(float sum, float* to, bool exists, Shared& shared) {
+    constexpr int kUnits = kColumns / (GATED ? 2 : 1);
+    const int thread = arch::thread_index(), unit = thread % kUnits;
+    if constexpr (GATED) {
+      shared.columns[thread / kUnits][unit] = sum;
+      arch::sync_threads();
+      sum = shared.columns[0][unit] + shared.columns[1][unit];
+      arch::sync_threads();
     }
-    arch::sync_threads();
-    const int unit = arch::thread_index();
-    if (unit < kColumns / (GATED ? 2 : 1) && first + unit < L) {
-      to[first + unit] = shared.columns[0][unit] + shared.columns[1][unit];
-    }
-    arch::sync_threads();
-  }
-
-  ERCN_DEVICE static void store(const Params& p, int64_t slot, const Sums& sums, int group) {
-    const int64_t pitch = column_count({p.problem.L, p.gated});
-    const float scale = p.of.scale == nullptr ? 1 : p.of.scale[0];
-    Element* rows = p.of.branch_grads + (slot - p.of.first_slot) * kSegmentRows * pitch + group * kColumns;
-#pragma unroll
-    for (int m = 0; m < Sums::kRowTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Element* row = rows + Sums::row(m, 2 * half) * pitch;
-#pragma unroll
-        for (int n = 0; n < Sums::kColumnTiles; ++n) {
-          const float x = scale * sums.at[m][n][2 * half], y = scale * sums.at[m][n][2 * half + 1];
-          store_pair(row + Sums::column(n, 0), x, y);
-        }
-      }
-    }
+    if (thread < kUnits && exists) to[unit] = sum;
   }
 };
 

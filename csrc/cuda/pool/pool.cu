@@ -14,8 +14,6 @@
 namespace ercn::pool {
 namespace {
 
-constexpr int64_t kBranchBytes = 16 << 20;  // dP that is held at a time: it stays in the L2 cache
-
 // Packed weights and what holds them.
 template <typename Element>
 struct PackedWeights {
@@ -79,8 +77,10 @@ Gradients backward_as(
   const bool biases = wanted(kVBias) || wanted(kUBias), weights = wanted(kVWeight) || wanted(kUWeight);
   const bool products = wanted(kH) || weights;
   if (!products && !biases && !wanted(kWWeight)) return wanted.grads;
-  const int64_t row = column_count(columns) * static_cast<int64_t>(sizeof(Element));
-  const int64_t held = std::clamp<int64_t>(kBranchBytes / std::max<int64_t>(row * kSegmentRows, 1), 1, std::max<int64_t>(slots, 1));
+  // dP is held for as many slots as leave half of the L2 cache to what is read with it.
+  const int64_t slot_bytes = kSegmentRows * column_count(columns) * static_cast<int64_t>(sizeof(Element));
+  const int64_t held = std::clamp<int64_t>(
+      stream.l2_bytes() / 2 / std::max<int64_t>(slot_bytes, 1), 1, std::max<int64_t>(slots, 1));
   const int blocks = std::max(weight_gradient_blocks(p.D, columns), 1);
   const int splits = std::clamp<int>(arch::divide_up(2 * stream.multiprocessors(), blocks), 1, static_cast<int>(held));
   const auto make = [&](bool made, std::initializer_list<int64_t> sizes) {

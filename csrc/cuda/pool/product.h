@@ -4,6 +4,8 @@
 #include <arch/async.h>
 #include <arch/mma.h>
 
+#include <type_traits>
+
 #include "affinity/precision.h"
 
 namespace ercn::pool {
@@ -172,7 +174,7 @@ struct Product {
       for (int m = 0; m < Sums::kRowTiles; ++m) {
         uint32_t r[4];
         A::load_a(r, a, row + m * 16, part);
-        fa[m].set(r);
+        fa[m] = factor(r);
       }
 #pragma unroll
       for (int n = 0; n < Sums::kColumnTiles; n += 2) {
@@ -181,8 +183,7 @@ struct Product {
         if constexpr (Source::kMasked) mask(r, source.mask(step) >> (part * kDepth / 2));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          Factor<2> fb;
-          fb.set(r[half]);
+          const Factor<2> fb = factor(r[half]);
 #pragma unroll
           for (int m = 0; m < Sums::kRowTiles; ++m) add(sums.at[m][n + half], fa[m], fb);
         }
@@ -190,31 +191,37 @@ struct Product {
     }
   }
 
-  // A fragment as mma takes it: fp32 is rounded to TF32, and what that loses follows if the product is to be exact.
+  // A fragment as mma takes it, fp32 rounded to TF32.
   template <int N>
-  struct Factor {
-    uint32_t high[N], low[Precision::kExact ? N : 1];
+  struct Rounded {
+    uint32_t high[N];
 
-    ERCN_DEVICE void set(const uint32_t (&r)[N]) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        high[i] = r[i];
-        if constexpr (sizeof(Element) == 4) {
-          const float x = arch::float_of(r[i]), term = arch::round_tf32(x);
-          high[i] = arch::float_bits(term);
-          if constexpr (Precision::kExact) low[i] = arch::float_bits(affinity::rest(x, term));
-        }
-      }
+    ERCN_DEVICE void set(int i, uint32_t bits) {
+      high[i] = sizeof(Element) == 4 ? arch::float_bits(arch::round_tf32(arch::float_of(bits))) : bits;
     }
   };
+  // As TF32 and what that loses, if the product is to be exact.
+  template <int N>
+  struct Split : affinity::Terms<N> {
+    ERCN_DEVICE void set(int i, uint32_t bits) { affinity::Terms<N>::set(i, arch::float_of(bits)); }
+  };
+  template <int N>
+  using Factor = std::conditional_t<Precision::kExact, Split<N>, Rounded<N>>;
+
+  template <int N>
+  ERCN_DEVICE static Factor<N> factor(const uint32_t (&bits)[N]) {
+    Factor<N> made;
+#pragma unroll
+    for (int i = 0; i < N; ++i) made.set(i, bits[i]);
+    return made;
+  }
 
   ERCN_DEVICE static void add(float (&d)[4], const Factor<4>& a, const Factor<2>& b) {
-    using Type = typename Precision::Product;
     if constexpr (Precision::kExact) {
-      arch::mma<Type>(d, a.low, b.high);
-      arch::mma<Type>(d, a.high, b.low);
+      affinity::mma_terms(d, a, b);
+    } else {
+      arch::mma<typename Precision::Product>(d, a.high, b.high);
     }
-    arch::mma<Type>(d, a.high, b.high);
   }
 
   // Keeps rows k of B whose bit is 1.

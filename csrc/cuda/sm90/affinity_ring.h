@@ -1,6 +1,6 @@
 #pragma once
-// Stages of shared memory between the loading thread and the consumers: a full barrier that the copies complete, and a free
-// barrier at which every consumer warp arrives.
+// Stages of shared memory between the loading thread and the consumers: a full barrier that the copies complete, and a
+// free barrier at which every consumer warp arrives.
 #include <arch/hopper.h>
 
 #include "affinity_tiles.h"
@@ -35,6 +35,22 @@ struct Ring {
       index = 0;
       parity ^= 1;
     }
+  }
+};
+
+// The whole of a block's barriers: of the rows that stay, and of what streams by.
+template <int TERM_STAGES, int FEAT_STAGES>
+struct Barriers {
+  Stage rows, terms[TERM_STAGES], feat[FEAT_STAGES];
+
+  ERCN_DEVICE void init() {
+    if (arch::thread_index() == 0) {
+      rows.init();
+      for (Stage& stage : terms) stage.init();
+      for (Stage& stage : feat) stage.init();
+      arch::fence_barrier_init();
+    }
+    arch::sync_threads();
   }
 };
 

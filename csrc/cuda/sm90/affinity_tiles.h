@@ -75,6 +75,7 @@ struct BackwardTiles {
 
   static constexpr int kRowChunkBytes = kRows * kRowBytes, kColumnChunkBytes = kColumns * kRowBytes;
   static constexpr int kMapBytes = kTerms * kRowBytes;  // terms or pairs of kChunk pixels
+  static constexpr int kTermBytes = kColumns / kChunk * kMapBytes;
 
   static constexpr int kFeatRows = 0;
   static constexpr int kPairRows = kFeatRows + kChunks * kRowChunkBytes;
@@ -82,8 +83,8 @@ struct BackwardTiles {
   // within a stage
   static constexpr int kFeat = 0;
   static constexpr int kTerm = kFeat + kChunks * kColumnChunkBytes;
-  static constexpr int kPair = kTerm + kColumns / kChunk * kMapBytes;
-  static constexpr int kStageBytes = kPair + kColumns / kChunk * kMapBytes;
+  static constexpr int kPair = kTerm + kTermBytes;
+  static constexpr int kStageBytes = kPair + kTermBytes;
   static constexpr int kStages = stages(kColumnStages, kStageBytes);
   static constexpr int kBarriers = kColumnStages + kStages * kStageBytes;
   static constexpr int kShared = kBarriers + kBarrierBytes;

@@ -34,7 +34,8 @@ def library(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: 
     compiler = shlex.join([*shlex.split(CXX), *FLAGS, *extra, *flags, f"-I{EMULATOR}", f"-I{DEVICE}"])
     linker = shlex.join([*shlex.split(CXX), "-shared", *extra])
     folder = BUILD / name
-    objects = {folder / f"{source.parent.name}-{source.stem}.o": source for source in (EMULATOR / "emulator.cpp", *sources)}
+    sources = [EMULATOR / "emulator.cpp", *sources]
+    objects = {folder / f"{source.parent.name}-{source.stem}.o": source for source in sources}
     built = folder / f"{name}.so"
     rules = [
         "rule compile",
@@ -51,7 +52,8 @@ def library(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: 
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be building it
         (folder / "build.ninja").write_text("\n".join(rules) + "\n")
         ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-        result = subprocess.run([*ninja, "-f", folder / "build.ninja"], cwd=folder, capture_output=True, text=True, check=False)
+        command = [*ninja, "-f", folder / "build.ninja"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     errors = [line for line in result.stdout.splitlines() if "error" in line or "undefined" in line]
     assert result.returncode == 0, "\n".join(errors) or result.stdout[-4000:] + result.stderr
     return built

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 import pytest
 import torch
-from _cuda_emulator import EMULATOR, caller, library
+from _cuda_emulator import DEVICE, EMULATOR, caller, library
 from _ops import randn
 
 NOTHING, WAIT, FENCE, PROXY_FENCE, BARRIER, COMMIT = range(6)
@@ -24,13 +25,11 @@ def operands(n, k, dtype, a_mn=False, b_mn=False):
     return *stored, torch.full((64, n), torch.nan), a.float() @ b.float().mT
 
 
-@pytest.mark.parametrize("registers", [False, True], ids=["shared", "registers"])
-@pytest.mark.parametrize("b_mn", [False, True], ids=["b_k", "b_mn"])
-@pytest.mark.parametrize("a_mn", [False, True], ids=["a_k", "a_mn"])
+@pytest.mark.parametrize("a_from", ["rows", "columns", "registers"])
+@pytest.mark.parametrize("b_mn", [False, True], ids=["b_rows", "b_columns"])
 @pytest.mark.parametrize("n", [8, 96, 256])
-def test_warpgroup_product(probes, n, a_mn, b_mn, registers):
-    if registers and a_mn:
-        pytest.skip("registers hold A row by row")
+def test_warpgroup_product(probes, n, b_mn, a_from):
+    a_mn, registers = a_from == "columns", a_from == "registers"
     a, b, d, exact = operands(n, 64, torch.bfloat16, a_mn, b_mn)
     assert probes("wgmma_bf16", n, a_mn, b_mn, registers, a, b, d, NOTHING) is None
     torch.testing.assert_close(d, exact, rtol=1e-5, atol=1e-4)
@@ -142,3 +141,17 @@ def test_bulk_copy(probes):
     x, y = randn(32, dtype=torch.float32), torch.zeros(32)
     assert probes("bulk", x, y) is None
     assert torch.equal(x, y)
+
+
+@pytest.mark.slow
+def test_layouts_are_those_of_cute():
+    """Fragments of mma and wgmma and swizzled operands: CuTe has them from the same documents, written by others."""
+    sys.path.insert(0, str(DEVICE))
+    import toolchain
+
+    if reason := toolchain.obstacle():
+        pytest.skip(reason)
+    toolkit = toolchain.toolkit()[1] / "include"
+    flags = ("-O0", f"-isystem{toolchain.cutlass()}", f"-isystem{toolkit}", f"-isystem{toolkit / 'cccl'}")
+    differ = caller(library("against_cute", [EMULATOR / "against_cute.cpp"], flags))
+    assert differ("layouts_differ") is None

@@ -33,7 +33,7 @@ def library(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: 
     extra = shlex.split(os.environ.get("ERCN_CXXFLAGS", ""))
     compiler = shlex.join([*shlex.split(CXX), *FLAGS, *extra, *flags, f"-I{EMULATOR}", f"-I{DEVICE}"])
     linker = shlex.join([*shlex.split(CXX), "-shared", *extra])
-    folder = BUILD / name
+    folder = BUILD / "-".join([name, *(flag.strip("-").replace("=", "_") for flag in extra)])
     sources = [EMULATOR / "emulator.cpp", *sources]
     objects = {folder / f"{source.parent.name}-{source.stem}.o": source for source in sources}
     built = folder / f"{name}.so"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,3 +96,21 @@ def test_undefined_behaviour_is_named(probes, name, says):
 
 def test_misaligned_copy_is_named(probes):
     assert "cp_async" in probes("misaligned", torch.zeros(256))
+
+
+BEYOND = """
+import sys
+import torch
+from _cuda_emulator import EMULATOR, caller, library
+probes = caller(library("probes", [EMULATOR / "probes.cpp"]))
+probes("write_beyond", torch.zeros(32), sys.argv[1] == "shared")
+"""
+
+
+@pytest.mark.skipif("-fsanitize=address" not in os.environ.get("ERCN_CXXFLAGS", ""), reason="make sanitize runs it")
+@pytest.mark.parametrize("memory", ["shared", "global"])
+def test_address_sanitizer_sees_a_write_beyond(memory):
+    command = [sys.executable, "-c", BEYOND, memory]
+    result = subprocess.run(command, cwd=EMULATOR.parent, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr and "write_beyond" in result.stderr

@@ -104,6 +104,13 @@ void to_scheduler(bool last) {
 #endif
 }
 
+// What AddressSanitizer knows of frames that were left without a return.
+void forget([[maybe_unused]] unsigned char* stack, [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(stack, bytes);
+#endif
+}
+
 void fiber() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &machine->scheduler_bottom, &machine->scheduler_size);
@@ -115,9 +122,7 @@ void fiber() {
 
 void prepare(Thread& thread) {
   unsigned char* bottom = stack_of(thread);
-#ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(bottom, kStack);
-#endif
+  forget(bottom, kStack);
   void** top = reinterpret_cast<void**>(bottom + kStack) - 1;  // a call leaves the stack 8 bytes off 16
   *--top = reinterpret_cast<void*>(&fiber);
   top -= 6;
@@ -352,6 +357,7 @@ void run(Coordinates grid, int threads, int shared_bytes, const std::function<vo
     failure = std::current_exception();
   }
   machine = nullptr;
+  forget(state.stacks, kStack * threads);
   munmap(state.stacks, kStack * threads);
   if (failure) std::rethrow_exception(failure);
 }

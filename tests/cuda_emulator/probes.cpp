@@ -117,8 +117,11 @@ const char* misaligned(const float* from) {
 const char* shared_starts_as_nan(float* to) {
   return probe(32, 128, [=](unsigned char* shared) { to[lane_index()] = reinterpret_cast<float*>(shared)[lane_index()]; });
 }
-const char* write_beyond(float* to, int offset) {  // for AddressSanitizer
-  return probe(32, 128, [=](unsigned char*) { if (lane_index() == 0) to[offset] = 0; });
+// For AddressSanitizer, which ends the process: one float beyond `to`, or beyond shared memory.
+const char* write_beyond(float* to, bool in_shared) {
+  return probe(32, 128, [=](unsigned char* shared) {
+    if (lane_index() == 0) (in_shared ? reinterpret_cast<float*>(shared) : to)[32] = 0;
+  });
 }
 }
 #pragma GCC visibility pop

@@ -16,20 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ercn._memory import RESERVE, free_bytes
 from ercn.benchmarks.cases import Case
-
-RESERVE = 0.9  # of the free memory may be asked for
-
-
-def free_bytes(device: str) -> float | None:
-    """What can be allocated without swapping, None where the system does not say."""
-    if device == "cuda":
-        return float(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def does_not_fit(needed: float, held: float, device: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -12,11 +11,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 
+from ercn._memory import LiveBytes
 from ercn.benchmarks import eager, memory
 from ercn.benchmarks.cases import DTYPES, SEED, Inputs, ModelCase
 from ercn.config import LossConfig, ModelConfig
@@ -123,37 +120,13 @@ def flops(case: ModelCase) -> int:
     return counter.get_total_flops()
 
 
-class _Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive while it is on; ``peak`` is the most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
-            if storage is None or storage in self.known:
-                continue
-            self.known[storage] = size = storage.nbytes()
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, size)
-        return result
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
 @cache
 def live_bytes(case: ModelCase) -> int:
     """The most that activations, gradients and temporaries of a call take at once, with blockwise operators.
 
     In float32, so more than autocast takes; kernels' own workspaces, about 100 MB on a CPU, come on top.
     """
-    with _without_data(case) as step, _Live() as live:
+    with _without_data(case) as step, LiveBytes() as live:
         step()
     return live.peak
 

@@ -1,49 +1,38 @@
-"""Several processes: the same contrastive gradients as one with the whole batch, and a whole training run."""
+"""Several processes: the same loss and gradients as one with all pictures, and whole runs that end as one would."""
 
 import csv
 import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
+import _ranks
+import _steps
 import pytest
 import torch
-import torch.multiprocessing as mp
-from _ntxent import contrastive_gradient
-from lightly.loss import NTXentLoss
 from safetensors.torch import load_file
 
-from ercn.config import DataConfig, PrepareConfig, PretrainConfig, TrainConfig
-from ercn.data import DataError, Manifest, prepare
-from ercn.training.module import ERCNModule
-from ercn.training.pretraining import Contrastive
+from ercn.config import PrepareConfig
+from ercn.data import Manifest, prepare
 
 
-def test_negatives_of_all_ranks_with_correct_gradients(tmp_path):
-    torch.manual_seed(0)
-    weight, views = torch.randn(6, 4, dtype=torch.float64), torch.randn(2, 6, 6, dtype=torch.float64)
-    views[:, 2:] *= 3  # ranks that differ show a wrong average
-    mp.spawn(contrastive_gradient, (3, weight, views, str(tmp_path)), nprocs=3)
-    weight.requires_grad_()
-    whole = NTXentLoss(0.5)(*(view @ weight for view in views))
-    whole.backward()
-    expected = torch.stack([whole.detach(), *weight.grad.flatten()])
-    torch.testing.assert_close(torch.load(tmp_path / "gradient.pt"), expected)
+@pytest.fixture(scope="module")
+def whole():
+    return {kind: _steps.gradient(kind) for kind in _steps.KINDS}
 
 
-def test_a_rank_without_readable_pictures_stops_instead_of_leaving_the_others_waiting():
-    config = DataConfig(batch_size=3)
-    train = ERCNModule(torch.nn.Identity(), TrainConfig(data=config))
-    contrast = Contrastive(PretrainConfig(backbone="test_resnet", data=config), 0)
-    dataset = SimpleNamespace(unreadable=lambda: [SimpleNamespace(image="a.png"), SimpleNamespace(image="b.png")])
-    loader = SimpleNamespace(dataset=dataset, batch_size=3)
-    for module, batch in ((train, None), (contrast, None), (contrast, {"views": torch.zeros(1, 2, 3, 8, 8)})):
-        module.trainer = SimpleNamespace(world_size=1, global_rank=0, train_dataloader=loader)
-        assert module.training_step(batch, 0) is None
-        module.trainer = SimpleNamespace(world_size=2, global_rank=1, train_dataloader=loader)
-        with pytest.raises(DataError, match="rank 1 of 2 has too few readable .* unreadable are a.png, b.png;"):
-            module.training_step(batch, 0)
+
+@pytest.mark.parametrize("counts", [(4, 2), (5, 0, 1)], ids=str)
+def test_ranks_with_unequal_pictures_are_one_big_batch(counts, whole, tmp_path):
+    assert _ranks.run(len(counts), _steps.save_gradients, counts, str(tmp_path)) == [0] * len(counts)
+    for kind, expected in whole.items():
+        ranks = [torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in range(len(counts))]
+        mean = 1 if kind == "train" else 1 / len(counts)  # every rank logs the contrastive loss of all pictures
+        torch.testing.assert_close(sum(rank["logged"] for rank in ranks) * mean, expected["logged"])
+        for rank in ranks:  # as DistributedDataParallel averages it
+            torch.testing.assert_close(rank["grad"], expected["grad"], rtol=1e-9, atol=1e-12)
+            if kind == "moco_v2":
+                torch.testing.assert_close(rank["queue"], expected["queue"])
 
 
 @pytest.mark.slow

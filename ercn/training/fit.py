@@ -44,7 +44,7 @@ def train(config: TrainConfig) -> Path:
     if config.init is not None:
         load_backbone(model, config.init, config.model.backbone)
     module = ERCNModule(model, config, class_weights(config, manifest))
-    runs.use_channels_last(module, config.run.channels_last)
+    runs.set_up(module, model, config.run)
     trainer = runs.make_trainer(config.run, monitor=MONITOR)
     checkpoint = runs.open_run(config)
     out = Path(config.run.out)

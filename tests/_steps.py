@@ -1,0 +1,82 @@
+"""Training steps of one rank, whose gradients the tests compare with those of one process and the whole batch."""
+
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ercn.config import DataConfig, LossConfig, ModelConfig, PretrainConfig, TrainConfig
+from ercn.models import ERCN
+from ercn.training.module import ERCNModule
+from ercn.training.pretraining import Contrastive
+
+DATA = DataConfig(image_size=48)
+KINDS = ("train", "simclr", "moco_v2")
+STEPS = 2
+
+
+class Step(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch, step):
+        return self.module.training_step(batch, step)
+
+
+def module_of(kind):
+    torch.manual_seed(0)
+    if kind == "train":
+        config = TrainConfig(
+            data=DATA,
+            model=ModelConfig(backbone="test_resnet", embed_dim=8, pool_dim=8, detach=False),
+            loss=LossConfig(transform="affine", min_pool=0.5),
+        )
+        return ERCNModule(ERCN(config.model), config, class_weight=torch.linspace(0.5, 2, 5)).double()
+    config = PretrainConfig(data=DATA, backbone="test_resnet", method=kind, projection_dim=8, momentum=0.9)
+    return Contrastive(config, 7).double()
+
+
+def batches(kind):
+    """The six pictures of each step."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (6, 3, 48, 48) if kind == "train" else (6, 2, 3, 48, 48)
+    for _ in range(STEPS):
+        pictures = torch.randn(shape, generator=generator, dtype=torch.float64)
+        grades = torch.randint(5, (6,), generator=generator)
+        yield {"image": pictures, "grade": grades} if kind == "train" else {"views": pictures}
+
+
+def gradient(kind, rank=0, counts=(6,)):
+    """Losses, logged losses weighted by their pictures, gradients, and MoCo's queue, of this rank's share."""
+    world = len(counts)
+    module = module_of(kind)
+    module.trainer = SimpleNamespace(world_size=world, global_rank=rank, current_epoch=3)
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.eval()  # its statistics would be those of the rank's own pictures
+    logged = []
+    module.log = lambda name, value, batch_size, **_: logged.append(value * batch_size) if name == "loss" else None
+    step = Step(module)
+    if world > 1:
+        step = DistributedDataParallel(step, find_unused_parameters=True)
+    losses = []
+    for i, whole in enumerate(batches(kind)):
+        batch = {name: values.split(counts)[rank] for name, values in whole.items()}
+        loss = step(batch if counts[rank] else None, i)
+        loss.backward()
+        losses.append(loss.detach())
+    result = {"loss": torch.stack(losses), "logged": torch.stack(logged)}
+    result["grad"] = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+    if kind == "moco_v2":
+        result["queue"] = module.loss.memory_bank.bank
+    return result
+
+
+def save_gradients(rank, world, counts, folder):
+    dist.init_process_group("gloo")
+    for kind in KINDS:
+        torch.save(gradient(kind, rank, counts), f"{folder}/{kind}-{rank}.pt")
+    dist.destroy_process_group()

@@ -1,5 +1,7 @@
-"""Training steps of one rank, whose gradients the tests compare with those of one process and the whole batch."""
+"""What one rank of a test does: steps whose gradients are compared with those of one process, and training runs."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import torch
@@ -9,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ercn.config import DataConfig, LossConfig, ModelConfig, PretrainConfig, TrainConfig
 from ercn.models import ERCN
+from ercn.training import train
 from ercn.training.module import ERCNModule
 from ercn.training.pretraining import Contrastive
 
@@ -80,3 +83,16 @@ def save_gradients(rank, world, counts, folder):
     for kind in KINDS:
         torch.save(gradient(kind, rank, counts), f"{folder}/{kind}-{rank}.pt")
     dist.destroy_process_group()
+
+
+def train_until(rank, world, config, death):
+    """A training run whose rank ``death[0]`` is killed at epoch and step ``death[1:]``, if given."""
+    training_step = ERCNModule.training_step
+
+    def step(self, batch, index):
+        if (rank, self.current_epoch, index) == death:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(self, batch, index)
+
+    ERCNModule.training_step = step
+    train(config)

@@ -32,7 +32,7 @@ def train_config(data, out, **run):
         data=DataConfig(root=data, image_size=64, batch_size=4, workers=1),
         model=ModelConfig(backbone="mobilenetv3_small_050", embed_dim=16, pool_dim=16, dropout=0.2),
         loss=LossConfig(transform="all", warmup_epochs=1),
-        run=RunConfig(out=str(out), accelerator="cpu", **{"epochs": 4, "lr": 3e-3, **run}),
+        run=RunConfig(out=str(out), accelerator="cpu", **{"epochs": 4, "lr": 3e-3, "ema": 0.9, **run}),
     )
 
 
@@ -52,6 +52,7 @@ def command(config):
         "run.out": run.out,
         "run.epochs": run.epochs,
         "run.lr": run.lr,
+        "run.ema": run.ema,
         "run.accelerator": run.accelerator,
         "run.resume": str(run.resume).lower(),
     }
@@ -93,7 +94,8 @@ def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
     weights = [load_file(out / "export" / "model.safetensors") for out in (whole, killed)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     states = [torch.load(out / "checkpoints" / "last.ckpt", weights_only=True) for out in (whole, killed)]
-    assert all(torch.equal(a, states[1]["state_dict"][key]) for key, a in states[0]["state_dict"].items())
+    for part in ("state_dict", "current_model_state"):  # the average and what is averaged
+        assert all(torch.equal(a, states[1][part][key]) for key, a in states[0][part].items())
     results = [json.loads((out / "evaluation" / "val.json").read_text()) for out in (whole, killed)]
     assert results[0] == results[1]
 

@@ -113,8 +113,8 @@ class GradedData(PictureData):
     def _weights(self, records: list[Record]) -> np.ndarray | None:
         return sampling_weights(records) if self.config.balance == "sampler" else None
 
-    def val_dataloader(self) -> DataLoader | list[None]:
+    def val_dataloader(self) -> DataLoader:
         records = self.manifest.split("val")[self.trainer.global_rank :: self.trainer.world_size]
         if not records:
-            return [None]  # a rank without a batch would leave the others waiting at the epoch's end
+            return DataLoader([None], batch_size=None)  # a rank without a batch leaves the others waiting for ever
         return make_loader(self._pictures(records, augment=False), self.config.batch_size, self.config.workers)

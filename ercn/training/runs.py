@@ -178,6 +178,7 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
         ".*number of training batches.*",
+        ".*when logging on epoch level in distributed setting.*",  # what the ranks log is the same or already joined
         ".*available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
     ):

@@ -18,11 +18,21 @@ def free_bytes(device: str) -> float | None:
     """What can be allocated without swapping, None where the system does not say."""
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[0])
+    free = _field(Path("/proc/meminfo"), "MemAvailable")
+    return free if free is None else float(free)
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """What this process holds of the machine's memory, or with "VmHWM" held at most; 0 where the system is silent."""
+    return _field(Path("/proc/self/status"), field) or 0
+
+
+def _field(path: Path, name: str) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return None
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -234,6 +234,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """``ercn plan``: what ``ercn train`` with these options needs.
+
+    init: not read. memory: of the device, in GB, or none for what is found here.
+    """
+
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """``ercn evaluate``: metrics of a trained run on one split.
 

@@ -1,7 +1,12 @@
 """What one rank of a test does: steps whose gradients are compared with those of one process, and training runs."""
 
+import ctypes
+import gc
 import os
 import signal
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -9,11 +14,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ercn._memory import resident_bytes
 from ercn.config import DataConfig, LossConfig, ModelConfig, PretrainConfig, TrainConfig
+from ercn.grad_checkpointing import checkpoint_blocks
 from ercn.models import ERCN
+from ercn.objective import ercn_loss
 from ercn.training import train
 from ercn.training.module import ERCNModule
+from ercn.training.plan import PRECISIONS
 from ercn.training.pretraining import Contrastive
+from ercn.transforms import sample_transform
 
 DATA = DataConfig(image_size=48)
 KINDS = ("train", "simclr", "moco_v2")
@@ -96,3 +106,34 @@ def train_until(rank, world, config, death):
 
     ERCNModule.training_step = step
     train(config)
+
+
+def save_peak(rank, world, config, path):
+    """What two real training steps take at most, beside what the libraries hold after a small one."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, as large tensors always do
+    _two_steps(replace(config, data=replace(config.data, image_size=64, batch_size=1)))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    _two_steps(config)
+    Path(path).write_text(str(resident_bytes("VmHWM") - before))
+
+
+def _two_steps(config):
+    dtype, half = PRECISIONS[config.run.precision]
+    model = ERCN(config.model).to(dtype, memory_format=torch.channels_last).train()
+    if config.run.grad_checkpointing:
+        checkpoint_blocks(model.backbone)
+    optimizer = torch.optim.AdamW(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    transform = sample_transform(config.loss.transform, generator, size=config.data.image_size)
+    size = config.data.image_size
+    for _ in range(2):
+        image = torch.randn(config.data.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
+        grade = torch.arange(config.data.batch_size) % 5
+        with torch.autocast("cpu", half) if half else nullcontext():
+            loss, _ = ercn_loss(model, image, grade, config.model, config.loss, transform)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

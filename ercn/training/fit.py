@@ -18,6 +18,7 @@ from ercn.training.infer import pick_device
 from ercn.training.loaders import GradedData
 from ercn.training.module import MONITOR, ERCNModule
 from ercn.training.pictures import class_counts, load_manifest, need_split
+from ercn.training.plan import advice
 from ercn.training.report import write_report
 from ercn.training.seeding import derive
 from ercn.training.table import print_metrics
@@ -49,7 +50,7 @@ def train(config: TrainConfig) -> Path:
     checkpoint = runs.open_run(config)
     out = Path(config.run.out)
     data = GradedData(manifest, config.data, seed=config.run.seed)
-    if runs.fit(trainer, module, data, checkpoint):
+    if runs.fit(trainer, module, data, checkpoint, lambda: advice(config)):
         finish(out, model, info | {"unreadable": data.unreadable}, config, manifest)
     return out
 

@@ -31,6 +31,11 @@ from ercn.training.report import write_report
 from ercn.training.schedule import adamw
 from ercn.training.seeding import derive, generator
 
+LESS_MEMORY = (
+    "less is needed with --run.grad_checkpointing true, then --run.precision bf16-mixed, then a smaller "
+    "--data.batch_size or --data.image_size"
+)
+
 
 class Embedder(nn.Module):
     """Backbone, mean over the last feature map, projection head: [B, 3, S, S] -> [B, projection_dim], not in half."""
@@ -136,7 +141,7 @@ def pretrain(config: PretrainConfig) -> Path:
     checkpoint = runs.open_run(config)
     data = PictureData(manifest, config.data, seed=config.run.seed)
     out = Path(config.run.out)
-    if not runs.fit(trainer, module, data, checkpoint):
+    if not runs.fit(trainer, module, data, checkpoint, lambda: LESS_MEMORY):
         return out
     save_weights(
         out / "export",

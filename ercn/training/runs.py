@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,17 @@ def progress_bar() -> ProgressBar:
     return RichProgressBar(leave=True)
 
 
-def fit(trainer: pl.Trainer, module: pl.LightningModule, data: PictureData, checkpoint: Path | None) -> bool:
-    """Trains; returns whether this process is the one that goes on to export. KeyboardInterrupt passes through."""
+def fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: PictureData,
+    checkpoint: Path | None,
+    advice: Callable[[], str],
+) -> bool:
+    """Trains; returns whether this process is the one that goes on to export. KeyboardInterrupt passes through.
+
+    Raises MemoryError with ``advice`` where there is no more memory; finished epochs are kept.
+    """
     if checkpoint is not None:
         data.first_epoch = _finished_epochs(checkpoint, module)
         if trainer.is_global_zero:
@@ -144,7 +154,19 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: PictureData, chec
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise MemoryError(f"out of memory in epoch {trainer.current_epoch + 1}: {advice()}") from error
     return trainer.is_global_zero
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """The allocator of the CPU and oneDNN have no exception of their own."""
+    said = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in said for words in ("can't allocate memory", "not enough memory", "could not create a memory")
+    )
 
 
 def _finished_epochs(checkpoint: Path, module: pl.LightningModule) -> int:

@@ -42,12 +42,20 @@ def inputs(case: ModelCase, device: str, dtype: torch.dtype = torch.float32) -> 
 
 def runner(case: ModelCase, inputs: Inputs, backend: str) -> Callable[[], tuple[Tensor, ...]]:
     """backend: one of ours, "" for the automatic choice, or ``EAGER``. Forward returns logits and refined CAM."""
-    from ercn.models import ERCN
-
     image, grade = inputs.tensors
     torch.manual_seed(SEED)
-    model = ERCN(ModelConfig(backbone=case.backbone)).to(image.device, image.dtype, memory_format=torch.channels_last)
+    model = _model(case).to(image.device, image.dtype, memory_format=torch.channels_last)
     return _step(case, model, image.contiguous(memory_format=torch.channels_last), grade, backend)
+
+
+def _model(case: ModelCase) -> nn.Module:
+    from ercn.grad_checkpointing import checkpoint_blocks
+    from ercn.models import ERCN
+
+    model = ERCN(ModelConfig(backbone=case.backbone, output_stride=case.stride))
+    if case.checkpointing:
+        checkpoint_blocks(model.backbone)
+    return model
 
 
 def _step(case: ModelCase, model: nn.Module, image: Tensor, grade: Tensor, backend: str) -> Callable:
@@ -102,13 +110,11 @@ def _operators(backend: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_data(case: ModelCase) -> Iterator[Callable]:
-    """The step on tensors without data, which autocast does not know: in float32."""
-    from ercn.models import ERCN
-
+    """The step on tensors without data, in float32."""
     case = replace(case, dtype="float32")
     _transform(case.image_size)  # draws numbers, which tensors without data cannot
     with FakeTensorMode():
-        model = ERCN(ModelConfig(backbone=case.backbone))
+        model = _model(case)
         yield _step(case, model, *inputs(case, "cpu").tensors, "reference")
 
 
@@ -134,9 +140,7 @@ def live_bytes(case: ModelCase) -> int:
 @cache
 def min_bytes(case: ModelCase) -> int:
     """Pictures and weights read once, and in training as many gradients written."""
-    from ercn.models import ERCN
-
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in ERCN(ModelConfig(backbone=case.backbone)).parameters())
+        parameters = sum(p.numel() for p in _model(case).parameters())
     copies = 1 if case.direction == "forward" else 2
     return (case.batch * 3 * case.size + copies * parameters) * 4

@@ -21,7 +21,7 @@ from ercn.models import ERCN
 from ercn.objective import ercn_loss
 from ercn.training import train
 from ercn.training.module import ERCNModule
-from ercn.training.plan import PRECISIONS
+from ercn.training.planning import PRECISIONS
 from ercn.training.pretraining import Contrastive
 from ercn.transforms import sample_transform
 

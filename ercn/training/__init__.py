@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 _MODULES = {
-    "plan": "plan",
+    "plan": "planning",
     "pretrain": "pretraining",
     "train": "fit",
     "evaluate": "evaluation",

@@ -18,7 +18,7 @@ from ercn.training.infer import pick_device
 from ercn.training.loaders import GradedData
 from ercn.training.module import MONITOR, ERCNModule
 from ercn.training.pictures import class_counts, load_manifest, need_split
-from ercn.training.plan import advice
+from ercn.training.planning import advice
 from ercn.training.report import write_report
 from ercn.training.seeding import derive
 from ercn.training.table import print_metrics

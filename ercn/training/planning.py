@@ -121,48 +121,62 @@ def _no_data(dtype: torch.dtype) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One more change of the configuration, and the footprint with it and all before."""
+class Change:
+    """Options that are changed, by name, and the configuration and its footprint with these and all changes before."""
 
-    options: str
+    options: dict[str, object]
+    config: TrainConfig
     footprint: Footprint
 
 
-def changes(config: TrainConfig, fits: Callable[[Footprint], bool]) -> list[Step]:
+def changes(config: TrainConfig, fits: Callable[[Footprint], bool]) -> list[Change]:
     """What makes a configuration fit: one change after the other, those that alter the training least first.
 
     Gradient checkpointing; half the batch and twice the steps per update, down to one picture; bfloat16; output stride
-    16; smaller pictures. Ends with the first that fits, or when nothing is left to change.
+    16; smaller pictures. Ends with the first that fits, or when nothing is left that saves memory.
     """
-    steps: list[Step] = []
-    for options, changed in _smaller(config):
-        steps.append(Step(options, footprint(changed)))
-        if fits(steps[-1].footprint):
-            break
-    return steps
+    found: list[Change] = []
+    now = footprint(config)
+    for smaller in (_checkpointing, _smaller_batch, _half_precision, _coarser_map, _smaller_picture):
+        while options := smaller(config):
+            changed = _changed(config, options)
+            then = footprint(changed)
+            if then.peak >= now.peak:
+                break
+            config, now = changed, then
+            found.append(Change(options, config, now))
+            if fits(now):
+                return found
+    return found
 
 
-def _smaller(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
-    def but(**parts: dict) -> TrainConfig:
-        return replace(config, **{name: replace(getattr(config, name), **values) for name, values in parts.items()})
+def _changed(config: TrainConfig, options: dict[str, object]) -> TrainConfig:
+    for name, value in options.items():
+        part, field = name.split(".")
+        config = replace(config, **{part: replace(getattr(config, part), **{field: value})})
+    return config
 
-    if not config.run.grad_checkpointing:
-        config = but(run={"grad_checkpointing": True})
-        yield "--run.grad_checkpointing true", config
-    while config.data.batch_size > 1:
-        size = config.data.batch_size // 2
-        accumulate = -(-config.run.accumulate * config.data.batch_size // size)
-        config = but(data={"batch_size": size}, run={"accumulate": accumulate})
-        yield f"--data.batch_size {size} --run.accumulate {accumulate}", config
-    if config.run.precision == "32-true":
-        config = but(run={"precision": "bf16-mixed"})
-        yield "--run.precision bf16-mixed", config
-    if config.model.output_stride < 16:
-        config = but(model={"output_stride": 16})
-        yield "--model.output_stride 16", config
-    while config.data.image_size >= 256:
-        config = but(data={"image_size": config.data.image_size * 3 // 4 // 32 * 32})
-        yield f"--data.image_size {config.data.image_size}", config
+
+def _checkpointing(config: TrainConfig) -> dict[str, object]:
+    return {} if config.run.grad_checkpointing else {"run.grad_checkpointing": True}
+
+
+def _smaller_batch(config: TrainConfig) -> dict[str, object]:
+    size, steps = config.data.batch_size, config.run.accumulate
+    return {"data.batch_size": size // 2, "run.accumulate": round(steps * size / (size // 2))} if size > 1 else {}
+
+
+def _half_precision(config: TrainConfig) -> dict[str, object]:
+    return {"run.precision": "bf16-mixed"} if config.run.precision == "32-true" else {}
+
+
+def _coarser_map(config: TrainConfig) -> dict[str, object]:
+    return {"model.output_stride": 16} if config.model.output_stride < 16 else {}
+
+
+def _smaller_picture(config: TrainConfig) -> dict[str, object]:
+    size = config.data.image_size * 3 // 4 // 32 * 32
+    return {"data.image_size": size} if size >= 192 else {}
 
 
 def advice(config: TrainConfig) -> str:
@@ -171,19 +185,15 @@ def advice(config: TrainConfig) -> str:
     text = f"a training step needs about {_gb(now.peak)} by prediction, and {_gb(memory)} are there"
     if now.peak <= RESERVE * memory:
         return f"{text}; something else takes the memory, or kernels take more for themselves than is predicted"
-    steps = changes(config, lambda one: one.peak <= RESERVE * memory)
-    if not steps or steps[-1].footprint.peak > RESERVE * memory:
+    found = changes(config, lambda one: one.peak <= RESERVE * memory)
+    if not found or found[-1].footprint.peak > RESERVE * memory:
         return f"{text}; no smaller batch, picture or precision fits: take a smaller model.backbone or a larger device"
-    return f"{text}; {_gb(steps[-1].footprint.peak)} with {' '.join(_last(steps))}"
+    options = {name: value for change in found for name, value in change.options.items()}
+    return f"{text}; {_gb(found[-1].footprint.peak)} with {_spelled(options)}"
 
 
-def _last(steps: list[Step]) -> list[str]:
-    """The options of all steps, each with its last value."""
-    last: dict[str, str] = {}
-    for step in steps:
-        words = step.options.split()
-        last.update(zip(words[::2], words[1::2]))
-    return [f"{name} {value}" for name, value in last.items()]
+def _spelled(options: dict[str, object]) -> str:
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in options.items())
 
 
 def available(config: TrainConfig) -> float | None:
@@ -213,10 +223,9 @@ def plan(config: PlanConfig) -> int:
     print(f"{'fits' if fits else 'does not fit'} into {_gb(memory)}, of which {RESERVE:.0%} are planned with")
     if fits:
         return 0
-    steps = changes(config, lambda one: one.peak <= RESERVE * memory)
-    for step in steps:
-        verdict = "fits" if step.footprint.peak <= RESERVE * memory else "does not fit"
-        print(f"  {_gb(step.footprint.peak):>9}  {verdict:<12}  with {step.options}")
+    for change in changes(config, lambda one: one.peak <= RESERVE * memory):
+        verdict = "fits" if change.footprint.peak <= RESERVE * memory else "does not fit"
+        print(f"  {_gb(change.footprint.peak):>9}  {verdict:<12}  with {_spelled(change.options)}")
     return 1
 
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, MemoryError) as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if debug or (error.name or "").split(".")[0] == "ercn":

@@ -172,7 +172,7 @@ def test_advice_for_a_run_without_memory(monkeypatch):
     assert "GB by prediction, and 2.44 GB are there; " in told
     assert told.endswith("GB with --run.grad_checkpointing true --data.batch_size 2 --run.accumulate 2")
     monkeypatch.setattr(planning, "available", lambda config: 80e9)
-    assert "something else takes the memory" in planning.advice(LARGE)
+    assert "something else takes it or limits it" in planning.advice(LARGE)
     monkeypatch.setattr(planning, "available", lambda config: 1e6)
     monkeypatch.setattr(planning, "changes", lambda config, fits: [])
     assert "take a smaller model.backbone or a larger device" in planning.advice(LARGE)

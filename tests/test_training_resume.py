@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ercn.config import DataConfig, LossConfig, ModelConfig, PrepareConfig, PretrainConfig, RunConfig, TrainConfig
 from ercn.data import DataError, Manifest, prepare
 from ercn.training import pretrain, train
+from ercn.training.module import ERCNModule
 from ercn.training.pretraining import Contrastive
 
 
@@ -128,6 +129,25 @@ def test_interrupted_pretraining_resumes_to_the_same_weights(method, data, tmp_p
     whole, cut = (load_file(tmp_path / out / "export" / "backbone.safetensors") for out in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
     assert epochs(tmp_path / "whole") == epochs(tmp_path / "cut")
+
+
+def test_a_run_out_of_memory_goes_on_with_less_to_the_same_bits(data, tmp_path, monkeypatch):
+    train(train_config(data, tmp_path / "whole", epochs=2))
+    step = ERCNModule.training_step
+
+    def fill(self, batch, index):
+        if self.current_epoch == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(self, batch, index)
+
+    monkeypatch.setattr(ERCNModule, "training_step", fill)
+    with pytest.raises(MemoryError, match="out of memory in epoch 2: a training step needs about .* by prediction"):
+        train(train_config(data, tmp_path / "less", epochs=2))
+    monkeypatch.undo()
+    train(train_config(data, tmp_path / "less", epochs=2, resume=True, grad_checkpointing=True))
+    whole, less = (load_file(tmp_path / out / "export" / "model.safetensors") for out in ("whole", "less"))
+    assert all(torch.equal(whole[key], less[key]) for key in whole)
+    assert epochs(tmp_path / "whole") == epochs(tmp_path / "less")
 
 
 def test_a_folder_in_use_is_left_alone(data, tmp_path):

@@ -184,7 +184,7 @@ def advice(config: TrainConfig) -> str:
     now, memory = footprint(config), available(config) or 0.0
     text = f"a training step needs about {_gb(now.peak)} by prediction, and {_gb(memory)} are there"
     if now.peak <= RESERVE * memory:
-        return f"{text}; something else takes the memory, or kernels take more for themselves than is predicted"
+        return f"{text}; something else takes it or limits it (ulimit, a container)"
     found = changes(config, lambda one: one.peak <= RESERVE * memory)
     if not found or found[-1].footprint.peak > RESERVE * memory:
         return f"{text}; no smaller batch, picture or precision fits: take a smaller model.backbone or a larger device"

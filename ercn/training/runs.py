@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,7 @@ def fit(
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that took the memory
         raise MemoryError(f"out of memory in epoch {trainer.current_epoch + 1}: {advice()}") from error
     return trainer.is_global_zero
 

@@ -33,6 +33,7 @@ _RULES: dict[str, Callable[[float], bool]] = {
     "at least 32": lambda x: x >= 32,
     "above 0": lambda x: x > 0,
     "above 0 and at most 1": lambda x: 0 < x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
     "at least 0 and at most 1": lambda x: 0 <= x <= 1,
 }
 
@@ -159,7 +160,11 @@ class RunConfig:
     weight_decay: AdamW's, of weights but not of biases.
     warmup_epochs: epochs over which the learning rate rises; then it falls as a cosine.
     accumulate: steps per optimizer update. clip: gradient norm limit, 0 for none.
-    channels_last: memory layout of pictures and weights. progress: a progress bar where the output is a terminal.
+    channels_last: memory layout of pictures and weights.
+    grad_checkpointing: recompute the backbone's blocks in the backward pass: less memory, the same results.
+    compile: torch.compile of the network. sync_batchnorm: batch statistics over all GPUs instead of each one's own.
+    ema: decay of the weights' exponential moving average, which then is validated and exported; 0 for none.
+    progress: a progress bar where the output is a terminal.
     """
 
     out: str = "runs/ercn"
@@ -176,10 +181,15 @@ class RunConfig:
     devices: int = 1
     num_nodes: int = 1
     channels_last: bool = True
+    grad_checkpointing: bool = False
+    compile: bool = False
+    sync_batchnorm: bool = False
+    ema: float = 0.0
     progress: bool = True
 
     def __post_init__(self) -> None:
         _require(self, "at least 1", "epochs", "accumulate", "devices", "num_nodes")
+        _require(self, "at least 0 and below 1", "ema")
         _require(self, "at least 0", "seed", "lr", "weight_decay", "warmup_epochs", "clip")
 
 
@@ -221,6 +231,16 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     run: RunConfig = field(default_factory=RunConfig)
     init: str | None = None
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """``ercn plan``: what ``ercn train`` with these options needs.
+
+    init: not read. memory: of the device, in GB, or none for what is found here.
+    """
+
+    memory: float | None = None
 
 
 @dataclass(frozen=True)

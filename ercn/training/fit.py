@@ -18,6 +18,7 @@ from ercn.training.infer import pick_device
 from ercn.training.loaders import GradedData
 from ercn.training.module import MONITOR, ERCNModule
 from ercn.training.pictures import class_counts, load_manifest, need_split
+from ercn.training.planning import advice
 from ercn.training.report import write_report
 from ercn.training.seeding import derive
 from ercn.training.table import print_metrics
@@ -44,12 +45,12 @@ def train(config: TrainConfig) -> Path:
     if config.init is not None:
         load_backbone(model, config.init, config.model.backbone)
     module = ERCNModule(model, config, class_weights(config, manifest))
-    runs.use_channels_last(module, config.run.channels_last)
+    runs.set_up(module, model, config.run)
     trainer = runs.make_trainer(config.run, monitor=MONITOR)
     checkpoint = runs.open_run(config)
     out = Path(config.run.out)
     data = GradedData(manifest, config.data, seed=config.run.seed)
-    if runs.fit(trainer, module, data, checkpoint):
+    if runs.fit(trainer, module, data, checkpoint, lambda: advice(config)):
         finish(out, model, info | {"unreadable": data.unreadable}, config, manifest)
     return out
 

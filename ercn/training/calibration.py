@@ -12,7 +12,7 @@ _FLOOR = 1e-6  # smallest probability: an ordinal grade's can be 0, of which the
 def temper(probability: np.ndarray, temperature: float) -> np.ndarray:
     """p_k^(1/T) / sum_j p_j^(1/T) of probabilities [N, K], which for a softmax is softmax(logits / T).
 
-    The order of the classes stays, and so do the predicted grade, accuracy and kappa. T = 1 changes nothing.
+    The most probable class stays, and so do accuracy and kappa. T = 1 changes nothing.
 
     >>> temper(np.array([[0.8, 0.2]]), 2.0).round(3)
     array([[0.667, 0.333]])

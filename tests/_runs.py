@@ -1,5 +1,6 @@
 """A run folder as training leaves it, of a network that was never trained: evaluation and reports ask for no more."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,9 +34,11 @@ def write_run(out: Path, root: Path, seed: int = 0, draws: int = 20, **model) ->
     collected = collect(network, info, manifest.split("val"), **OPTIONS)
     info |= {"epoch": 2, "parameters": 1, **choose_on_validation(collected, ground_of(info, manifest))}
     save_model(out, network, config, {key: value for key, value in info.items() if key != "config"})
-    (out / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    plain = json.loads(json.dumps(asdict(config)))  # lists for tuples
+    (out / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     write_json(out / "environment.json", environment())
-    write_csv(out / "metrics.csv", [{"epoch": e, "loss": 1 / e, "val_loss": 1 / e, "val_kappa": e / 9} for e in (1, 2, 3)])
+    history = [{"epoch": e, "loss": 1 / e, "val_loss": 1 / e, "val_kappa": e / 9} for e in (1, 2, 3)]
+    write_csv(out / "metrics.csv", history)
     chosen = info["thresholds"] | {"from": f"val of {manifest.dataset}"}
     write_evaluation(out, "val", collected, info, manifest, map_thresholds=chosen, draws=draws, seed=0)
     return out

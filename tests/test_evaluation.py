@@ -1,4 +1,4 @@
-"""Evaluation on any data set: common grades, localisation without grades, thresholds of validation only, several views."""
+"""Evaluation on any data set: common grades, sets without grades, thresholds of validation only, several views."""
 
 import csv
 import json
@@ -44,7 +44,8 @@ def reports(monkeypatch):
 
 
 def evaluated(root, run="run", **options):
-    return evaluate(EvaluateConfig(run=str(root / run), batch_size=16, workers=0, bootstrap=20, progress=False, **options))
+    fixed = {"batch_size": 16, "workers": 0, "bootstrap": 20, "progress": False}
+    return evaluate(EvaluateConfig(run=str(root / run), **fixed, **options))
 
 
 def predictions(root, name, run="run"):
@@ -136,7 +137,7 @@ def test_neither_grades_nor_masks_is_an_error(root, tmp_path):
     write_idrid_segmentation_tree(root / "bare")
     for mask in (root / "bare").rglob("*.tif"):
         mask.unlink()
-    data = prepare(PrepareConfig(dataset="idrid_segmentation", root=str(root / "bare"), out=str(tmp_path / "d"), **SMALL))
+    data = prepared(tmp_path, "idrid_segmentation", root=str(root / "bare"))
     with pytest.raises(ValueError, match="neither grades nor lesion masks in the test split"):
         evaluated(root, data=str(data))
 

@@ -69,7 +69,8 @@ def photograph(name):
 def centroid(weight):
     """(x, y), pixel centers at k + 0.5."""
     weight = np.asarray(weight, float)
-    return tuple(float((np.arange(n) + 0.5) @ weight.sum(axis) / weight.sum()) for axis, n in ((0, weight.shape[1]), (1, weight.shape[0])))
+    share = weight / weight.sum()
+    return tuple(float((np.arange(len(one)) + 0.5) @ one) for one in (share.sum(0), share.sum(1)))
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,19 @@ from ercn.training.maps import NAMES
 
 # What only people can say: (text, items of CLAIM, items of TRIPOD+AI).
 NOT_PROVIDED = (
+    ("Structured summary of a study", "2", "2"),
     ("Intended use and clinical role, target population and users", "3", "3a, 3b"),
     ("Known inequalities between groups of patients, fairness", "", "3c, 14"),
     ("Objectives and hypotheses; prospective or retrospective", "4, 5, 6", "4"),
     ("Setting, places and dates of the recordings, cameras", "8", "5b, 6a"),
+    ("Definitions of data elements", "11", ""),
     ("De-identification of the published pictures", "12", ""),
     ("Why this reference standard; qualification, tools and agreement of the graders", "15, 16, 17, 18", "8b, 8c"),
     ("Intended sample size and its reason", "19", "10"),
     ("Age, sex, ethnicity, diabetes and other characteristics of the patients, and results by them", "34", "20b, 23a"),
     ("Comparison with human graders or another test", "", "12"),
-    ("Analysis of failures by an expert", "37", ""),
+    ("Robustness or sensitivity analysis; analysis of failures by an expert", "30, 37", ""),
+    ("Interpretation beside earlier evidence; updating of the model", "", "24, 25"),
     ("Implications for practice, needed expertise, handling of poor input in use", "39", "27a, 27b, 27c"),
     ("Ethical approval and consent", "", "17"),
     ("Registration, protocol, funding, conflicts of interest", "40, 41, 42", "18a, 18b, 18c, 18d"),

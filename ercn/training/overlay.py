@@ -26,6 +26,7 @@ COLORS = {
     OPTIC_DISC: "#ffffff",
 }
 OTHER = "#c9b3ff"
+_OUTLINES = 512  # least side of outlines, pixels
 _ROWS = 256  # blended at once, so that a 200-megapixel picture needs no second float copy
 
 
@@ -48,17 +49,19 @@ def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def outlines(masks: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The outlines of masks bool [S, S] by kind, uint8 RGBA [S, S, 4]: each in its colour, outside of its mask, with a
-    dark rim. Lesions lie over the optic disc."""
+    """The outlines of masks bool [S, S] by kind: uint8 RGBA [T, T, 4], T the first multiple of S from 512 on.
+
+    Each outline is in its kind's colour, outside of its mask, with a dark rim. Lesions lie over the optic disc.
+    """
     size = next(iter(masks.values())).shape[0]
-    width = max(1, round(size / 320))
-    result = np.zeros((size, size, 4), np.uint8)
+    factor = -(-_OUTLINES // size)
+    width = max(1, factor * size // 300)
+    result = np.zeros((factor * size, factor * size, 4), np.uint8)
     for kind in sorted(masks, key=lambda kind: kind != OPTIC_DISC):
-        line = binary_dilation(masks[kind], iterations=width)
-        rim = binary_dilation(line, iterations=1)
-        result[rim & ~line] = (0, 0, 0, 160)
-        color = COLORS.get(kind, OTHER)
-        result[line & ~masks[kind]] = (*bytes.fromhex(color[1:]), 255)
+        mask = masks[kind].repeat(factor, 0).repeat(factor, 1)
+        line = binary_dilation(mask, iterations=width)
+        result[binary_dilation(line) & ~line] = (0, 0, 0, 160)
+        result[line & ~mask] = (*bytes.fromhex(COLORS.get(kind, OTHER)[1:]), 255)
     return result
 
 

@@ -83,12 +83,11 @@ def training_charts(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 @_styled
-def confusion(result: dict[str, Any]) -> str:
+def confusion(result: dict[str, Any]) -> dict[str, str]:
     """Counts, shaded by the share of the row."""
     matrix, names = np.array(result["confusion"]), result["class_names"]
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    side = 1.5 + 0.62 * len(names)
-    figure = _figure(side + 0.5, side)
+    figure = _figure(4.2, 3.7)
     axes = figure.add_subplot()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(names))
@@ -102,12 +101,8 @@ def confusion(result: dict[str, Any]) -> str:
         for j in ticks:
             color = "white" if share[i, j] > 0.55 else "#1b1f24"
             axes.text(j, i, str(matrix[i, j]), ha="center", va="center", color=color, fontsize=10.5)
-    return _svg(figure)
-
-
-def confusion_text(result: dict[str, Any]) -> str:
-    rows = (f"{name}: {', '.join(map(str, row))}" for name, row in zip(result["class_names"], result["confusion"]))
-    return f"Confusion matrix, rows are the truth: {'; '.join(rows)}"
+    rows = (f"{name}: {', '.join(map(str, row))}" for name, row in zip(names, result["confusion"]))
+    return {"image": _svg(figure), "text": f"Confusion matrix, rows are the truth: {'; '.join(rows)}"}
 
 
 @_styled
@@ -116,7 +111,7 @@ def roc(graded: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
     shown = [(run, result) for run, result in graded if result["roc"]]
     if not shown:
         return None
-    figure = _figure(3.7, 3.5)
+    figure = _figure(4.2, 3.7)
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color=_FLOOR, linewidth=1, linestyle=(0, (4, 3)))
     texts = []
@@ -137,7 +132,7 @@ def roc(graded: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
 @_styled
 def reliability(result: dict[str, Any]) -> dict[str, str]:
     """Share of right answers against confidence, before and after calibration; the area of a point is its pictures."""
-    figure = _figure(3.7, 3.5)
+    figure = _figure(4.2, 3.7)
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color=_FLOOR, linewidth=1, linestyle=(0, (4, 3)))
     texts = []

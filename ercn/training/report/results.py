@@ -45,16 +45,32 @@ def _result(name: str, runs: Sequence[Run]) -> dict[str, Any]:
         "graded": [run for run, _ in graded],
         "metrics": table.metric_rows([result for _, result in graded]),
         "recall": _recall([result for _, result in graded]),
-        "confusion": [(run, charts.confusion(result), charts.confusion_text(result)) for run, result in graded],
+        "scales": _scales(graded),
+        "missing": sorted({result["class_names"][k] for _, result in graded for k in result["missing"]}),
+        "confusion": [(run, charts.confusion(result)) for run, result in graded],
         "roc": charts.roc(graded),
         "reliability": [(run, charts.reliability(result)) for run, result in graded],
         "localized": [run for run, _ in local],
+        "map_thresholds": sorted({run.evaluations[name]["map_thresholds"] for run, _ in local} - {None}),
         "maps": _map_tables(local),
         "lesions": charts.lesions(local),
         "lesion_rows": _lesion_rows(local),
         "discs": sorted({(result["optic_disc"]["excluded"], result["pictures"]) for _, result in local}),
         "gallery": _gallery(runs, found),
     }
+
+
+def _scales(graded: Sequence[tuple[Run, dict[str, Any]]]) -> list[tuple[dict[str, Any], list[Run]]]:
+    """The scales on which runs were compared with the data, each with its runs."""
+    result: list[tuple[dict[str, Any], list[Run]]] = []
+    for run, evaluation in graded:
+        scale = evaluation["scale"] | {"names": evaluation["class_names"]}
+        owners = next((owners for known, owners in result if known == scale), None)
+        if owners is None:
+            result.append((scale, [run]))
+        else:
+            owners.append(run)
+    return result
 
 
 def _recall(found: Sequence[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
@@ -76,11 +92,13 @@ def _map_tables(local: Sequence[tuple[Run, dict]]) -> dict[str, Any] | None:
         return {"columns": [NAMES[name] for name in only["maps"]], "rows": table.localization_rows(only)}
     rows = []
     for key, title in table.LOCALIZATION.items():
+        floors = {table.number(result["floor"][table.FLOOR[key]]) for _, result in local if key in table.FLOOR}
+        floor = floors.pop() if len(floors) == 1 else ""
         for name in dict.fromkeys(name for _, result in local for name in result["maps"]):
-            values = [table.reading(result["maps"].get(name, {}).get(key)) for _, result in local]
-            floors = {table.number(result["floor"].get(table.FLOOR.get(key, ""))) for _, result in local}
-            rows.append([f"{title}: {NAMES[name]}", *values, floors.pop() if len(floors) == 1 else ""])
-    return {"columns": [run.label for run, _ in local], "rows": rows}
+            values = (table.reading(result["maps"].get(name, {}).get(key)) for _, result in local)
+            rows.append([title, NAMES[name], *values, floor])
+            title = ""
+    return {"columns": ["Map", *(run for run, _ in local)], "rows": rows}
 
 
 def _lesion_rows(local: Sequence[tuple[Run, dict]]) -> list[list[str]]:

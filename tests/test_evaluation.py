@@ -169,6 +169,17 @@ def test_thresholds_of_several_views_need_the_validation_pictures(root, tmp_path
     assert result["map_thresholds"] is None and "iou" not in result["localization"]["maps"]["cam"]
 
 
+def test_patients_of_the_training_are_an_error(root):
+    again = prepare(
+        PrepareConfig(dataset="davis", root=str(root / "published"), out=str(root / "again"), seed=1, **SMALL)
+    )
+    write_run(root / "davis_run", root / "davis")
+    seen = {r.patient for r in Manifest.load(root / "davis").records if r.split != "test"}
+    both = sorted(seen & {r.patient for r in Manifest.load(again).records})
+    with pytest.raises(ValueError, match=f"{len(both)} patients of this davis split were in the training: {both[0]}"):
+        evaluated(root, "davis_run", data=str(again), split="all")
+
+
 def test_edema_grades_are_no_retinopathy_grades(root):
     manifest = replace(Manifest.load(root / "davis"), class_names=["no DME", "referable DME"])
     _, info = load_model(root / "run")

@@ -65,7 +65,8 @@ def scale_of(class_names: Sequence[str], targets: str = "ordinal") -> Scale:
     """ICDR or Davis by its names, else a scale of its own levels; with "referable" targets [class >= 2] of it."""
     names = tuple(class_names)
     scale = Scale(names, _CUTS[names], ICDR) if names in _CUTS else Scale(names, tuple(range(1, len(names))), names)
-    return Scale(BINARY, (scale.cuts[1],), scale.levels) if targets == "referable" else scale
+    binary = targets == "referable" and len(scale.cuts) > 1
+    return Scale(BINARY, (scale.cuts[1],), scale.levels) if binary else scale
 
 
 def common_ground(trained: Sequence[str], targets: str, found: Sequence[str], dataset: str) -> CommonGround:

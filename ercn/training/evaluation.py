@@ -221,7 +221,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Nothing is chosen on the split itself: temperature and decision thresholds come from the validation at the end of
     the training, those of the maps from there too; where that had no masks, or other views, from the val split of the
     training's data set or else of this one. Data with other grades are compared on what both scales have in common
-    (``ercn.data.scales``); data with lesion masks and without grades are evaluated for localisation only.
+    (``ercn.data.scales``); data with lesion masks and without grades are evaluated for localisation only. A patient of
+    the training in the evaluated split is an error.
 
     Raises ValueError, DataError or FileNotFoundError.
     """
@@ -239,6 +240,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if ground_of(info, manifest) is None and not any(record.masks for record in records):
         raise ValueError(f"data set {manifest.dataset} has neither grades nor lesion masks in the {config.split} split")
     check_normalization(info, manifest)
+    if not own:
+        check_patients(info, manifest.dataset, records)
     views = Views(config.scales, config.flip)
     options = {
         "views": views,
@@ -280,11 +283,8 @@ def _map_thresholds(
     """Thresholds of the maps from a validation split that has masks: the training's, or this data set's own."""
     if options["views"] == ONE_VIEW and info["thresholds"]["maps"]:
         return info["thresholds"] | {"from": f"val of {info['dataset']}"}
-    try:
-        trained = load_manifest(info["config"].data.root)
-    except (DataError, ValueError):  # moved or removed since
-        trained = None
-    sources = [trained] if trained is not None and trained.hash == info["manifest"] else []
+    trained = _training_data(info)
+    sources = [trained] if trained is not None else []
     sources += [manifest] if split == "test" else []
     for source in sources:
         records = [record for record in source.split("val") if record.masks]
@@ -292,6 +292,36 @@ def _map_thresholds(
             collected = collect(model, info, records, title=f"thresholds {source.dataset} val", **options)
             return collected.localization.thresholds() | {"from": f"val of {source.dataset}"}
     return {}
+
+
+def _training_data(info: dict[str, Any]) -> Manifest | None:
+    """The data set of the training, where it is as it was."""
+    try:
+        manifest = load_manifest(info["config"].data.root)
+    except (DataError, ValueError):  # moved or removed since
+        return None
+    return manifest if manifest.hash == info["manifest"] else None
+
+
+def check_patients(info: dict[str, Any], dataset: str, records: Sequence[Record]) -> None:
+    """Raises ValueError where a patient was in the training, as far as the training's data set is at hand.
+
+    Only sets that name the same patients alike can be compared: a set with itself, and EyePACS with RLDR.
+    """
+    same = dataset == info["dataset"] and dataset not in ("phantom", "csv")
+    if not same and {dataset, info["dataset"]} != {"eyepacs", "rldr"}:
+        return
+    trained = _training_data(info)
+    if trained is None:
+        print(f"the training's data set is not at hand: patients of {dataset} may have been in it", flush=True)
+        return
+    seen = {record.patient for record in trained.records if record.split != "test"}
+    both = sorted(seen & {record.patient for record in records})
+    if both:
+        raise ValueError(
+            f"{len(both)} patients of this {dataset} split were in the training: {', '.join(both[:5])}"
+            f"{', …' if len(both) > 5 else ''}; prepare the training's data without them (ercn prepare --exclude)"
+        )
 
 
 def check_classes(info: dict[str, Any], manifest: Manifest) -> None:

@@ -30,16 +30,18 @@ def results(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For each evaluation that any run has, the test split first."""
     names = dict.fromkeys(name for run in runs for name in run.evaluations)
     order = sorted(names, key=lambda name: (name != "test", name == "val"))
-    return [_result(name, [run for run in runs if name in run.evaluations]) for name in order]
+    return [_result(name, runs) for name in order]
 
 
-def _result(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+def _result(name: str, every: Sequence[Run]) -> dict[str, Any]:
+    runs = [run for run in every if name in run.evaluations]
     found = [run.evaluations[name] for run in runs]
     graded = [(run, result) for run, result in zip(runs, found) if result["metrics"]]
     local = [(run, result["localization"]) for run, result in zip(runs, found) if result["localization"]]
     return {
         "name": name,
         "runs": runs,
+        "absent": [run for run in every if run not in runs],
         "found": found,
         "same_pictures": len({(result["manifest"], result["pictures"]) for result in found}) == 1,
         "graded": [run for run, _ in graded],

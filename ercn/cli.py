@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
+import json
 import os
 import re
 import shlex
@@ -28,14 +30,16 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "train": ("ercn.training", configs.TrainConfig),
     "evaluate": ("ercn.training", configs.EvaluateConfig),
     "predict": ("ercn.training", configs.PredictConfig),
+    "report": ("ercn.training.report", configs.ReportConfig),
 }
 SUMMARIES = {
     "prepare": "find the fundus disc, crop and cache a data set, split it by patient",
-    "plan": "peak memory of a training from its options, and what to change where it does not fit",
+    "plan": "predict the peak memory of a training, and say what to change",
     "pretrain": "contrastive pre-training of the backbone (SimCLR or MoCo v2)",
     "train": "train ERCN on image labels",
     "evaluate": "metrics with intervals, localisation against lesion masks, HTML report",
     "predict": "grades and full-resolution heat maps of any pictures",
+    "report": "compare runs in one self-contained HTML page: ercn report RUN RUN …",
     "bench": "time, memory and error of the operators and the network beside plain torch",
     "doctor": "what is installed, which backends run here, and why others do not",
 }
@@ -108,6 +112,9 @@ def parse(command: str, cls: type, argv: Sequence[str]) -> Any:
         name, argv = _take_preset(argv)
         if name is not None:
             parser.set_defaults(configs.flatten(dataclasses.asdict(configs.preset(name))))
+    if cls is configs.ReportConfig:  # ercn report RUN RUN …
+        runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
+        argv = [*([f"--runs={json.dumps(runs)}"] if runs else []), *argv[len(runs) :]]
     values = _parse_or_explain(parser, argv, command)
     del values["config"]
     return configs.from_dict(cls, values)

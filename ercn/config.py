@@ -46,6 +46,12 @@ def _require(config: Any, rule: str, *names: str) -> None:
             raise ValueError(f"{name} must be {rule}; got {value!r}")
 
 
+def _require_scales(config: Any) -> None:
+    _require(config, "above 0", "scales")
+    if 1 not in config.scales:
+        raise ValueError(f"scales must have 1, the size from which the grades are; got {config.scales!r}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The ERCN network. Where the paper's text is not public, the field is our reading and says what else it can be.
@@ -250,6 +256,8 @@ class EvaluateConfig:
     run: folder of ``ercn train``. data: prepared folder, or none for the one of the training.
     bootstrap: draws over patients.
     split: which pictures. batch_size: pictures per forward pass. workers: loader processes. seed: of the bootstrap.
+    scales: sizes, relative to the training's, at which the maps are computed and averaged (SEAM: 0.5, 1, 1.5, 2);
+        1 must be one of them, from which alone the grades are. flip: the maps' average has mirrored pictures too.
     accelerator: "cpu", "gpu" or "cuda"; "auto" is CUDA where there is one, else the CPU.
     progress: a progress bar where the output is a terminal.
     """
@@ -259,6 +267,8 @@ class EvaluateConfig:
     split: Literal["train", "val", "test", "all"] = "test"
     batch_size: int = 8
     workers: int = 2
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
     bootstrap: int = 2000
     seed: int = 0
     accelerator: str = "auto"
@@ -267,6 +277,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _require(self, "at least 1", "batch_size")
         _require(self, "at least 0", "workers", "bootstrap", "seed")
+        _require_scales(self)
 
 
 @dataclass(frozen=True)
@@ -277,6 +288,8 @@ class PredictConfig:
     out: folder for ``predictions.csv`` and overlays.
     overlays: which maps to draw at the original picture's full resolution.
     batch_size: pictures per forward pass. workers: loader processes.
+    scales: sizes, relative to the training's, at which the maps are computed and averaged (SEAM: 0.5, 1, 1.5, 2);
+        1 must be one of them, from which alone the grades are. flip: the maps' average has mirrored pictures too.
     max_unreadable: unreadable pictures that are skipped, by name, before it stops.
     max_pixels: pictures whose longer side squared is larger count as unreadable.
     accelerator: "cpu", "gpu" or "cuda"; "auto" is CUDA where there is one, else the CPU.
@@ -289,6 +302,8 @@ class PredictConfig:
     overlays: tuple[str, ...] = ("cam", "refined_cam", "attention")
     batch_size: int = 8
     workers: int = 2
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
     max_unreadable: int = 10
     max_pixels: int = 200_000_000
     accelerator: str = "auto"
@@ -297,6 +312,18 @@ class PredictConfig:
     def __post_init__(self) -> None:
         _require(self, "at least 1", "batch_size", "max_pixels")
         _require(self, "at least 0", "workers", "max_unreadable")
+        _require_scales(self)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """``ercn report RUN …``: one page that compares runs.
+
+    runs: folders of ``ercn train``. out: the HTML file to write.
+    """
+
+    runs: tuple[str, ...] = ()
+    out: str = "report.html"
 
 
 @dataclass(frozen=True)

@@ -222,14 +222,17 @@ class PoolCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """The whole network at ``image_size`` pixels, ResNet-50, output stride 16, with the default losses.
+    """The whole network at ``image_size`` pixels, ResNet-50, with the default losses.
 
     "forward" is inference in eval mode; "forward_backward" one training step (two views, the hybrid equivariant loss,
-    gradients of all parameters, no optimizer). bfloat16 and float16 are autocast.
+    gradients of all parameters, no optimizer), with ``checkpointing`` of the backbone's blocks or without. bfloat16 and
+    float16 are autocast.
     """
 
     image_size: int
     batch: int = 1
+    stride: int = 16
+    checkpointing: bool = False
     backbone: str = "resnet50"
     direction: str = "forward"
     dtype: str = "float32"
@@ -243,11 +246,13 @@ class ModelCase:
 
     @property
     def shape(self) -> str:
-        return f"{self.backbone}-b{self.batch}-{self.image_size}px"
+        stride = "" if self.stride == 16 else f"-os{self.stride}"
+        return f"{self.backbone}-b{self.batch}-{self.image_size}px{stride}{'-checkpointing' * self.checkpointing}"
 
     @property
     def series(self) -> str:
-        return f"{self.backbone}, B {self.batch}"
+        stride = "" if self.stride == 16 else f", output stride {self.stride}"
+        return f"{self.backbone}, B {self.batch}{stride}{', checkpointing' * self.checkpointing}"
 
     @property
     def id(self) -> str:
@@ -258,8 +263,8 @@ class ModelCase:
 
     def affinity_bytes(self) -> float:
         """Eager's N² buffers alone; what the rest of the network takes comes on top for every variant alike."""
-        pixels = (self.image_size // 16) ** 2
-        views, buffers = (1, 2.07) if self.direction == "forward" else (2, 6.1)
+        pixels = (self.image_size // self.stride) ** 2
+        views, buffers = (1, 2.07) if self.direction == "forward" else (1 + 0.3**4, 6.1)  # view 2 has sides of 0.3
         return views * buffers * self.batch * pixels**2 * 4
 
 
@@ -293,7 +298,10 @@ def _mil(gpu: bool) -> list[PoolCase]:
 
 def _model(gpu: bool) -> list[ModelCase]:
     shapes = [ModelCase(size, batch) for size in (512, 1024, 2048) for batch in (1, 8)]
-    return [case for case in _directions_and_dtypes(shapes, gpu) if case.direction != "backward"]
+    for size in (1024, 2048):
+        shapes += [ModelCase(size, stride=8), ModelCase(size, stride=8, checkpointing=True)]
+    cases = [case for case in _directions_and_dtypes(shapes, gpu) if case.direction != "backward"]
+    return [case for case in cases if case.direction == "forward_backward" or not case.checkpointing]
 
 
 def _directions_and_dtypes(shapes: list, gpu: bool) -> list:
@@ -344,7 +352,7 @@ _STANDARD = {
         r"mil/.*/bfloat16/dense-n8192-d2048-l512-k4",
         r"mil/forward/bfloat16/map-n4096-d2048-l128-k1",
         r"mil/.*/bfloat16/ragged-b64-n131072-d1024-l256-k1",
-        r"model/.*/bfloat16/resnet50-b1-(1024|2048)px",
+        r"model/.*/bfloat16/resnet50-b1-(1024|2048)px(-os8|-os8-checkpointing)?",
         r"model/.*/bfloat16/resnet50-b8-512px",
     ),
 }

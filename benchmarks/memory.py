@@ -16,20 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ercn._memory import RESERVE, free_bytes, resident_bytes
 from ercn.benchmarks.cases import Case
-
-RESERVE = 0.9  # of the free memory may be asked for
-
-
-def free_bytes(device: str) -> float | None:
-    """What can be allocated without swapping, None where the system does not say."""
-    if device == "cuda":
-        return float(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def does_not_fit(needed: float, held: float, device: str) -> str | None:
@@ -104,15 +92,10 @@ def _peak_here(case: Case, variant: str, threads: int) -> int:
             run = chosen.make(case, inputs)
         gc.collect()
         _trim()
-        before = _status("VmRSS")
+        before = resident_bytes()
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         run()
-        return max(0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+        return max(0, resident_bytes("VmHWM") - before)
 
 
 def _trim() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -12,11 +11,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 
+from ercn._memory import LiveBytes
 from ercn.benchmarks import eager, memory
 from ercn.benchmarks.cases import DTYPES, SEED, Inputs, ModelCase
 from ercn.config import LossConfig, ModelConfig
@@ -45,12 +42,20 @@ def inputs(case: ModelCase, device: str, dtype: torch.dtype = torch.float32) -> 
 
 def runner(case: ModelCase, inputs: Inputs, backend: str) -> Callable[[], tuple[Tensor, ...]]:
     """backend: one of ours, "" for the automatic choice, or ``EAGER``. Forward returns logits and refined CAM."""
-    from ercn.models import ERCN
-
     image, grade = inputs.tensors
     torch.manual_seed(SEED)
-    model = ERCN(ModelConfig(backbone=case.backbone)).to(image.device, image.dtype, memory_format=torch.channels_last)
+    model = _model(case).to(image.device, image.dtype, memory_format=torch.channels_last)
     return _step(case, model, image.contiguous(memory_format=torch.channels_last), grade, backend)
+
+
+def _model(case: ModelCase) -> nn.Module:
+    from ercn.grad_checkpointing import checkpoint_blocks
+    from ercn.models import ERCN
+
+    model = ERCN(ModelConfig(backbone=case.backbone, output_stride=case.stride))
+    if case.checkpointing:
+        checkpoint_blocks(model.backbone)
+    return model
 
 
 def _step(case: ModelCase, model: nn.Module, image: Tensor, grade: Tensor, backend: str) -> Callable:
@@ -105,13 +110,11 @@ def _operators(backend: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_data(case: ModelCase) -> Iterator[Callable]:
-    """The step on tensors without data, which autocast does not know: in float32."""
-    from ercn.models import ERCN
-
+    """The step on tensors without data, in float32."""
     case = replace(case, dtype="float32")
     _transform(case.image_size)  # draws numbers, which tensors without data cannot
     with FakeTensorMode():
-        model = ERCN(ModelConfig(backbone=case.backbone))
+        model = _model(case)
         yield _step(case, model, *inputs(case, "cpu").tensors, "reference")
 
 
@@ -123,37 +126,13 @@ def flops(case: ModelCase) -> int:
     return counter.get_total_flops()
 
 
-class _Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive while it is on; ``peak`` is the most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
-            if storage is None or storage in self.known:
-                continue
-            self.known[storage] = size = storage.nbytes()
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, size)
-        return result
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
 @cache
 def live_bytes(case: ModelCase) -> int:
     """The most that activations, gradients and temporaries of a call take at once, with blockwise operators.
 
     In float32, so more than autocast takes; kernels' own workspaces, about 100 MB on a CPU, come on top.
     """
-    with _without_data(case) as step, _Live() as live:
+    with _without_data(case) as step, LiveBytes() as live:
         step()
     return live.peak
 
@@ -161,9 +140,7 @@ def live_bytes(case: ModelCase) -> int:
 @cache
 def min_bytes(case: ModelCase) -> int:
     """Pictures and weights read once, and in training as many gradients written."""
-    from ercn.models import ERCN
-
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in ERCN(ModelConfig(backbone=case.backbone)).parameters())
+        parameters = sum(p.numel() for p in _model(case).parameters())
     copies = 1 if case.direction == "forward" else 2
     return (case.batch * 3 * case.size + copies * parameters) * 4

@@ -1,14 +1,16 @@
 """The command line: every command is a function with a configuration from ``ercn.config``; options have its field
 names.
 
-A value comes from, last one wins: the default, ``--preset`` (train only), ``--config FILE.yaml``, the option itself.
-Errors of the user end with one line and exit code 2; ``--debug`` or ERCN_DEBUG=1 shows the traceback instead.
+A value comes from, last one wins: the default, ``--preset`` (train and plan), ``--config FILE.yaml``, the option
+itself. Errors of the user end with one line and exit code 2; ``--debug`` or ERCN_DEBUG=1 shows the traceback instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
+import json
 import os
 import re
 import shlex
@@ -23,24 +25,29 @@ TRAIN_EXTRA = "pip install 'ercn[train]'"
 BENCH_EXTRA = "pip install 'ercn[bench]'"
 COMMANDS: dict[str, tuple[str, type]] = {
     "prepare": ("ercn.data", configs.PrepareConfig),
+    "plan": ("ercn.training", configs.PlanConfig),
     "pretrain": ("ercn.training", configs.PretrainConfig),
     "train": ("ercn.training", configs.TrainConfig),
     "evaluate": ("ercn.training", configs.EvaluateConfig),
     "predict": ("ercn.training", configs.PredictConfig),
+    "report": ("ercn.training.report", configs.ReportConfig),
 }
 SUMMARIES = {
     "prepare": "find the fundus disc, crop and cache a data set, split it by patient",
+    "plan": "predict the peak memory of a training, and say what to change",
     "pretrain": "contrastive pre-training of the backbone (SimCLR or MoCo v2)",
     "train": "train ERCN on image labels",
     "evaluate": "metrics with intervals, localisation against lesion masks, HTML report",
     "predict": "grades and full-resolution heat maps of any pictures",
+    "report": "compare runs in one self-contained HTML page: ercn report RUN RUN …",
     "bench": "time, memory and error of the operators and the network beside plain torch",
     "doctor": "what is installed, which backends run here, and why others do not",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command and exits: 0 done, 1 ``doctor`` found a fault, 2 wrong input, 130 interrupted."""
+    """Runs one command and exits: 0 done, 1 ``doctor`` found a fault or ``plan`` no room, 2 wrong input or no memory,
+    130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or os.environ.get("ERCN_DEBUG", "") not in ("", "0")
     argv = [a for a in argv if a != "--debug"]
@@ -52,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(_interrupted(argv), file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if debug or (error.name or "").split(".")[0] == "ercn":
@@ -80,7 +87,7 @@ def _run(command: str, argv: list[str]) -> int:
     result = _function(module, command)(config)
     if isinstance(result, Path):
         print(result)
-    return 0
+    return result if isinstance(result, int) else 0
 
 
 def _function(module: str, name: str) -> Callable[[Any], Any]:
@@ -100,11 +107,14 @@ def parse(command: str, cls: type, argv: Sequence[str]) -> Any:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options; later options win")
     _add_options(parser, cls(), "")
-    if cls is configs.TrainConfig:
+    if issubclass(cls, configs.TrainConfig):
         parser.epilog = "--preset ercn, seam or chikontwe starts from a packaged recipe instead of the defaults."
         name, argv = _take_preset(argv)
         if name is not None:
             parser.set_defaults(configs.flatten(dataclasses.asdict(configs.preset(name))))
+    if cls is configs.ReportConfig:  # ercn report RUN RUN …
+        runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
+        argv = [*([f"--runs={json.dumps(runs)}"] if runs else []), *argv[len(runs) :]]
     values = _parse_or_explain(parser, argv, command)
     del values["config"]
     return configs.from_dict(cls, values)

@@ -33,6 +33,7 @@ _RULES: dict[str, Callable[[float], bool]] = {
     "at least 32": lambda x: x >= 32,
     "above 0": lambda x: x > 0,
     "above 0 and at most 1": lambda x: 0 < x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
     "at least 0 and at most 1": lambda x: 0 <= x <= 1,
 }
 
@@ -43,6 +44,12 @@ def _require(config: Any, rule: str, *names: str) -> None:
         value = getattr(config, name)
         if not all(map(_RULES[rule], value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"{name} must be {rule}; got {value!r}")
+
+
+def _require_scales(config: Any) -> None:
+    _require(config, "above 0", "scales")
+    if 1 not in config.scales:
+        raise ValueError(f"scales must have 1, the size from which the grades are; got {config.scales!r}")
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,11 @@ class RunConfig:
     weight_decay: AdamW's, of weights but not of biases.
     warmup_epochs: epochs over which the learning rate rises; then it falls as a cosine.
     accumulate: steps per optimizer update. clip: gradient norm limit, 0 for none.
-    channels_last: memory layout of pictures and weights. progress: a progress bar where the output is a terminal.
+    channels_last: memory layout of pictures and weights.
+    grad_checkpointing: recompute the backbone's blocks in the backward pass: less memory, the same results.
+    compile: torch.compile of the network. sync_batchnorm: batch statistics over all GPUs instead of each one's own.
+    ema: decay of the weights' exponential moving average, which then is validated and exported; 0 for none.
+    progress: a progress bar where the output is a terminal.
     """
 
     out: str = "runs/ercn"
@@ -176,10 +187,15 @@ class RunConfig:
     devices: int = 1
     num_nodes: int = 1
     channels_last: bool = True
+    grad_checkpointing: bool = False
+    compile: bool = False
+    sync_batchnorm: bool = False
+    ema: float = 0.0
     progress: bool = True
 
     def __post_init__(self) -> None:
         _require(self, "at least 1", "epochs", "accumulate", "devices", "num_nodes")
+        _require(self, "at least 0 and below 1", "ema")
         _require(self, "at least 0", "seed", "lr", "weight_decay", "warmup_epochs", "clip")
 
 
@@ -224,12 +240,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """``ercn plan``: what ``ercn train`` with these options needs.
+
+    init: not read. memory: of the device, in GB, or none for what is found here.
+    """
+
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """``ercn evaluate``: metrics of a trained run on one split.
 
     run: folder of ``ercn train``. data: prepared folder, or none for the one of the training.
     bootstrap: draws over patients.
     split: which pictures. batch_size: pictures per forward pass. workers: loader processes. seed: of the bootstrap.
+    scales: sizes, relative to the training's, at which the maps are computed and averaged (SEAM: 0.5, 1, 1.5, 2);
+        1 must be one of them, from which alone the grades are. flip: the maps' average has mirrored pictures too.
     accelerator: "cpu", "gpu" or "cuda"; "auto" is CUDA where there is one, else the CPU.
     progress: a progress bar where the output is a terminal.
     """
@@ -239,6 +267,8 @@ class EvaluateConfig:
     split: Literal["train", "val", "test", "all"] = "test"
     batch_size: int = 8
     workers: int = 2
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
     bootstrap: int = 2000
     seed: int = 0
     accelerator: str = "auto"
@@ -247,6 +277,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _require(self, "at least 1", "batch_size")
         _require(self, "at least 0", "workers", "bootstrap", "seed")
+        _require_scales(self)
 
 
 @dataclass(frozen=True)
@@ -257,6 +288,8 @@ class PredictConfig:
     out: folder for ``predictions.csv`` and overlays.
     overlays: which maps to draw at the original picture's full resolution.
     batch_size: pictures per forward pass. workers: loader processes.
+    scales: sizes, relative to the training's, at which the maps are computed and averaged (SEAM: 0.5, 1, 1.5, 2);
+        1 must be one of them, from which alone the grades are. flip: the maps' average has mirrored pictures too.
     max_unreadable: unreadable pictures that are skipped, by name, before it stops.
     max_pixels: pictures whose longer side squared is larger count as unreadable.
     accelerator: "cpu", "gpu" or "cuda"; "auto" is CUDA where there is one, else the CPU.
@@ -269,6 +302,8 @@ class PredictConfig:
     overlays: tuple[str, ...] = ("cam", "refined_cam", "attention")
     batch_size: int = 8
     workers: int = 2
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
     max_unreadable: int = 10
     max_pixels: int = 200_000_000
     accelerator: str = "auto"
@@ -277,6 +312,18 @@ class PredictConfig:
     def __post_init__(self) -> None:
         _require(self, "at least 1", "batch_size", "max_pixels")
         _require(self, "at least 0", "workers", "max_unreadable")
+        _require_scales(self)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """``ercn report RUN …``: one page that compares runs.
+
+    runs: folders of ``ercn train``. out: the HTML file to write.
+    """
+
+    runs: tuple[str, ...] = ()
+    out: str = "report.html"
 
 
 @dataclass(frozen=True)

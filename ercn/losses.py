@@ -78,7 +78,8 @@ def classification_loss(
 
     Source: SEAM's L_cls (``multilabel_soft_margin_loss`` on the spatial mean of the CAM).
     """
-    return F.binary_cross_entropy_with_logits(_full(logits), _full(target), weight, pos_weight=pos_weight)
+    logits = _full(logits)  # its dtype is the loss', where torch would take the target's
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), weight, pos_weight=pos_weight)
 
 
 def equivariance_loss(cam1: Tensor, cam2: Tensor, *, valid: Tensor | None = None) -> Tensor:

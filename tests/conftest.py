@@ -1,4 +1,7 @@
-"""Memory that ercn allocates without initialising holds NaN in every test, so that an output left unwritten fails."""
+"""Memory that ercn allocates without initialising holds NaN in every test, so that an output left unwritten fails.
+
+Files with slow tests begin first: a file goes to one process as a whole, and a long one that began last would run alone.
+"""
 
 import functools
 import sys
@@ -23,6 +26,11 @@ def fill_with_nan(allocate):
         return tensor
 
     return wrapper
+
+
+def pytest_collection_modifyitems(items):
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

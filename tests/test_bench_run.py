@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ercn import cli
+from ercn._memory import LiveBytes
 from ercn.benchmarks import memory, network, results, run, settings, timing, variants, verify
 from ercn.benchmarks.cases import AffinityCase, ModelCase, PoolCase
 from ercn.benchmarks.compare import changes, compare
@@ -147,7 +148,7 @@ def test_a_network_without_room_for_eager_is_judged_by_the_reference(monkeypatch
 
 
 def test_live_bytes_follow_allocation_and_release():
-    with network._Live() as live:
+    with LiveBytes() as live:
         kept = torch.ones(1000)
         kept.view(10, 100)
         for _ in range(3):

@@ -94,18 +94,20 @@ def test_augmentation_is_mild_and_contrast_is_not(manifest):
     assert 0.01 < color_shift(mild) < color_shift(strong) < 1.0
 
 
-def test_lesion_is_the_union_of_the_masks(manifest):
+def test_masks_are_those_of_the_lesions_and_of_the_optic_disc(manifest):
     data = dataset(manifest, 64, with_masks=True)
+    *kinds, disc = data.mask_kinds
+    assert disc == "optic_disc" and set(kinds) == {kind for record in manifest.records for kind in record.masks}
     for i, record in enumerate(manifest.records):
-        lesion = data[i]["lesion"]
-        assert lesion.dtype == torch.uint8 and lesion.shape == (64, 64)
-        union = np.logical_or.reduce(
-            [np.asarray(Image.open(p)) > 0 for p in record.masks.values()] + [np.zeros((64, 64), bool)]
-        )
-        np.testing.assert_array_equal(lesion.numpy(), union)
-        assert lesion.any() == (record.grade > 0)
+        masks = data[i]["masks"]
+        assert masks.dtype == torch.bool and masks.shape == (len(kinds) + 1, 64, 64)
+        for kind, mask in zip(data.mask_kinds, masks.numpy()):
+            path = record.optic_disc if kind == disc else record.masks.get(kind)
+            expected = np.asarray(Image.open(path)) > 0 if path else np.zeros((64, 64), bool)
+            np.testing.assert_array_equal(mask, expected)
+        assert masks[:-1].any() == (record.grade > 0) and masks[-1].any()
     half = dataset(manifest, 32, with_masks=True)
-    assert set(torch.stack([half[i]["lesion"] for i in range(20)]).unique().tolist()) == {0, 1}
+    assert half[0]["masks"].shape == (len(kinds) + 1, 32, 32)
     with pytest.raises(ValueError, match="with_masks needs augment=False"):
         dataset(manifest, augment=True, with_masks=True)
 

@@ -75,7 +75,7 @@ def test_from_the_published_layout_to_tensors(dataset, tmp_path):
     batch = collate([pictures[i] for i in range(len(pictures))])
     assert batch["image"].shape == (count, 3, 64, 64)
     assert batch["grade"].tolist() == [-1 if r.grade is None else r.grade for r in manifest.records]
-    assert batch["lesion"].flatten(1).any(1).tolist() == [bool(r.masks) for r in manifest.records]
+    assert batch["masks"][:, :-1].flatten(1).any(1).tolist() == [bool(r.masks) for r in manifest.records]
     about = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
     again = prepare(PrepareConfig(dataset=dataset, root=str(root), out=str(tmp_path / "d"), max_unreadable=0, **SMALL))
     assert {path: path.read_bytes() for path in again.rglob("*") if path.is_file()} == about

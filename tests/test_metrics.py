@@ -2,10 +2,9 @@ import time
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, brier_score_loss, cohen_kappa_score, jaccard_score, roc_auc_score
+from sklearn.metrics import brier_score_loss, cohen_kappa_score, f1_score, roc_auc_score, roc_curve
 
 from ercn.training import metrics as m
-from ercn.training.localization import LEVELS, Localization, average_precision, histograms, pointing, precision_recall
 
 
 @pytest.fixture
@@ -30,11 +29,13 @@ def test_each_weighted_metric_equals_sklearn_on_the_repeated_pictures(case):
     macro, kappa = m.macro_auc(probability, truth, weight), m.quadratic_kappa(matrix)
     score, positive = m.referable(probability), m.is_referable(truth, 5)
     auc, brier = m.roc_auc(score, positive, weight), m.brier(probability, truth, weight)
+    f1 = m.macro_f1(matrix)
     for row, w in enumerate(weight):
         again = np.repeat(np.arange(len(truth)), w.astype(int))
         p, t = probability[again], truth[again]
         assert m.accuracy(matrix)[row] == pytest.approx((p.argmax(1) == t).mean())
         assert kappa[row] == pytest.approx(cohen_kappa_score(t, p.argmax(1), weights="quadratic", labels=range(5)))
+        assert f1[row] == pytest.approx(f1_score(t, p.argmax(1), average="macro"))
         assert macro[row] == pytest.approx(roc_auc_score(t, p, multi_class="ovr", average="macro"))
         assert auc[row] == pytest.approx(roc_auc_score(positive[again], score[again]))
         assert brier[row] == pytest.approx(sum(brier_score_loss(t == k, p[:, k]) for k in range(5)))
@@ -62,6 +63,25 @@ def test_calibration_error_counts_confidence_one_and_bin_edges():
     assert m.expected_calibration_error(probability, truth, np.ones((1, 4)))[0] == pytest.approx(0.5 * 0.5 + 0.5 * 0.4)
     sure = np.eye(2)[[0, 1, 1]]
     assert m.expected_calibration_error(sure, np.array([0, 1, 1]), np.ones((1, 3)))[0] == 0
+
+
+def test_the_reliability_bins_give_the_calibration_error(case):
+    probability, truth, _ = case
+    bins = m.reliability(probability, truth)
+    gaps = sum(b["pictures"] * abs(b["confidence"] - b["accuracy"]) for b in bins)
+    one = np.ones((1, len(truth)))
+    assert sum(b["pictures"] for b in bins) == len(truth)
+    assert gaps / len(truth) == pytest.approx(m.expected_calibration_error(probability, truth, one)[0])
+
+
+def test_the_roc_points_are_sklearns(case):
+    score, positive = m.referable(case[0]), m.is_referable(case[1], 5)
+    points = m.roc_points(score, positive)
+    fpr, tpr, _ = roc_curve(positive, score, drop_intermediate=False)
+    assert (points["fpr"], points["tpr"]) == (fpr.tolist(), tpr.tolist())
+    few = m.roc_points(score, positive, most=10)
+    assert set(zip(few["fpr"], few["tpr"])) <= set(zip(fpr, tpr)) and (few["fpr"][-1], few["tpr"][-1]) == (1, 1)
+    assert m.roc_points(score, np.ones(len(score), bool)) is None
 
 
 def test_threshold_maximises_sensitivity_plus_specificity():
@@ -107,51 +127,3 @@ def test_draws_in_chunks_equal_draws_at_once(case, monkeypatch):
 def test_no_picture_is_an_error():
     with pytest.raises(ValueError, match="at least one picture"):
         m.grading(np.zeros((0, 5)), np.zeros(0, int), [], threshold=0.5, draws=1, seed=0)
-
-
-def heat_and_lesion(seed=0, size=64):
-    rng = np.random.default_rng(seed)
-    lesion = np.zeros((size, size), bool)
-    y, x = rng.integers(8, size - 8, 2)
-    lesion[y - 4 : y + 4, x - 4 : x + 4] = True
-    heat = np.clip(rng.random((size, size)) * 0.7 + 0.25 * lesion, 0, 1)
-    return (heat * LEVELS).astype(int) / LEVELS, lesion  # on the levels, so that the histogram loses nothing
-
-
-def test_aupr_and_iou_equal_sklearn_over_pooled_pixels():
-    cases = [heat_and_lesion(s) for s in range(3)]
-    pooled = np.sum([histograms(*c) for c in cases], axis=0)[None]
-    heat, lesion = (np.concatenate([c[i].ravel() for c in cases]) for i in (0, 1))
-    assert average_precision(pooled)[0] == pytest.approx(average_precision_score(lesion, heat), abs=1e-12)
-    iou = precision_recall(pooled)[2][0]
-    for level in (0, 300, 700, LEVELS - 1):
-        assert iou[level] == pytest.approx(jaccard_score(lesion, heat >= level / LEVELS), abs=1e-12)
-
-
-def test_a_perfect_a_constant_and_an_all_ones_map():
-    _, lesion = heat_and_lesion()
-    collected = Localization()
-    collected.add({"perfect": lesion.astype(float), "flat": np.zeros(lesion.shape)}, lesion, "a")
-    thresholds = collected.best_thresholds()
-    result = collected.summary(thresholds, draws=10, seed=0)
-    assert result["maps"]["perfect"]["aupr"]["value"] == result["maps"]["perfect"]["iou"]["value"] == 1
-    assert result["maps"]["perfect"]["pointing"]["value"] == 1
-    assert result["maps"]["flat"]["aupr"]["value"] == pytest.approx(result["floor"]["aupr"]) == lesion.mean()
-    assert result["maps"]["flat"]["pointing"]["value"] == pytest.approx(result["floor"]["pointing"])
-    assert histograms(np.ones(lesion.shape), lesion)[1, -1] == lesion.sum()
-
-
-def test_pointing_uses_the_maximum():
-    near = np.zeros((4, 4), bool)
-    near[1, 2] = True
-    heat = np.zeros((4, 4))
-    heat[1, 2] = 0.3
-    assert pointing(heat, near) == 1
-    heat[0, 0] = 0.4
-    assert pointing(heat, near) == 0
-
-
-def test_pictures_without_lesions_do_not_count():
-    collected = Localization()
-    collected.add({"cam": np.ones((8, 8))}, np.zeros((8, 8)), "a")
-    assert collected.summary({}, draws=10, seed=0) is None

@@ -1,80 +1,120 @@
-"""Several processes: the same contrastive gradients as one with the whole batch, and a whole training run."""
+"""Several processes: the same loss and gradients as one with all pictures, and whole runs that end as one would."""
 
 import csv
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
+import _ranks
+import _steps
 import pytest
 import torch
-import torch.multiprocessing as mp
-from _ntxent import contrastive_gradient
-from lightly.loss import NTXentLoss
 from safetensors.torch import load_file
 
-from ercn.config import DataConfig, PrepareConfig, PretrainConfig, TrainConfig
-from ercn.data import DataError, Manifest, prepare
-from ercn.training.module import ERCNModule
-from ercn.training.pretraining import Contrastive
+from ercn.config import DataConfig, LossConfig, ModelConfig, PrepareConfig, RunConfig, TrainConfig
+from ercn.data import Manifest, prepare
 
 
-def test_negatives_of_all_ranks_with_correct_gradients(tmp_path):
-    torch.manual_seed(0)
-    weight, views = torch.randn(6, 4, dtype=torch.float64), torch.randn(2, 6, 6, dtype=torch.float64)
-    views[:, 2:] *= 3  # ranks that differ show a wrong average
-    mp.spawn(contrastive_gradient, (3, weight, views, str(tmp_path)), nprocs=3)
-    weight.requires_grad_()
-    whole = NTXentLoss(0.5)(*(view @ weight for view in views))
-    whole.backward()
-    expected = torch.stack([whole.detach(), *weight.grad.flatten()])
-    torch.testing.assert_close(torch.load(tmp_path / "gradient.pt"), expected)
+@pytest.fixture(scope="module")
+def whole():
+    return {kind: _steps.gradient(kind) for kind in _steps.KINDS}
 
 
-def test_a_rank_without_readable_pictures_stops_instead_of_leaving_the_others_waiting():
-    config = DataConfig(batch_size=3)
-    train = ERCNModule(torch.nn.Identity(), TrainConfig(data=config))
-    contrast = Contrastive(PretrainConfig(backbone="test_resnet", data=config), 0)
-    dataset = SimpleNamespace(unreadable=lambda: [SimpleNamespace(image="a.png"), SimpleNamespace(image="b.png")])
-    loader = SimpleNamespace(dataset=dataset, batch_size=3)
-    for module, batch in ((train, None), (contrast, None), (contrast, {"views": torch.zeros(1, 2, 3, 8, 8)})):
-        module.trainer = SimpleNamespace(world_size=1, global_rank=0, train_dataloader=loader)
-        assert module.training_step(batch, 0) is None
-        module.trainer = SimpleNamespace(world_size=2, global_rank=1, train_dataloader=loader)
-        with pytest.raises(DataError, match="rank 1 of 2 has too few readable .* unreadable are a.png, b.png;"):
-            module.training_step(batch, 0)
+
+@pytest.mark.parametrize("counts", [(4, 2), (5, 0, 1)], ids=str)
+def test_ranks_with_unequal_pictures_are_one_big_batch(counts, whole, tmp_path):
+    assert _ranks.run(len(counts), _steps.save_gradients, counts, str(tmp_path)) == [0] * len(counts)
+    for kind, expected in whole.items():
+        ranks = [torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in range(len(counts))]
+        mean = 1 if kind == "train" else 1 / len(counts)  # every rank logs the contrastive loss of all pictures
+        torch.testing.assert_close(sum(rank["logged"] for rank in ranks) * mean, expected["logged"])
+        for rank in ranks:  # sums of thousands of terms in another order, each within float64's 2.2e-16
+            torch.testing.assert_close(rank["grad"], expected["grad"], rtol=1e-9, atol=1e-12)
+            if kind == "moco_v2":
+                torch.testing.assert_close(rank["queue"], expected["queue"])
 
 
-@pytest.mark.slow
-def test_a_run_on_two_devices_validates_every_picture_once(tmp_path):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pictures of 24 patients, one of them unreadable."""
+    out = tmp_path_factory.mktemp("distributed") / "data"
+    prepare(PrepareConfig(patients=24, size=64, fractions=(0.5, 0.3, 0.2), out=str(out), progress=False))
+    Manifest.load(out).split("train")[0].image.write_bytes(b"")
+    return str(out)
+
+
+def config_of(data, out, **run):
+    return TrainConfig(
+        data=DataConfig(root=data, image_size=64, batch_size=2, workers=0),
+        model=ModelConfig(backbone="test_resnet", embed_dim=8, pool_dim=8, dropout=0.2),
+        loss=LossConfig(transform="all", ecr=0, consistency=0),  # leaves the refinement without a gradient
+        run=RunConfig(out=str(out), epochs=3, accelerator="cpu", accumulate=2, ema=0.8, progress=False, **run),
+    )
+
+
+def rows(out):
+    with open(out / "metrics.csv", newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_two_ranks_killed_at_a_random_step_resume_to_the_same_bits(data, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert _ranks.run(2, _steps.train_until, config_of(data, whole), None) == [0, 0]
+
+    death = random.randrange(2), random.randrange(1, 3), random.randrange(6)
+    codes = _ranks.run(2, _steps.train_until, config_of(data, killed), death)
+    assert codes[death[0]] == -signal.SIGKILL and codes[1 - death[0]] > 0, death
+    assert torch.load(killed / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == death[1] - 1
+    assert len(rows(killed)) == death[1] and not (killed / "export").exists()
+
+    assert _ranks.run(2, _steps.train_until, config_of(data, killed, resume=True), None) == [0, 0]
+    assert rows(killed) == rows(whole) and len(rows(whole)) == 3, death
+    states = [torch.load(out / "checkpoints" / "last.ckpt", weights_only=True) for out in (whole, killed)]
+    for part in ("state_dict", "current_model_state"):  # the average and what is averaged
+        assert all(torch.equal(value, states[1][part][name]) for name, value in states[0][part].items()), death
+    weights = [load_file(out / "export" / "model.safetensors") for out in (whole, killed)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()), death
+
+    info = json.loads((whole / "export" / "model.json").read_text())
+    result = json.loads((whole / "evaluation" / "val.json").read_text())
+    assert [one["id"] for one in info["unreadable"]] == [Manifest.load(data).split("train")[0].id]  # whoever met it
+    best = rows(whole)[info["epoch"] - 1]
+    for name in ("accuracy", "kappa"):  # of every picture once, by the ranks and by one process
+        assert float(best[f"val_{name}"]) == pytest.approx(result["metrics"][name]["value"], abs=1e-6)
+
+
+def test_more_ranks_than_validation_pictures(tmp_path):
+    """The rank without any does not leave the others waiting."""
     data, out = tmp_path / "data", tmp_path / "run"
-    prepare(PrepareConfig(patients=24, size=64, fractions=(0.5, 0.3, 0.2), out=str(data), progress=False))
-    bad = Manifest.load(data).split("train")[0]
-    bad.image.write_bytes(b"")
+    prepare(PrepareConfig(patients=10, size=64, fractions=(0.8, 0.1, 0.1), out=str(data), progress=False))
+    pictures = len(Manifest.load(data).split("val"))
+    assert pictures == 2
+    config = config_of(str(data), out)
+    assert _ranks.run(3, _steps.train_until, replace(config, run=replace(config.run, epochs=1)), None) == [0, 0, 0]
+    result = json.loads((out / "evaluation" / "val.json").read_text())
+    assert result["pictures"] == pictures
+    assert float(rows(out)[0]["val_accuracy"]) == pytest.approx(result["metrics"]["accuracy"]["value"])
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_error(data, tmp_path):
+    """As a user starts it, with ``--run.devices 2``; one of the two ranks meets the unreadable picture."""
     options = {
         "data.root": data,
         "data.image_size": 64,
         "data.batch_size": 3,
         "data.workers": 0,
-        "model.backbone": "mobilenetv3_small_050",
-        "model.embed_dim": 8,
-        "loss.ecr": 0,  # leaves the refinement without a gradient
-        "loss.consistency": 0,
-        "run.out": out,
-        "run.epochs": 2,
+        "data.max_unreadable": 0,
+        "model.backbone": "test_resnet",
+        "run.out": tmp_path / "run",
         "run.accelerator": "cpu",
         "run.devices": 2,
     }
     command = [sys.executable, "-m", "ercn", "train", *(f"--{name}={value}" for name, value in options.items())]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
-    with open(out / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    info = json.loads((out / "export" / "model.json").read_text())
-    result = json.loads((out / "evaluation" / "val.json").read_text())
-    assert len(rows) == 2 and result["pictures"] > 0
-    assert [one["id"] for one in info["unreadable"]] == [bad.id]  # whichever rank met it
-    best = rows[info["epoch"] - 1]
-    for name in ("accuracy", "kappa"):
-        assert float(best[f"val_{name}"]) == pytest.approx(result["metrics"][name]["value"], abs=1e-6)
-    assert all(torch.isfinite(value).all() for value in load_file(out / "export" / "model.safetensors").values())
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, env=environment, text=True, timeout=200, check=False)
+    assert result.returncode != 0
+    assert "error: 1 unreadable pictures, max_unreadable is 0: " in result.stderr

@@ -69,7 +69,7 @@ def test_the_run_folder_is_complete(root):
     for name in (
         *("config.yaml", "environment.json", "metrics.csv", "report.html"),
         *("checkpoints/last.ckpt", "checkpoints/best.ckpt"),
-        *("export/model.safetensors", "export/model.json"),
+        *("export/model.safetensors", "export/model.json", "export/model_card.md"),
         *("evaluation/val.json", "evaluation/test.json", "evaluation/test_predictions.csv"),
     ):
         assert (run / name).stat().st_size > 0, name
@@ -98,6 +98,7 @@ def test_the_report_is_one_file_with_texts_for_its_pictures(root):
     page = (root / "run" / "report.html").read_text()
     assert page.count("<img") == page.count('src="data:image/') == page.count('alt="') > 10
     assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert not re.search(r"https?://(?!www\.w3\.org)", re.sub(r"base64,[\w+/=]+", "", page))
     assert "Not a medical device" in page and "phantom" not in page
     assert "Results on test" in page and "Results on val" in page
 
@@ -108,10 +109,11 @@ def test_evaluation_of_another_data_set_and_of_wrong_input(root):
     evaluate(config)
     result = json.loads((root / "run" / "evaluation" / "phantom-all.json").read_text())
     maps = result["localization"]["maps"]
-    assert set(maps) == {"cam", "refined_cam", "attention"}
+    assert set(maps) == {"cam", "refined_cam", "attention", "mean"}
     for values in maps.values():
         assert 0 < values["aupr"]["low"] < values["aupr"]["high"] < 1
         assert "iou" not in values and 0 < values["iou_best"]["value"] < 1  # no masks in validation, so no threshold
+    assert result["map_thresholds"] is None
     assert "are a <strong>phantom</strong>" not in (root / "run" / "report.html").read_text()
     assert "phantom (synthetic)" in (root / "run" / "report.html").read_text()
 

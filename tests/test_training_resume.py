@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ercn.config import DataConfig, LossConfig, ModelConfig, PrepareConfig, PretrainConfig, RunConfig, TrainConfig
 from ercn.data import DataError, Manifest, prepare
 from ercn.training import pretrain, train
+from ercn.training.module import ERCNModule
 from ercn.training.pretraining import Contrastive
 
 
@@ -32,7 +33,7 @@ def train_config(data, out, **run):
         data=DataConfig(root=data, image_size=64, batch_size=4, workers=1),
         model=ModelConfig(backbone="mobilenetv3_small_050", embed_dim=16, pool_dim=16, dropout=0.2),
         loss=LossConfig(transform="all", warmup_epochs=1),
-        run=RunConfig(out=str(out), accelerator="cpu", **{"epochs": 4, "lr": 3e-3, **run}),
+        run=RunConfig(out=str(out), accelerator="cpu", **{"epochs": 4, "lr": 3e-3, "ema": 0.9, **run}),
     )
 
 
@@ -52,6 +53,7 @@ def command(config):
         "run.out": run.out,
         "run.epochs": run.epochs,
         "run.lr": run.lr,
+        "run.ema": run.ema,
         "run.accelerator": run.accelerator,
         "run.resume": str(run.resume).lower(),
     }
@@ -93,7 +95,8 @@ def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
     weights = [load_file(out / "export" / "model.safetensors") for out in (whole, killed)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     states = [torch.load(out / "checkpoints" / "last.ckpt", weights_only=True) for out in (whole, killed)]
-    assert all(torch.equal(a, states[1]["state_dict"][key]) for key, a in states[0]["state_dict"].items())
+    for part in ("state_dict", "current_model_state"):  # the average and what is averaged
+        assert all(torch.equal(a, states[1][part][key]) for key, a in states[0][part].items())
     results = [json.loads((out / "evaluation" / "val.json").read_text()) for out in (whole, killed)]
     assert results[0] == results[1]
 
@@ -126,6 +129,25 @@ def test_interrupted_pretraining_resumes_to_the_same_weights(method, data, tmp_p
     whole, cut = (load_file(tmp_path / out / "export" / "backbone.safetensors") for out in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
     assert epochs(tmp_path / "whole") == epochs(tmp_path / "cut")
+
+
+def test_a_run_out_of_memory_goes_on_with_less_to_the_same_bits(data, tmp_path, monkeypatch):
+    train(train_config(data, tmp_path / "whole", epochs=2))
+    step = ERCNModule.training_step
+
+    def fill(self, batch, index):
+        if self.current_epoch == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(self, batch, index)
+
+    monkeypatch.setattr(ERCNModule, "training_step", fill)
+    with pytest.raises(MemoryError, match="out of memory in epoch 2: a training step needs about .* by prediction"):
+        train(train_config(data, tmp_path / "less", epochs=2))
+    monkeypatch.undo()
+    train(train_config(data, tmp_path / "less", epochs=2, resume=True, grad_checkpointing=True))
+    whole, less = (load_file(tmp_path / out / "export" / "model.safetensors") for out in ("whole", "less"))
+    assert all(torch.equal(whole[key], less[key]) for key in whole)
+    assert epochs(tmp_path / "whole") == epochs(tmp_path / "less")
 
 
 def test_a_folder_in_use_is_left_alone(data, tmp_path):

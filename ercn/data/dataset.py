@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
+from ercn.data.entries import OPTIC_DISC
 from ercn.data.images import DataError, read_picture
 from ercn.data.manifest import Record
 
@@ -72,13 +73,14 @@ class PictureDataset(Dataset):
         augment: vary the pictures (``training_transform``, or ``contrastive_transform`` if ``contrastive``).
         views: tensors for each picture, each varied on its own.
         max_unreadable: how many pictures may be skipped, counted over all workers of this data set.
-        with_masks: also return the union of the lesion masks; not with ``augment``.
+        with_masks: also return the masks of ``mask_kinds``; not with ``augment``.
         cache_bytes: decoded pictures that each worker keeps in memory.
 
     An item is ``{"image": float32 [3, S, S], "grade": int, "index": int}``, the grade -1 where there is none; with
-    ``views`` > 1 it has ``"views"`` [V, 3, S, S] in place of ``"image"``; ``with_masks`` adds ``"lesion"`` uint8
-    [S, S]. A picture that cannot be read is logged by name and gives None, which ``collate`` drops; one too many raises
-    DataError with all their names.
+    ``views`` > 1 it has ``"views"`` [V, 3, S, S] in place of ``"image"``; ``with_masks`` adds ``"masks"`` bool
+    [M, S, S], one for each of ``mask_kinds``: the lesions that any of the records has, then the optic disc. A picture
+    that cannot be read is logged by name and gives None, which ``collate`` drops; one too many raises DataError with
+    all their names.
 
     A view depends on (seed, epoch, index, number of the view) only, not on the worker or on what was read before.
     """
@@ -103,6 +105,7 @@ class PictureDataset(Dataset):
         self.records = list(records)
         self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
         self.views, self.seed, self.max_unreadable, self.with_masks = views, seed, max_unreadable, with_masks
+        self.mask_kinds = (*sorted({kind for record in self.records for kind in record.masks}), OPTIC_DISC)
         self.transform: v2.Transform | None = None
         if augment:
             self.transform = contrastive_transform(image_size) if contrastive else training_transform(image_size)
@@ -145,15 +148,15 @@ class PictureDataset(Dataset):
         record = self.records[index]
         try:
             pixels = self._read(index)
-            lesion = self._lesion(record) if self.with_masks else None
+            masks = self._masks(record) if self.with_masks else None
         except DataError as error:
             self._skip(index, error)
             return None
         views = [self._view(pixels, index, view) for view in range(self.views)]
         item = {"image": views[0]} if self.views == 1 else {"views": torch.stack(views)}
         item |= {"grade": -1 if record.grade is None else record.grade, "index": index}
-        if lesion is not None:
-            item["lesion"] = lesion
+        if masks is not None:
+            item["masks"] = masks
         return item
 
     def _read(self, index: int) -> torch.Tensor:
@@ -174,13 +177,14 @@ class PictureDataset(Dataset):
             torch.default_generator.manual_seed(int(state[0]))
             return _normalized(self.transform(pixels), self.mean, self.std)
 
-    def _lesion(self, record: Record) -> torch.Tensor:
+    def _masks(self, record: Record) -> torch.Tensor:
         size = (self.image_size, self.image_size)
-        union = np.zeros(size, np.uint8)
-        for path in record.masks.values():
-            mask = read_picture(path, max_pixels=record.geometry.size**2).convert("L")
-            union |= np.asarray(mask.resize(size, Image.Resampling.NEAREST)) // 255
-        return torch.from_numpy(union)
+        result = torch.zeros(len(self.mask_kinds), *size, dtype=torch.bool)
+        for i, kind in enumerate(self.mask_kinds):
+            if path := record.optic_disc if kind == OPTIC_DISC else record.masks.get(kind):
+                mask = read_picture(path, max_pixels=record.geometry.size**2).convert("L")
+                result[i] = torch.from_numpy(np.array(mask.resize(size, Image.Resampling.NEAREST)) > 0)
+        return result
 
     def _skip(self, index: int, error: DataError) -> None:
         if not self._unreadable[index]:

@@ -20,8 +20,8 @@ from ercn.data.entries import (
     notes,
     stem,
 )
+from ercn.data.scales import DAVIS
 
-_CLASS_NAMES = ("NDR", "SDR", "PPDR", "PDR")
 LABELS = {"one_figure": "Davis_grading_of_one_figure", "concatenated": "Davis_grading_of_concatenated_figures"}
 _GRADES = {"ndr": 0, "sdr": 1, "ppdr": 2, "pdr": 3}
 _NAME = re.compile(r"(.+)_[^_]+_[LR]")
@@ -52,4 +52,4 @@ def read_davis(root: str, label: str) -> Published:
         entries.append(Entry(id, pictures.find(id, ".jpg"), grade, name[1]))
     table.check()
     found = notes((NO_LABEL, pictures.unused(seen)), (SAME_NAME, pictures.doubles))
-    return Published(entries, _CLASS_NAMES, folder, notes=found)
+    return Published(entries, DAVIS, folder, notes=found)

@@ -58,7 +58,7 @@ class Manifest:
     class_names: one for each grade; none in a data set without grades. size: side of the prepared pictures.
     hash: SHA-256 of manifest.csv, which fixes ids, grades, patients, splits and geometry.
     mean, std: RGB statistics of the train split's pictures, in 0 … 1.
-    normalize: what ``PrepareConfig.normalize`` was.
+    normalize, label: what they were in ``PrepareConfig``; label is empty where there is one column only.
     """
 
     root: Path
@@ -70,6 +70,7 @@ class Manifest:
     std: tuple[float, float, float]
     records: list[Record]
     normalize: str = "none"
+    label: str = ""
 
     def split(self, name: str) -> list[Record]:
         return [record for record in self.records if record.split == name]
@@ -114,6 +115,7 @@ class Manifest:
             tuple(about["std"]),
             records,
             settings.get("normalize", "none"),
+            settings.get("label", ""),
         )
 
 

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from importlib import import_module
 
-_MODULES = {"pretrain": "pretraining", "train": "fit", "evaluate": "evaluation", "predict": "prediction"}
+_MODULES = {
+    "plan": "planning",
+    "pretrain": "pretraining",
+    "train": "fit",
+    "evaluate": "evaluation",
+    "predict": "prediction",
+}
 __all__ = list(_MODULES)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ercn._files import write_atomic
@@ -61,6 +61,17 @@ class EpochLog(pl.Callback):
             if self.lines:
                 values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
                 print(f"epoch {row['epoch']}/{trainer.max_epochs}  {values}  {seconds:.1f} s", flush=True)
+
+
+class WeightAverage(EMAWeightAveraging):
+    """Moving average of all weights and statistics, kept where the model is; checkpoints hold both.
+
+    Their ``state_dict`` is the average: what validation saw is what is exported.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # the model itself moves there later
+        super().setup(trainer, pl_module, stage)
 
 
 def checkpoints(folder: Path, monitor: str | None) -> list[ModelCheckpoint]:

@@ -1,7 +1,7 @@
 """Exported weights: ``export/model.safetensors`` beside ``export/model.json``. Nothing is pickled.
 
 ``model.json`` holds all that inference must repeat: the configuration, class names, channel statistics, picture size,
-decision thresholds, and what the weights came from (hashes of manifest and split, package versions).
+temperature, decision thresholds, and what the weights came from (hashes of manifest and split, package versions).
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
     """
     folder = Path(run) / "export"
     state, info = load_weights(folder, "model", "ercn train", _NEEDED)
-    info.setdefault("normalize", "none")  # exports from before there was a choice
+    # exports from before there was a choice
+    info = {"normalize": "none", "temperature": 1.0, "trained_classes": info["class_names"]} | info
     info["config"] = from_dict(TrainConfig, info["config"], f"{folder / 'model.json'}: config")
     model = ERCN(without_pretrained(info["config"]).model)
     check_state(model, state, str(folder / "model.safetensors"), f"{info['config'].model.backbone} of model.json")

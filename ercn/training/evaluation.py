@@ -1,8 +1,8 @@
-"""Evaluation of a trained run on one split: JSON, table, predictions and the refreshed report."""
+"""Evaluation of a trained run on any data set: grading, calibration, localisation; JSON, table, predictions, report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,36 +12,44 @@ import torch
 
 from ercn._progress import with_progress
 from ercn.config import EvaluateConfig
-from ercn.data import Manifest, Record
+from ercn.data import DataError, Manifest, Record
+from ercn.data.entries import OPTIC_DISC
+from ercn.data.scales import CommonGround, common_ground
 from ercn.models import ERCN
 from ercn.training import metrics
+from ercn.training.calibration import fit_temperature, temper
 from ercn.training.checkpoint import load_model
 from ercn.training.files import DISCLAIMER, write_csv, write_json
-from ercn.training.infer import forward, pick_device
+from ercn.training.gallery import Shown, as_picture, gallery_choice, key_of, write_gallery
+from ercn.training.infer import ONE_VIEW, Views, forward, pick_device
 from ercn.training.localization import Localization
 from ercn.training.maps import enlarge
-from ercn.training.overlay import overlay, save_jpeg
+from ercn.training.model_card import write_model_card
 from ercn.training.pictures import load_manifest, make_loader, need_split, picture_dataset
 from ercn.training.report import write_report
 from ercn.training.table import print_metrics
 
-GALLERY = 10  # pictures with overlays in the report
-
 
 @dataclass
 class Collected:
-    """What the model says about one split; rows in the order of the pictures that could be read."""
+    """What the model says about one split; rows in the order of the pictures that could be read.
+
+    probability: [N, K] of the model's own classes, before calibration. grade: [N], -1 where there is none.
+    """
 
     records: list[Record] = field(default_factory=list)
     probability: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    truth: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     localization: Localization = field(default_factory=Localization)
-    gallery: list[dict[str, Any]] = field(default_factory=list)
+    gallery: list[Shown] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
     @property
     def patients(self) -> list[str]:
         return [record.patient for record in self.records]
+
+    @property
+    def grade(self) -> np.ndarray:
+        return np.array([-1 if record.grade is None else record.grade for record in self.records], int)
 
 
 def collect(
@@ -49,6 +57,7 @@ def collect(
     info: dict[str, Any],
     records: Sequence[Record],
     *,
+    views: Views = ONE_VIEW,
     batch_size: int,
     workers: int,
     device: torch.device,
@@ -62,83 +71,160 @@ def collect(
     shown = set(gallery_choice(records))
     result, parts, seen = Collected(), [], []
     batches = with_progress(loader, title, len(loader), progress)
-    for batch, probability, maps in forward(model, config.model, batches, device):
+    for batch, probability, maps in forward(model, config.model, batches, device, views):
         full = {name: enlarge(heat, config.data.image_size).numpy() for name, heat in maps.items()}
         parts.append(probability)
         for i, index in enumerate(batch["index"].tolist()):
-            record, lesion = records[index], batch["lesion"][i].numpy().astype(bool)
+            masks = dict(zip(dataset.mask_kinds, batch["masks"][i].numpy()))
             heats = {name: heat[i] for name, heat in full.items()}
-            seen.append(index)
-            result.localization.add(heats, lesion, record.patient)
             if index in shown:
-                picture = _picture(batch["image"][i], info)
-                result.gallery.append({"row": len(seen) - 1, "picture": picture, "maps": heats, "lesion": lesion})
+                picture = as_picture(batch["image"][i], info["mean"], info["std"])
+                result.gallery.append(Shown(len(seen), picture, heats, dict(masks)))
+            disc = masks.pop(OPTIC_DISC)
+            result.localization.add(heats, masks, records[index].patient, disc)
+            seen.append(index)
     result.records = [records[i] for i in seen]
     read = set(seen)
     result.unreadable = [r.id for i, r in enumerate(records) if i not in read]
     if parts:
         result.probability = np.concatenate(parts)
-        grade = np.array([r.grade for r in result.records])
-        result.truth = metrics.classes_of(grade, config.model.targets)
     return result
 
 
-def choose_thresholds(collected: Collected) -> dict[str, Any]:
-    """Decision thresholds from the validation split: referable DR by Youden's J, each map by its best pooled IoU."""
-    score = metrics.referable(collected.probability)
-    positive = metrics.is_referable(collected.truth, collected.probability.shape[1])
-    return {
-        "referable": metrics.youden_threshold(score, positive),
-        "maps": collected.localization.best_thresholds(),
+def ground_of(info: dict[str, Any], manifest: Manifest) -> CommonGround | None:
+    """On which grades the model is compared with the data set; None where the data set has none."""
+    if not manifest.class_names:
+        return None
+    targets = info["config"].model.targets
+    return common_ground(info["trained_classes"], targets, manifest.class_names, manifest.dataset)
+
+
+def choose_on_validation(collected: Collected, ground: CommonGround) -> dict[str, Any]:
+    """What the export keeps of the validation split: the temperature, and the decision thresholds.
+
+    thresholds: "referable" DR, by Youden's J; the same for each "grades"' beginning, for data of another scale; "maps"
+    and "lesions" by the best pooled IoU.
+    """
+    truth = ground.truth(collected.grade)
+    temperature = fit_temperature(collected.probability, truth)
+    probability = temper(collected.probability, temperature)
+    grades = {
+        name: metrics.youden_threshold(probability[:, k:].sum(1), truth >= k)
+        for k, name in enumerate(ground.model.names)
+        if k > 0
     }
+    referable = grades[ground.model.names[metrics.first_referable(len(ground.model.names))]]
+    thresholds = {"referable": referable, "grades": grades, **collected.localization.thresholds()}
+    return {"temperature": temperature, "thresholds": thresholds}
 
 
 def write_evaluation(
-    run: Path, name: str, collected: Collected, info: dict[str, Any], manifest: Manifest, *, draws: int, seed: int
+    run: Path,
+    name: str,
+    collected: Collected,
+    info: dict[str, Any],
+    manifest: Manifest,
+    *,
+    map_thresholds: Mapping[str, Any],
+    views: Views = ONE_VIEW,
+    draws: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """Writes ``evaluation/name.json``, ``name_predictions.csv`` and ``name_gallery/`` into the run folder."""
-    thresholds = info["thresholds"]
-    folder = run / "evaluation"
+    """Writes ``evaluation/name.json``, ``name_predictions.csv`` and ``name_gallery/`` into the run folder.
+
+    map_thresholds: "maps", "lesions" and "from", the validation split that they were chosen on.
+    """
+    if not collected.records:
+        raise DataError(f"no picture could be read, of {len(collected.unreadable)}; there is nothing to evaluate")
+    ground = ground_of(info, manifest)
+    probability = temper(collected.probability, info["temperature"])
     result = {
         "name": name,
         "notice": DISCLAIMER,
         "dataset": manifest.dataset,
         "manifest": manifest.hash,
-        "class_names": info["class_names"],
-        "threshold": thresholds["referable"],
         "bootstrap": {"draws": draws, "seed": seed, "unit": "patient", "interval": "95 % percentile"},
-        **metrics.grading(
-            collected.probability,
-            collected.truth,
-            collected.patients,
-            threshold=thresholds["referable"],
-            draws=draws,
-            seed=seed,
-        ),
-        "localization": collected.localization.summary(thresholds["maps"], draws=draws, seed=seed),
-        "unreadable": collected.unreadable,
-        "gallery": _write_gallery(folder / f"{name}_gallery", collected, info["class_names"]),
+        "temperature": info["temperature"],
+        "views": views._asdict(),
+        "pictures": len(collected.records),
+        "patients": len(set(collected.patients)),
     }
-    predicted = collected.probability.argmax(1)
-    write_csv(
-        folder / f"{name}_predictions.csv",
-        (
-            {"id": record.id, "grade": record.grade, "class": int(collected.truth[i]), "predicted": int(predicted[i])}
-            | {f"p{k}": f"{p:.6f}" for k, p in enumerate(collected.probability[i])}
-            for i, record in enumerate(collected.records)
-        ),
-    )
-    write_json(folder / f"{name}.json", result)
+    if ground is None:
+        truth, names = None, info["class_names"]
+        result |= {"class_names": names, "scale": None, "metrics": None}
+    else:
+        truth, names = ground.truth(collected.grade), list(ground.scale.names)
+        probability = ground.probability(probability)
+        positive = metrics.first_referable(len(names))
+        threshold = _threshold(info["thresholds"], ground, positive)
+        result |= {
+            "class_names": names,
+            "scale": {
+                "model": list(ground.model.names),
+                "data": list(ground.data.names),
+                "referable": list(ground.scale.names[positive:]),
+                "referable_from": ground.scale.levels[ground.scale.cuts[positive - 1]],
+            },
+            "threshold": threshold,
+            **metrics.grading(
+                probability,
+                truth,
+                collected.patients,
+                threshold=threshold,
+                draws=draws,
+                seed=seed,
+                uncalibrated=ground.probability(collected.probability),
+            ),
+        }
+    predicted = probability.argmax(1)
+    shown = sorted(collected.gallery, key=lambda item: (truth is not None and truth[item.row], item.row))
+    texts = [
+        {
+            "key": key_of(manifest.hash, collected.records[item.row].id),
+            "truth": None if truth is None else names[truth[item.row]],
+            "predicted": names[predicted[item.row]],
+            "probability": float(probability[item.row].max()),
+        }
+        for item in shown
+    ]
+    result |= {
+        "localization": collected.localization.summary(map_thresholds, draws=draws, seed=seed),
+        "map_thresholds": map_thresholds.get("from"),
+        "unreadable": collected.unreadable,
+        "gallery": write_gallery(run / "evaluation" / f"{name}_gallery", shown, texts),
+    }
+    rows = []
+    for i, record in enumerate(collected.records):
+        row = {"id": record.id, "grade": "" if record.grade is None else record.grade}
+        row |= {"class": "" if truth is None else int(truth[i]), "predicted": int(predicted[i])}
+        rows.append(row | {f"p{k}": f"{p:.6f}" for k, p in enumerate(probability[i])})
+    write_csv(run / "evaluation" / f"{name}_predictions.csv", rows)
+    write_json(run / "evaluation" / f"{name}.json", result)
     return result
+
+
+def _threshold(thresholds: Mapping[str, Any], ground: CommonGround, positive: int) -> float:
+    """Validation's threshold of the model's class that begins where class ``positive`` in common does."""
+    if ground.scale.cuts == ground.model.cuts:
+        return thresholds["referable"]
+    begins = ground.model.cuts.index(ground.scale.cuts[positive - 1]) + 1
+    return thresholds["grades"][ground.model.names[begins]]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Metrics of the run's exported model on one split of its data set or, with ``config.data``, of another.
 
-    Writes ``evaluation/<name>.json``, its predictions and gallery into the run folder, refreshes report.html, prints
-    a table and returns what the JSON holds. <name> is the split, with the data set's name before it where it is
-    another one. Decision thresholds come from the validation at the end of the training. Raises ValueError, DataError
-    or FileNotFoundError.
+    Writes ``evaluation/<name>.json``, its predictions and gallery into the run folder, refreshes report.html and
+    export/model_card.md, prints a table and returns what the JSON holds. <name> is the split, with the data set's name
+    before it where it is another one, and "-views" after it where the maps are those of several views.
+
+    Nothing is chosen on the split itself: temperature and decision thresholds come from the validation at the end of
+    the training, those of the maps from there too; where that had no masks, or other views, from the val split of the
+    training's data set or else of this one. Data with other grades are compared on what both scales have in common
+    (``ercn.data.scales``); data with lesion masks and without grades are evaluated for localisation only. A patient of
+    the training in the evaluated split is an error.
+
+    Raises ValueError, DataError or FileNotFoundError.
     """
     run = Path(config.run)
     model, info = load_model(run)
@@ -150,32 +236,99 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"{root} has changed since the training (its manifest has another hash), so its splits may leak; "
             f"to evaluate on it as another data set, name it: --data {root}"
         )
-    check_classes(info, manifest)
-    check_normalization(info, manifest)
     records = need_split(manifest, config.split, root)
-    collected = collect(
-        model,
+    if ground_of(info, manifest) is None and not any(record.masks for record in records):
+        raise ValueError(f"data set {manifest.dataset} has neither grades nor lesion masks in the {config.split} split")
+    check_normalization(info, manifest)
+    if not own:
+        check_patients(info, manifest.dataset, records)
+    views = Views(config.scales, config.flip)
+    options = {
+        "views": views,
+        "batch_size": config.batch_size,
+        "workers": config.workers,
+        "device": pick_device(config.accelerator),
+        "progress": config.progress,
+    }
+    collected = collect(model, info, records, title=f"evaluate {config.split}", **options)
+    thresholds = {}
+    if collected.localization.patients:
+        thresholds = _map_thresholds(model, info, manifest, config.split, options)
+    result = write_evaluation(
+        run,
+        _name(config, manifest, own, views),
+        collected,
         info,
-        records,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        device=pick_device(config.accelerator),
-        progress=config.progress,
-        title=f"evaluate {config.split}",
+        manifest,
+        map_thresholds=thresholds,
+        views=views,
+        draws=config.bootstrap,
+        seed=config.seed,
     )
-    name = config.split if own else f"{manifest.dataset}-{config.split}"
-    result = write_evaluation(run, name, collected, info, manifest, draws=config.bootstrap, seed=config.seed)
     print_metrics(result)
     write_report(run)
+    write_model_card(run)
     print(run / "report.html", flush=True)
     return result
 
 
+def _name(config: EvaluateConfig, manifest: Manifest, own: bool, views: Views) -> str:
+    dataset = manifest.root.resolve().name if manifest.dataset == "csv" else manifest.dataset
+    return (config.split if own else f"{dataset}-{config.split}") + ("" if views == ONE_VIEW else "-views")
+
+
+def _map_thresholds(
+    model: ERCN, info: dict[str, Any], manifest: Manifest, split: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Thresholds of the maps from a validation split that has masks: the training's, or this data set's own."""
+    if options["views"] == ONE_VIEW and info["thresholds"]["maps"]:
+        return info["thresholds"] | {"from": f"val of {info['dataset']}"}
+    trained = _training_data(info)
+    sources = [trained] if trained is not None else []
+    sources += [manifest] if split == "test" else []
+    for source in sources:
+        records = [record for record in source.split("val") if record.masks]
+        if records and source.normalize == info["normalize"]:
+            collected = collect(model, info, records, title=f"thresholds {source.dataset} val", **options)
+            return collected.localization.thresholds() | {"from": f"val of {source.dataset}"}
+    return {}
+
+
+def _training_data(info: dict[str, Any]) -> Manifest | None:
+    """The data set of the training, where it is as it was."""
+    try:
+        manifest = load_manifest(info["config"].data.root)
+    except (DataError, ValueError):  # moved or removed since
+        return None
+    return manifest if manifest.hash == info["manifest"] else None
+
+
+def check_patients(info: dict[str, Any], dataset: str, records: Sequence[Record]) -> None:
+    """Raises ValueError where a patient was in the training, as far as the training's data set is at hand.
+
+    Only sets that name the same patients alike can be compared: a set with itself, and EyePACS with RLDR.
+    """
+    same = dataset == info["dataset"] and dataset not in ("phantom", "csv")
+    if not same and {dataset, info["dataset"]} != {"eyepacs", "rldr"}:
+        return
+    trained = _training_data(info)
+    if trained is None:
+        print(f"the training's data set is not at hand: patients of {dataset} may have been in it", flush=True)
+        return
+    seen = {record.patient for record in trained.records if record.split != "test"}
+    both = sorted(seen & {record.patient for record in records})
+    if both:
+        raise ValueError(
+            f"{len(both)} patients of this {dataset} split were in the training: {', '.join(both[:5])}"
+            f"{', …' if len(both) > 5 else ''}; prepare the training's data without them (ercn prepare --exclude)"
+        )
+
+
 def check_classes(info: dict[str, Any], manifest: Manifest) -> None:
-    """Raises ValueError where the data set has other grades than the model."""
+    """Raises ValueError where the data set has not the grades that ``model.num_grades`` says."""
     grades = info["config"].model.num_grades
     if not manifest.class_names:
-        raise ValueError(f"data set {manifest.dataset} has no grades; training and evaluation need them")
+        raise ValueError(f"data set {manifest.dataset} has no grades; training needs them")
     if len(manifest.class_names) != grades:
         raise ValueError(
             f"the model grades {grades} classes (model.num_grades), but data set {manifest.dataset} has "
@@ -190,43 +343,3 @@ def check_normalization(info: dict[str, Any], manifest: Manifest) -> None:
             f"the model was trained on pictures of `ercn prepare --normalize {info['normalize']}`, but {manifest.root} "
             f"was prepared with {manifest.normalize}; prepare it again in a new folder"
         )
-
-
-def gallery_choice(records: Sequence[Record]) -> list[int]:
-    """Indices of the first pictures of every grade in turn, those with lesion masks first, at most ``GALLERY``."""
-    queues: dict[int, list[int]] = {}
-    for i in sorted(range(len(records)), key=lambda i: not records[i].masks):
-        queues.setdefault(records[i].grade, []).append(i)
-    rounds = max((len(q) for q in queues.values()), default=0)
-    return [queues[g][r] for r in range(rounds) for g in sorted(queues, reverse=True) if r < len(queues[g])][:GALLERY]
-
-
-def _picture(image: torch.Tensor, info: dict[str, Any]) -> np.ndarray:
-    """Undoes the normalisation: [3, S, S] -> [S, S, 3] uint8."""
-    mean, std = (torch.tensor(info[name]).view(3, 1, 1) for name in ("mean", "std"))
-    return ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-
-
-def _write_gallery(folder: Path, collected: Collected, class_names: list[str]) -> list[dict[str, Any]]:
-    """Saves pictures under numbers, not ids: a report is passed on more easily than a data set."""
-    for old in folder.glob("*.jpg"):
-        old.unlink()
-    entries = []
-    order = sorted(collected.gallery, key=lambda item: (collected.truth[item["row"]], item["row"]))
-    for number, item in enumerate(order, 1):
-        row = item["row"]
-        panels = {"picture": item["picture"]}
-        panels |= {name: overlay(item["picture"], heat) for name, heat in item["maps"].items()}
-        if item["lesion"].any():
-            panels["lesion"] = overlay(item["picture"], item["lesion"].astype(np.float32))
-        for name, panel in panels.items():
-            save_jpeg(folder / f"{number:02d}_{name}.jpg", panel)
-        entries.append(
-            {
-                "truth": class_names[collected.truth[row]],
-                "predicted": class_names[int(collected.probability[row].argmax())],
-                "probability": float(collected.probability[row].max()),
-                "panels": {name: f"{folder.name}/{number:02d}_{name}.jpg" for name in panels},
-            }
-        )
-    return entries

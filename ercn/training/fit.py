@@ -9,15 +9,19 @@ import torch
 
 from ercn.config import TrainConfig
 from ercn.data import Manifest
+from ercn.data.scales import scale_of
+from ercn.data.splits import SPLITS
 from ercn.models import ERCN
 from ercn.training import runs
 from ercn.training.callbacks import SafeCheckpointIO
 from ercn.training.checkpoint import load_backbone, save_model
-from ercn.training.evaluation import check_classes, choose_thresholds, collect, write_evaluation
+from ercn.training.evaluation import check_classes, choose_on_validation, collect, ground_of, write_evaluation
 from ercn.training.infer import pick_device
 from ercn.training.loaders import GradedData
+from ercn.training.model_card import write_model_card
 from ercn.training.module import MONITOR, ERCNModule
 from ercn.training.pictures import class_counts, load_manifest, need_split
+from ercn.training.planning import advice
 from ercn.training.report import write_report
 from ercn.training.seeding import derive
 from ercn.training.table import print_metrics
@@ -44,18 +48,19 @@ def train(config: TrainConfig) -> Path:
     if config.init is not None:
         load_backbone(model, config.init, config.model.backbone)
     module = ERCNModule(model, config, class_weights(config, manifest))
-    runs.use_channels_last(module, config.run.channels_last)
+    runs.set_up(module, model, config.run)
     trainer = runs.make_trainer(config.run, monitor=MONITOR)
     checkpoint = runs.open_run(config)
     out = Path(config.run.out)
     data = GradedData(manifest, config.data, seed=config.run.seed)
-    if runs.fit(trainer, module, data, checkpoint):
+    if runs.fit(trainer, module, data, checkpoint, lambda: advice(config)):
         finish(out, model, info | {"unreadable": data.unreadable}, config, manifest)
     return out
 
 
 def finish(out: Path, model: ERCN, info: dict[str, Any], config: TrainConfig, manifest: Manifest) -> None:
-    """Loads the best epoch, chooses the thresholds on validation, exports, and writes evaluation and report.
+    """Loads the best epoch, calibrates and chooses thresholds on validation, exports, and writes evaluation, report and
+    model card.
 
     The weights are float32 from here on, whatever ``run.precision`` trained in.
     """
@@ -73,19 +78,24 @@ def finish(out: Path, model: ERCN, info: dict[str, Any], config: TrainConfig, ma
         progress=config.run.progress,
         title="evaluate val",
     )
-    info |= {"epoch": best["epoch"] + 1, "thresholds": choose_thresholds(collected)}
+    info |= {"epoch": best["epoch"] + 1, **choose_on_validation(collected, ground_of(info, manifest))}
+    info["parameters"] = sum(p.numel() for p in model.parameters())
     save_model(out, model, config, {key: value for key, value in info.items() if key != "config"})
-    result = write_evaluation(out, "val", collected, info, manifest, draws=BOOTSTRAP, seed=config.run.seed)
+    chosen = info["thresholds"] | {"from": f"val of {manifest.dataset}"}
+    result = write_evaluation(
+        out, "val", collected, info, manifest, map_thresholds=chosen, draws=BOOTSTRAP, seed=config.run.seed
+    )
     print_metrics(result)
     write_report(out)
+    write_model_card(out)
 
 
 def describe(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     """What inference has to know beside the weights."""
-    binary = config.model.targets == "referable"
     return {
         "config": config,
-        "class_names": ["not referable", "referable"] if binary else list(manifest.class_names),
+        "class_names": list(scale_of(manifest.class_names, config.model.targets).names),
+        "trained_classes": list(manifest.class_names),
         "image_size": config.data.image_size,
         "prepared_size": manifest.size,
         "mean": list(manifest.mean),
@@ -93,7 +103,14 @@ def describe(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
         "normalize": manifest.normalize,
         "dataset": manifest.dataset,
         "manifest": manifest.hash,
+        "data": {"label": manifest.label, "splits": {split: _counts(manifest, split) for split in SPLITS}},
     }
+
+
+def _counts(manifest: Manifest, split: str) -> dict[str, Any]:
+    records = manifest.split(split)
+    grades = class_counts(records, len(manifest.class_names)).tolist()
+    return {"pictures": len(records), "patients": len({r.patient for r in records}), "grades": grades}
 
 
 def class_weights(config: TrainConfig, manifest: Manifest) -> torch.Tensor | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ercn.config import ModelConfig
-from ercn.models import ERCN, grade_probabilities
-from ercn.training.maps import heat_maps
+from ercn.models import ERCN, ERCNOutput, grade_probabilities
+from ercn.training.maps import heat_maps, merge
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
@@ -25,15 +27,48 @@ def pick_device(accelerator: str) -> torch.device:
     return torch.device("cuda" if found and accelerator != "cpu" else "cpu")
 
 
+class Views(NamedTuple):
+    """At which sizes, relative to the picture's, and whether also mirrored, the maps are computed and averaged."""
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+
+ONE_VIEW = Views()
+
+
 @torch.inference_mode()
 def forward(
-    model: ERCN, config: ModelConfig, batches: Iterable[dict[str, Tensor] | None], device: torch.device
+    model: ERCN,
+    config: ModelConfig,
+    batches: Iterable[dict[str, Tensor] | None],
+    device: torch.device,
+    views: Views = ONE_VIEW,
 ) -> Iterator[tuple[dict[str, Tensor], np.ndarray, dict[str, Tensor]]]:
-    """Per batch: the batch, probabilities [B, K] (float64, rows sum to 1) and heat maps {name: [B, h, w] in [0, 1]}."""
+    """Per batch: the batch, probabilities [B, K] (float64, rows sum to 1) and heat maps {name: [B, h, w] in [0, 1]}.
+
+    The probabilities are those of the picture as it is, before calibration, whatever ``views``.
+    """
     model.to(device).eval()
     for batch in batches:
         if batch is None:
             continue
-        output = model(batch["image"].to(device, non_blocking=True))
+        output = see(model, batch["image"].to(device, non_blocking=True), views)
         probability = grade_probabilities(output.logits.cpu().double(), config).numpy()
         yield batch, probability, heat_maps(output, config)
+
+
+def see(model: ERCN, image: Tensor, views: Views) -> ERCNOutput:
+    """The model's output for pictures [B, 3, H, W], its maps those of all views."""
+    output = model(image)
+    if views == ONE_VIEW:
+        return output
+    outputs = [(output, False)]
+    for scale in views.scales:
+        for mirrored in (False, True) if views.flip else (False,):
+            if (scale, mirrored) != (1, False):
+                view = image.flip(-1) if mirrored else image
+                if scale != 1:
+                    view = F.interpolate(view, scale_factor=scale, mode="bilinear", antialias=True)
+                outputs.append((model(view), mirrored))
+    return merge(outputs)

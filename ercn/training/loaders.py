@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ercn.config import DataConfig
-from ercn.data import DataError, Manifest, PictureDataset, Record
+from ercn.data import Manifest, PictureDataset, Record
 from ercn.training.pictures import make_loader, picture_dataset, sampling_weights
 from ercn.training.seeding import generator
 
@@ -64,6 +64,8 @@ class PictureData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         records = self.manifest.split("train")
+        if len(records) < (world := self.trainer.world_size):
+            raise ValueError(f"{world} devices need a training picture each, but {self.config.root} has {len(records)}")
         dataset = self._pictures(records, **self._training())
         sampler = EpochSampler(
             dataset,
@@ -102,16 +104,6 @@ class PictureData(pl.LightningDataModule):
         return picture_dataset(records, mean, std, self.config, seed=self.seed, **options)
 
 
-def need_whole_batches(trainer: pl.Trainer) -> None:
-    """Called on a rank whose batch lacks unreadable pictures: DataError where others would wait for it for ever."""
-    if trainer.world_size > 1:
-        names = ", ".join(str(record.image) for record in trainer.train_dataloader.dataset.unreadable())
-        raise DataError(
-            f"rank {trainer.global_rank} of {trainer.world_size} has too few readable pictures in a batch, and the "
-            f"other ranks cannot go on without it: unreadable are {names}; mend or remove them, or use one device"
-        )
-
-
 class GradedData(PictureData):
     """Training and validation pictures with grades. ``config.balance`` "sampler" draws every grade equally often."""
 
@@ -123,4 +115,6 @@ class GradedData(PictureData):
 
     def val_dataloader(self) -> DataLoader:
         records = self.manifest.split("val")[self.trainer.global_rank :: self.trainer.world_size]
+        if not records:
+            return DataLoader([None], batch_size=None)  # a rank without a batch leaves the others waiting for ever
         return make_loader(self._pictures(records, augment=False), self.config.batch_size, self.config.workers)

@@ -42,6 +42,13 @@ def quadratic_kappa(matrix: np.ndarray) -> np.ndarray:
     return np.where(total == 0, np.nan, np.where(chance == 0, 0.0, kappa))
 
 
+def macro_f1(matrix: np.ndarray) -> np.ndarray:
+    """Mean F1 score over the classes that occur, in truth or prediction; 2 · hits / (true + predicted) each."""
+    occurring = matrix.sum(1) + matrix.sum(2)
+    each = _divide(2 * np.diagonal(matrix, axis1=1, axis2=2), occurring)  # [R, K]
+    return _divide(np.nansum(each, axis=1), (occurring > 0).sum(1))
+
+
 def roc_auc(score: np.ndarray, positive: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Area under the ROC curve (Mann-Whitney, ties count half); NaN where positives or negatives are missing."""
     values, group = np.unique(score, return_inverse=True)
@@ -63,8 +70,21 @@ def expected_calibration_error(probability: np.ndarray, truth: np.ndarray, weigh
     """ECE (Guo et al. 2017) of the winning class in 15 equal bins (lower, upper]; confidence 1 is in the last bin."""
     confidence = probability.max(1)
     gap = confidence - (probability.argmax(1) == truth)
-    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
-    return _divide(np.abs(weight @ (gap[:, None] * np.eye(ECE_BINS)[bins])).sum(1), weight.sum(1))
+    return _divide(np.abs(weight @ (gap[:, None] * np.eye(ECE_BINS)[_bins(confidence)])).sum(1), weight.sum(1))
+
+
+def reliability(probability: np.ndarray, truth: np.ndarray) -> list[dict[str, float | int]]:
+    """The bins of the ECE that hold pictures: how many, their mean confidence, and the share that is right."""
+    confidence, right = probability.max(1), probability.argmax(1) == truth
+    bins = _bins(confidence)
+    return [
+        {"pictures": int(own.sum()), "confidence": float(confidence[own].mean()), "accuracy": float(right[own].mean())}
+        for own in (bins == b for b in np.unique(bins))
+    ]
+
+
+def _bins(confidence: np.ndarray) -> np.ndarray:
+    return np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
 
 
 def brier(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -73,14 +93,29 @@ def brier(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> np.
     return _divide(weight @ error, weight.sum(1))
 
 
+def roc_points(score: np.ndarray, positive: np.ndarray, most: int = 200) -> dict[str, list[float]] | None:
+    """The ROC curve from (0, 0) to (1, 1), at most so many of its points; None where a class is missing."""
+    if positive.all() or not positive.any():
+        return None
+    cuts = np.unique(score)[::-1]
+    cuts = cuts[np.unique(np.linspace(0, len(cuts) - 1, most).astype(int))]
+    above = score >= cuts[:, None]
+    rates = {"fpr": above[:, ~positive].mean(1), "tpr": above[:, positive].mean(1)}
+    return {name: [0.0, *rate.tolist()] for name, rate in rates.items()}
+
+
 def referable(probability: np.ndarray) -> np.ndarray:
-    """Probability of referable DR (grade >= 2) [N] from [N, K]; with K = 2 the second class is it."""
-    return probability[:, 1] if probability.shape[1] == 2 else probability[:, 2:].sum(1)
+    """Probability of referable DR [N] from [N, K]: of all classes from ``first_referable`` on."""
+    return probability[:, first_referable(probability.shape[1]) :].sum(1)
 
 
 def is_referable(truth: np.ndarray, classes: int) -> np.ndarray:
-    """Whether a class is referable DR: grade >= 2, or class 1 of two."""
-    return truth >= (1 if classes == 2 else 2)
+    return truth >= first_referable(classes)
+
+
+def first_referable(classes: int) -> int:
+    """Class where referable DR begins: 2, or 1 of two."""
+    return min(classes - 1, 2)
 
 
 def classes_of(grade: np.ndarray, targets: str) -> np.ndarray:
@@ -142,32 +177,44 @@ def bootstrap(
 
 
 def grading(
-    probability: np.ndarray, truth: np.ndarray, patients: Sequence[str], *, threshold: float, draws: int, seed: int
+    probability: np.ndarray,
+    truth: np.ndarray,
+    patients: Sequence[str],
+    *,
+    threshold: float,
+    draws: int,
+    seed: int,
+    uncalibrated: np.ndarray | None = None,
 ) -> dict:
     """Every grading metric of one split with its interval.
 
     probability: [N, K], rows sum to 1. truth: [N] int classes. threshold: referable-DR decision, from validation.
+    uncalibrated: the probabilities before calibration, where there was one.
     Returns a JSON-ready dict: metrics, confusion, majority (the floor: always the most frequent class), recall per
-    class, missing (classes without a picture; they are left out of the macro AUC).
+    class, missing (classes without a picture; they are left out of the macro AUC), reliability before and after
+    calibration, roc of referable DR.
     """
     probability, truth = np.asarray(probability, dtype=float), np.asarray(truth, dtype=int)
+    uncalibrated = probability if uncalibrated is None else np.asarray(uncalibrated, dtype=float)
     count, classes = probability.shape
     if count == 0:
         raise ValueError("the metrics need at least one picture; the split has none that could be read")
     predicted = probability.argmax(1)
+    score, positive = referable(probability), is_referable(truth, classes)
 
     def metric(weight: np.ndarray) -> dict[str, np.ndarray]:
         matrix = confusion(truth, predicted, classes, weight)
-        score, positive = referable(probability), is_referable(truth, classes)
         sensitivity, specificity = sensitivity_specificity(score, positive, threshold, weight)
         return {
             "accuracy": accuracy(matrix),
             "kappa": quadratic_kappa(matrix),
+            "f1": macro_f1(matrix),
             "auc": macro_auc(probability, truth, weight),
             "referable_auc": roc_auc(score, positive, weight),
             "referable_sensitivity": sensitivity,
             "referable_specificity": specificity,
             "ece": expected_calibration_error(probability, truth, weight),
+            "ece_uncalibrated": expected_calibration_error(uncalibrated, truth, weight),
             "brier": brier(probability, truth, weight),
         }
 
@@ -181,6 +228,8 @@ def grading(
         "majority": {"class": int(support.argmax()), "accuracy": float(support.max() / count), "kappa": 0.0},
         "recall": [_number(r) for r in _divide(np.diag(matrix), support)],
         "missing": [k for k in range(classes) if support[k] == 0],
+        "reliability": {"before": reliability(uncalibrated, truth), "after": reliability(probability, truth)},
+        "roc": roc_points(score, positive),
     }
 
 

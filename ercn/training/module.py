@@ -13,8 +13,7 @@ from ercn.config import TrainConfig
 from ercn.losses import classification_loss
 from ercn.models import ERCN, grade_probabilities, targets_from_grades
 from ercn.objective import ercn_loss
-from ercn.training import metrics
-from ercn.training.loaders import need_whole_batches
+from ercn.training import metrics, ranks
 from ercn.training.schedule import adamw
 from ercn.training.seeding import derive, generator
 from ercn.transforms import sample_transform
@@ -25,7 +24,9 @@ MONITOR = "val_kappa"
 class ERCNModule(pl.LightningModule):
     """``ercn_loss`` under AdamW; validation accuracy, quadratic weighted kappa and loss once an epoch.
 
-    The map A and dropout of a step are drawn from (seed, epoch, step, rank) alone. class_weight: [num_grades] or None.
+    The map A of a step is drawn from (seed, epoch, step) alone and the same on all ranks, dropout from the rank too.
+    Loss and gradients of several ranks are those of all their pictures as one batch, however many each could read.
+    class_weight: [num_grades] or None.
     """
 
     def __init__(self, model: ERCN, config: TrainConfig, class_weight: Tensor | None = None) -> None:
@@ -38,14 +39,16 @@ class ERCNModule(pl.LightningModule):
         return adamw(self, self.config.run)
 
     def training_step(self, batch: dict[str, Tensor] | None, step: int) -> Tensor | None:
-        if batch is None:  # every picture of the batch was unreadable
-            need_whole_batches(self.trainer)
-            return None
-        config, place = self.config, (self.current_epoch, step, self.global_rank)
-        torch.manual_seed(derive(config.run.seed, "step", *place))
+        config = self.config
+        read = 0 if batch is None else len(batch["grade"])
+        if not read:  # every picture of the batch was unreadable
+            if self.trainer.world_size == 1:
+                return None
+            batch = self._blank()
+        torch.manual_seed(derive(config.run.seed, "step", self.current_epoch, step, self.global_rank))
         transform = sample_transform(
             config.loss.transform,
-            generator(config.run.seed, "transform", *place),
+            generator(config.run.seed, "transform", self.current_epoch, step, 0),  # rank 0's on all
             rescale=config.loss.rescale,
             size=config.data.image_size,
         )
@@ -59,8 +62,9 @@ class ERCNModule(pl.LightningModule):
             weight_scale=min(1.0, (self.current_epoch + 1) / (config.loss.warmup_epochs + 1)),
             class_weight=self.class_weight,
         )
-        self._log({"loss": total.detach(), **{f"loss_{name}": term for name, term in terms.items()}}, batch)
-        return total
+        terms = {"loss": total.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
+        self._log(terms, read)
+        return ranks.mean_share(total, read)
 
     def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
         if batch is None:
@@ -94,7 +98,13 @@ class ERCNModule(pl.LightningModule):
         layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
         return batch["image"].contiguous(memory_format=layout)
 
-    def _log(self, values: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+    def _blank(self) -> dict[str, Tensor]:
+        """A picture for a rank without any, for whose gradients, which then count nothing, the others wait."""
+        size = self.config.data.image_size
+        image = torch.zeros(1, 3, size, size, dtype=self.dtype, device=self.device)
+        return {"image": image, "grade": torch.zeros(1, dtype=torch.int64, device=self.device)}
+
+    def _log(self, values: dict[str, Tensor], count: int) -> None:
         for name, value in values.items():
             self.log(
                 name,
@@ -103,5 +113,5 @@ class ERCNModule(pl.LightningModule):
                 on_epoch=True,
                 prog_bar=name == "loss",
                 sync_dist=self.trainer.world_size > 1,
-                batch_size=len(batch["grade"]),
+                batch_size=count,
             )

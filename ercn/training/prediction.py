@@ -17,9 +17,10 @@ from ercn.config import PredictConfig
 from ercn.data import DataError, Geometry, locate_disc, read_picture
 from ercn.data.dataset import to_tensor
 from ercn.data.normalization import prepared
+from ercn.training.calibration import temper
 from ercn.training.checkpoint import load_model
 from ercn.training.files import DISCLAIMER, write_csv, write_json
-from ercn.training.infer import forward, pick_device
+from ercn.training.infer import Views, forward, pick_device
 from ercn.training.maps import NAMES
 from ercn.training.overlay import overlay, save_jpeg
 
@@ -102,7 +103,9 @@ def predict(config: PredictConfig) -> Path:
             yield batch if batch["index"] else None
 
     batches = readable(with_progress(loader, "predict", len(loader), config.progress))
-    for batch, probability, maps in forward(model, info["config"].model, batches, device):
+    views = Views(config.scales, config.flip)
+    for batch, probability, maps in forward(model, info["config"].model, batches, device, views):
+        probability = temper(probability, info["temperature"])
         for i, (index, geometry) in enumerate(zip(batch["index"], batch["geometry"])):
             heats = {name: heat[i].numpy() for name, heat in maps.items()}
             _save_maps(out / "maps" / f"{ids[index]}.npz", heats, geometry)
@@ -121,7 +124,8 @@ def predict(config: PredictConfig) -> Path:
             "run": config.run,
             "class_names": info["class_names"],
             "manifest": info["manifest"],
-            "maps": {"scale": [0, 1], "names": NAMES},
+            "temperature": info["temperature"],
+            "maps": {"scale": [0, 1], "names": NAMES, **views._asdict()},
             "unreadable": skipped,
         },
     )

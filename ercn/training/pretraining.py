@@ -2,7 +2,8 @@
 
 SimCLR (Chen et al. 2020): both views through backbone and projection head, NT-Xent over the batch. MoCo v2 (He et al.
 2020, Chen et al. 2020): the second view through a momentum copy, NT-Xent against a queue of earlier keys. Losses,
-heads and the momentum update are lightly's. With several devices the negatives are gathered over all of them.
+heads and the momentum update are lightly's. Several devices act as one with all their pictures, except that BatchNorm
+sees each device's own, if ``run.sync_batchnorm`` does not join them.
 """
 
 from __future__ import annotations
@@ -17,34 +18,35 @@ import torch
 import torch.nn.functional as F
 from lightly.loss import NTXentLoss
 from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
-from lightly.models.utils import (
-    batch_shuffle,
-    batch_unshuffle,
-    deactivate_requires_grad,
-    update_momentum,
-)
+from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import Tensor, nn
 
 from ercn.config import PretrainConfig
 from ercn.models import create_backbone, stages
-from ercn.training import runs
+from ercn.training import ranks, runs
 from ercn.training.checkpoint import save_weights
-from ercn.training.loaders import PictureData, need_whole_batches
+from ercn.training.loaders import PictureData
 from ercn.training.pictures import load_manifest, need_split
 from ercn.training.report import write_report
 from ercn.training.schedule import adamw
-from ercn.training.seeding import derive
+from ercn.training.seeding import derive, generator
+
+LESS_MEMORY = (
+    "less is needed with --run.grad_checkpointing true, then --run.precision bf16-mixed, then a smaller "
+    "--data.batch_size or --data.image_size"
+)
 
 
 class Embedder(nn.Module):
-    """Backbone, mean over the last feature map, projection head: [B, 3, S, S] -> [B, projection_dim]."""
+    """Backbone, mean over the last feature map, projection head: [B, 3, S, S] -> [B, projection_dim], not in half."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.head(stages(self.backbone, image)[-1].mean((2, 3)))
+        embedding = self.head(stages(self.backbone, image)[-1].mean((2, 3)))
+        return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
 
 
 class Contrastive(pl.LightningModule):
@@ -64,7 +66,6 @@ class Contrastive(pl.LightningModule):
         self.loss = NTXentLoss(
             temperature=config.temperature,
             memory_bank_size=(queue, config.projection_dim) if moco else 0,
-            gather_distributed=config.run.devices * config.run.num_nodes > 1,
         )
         if moco:  # lightly leaves the queue out of the state dict; an exact resume needs it
             bank = self.loss.memory_bank
@@ -75,33 +76,47 @@ class Contrastive(pl.LightningModule):
         return adamw(self, self.config.run)
 
     def training_step(self, batch: dict[str, Tensor] | None, step: int) -> Tensor | None:
-        read = 0 if batch is None else len(batch["views"])
-        if read < self.trainer.train_dataloader.batch_size:  # the other pictures were unreadable
-            need_whole_batches(self.trainer)
-        if read < 2:  # nothing to contrast with
+        read, world = 0 if batch is None else len(batch["views"]), self.trainer.world_size
+        if world == 1 and read < 2:  # the others were unreadable: nothing to contrast with
             return None
         torch.manual_seed(derive(self.config.run.seed, "step", self.current_epoch, step, self.global_rank))
         layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
-        first, second = (batch["views"][:, i].contiguous(memory_format=layout) for i in (0, 1))
-        z0 = self.online(first)
-        z1 = self.online(second) if self.momentum is None else self._keys(second)
+        first, second = (views.contiguous(memory_format=layout) for views in self._views(batch).unbind(1))
+        z0 = ranks.gather(self.online(first)[:read])
+        if self.momentum is None:
+            z1 = ranks.gather(self.online(second)[:read])
+        else:
+            z1 = self._keys(second[:read], step)
+        if len(z0) < 2:
+            return 0 * z0.sum()
         loss = self.loss(z0, z1)
         with torch.no_grad():
-            nearest = (F.normalize(z0.float(), dim=1) @ F.normalize(z1.float(), dim=1).T).argmax(1)
+            nearest = (F.normalize(z0, dim=1) @ F.normalize(z1, dim=1).T).argmax(1)
             top1 = (nearest == torch.arange(len(z0), device=nearest.device)).float().mean()
         for name, value in (("loss", loss.detach()), ("top1", top1)):
-            several = self.trainer.world_size > 1
-            self.log(name, value, on_step=False, on_epoch=True, prog_bar=True, sync_dist=several, batch_size=len(z0))
-        return loss
+            self.log(name, value, on_step=False, on_epoch=True, prog_bar=True, sync_dist=world > 1, batch_size=len(z0))
+        return loss * world
+
+    def _views(self, batch: dict[str, Tensor] | None) -> Tensor:
+        """[B, 2, 3, S, S]; blank pictures up to B = 2, which BatchNorm needs and whose embeddings are left out."""
+        size = self.config.data.image_size
+        views = batch["views"] if batch else torch.zeros(0, 2, 3, size, size, dtype=self.dtype, device=self.device)
+        return F.pad(views, (0, 0) * 4 + (0, max(0, 2 - len(views))))
 
     @torch.no_grad()
-    def _keys(self, image: Tensor) -> Tensor:
-        """The momentum copy's embeddings; several devices shuffle the batch, so that BatchNorm leaks nothing."""
+    def _keys(self, image: Tensor, step: int) -> Tensor:
+        """The momentum copy's embeddings of all ranks' pictures, exchanged before, so that BatchNorm leaks nothing."""
         update_momentum(self.online, self.momentum, self.config.momentum)
-        if self.trainer.world_size == 1:
+        world = self.trainer.world_size
+        if world == 1:
             return self.momentum(image)
-        shuffled, order = batch_shuffle(image, distributed=True)
-        return batch_unshuffle(self.momentum(shuffled), order, distributed=True)
+        everyone = ranks.gather(image)
+        draw = generator(self.config.run.seed, "shuffle", self.current_epoch, step)
+        order = torch.randperm(len(everyone), generator=draw)
+        shares = [order[rank::world] for rank in range(world)]
+        own = shares[self.global_rank]
+        keys = ranks.gather(self.momentum(everyone[own if len(own) else [0]])[: len(own)])
+        return keys[torch.cat(shares).argsort()]
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -121,12 +136,12 @@ def pretrain(config: PretrainConfig) -> Path:
     torch.manual_seed(derive(config.run.seed, "init"))
     # A queue longer than an epoch would hold each picture several times, as negatives of itself.
     module = Contrastive(config, min(config.queue_size, pictures))
-    runs.use_channels_last(module, config.run.channels_last)
+    runs.set_up(module, module.online, config.run)
     trainer = runs.make_trainer(config.run, monitor=None)
     checkpoint = runs.open_run(config)
     data = PictureData(manifest, config.data, seed=config.run.seed)
     out = Path(config.run.out)
-    if not runs.fit(trainer, module, data, checkpoint):
+    if not runs.fit(trainer, module, data, checkpoint, lambda: LESS_MEMORY):
         return out
     save_weights(
         out / "export",

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +19,21 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+from timm.layers import convert_sync_batchnorm
 
 from ercn._files import remove_temporary, write_text
 from ercn.config import RunConfig, flatten
-from ercn.training.callbacks import EpochLog, SafeCheckpointIO, checkpoints
+from ercn.grad_checkpointing import checkpoint_blocks
+from ercn.training.callbacks import EpochLog, SafeCheckpointIO, WeightAverage, checkpoints
 from ercn.training.checkpoint import check_state
 from ercn.training.files import environment, write_json
 from ercn.training.infer import pick_device
 from ercn.training.loaders import PictureData
 
 # What a resumed run may change: where and how fast it runs, and how long.
-FREE = {"run.out", "run.resume", "run.epochs", "run.devices", "run.num_nodes", "run.progress", "data.workers"}
+FREE = {"data.workers"} | {
+    f"run.{name}" for name in ("out", "resume", "epochs", "devices", "num_nodes", "grad_checkpointing", "progress")
+}
 
 
 def open_run(config: Any) -> Path | None:
@@ -84,17 +91,20 @@ def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
     """
     _quiet()
     out, bar = Path(run.out), run.progress and sys.stdout.isatty()
+    devices, nodes = processes(run)
     callbacks: list[pl.Callback] = [EpochLog(out / "metrics.csv", lines=not bar)]
+    if run.ema:
+        callbacks.append(WeightAverage(decay=run.ema))
     callbacks += checkpoints(out / "checkpoints", monitor)
     if bar:
         callbacks.append(progress_bar())
     try:
         return pl.Trainer(
             accelerator="cuda" if pick_device(run.accelerator).type == "cuda" else "cpu",
-            devices=run.devices,
-            num_nodes=run.num_nodes,
+            devices=devices,
+            num_nodes=nodes,
             # a loss term of weight 0 leaves parameters without a gradient
-            strategy="ddp_find_unused_parameters_true" if run.devices * run.num_nodes > 1 else "auto",
+            strategy="ddp_find_unused_parameters_true" if devices * nodes > 1 else "auto",
             precision=run.precision,
             max_epochs=run.epochs,
             accumulate_grad_batches=run.accumulate,
@@ -112,22 +122,53 @@ def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
         raise ValueError(f"{asked}: {error}") from error
 
 
+def processes(run: RunConfig) -> tuple[int, int]:
+    """Devices of a node, and nodes: those of torchrun for a process that it started, else the configuration's."""
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        return devices, int(os.environ["WORLD_SIZE"]) // devices
+    return run.devices, run.num_nodes
+
+
 def progress_bar() -> ProgressBar:
     return RichProgressBar(leave=True)
 
 
-def fit(trainer: pl.Trainer, module: pl.LightningModule, data: PictureData, checkpoint: Path | None) -> bool:
-    """Trains; returns whether this process is the one that goes on to export. KeyboardInterrupt passes through."""
+def fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: PictureData,
+    checkpoint: Path | None,
+    advice: Callable[[], str],
+) -> bool:
+    """Trains; returns whether this process is the one that goes on to export. KeyboardInterrupt passes through.
+
+    Raises MemoryError with ``advice`` where there is no more memory; finished epochs are kept.
+    """
     if checkpoint is not None:
         data.first_epoch = _finished_epochs(checkpoint, module)
-        print(f"resuming after epoch {data.first_epoch}", flush=True)
+        if trainer.is_global_zero:
+            print(f"resuming after epoch {data.first_epoch}", flush=True)
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except SystemExit as error:  # Lightning turns Ctrl-C into exit(1)
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that took the memory
+        raise MemoryError(f"out of memory in epoch {trainer.current_epoch + 1}: {advice()}") from error
     return trainer.is_global_zero
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """The allocator of the CPU and oneDNN have no exception of their own."""
+    said = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in said for words in ("can't allocate memory", "not enough memory", "could not create a memory")
+    )
 
 
 def _finished_epochs(checkpoint: Path, module: pl.LightningModule) -> int:
@@ -139,9 +180,18 @@ def _finished_epochs(checkpoint: Path, module: pl.LightningModule) -> int:
     return int(saved["epoch"]) + 1
 
 
-def use_channels_last(module: torch.nn.Module, wanted: bool) -> None:
-    if wanted:
+def set_up(module: pl.LightningModule, network: torch.nn.Module, run: RunConfig) -> None:
+    """How ``run`` wants ``network``, a part of ``module`` with a ``backbone``, to be computed; weights keep names."""
+    if run.sync_batchnorm:
+        if pick_device(run.accelerator).type == "cpu":
+            raise ValueError("run.sync_batchnorm needs GPUs: torch has no such BatchNorm on the CPU")
+        convert_sync_batchnorm(module)
+    if run.grad_checkpointing:
+        checkpoint_blocks(network.backbone)
+    if run.channels_last:
         module.to(memory_format=torch.channels_last)
+    if run.compile:
+        network.compile()
 
 
 def _quiet() -> None:
@@ -152,6 +202,7 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
         ".*number of training batches.*",
+        ".*when logging on epoch level in distributed setting.*",  # what the ranks log is the same or already joined
         ".*available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
     ):

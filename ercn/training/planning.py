@@ -1,0 +1,233 @@
+"""Peak memory of a training run, predicted from its configuration alone, and what to change when it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ercn._memory import RESERVE, LiveBytes, free_bytes, resident_bytes
+from ercn.config import PlanConfig, TrainConfig
+from ercn.grad_checkpointing import checkpoint_blocks
+from ercn.models import ERCN
+from ercn.objective import ercn_loss
+from ercn.training.infer import pick_device
+from ercn.training.runs import processes
+from ercn.transforms import Flip, Identity, Rescale, Transform
+
+# Lightning's names: dtype of the weights, and of autocast where there is one.
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "32-true": (torch.float32, None),
+    "64-true": (torch.float64, None),
+    "16-true": (torch.float16, None),
+    "bf16-true": (torch.bfloat16, None),
+    "16-mixed": (torch.float32, torch.float16),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one device in a training step. The rows add up to ``peak``, when most is alive."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    buckets: int
+    activations: int
+    scratch: int
+
+    @property
+    def peak(self) -> int:
+        return sum(vars(self).values())
+
+
+EXPLAINED = {
+    "weights": "parameters and running statistics",
+    "gradients": "of all parameters",
+    "optimizer": "AdamW's two moments",
+    "average": "run.ema",
+    "buckets": "gradients on their way to the other devices",
+    "activations": "pictures, what the backward pass needs, temporaries",
+    "scratch": "workspace of the affinity's backward pass",
+}
+
+
+def footprint(config: TrainConfig) -> Footprint:
+    """Runs one training step on tensors without data and counts the bytes that are alive at once.
+
+    Both views, the losses, autocast, gradient checkpointing and accumulation are the run's own code; what a kernel
+    allocates for itself is not seen, except for the affinity's workspace, which is added by formula. A compiled network
+    takes less, the libraries themselves and cuDNN's workspaces come on top. Takes seconds, and memory for no tensor.
+
+    Raises:
+        ValueError: ``run.precision`` is none of ``PRECISIONS``.
+    """
+    run, data = config.run, config.data
+    if run.precision not in PRECISIONS:
+        raise ValueError(f"run.precision must be one of {', '.join(PRECISIONS)}; got {run.precision!r}")
+    dtype, half = PRECISIONS[run.precision]
+    cast = torch.autocast("cpu", half) if half else nullcontext()
+    with _no_data(dtype), LiveBytes() as live:
+        model = ERCN(replace(config.model, pretrained=False)).train()
+        if run.grad_checkpointing:
+            checkpoint_blocks(model.backbone)
+        weights = live.now
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = sum(p.nbytes for p in parameters)
+        for p in parameters:  # Lightning forgets the gradients of the step before after the forward pass
+            p.grad = torch.zeros_like(p)
+        image = torch.zeros(data.batch_size, 3, data.image_size, data.image_size)
+        grade = torch.zeros(data.batch_size, dtype=torch.int64)
+        with cast:
+            loss, _ = ercn_loss(model, image, grade, config.model, config.loss, _largest(config))
+        if run.accumulate == 1:
+            model.zero_grad()
+        loss.backward()
+        step = live.peak
+    devices, nodes = processes(run)
+    elements = data.batch_size * (data.image_size // config.model.output_stride) ** 2
+    return Footprint(
+        weights=weights,
+        gradients=gradients,
+        optimizer=2 * gradients,
+        average=weights if run.ema else 0,
+        buckets=gradients if devices * nodes > 1 else 0,
+        activations=max(step - weights - gradients, gradients),  # the optimizer's step takes a copy of the gradients
+        scratch=2 * 4 * elements * config.model.embed_dim,  # two float32 copies of the pixel embedding
+    )
+
+
+def _largest(config: TrainConfig) -> Transform:
+    """Stands for the map A: of those that do not shrink the picture all take the same."""
+    kind = config.loss.transform
+    return {"none": Identity(), "rescale": Rescale(config.loss.rescale)}.get(kind, Flip(3))
+
+
+@contextmanager
+def _no_data(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are of ``dtype`` and hold nothing."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Options that are changed, by name, and the configuration and its footprint with these and all changes before."""
+
+    options: dict[str, object]
+    config: TrainConfig
+    footprint: Footprint
+
+
+def changes(config: TrainConfig, fits: Callable[[Footprint], bool]) -> list[Change]:
+    """What makes a configuration fit: one change after the other, those that alter the training least first.
+
+    Gradient checkpointing; half the batch and twice the steps per update, down to one picture; bfloat16; output stride
+    16; smaller pictures. Ends with the first that fits, or when nothing is left that saves memory.
+    """
+    found: list[Change] = []
+    now = footprint(config)
+    for smaller in (_checkpointing, _smaller_batch, _half_precision, _coarser_map, _smaller_picture):
+        while options := smaller(config):
+            changed = _changed(config, options)
+            then = footprint(changed)
+            if then.peak >= now.peak:
+                break
+            config, now = changed, then
+            found.append(Change(options, config, now))
+            if fits(now):
+                return found
+    return found
+
+
+def _changed(config: TrainConfig, options: dict[str, object]) -> TrainConfig:
+    for name, value in options.items():
+        part, field = name.split(".")
+        config = replace(config, **{part: replace(getattr(config, part), **{field: value})})
+    return config
+
+
+def _checkpointing(config: TrainConfig) -> dict[str, object]:
+    return {} if config.run.grad_checkpointing else {"run.grad_checkpointing": True}
+
+
+def _smaller_batch(config: TrainConfig) -> dict[str, object]:
+    size, steps = config.data.batch_size, config.run.accumulate
+    return {"data.batch_size": size // 2, "run.accumulate": round(steps * size / (size // 2))} if size > 1 else {}
+
+
+def _half_precision(config: TrainConfig) -> dict[str, object]:
+    return {"run.precision": "bf16-mixed"} if config.run.precision == "32-true" else {}
+
+
+def _coarser_map(config: TrainConfig) -> dict[str, object]:
+    return {"model.output_stride": 16} if config.model.output_stride < 16 else {}
+
+
+def _smaller_picture(config: TrainConfig) -> dict[str, object]:
+    size = config.data.image_size * 3 // 4 // 32 * 32
+    return {"data.image_size": size} if size >= 192 else {}
+
+
+def advice(config: TrainConfig) -> str:
+    """What a run that found no memory needs, and which options make it fit into what the device has."""
+    now, memory = footprint(config), available(config) or 0.0
+    text = f"a training step needs about {_gb(now.peak)} by prediction, and {_gb(memory)} are there"
+    if now.peak <= RESERVE * memory:
+        return f"{text}; something else takes it or limits it (ulimit, a container)"
+    found = changes(config, lambda one: one.peak <= RESERVE * memory)
+    if not found or found[-1].footprint.peak > RESERVE * memory:
+        return f"{text}; no smaller batch, picture or precision fits: take a smaller model.backbone or a larger device"
+    options = {name: value for change in found for name, value in change.options.items()}
+    return f"{text}; {_gb(found[-1].footprint.peak)} with {_spelled(options)}"
+
+
+def _spelled(options: dict[str, object]) -> str:
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in options.items())
+
+
+def available(config: TrainConfig) -> float | None:
+    """Bytes for a run on its device: all that a GPU has; of a CPU's what is free and what this process holds."""
+    if pick_device(config.run.accelerator).type == "cuda":
+        return float(torch.cuda.mem_get_info()[1])
+    free = free_bytes("cpu")
+    return None if free is None else free + resident_bytes()
+
+
+def plan(config: PlanConfig) -> int:
+    """Prints the predicted peak memory of ``ercn train`` with these options, part by part, and what to change.
+
+    Returns 0 where it fits into ``memory`` GB (else into what this machine has), 1 where it does not.
+    """
+    memory = config.memory * 1e9 if config.memory else available(config)
+    now = footprint(config)
+    width = max(map(len, EXPLAINED))
+    for name, size in vars(now).items():
+        if size:
+            print(f"  {name:<{width}}  {_gb(size):>9}  {EXPLAINED[name]}")
+    print(f"  {'peak':<{width}}  {_gb(now.peak):>9}  on each device")
+    if memory is None:
+        print("this system does not say how much memory is free: give --memory GB")
+        return 0
+    fits = now.peak <= RESERVE * memory
+    print(f"{'fits' if fits else 'does not fit'} into {_gb(memory)}, of which {RESERVE:.0%} are planned with")
+    if fits:
+        return 0
+    for change in changes(config, lambda one: one.peak <= RESERVE * memory):
+        verdict = "fits" if change.footprint.peak <= RESERVE * memory else "does not fit"
+        print(f"  {_gb(change.footprint.peak):>9}  {verdict:<12}  with {_spelled(change.options)}")
+    return 1
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

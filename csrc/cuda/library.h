@@ -1,6 +1,6 @@
 #pragma once
-// What the operators of the CUDA backend share: where they register, and how they allocate. Under ERCN_EMULATED the same
-// operators take CPU tensors and register under a namespace of their own.
+// What the operators of the CUDA backend share: where they register, and how they allocate. Under ERCN_EMULATED the
+// same operators take CPU tensors and register under a namespace of their own.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -23,7 +23,7 @@ struct KernelRecord {
   }
 };
 
-// All of them, in the order in which the library's files were initialised: a launcher has its record as a static member.
+// All of them, in the order in which the library's files were initialised: every launcher has a record as a variable.
 std::vector<KernelRecord*>& kernel_records();
 
 }  // namespace ercn

@@ -30,8 +30,8 @@ void check(const Tensor& tensor, const char* name, const Tensor& feat) {
       takes(tensor.scalar_type()) && takes(feat.scalar_type()), name, " and feat must be float32, bfloat16 or float16");
 }
 
-// Whether the Hopper kernels run: asked for by name, or where nothing is asked and they can. Raises where they were named
-// and cannot, or the name is unknown.
+// Whether the Hopper kernels run: asked for by name, or where nothing is asked and they can. Raises where they were
+// named and cannot, or the name is unknown.
 bool use_sm90(const std::string& kernels, const Tensor& value, const Tensor& feat) {
   const bool named = kernels == "sm90" || kernels == "sm90_dense";
   STD_TORCH_CHECK(
@@ -82,8 +82,8 @@ int64_t most_features(int64_t element_bytes, int64_t shared) {
 ERCN_REGISTER(STABLE_TORCH_LIBRARY_FRAGMENT, ERCN_LIBRARY, m) {
   m.def("relu_affinity_cuda(Tensor value, Tensor feat, bool exact, str kernels) -> Tensor");
   m.def(
-      "relu_affinity_backward_cuda(Tensor grad_out, Tensor value, Tensor feat, bool need_value, bool exact, str kernels)"
-      " -> (Tensor grad_value, Tensor grad_feat)");
+      "relu_affinity_backward_cuda(Tensor grad_out, Tensor value, Tensor feat, bool need_value, bool exact, "
+      "str kernels) -> (Tensor grad_value, Tensor grad_feat)");
   m.def("relu_affinity_most_features(int element_bytes, int shared) -> int");
 }
 

@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor> backward(
       " features of this dtype on this device; got ", sizes.dim);
   const MapForm form = exact ? MapForm::whole : MapForm::round;
   const Tensor packed = pack_features(feat, sizes, exact, stream);
-  const Tensor packed_value = pack_map(value, form, sizes, stream), packed_grad = pack_map(grad_out, form, sizes, stream);
+  const Tensor packed_value = pack_map(value, form, sizes, stream);
+  const Tensor packed_grad = pack_map(grad_out, form, sizes, stream);
 
   const int64_t rows = arch::divide_up<int64_t>(sizes.pixels, kBackwardRows);
   const int64_t tiles = arch::divide_up<int64_t>(sizes.pixels, kBackwardColumns);
@@ -30,11 +31,12 @@ std::tuple<Tensor, Tensor> backward(
   const bool whole_value = cut.count == 1 && value.scalar_type() == ScalarType::Float;
   const Tensor feat_parts = empty(
       feat, {whole_feat ? 0 : cut.count * channel_blocks, sizes.batch, sizes.dim, sizes.pixels}, ScalarType::Float);
-  const Tensor value_parts = need_value && !whole_value
-                                 ? empty(value, {cut.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float)
-                                 : grad_value;
-  const BackwardTensors tensors{
-      packed, packed_value, packed_grad, need_value ? &value_parts : nullptr, whole_feat ? nullptr : &feat_parts, grad_feat};
+  Tensor value_parts = grad_value;
+  if (need_value && !whole_value) {
+    value_parts = empty(value, {cut.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
+  }
+  const BackwardTensors tensors{packed, packed_value, packed_grad, need_value ? &value_parts : nullptr,
+                                whole_feat ? nullptr : &feat_parts, grad_feat};
   switch (feat.scalar_type()) {
     case ScalarType::BFloat16: backward_bf16(tensors, sizes, cut, stream); break;
     case ScalarType::Half: backward_fp16(tensors, sizes, cut, stream); break;

@@ -142,7 +142,9 @@ struct Backward {
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
           float other[2];
-          for (int i = 0; i < 2; ++i) other[i] = at(pairs + (1 - map) * kPairTile, 8 * c + within + 4 * i, 8 * n + group);
+          for (int i = 0; i < 2; ++i) {
+            other[i] = at(pairs + (1 - map) * kPairTile, 8 * c + within + 4 * i, 8 * n + group);
+          }
           mma_fp32<Precision::kExact>(w[n], own, other);
         }
       }
@@ -189,7 +191,9 @@ struct Backward {
           uint32_t f[4];
           arch::ldmatrix_transposed(f, columns + swizzled(16 * k + lane % 16, 16 * d + lane / 16 * 16));
 #pragma unroll
-          for (int half = 0; half < 2; ++half) add_half(sum[half], w[2 * k], w[2 * k + 1], f[2 * half], f[2 * half + 1]);
+          for (int half = 0; half < 2; ++half) {
+            add_half(sum[half], w[2 * k], w[2 * k + 1], f[2 * half], f[2 * half + 1]);
+          }
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -205,7 +209,8 @@ struct Backward {
           float factor[4], f[2];
           as_factor(factor, w[n]);
           for (int i = 0; i < 2; ++i) {
-            f[i] = *reinterpret_cast<const float*>(columns + swizzled(8 * n + lane % 4 * 2 + i, (8 * d + lane / 4) * 4));
+            const int column = 8 * n + lane % 4 * 2 + i;
+            f[i] = *reinterpret_cast<const float*>(columns + swizzled(column, (8 * d + lane / 4) * 4));
           }
           mma_fp32<Precision::kExact>(sum, factor, f);
         }
@@ -236,7 +241,8 @@ struct Backward {
 
   // Accumulators of 16 pixels and 8·K channels into rows [channels, pixels].
   template <typename To, int K>
-  ERCN_DEVICE static void store(To* to, const float (&sums)[K][4], int channel0, int channels, int64_t row0, int64_t pixels) {
+  ERCN_DEVICE static void store(
+      To* to, const float (&sums)[K][4], int channel0, int channels, int64_t row0, int64_t pixels) {
     const int lane = arch::lane_index();
 #pragma unroll
     for (int k = 0; k < K; ++k) {

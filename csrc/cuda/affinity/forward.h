@@ -1,6 +1,6 @@
 #pragma once
-// Generic forward: out_i = Σ_j A_ij V_j for the 128 rows i of a block, over one slab of columns j. Each warp has 32 rows.
-// Tensor cores add with truncation, so the sums of a tile of columns are added to the total in fp32.
+// Generic forward: out_i = Σ_j A_ij V_j for the 128 rows i of a block, over one slab of columns j. Each warp has 32
+// rows. Tensor cores add with truncation, so the sums of a tile of columns are added to the total in fp32.
 #include <arch/launch.h>
 
 #include "affinity/shared_tile.h"
@@ -154,7 +154,8 @@ struct Forward {
   }
 
   // The accumulators of 16 columns as the bf16 terms of a factor.
-  ERCN_DEVICE static void split(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4], const float (&right)[4]) {
+  ERCN_DEVICE static void split(
+      uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4], const float (&right)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float x = i < 2 ? left[2 * i] : right[2 * i - 4], y = i < 2 ? left[2 * i + 1] : right[2 * i - 3];

@@ -55,7 +55,8 @@ Tensor pack_features(const Tensor& feat, const Sizes& sizes, bool exact, const a
     case ScalarType::BFloat16: launch_pack<arch::bf16, false>(feat, packed, sizes, stream); break;
     case ScalarType::Half: launch_pack<arch::fp16, false>(feat, packed, sizes, stream); break;
     default:
-      exact ? launch_pack<float, false>(feat, packed, sizes, stream) : launch_pack<float, true>(feat, packed, sizes, stream);
+      exact ? launch_pack<float, false>(feat, packed, sizes, stream)
+            : launch_pack<float, true>(feat, packed, sizes, stream);
   }
   return packed;
 }

@@ -1,5 +1,6 @@
 #pragma once
-// How products are formed for features of one dtype. T = FᵀF is taken in fp32 sums of exact 16-bit products, or in TF32.
+// How products are formed for features of one dtype. T = FᵀF is taken in fp32 sums of exact 16-bit products, or in
+// TF32.
 //   kTerms   bf16 terms of A where it meets value, which always has two: 16 bits of it count
 //   kExact   fp32 accuracy: every factor is a TF32 term and the rest, and three of their products are added
 #include <arch/base.h>
@@ -53,8 +54,8 @@ struct Terms {
   }
 };
 
-// d += A · B of 8 TF32 columns of A from terms. The products with a low term are NaN where a factor is not finite: then the
-// product of the high terms alone has what the product of such numbers is.
+// d += A · B of 8 TF32 columns of A from terms. The products with a low term are NaN where a factor is not finite: then
+// the product of the high terms alone has what the product of such numbers is.
 ERCN_DEVICE void mma_terms(float (&d)[4], const Terms<4>& a, const Terms<2>& b) {
   float small[4] = {};
   arch::mma<arch::tf32>(small, a.low, b.high);

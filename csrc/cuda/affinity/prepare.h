@@ -40,8 +40,8 @@ struct PackFeatures {
     arch::sync_threads();
     for (int i = arch::thread_index(); i < kPixels * kRowBytes / 16; i += kThreads) {
       const int n = i / 8, byte = i % 8 * 16;
-      arch::store_16(
-          p.packed + ((b * p.padded + n0 + n) * p.chunks + chunk) * kRowBytes + byte, arch::load_16(shared + n * kRow + byte));
+      unsigned char* row = p.packed + ((b * p.padded + n0 + n) * p.chunks + chunk) * kRowBytes;
+      arch::store_16(row + byte, arch::load_16(shared + n * kRow + byte));
     }
   }
 
@@ -110,8 +110,8 @@ struct PackMap {
       for (int i = 0; i < 4; ++i) {
         const float left = x[2 * i], right = x[2 * i + 1];
         high.words[i] = arch::pack<arch::bf16>(left, right);
-        low.words[i] = arch::pack<arch::bf16>(
-            rest(left, arch::unpack_low<arch::bf16>(high.words[i])), rest(right, arch::unpack_high<arch::bf16>(high.words[i])));
+        const float left_rest = rest(left, arch::unpack_low<arch::bf16>(high.words[i]));
+        low.words[i] = arch::pack<arch::bf16>(left_rest, rest(right, arch::unpack_high<arch::bf16>(high.words[i])));
       }
       arch::store_16(to, high);
       arch::store_16(to + plane, low);

@@ -167,7 +167,8 @@ struct Product {
   ERCN_DEVICE static void multiply(
       Sums& sums, const unsigned char* a, const unsigned char* b, const Source& source, int step) {
     const int row = arch::warp_index() / 2 * 32, column = arch::warp_index() % 2 * 64;
-#pragma unroll
+    [[maybe_unused]] constexpr int kUnroll = Precision::kExact ? 1 : 2;  // terms take registers enough
+#pragma unroll kUnroll
     for (int part = 0; part < 2; ++part) {
       Factor<4> fa[Sums::kRowTiles];
 #pragma unroll
@@ -217,10 +218,18 @@ struct Product {
   }
 
   ERCN_DEVICE static void add(float (&d)[4], const Factor<4>& a, const Factor<2>& b) {
+    using Type = typename Precision::Product;
     if constexpr (Precision::kExact) {
-      affinity::mma_terms(d, a, b);
+      // Tensor cores truncate where they add, so the total is kept in fp32. What a low term is in is NaN where a factor is
+      // not finite: then the high terms alone have the product.
+      float large[4] = {}, small[4] = {};
+      arch::mma<Type>(small, a.low, b.high);
+      arch::mma<Type>(small, a.high, b.low);
+      arch::mma<Type>(large, a.high, b.high);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[i] += large[i] + (small[i] == small[i] ? small[i] : 0.0f);
     } else {
-      arch::mma<typename Precision::Product>(d, a.high, b.high);
+      arch::mma<Type>(d, a.high, b.high);
     }
   }
 

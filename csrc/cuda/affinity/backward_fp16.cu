@@ -2,9 +2,9 @@
 
 namespace ercn::affinity {
 
-void backward_fp16(const BackwardTensors& t, const Sizes& sizes, Slabs slabs, const arch::Stream& stream) {
-  if (sizes.chunks <= 2) return run_backward<Float16, 2>(t, sizes, slabs, stream);
-  run_backward<Float16, 4>(t, sizes, slabs, stream);
+void backward_fp16(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream) {
+  if (sizes.chunks <= 2) return run_backward<Float16, 2>(operands, sizes, slabs, stream);
+  run_backward<Float16, 4>(operands, sizes, slabs, stream);
 }
 
 }  // namespace ercn::affinity

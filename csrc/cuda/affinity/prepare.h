@@ -1,10 +1,7 @@
 #pragma once
 // The operands of the affinity kernels as they copy them: features pixel-major, maps channel-major, padded with zeros.
-#include <arch/launch.h>
-
-#include "affinity/map.h"
+#include "affinity/launch.h"
 #include "affinity/precision.h"
-#include "affinity/tiles.h"
 
 namespace ercn::affinity {
 
@@ -77,12 +74,7 @@ struct PackFeatures {
   }
 };
 
-// Maps [B, C, N] of any strides -> [B, planes, padded channels, padded pixels]:
-//   Terms   two planes of bf16, whose sum is x to 16 bits
-//   Whole   fp32
-//   Round   fp32 rounded to TF32
-enum class MapForm { terms, whole, round };
-
+// Maps [B, C, N] of any strides -> [B, planes, padded channels, padded pixels].
 template <MapForm FORM>
 struct PackMap {
   struct Params {

@@ -11,7 +11,7 @@ int64_t slots(Schedule s) { return s.slots(); }
 int64_t worker(Schedule s, int64_t position) { return s.worker(position); }
 int64_t begin(Schedule s, int64_t worker) { return s.begin(worker); }
 
-// From position first on, by segments: image, group, column, whether a group begins there, and the slot of its worker's sum.
+// From position first on, by segments: image, group, column, whether a group begins there, slot of its worker's sum.
 void walk(Schedule s, int64_t first, int count, int64_t (*to)[5]) {
   Tile at = s.tile(first);
   for (int left = count; left > 0; at = s.next_group(at)) {
@@ -38,11 +38,14 @@ void slots_of_group(Schedule s, int64_t image, int group, int64_t* to) {
 
 int first_column(Schedule s, int group) { return s.first_column(group); }
 
-int64_t width(int64_t padded_pixels, int rows, int first_group) { return mirrored_width(padded_pixels, rows, first_group); }
+int64_t width(int64_t padded_pixels, int rows, int first_group) {
+  return mirrored_width(padded_pixels, rows, first_group);
+}
 int band(int64_t bytes, int64_t maps, int64_t padded_pixels, int rows, int first_group) {
   return groups_in_band(bytes, maps, padded_pixels, rows, first_group);
 }
-int64_t offset(Schedule s, int64_t width, int rows, int channels, int group, int64_t image, int channel, int64_t pixel) {
+int64_t offset(
+    Schedule s, int64_t width, int rows, int channels, int group, int64_t image, int channel, int64_t pixel) {
   return mirrored_offset(s, width, rows, channels, group, image, channel, pixel);
 }
 

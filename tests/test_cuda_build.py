@@ -170,7 +170,7 @@ def test_static_shared_memory_is_not_used():
 
 @built
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", [r"8affinity7ForwardI", r"8affinity8BackwardI"], ids=["forward", "backward"])
+@pytest.mark.parametrize("kernel", [r"4ercn8affinity7ForwardI", r"4ercn8affinity8BackwardI"])
 def test_generic_affinity_is_made_of_tensor_core_products(kernel):
     for f in named(kernel):
         loop = f.main_loop()
@@ -183,7 +183,55 @@ def test_generic_affinity_is_made_of_tensor_core_products(kernel):
 @built
 @pytest.mark.slow
 def test_memory_bound_kernels_access_16_bytes():
-    for f in named(r"8affinity(12PackFeatures|7PackMap|8SumSlabs)I"):
+    for f in named(r"4ercn8affinity(12PackFeatures|7PackMap|8SumSlabs)I"):
         assert [line for line in f.sass if re.search(r"\bSTG\.E\.128\b", line)], f"{f.name}: no store of 16 bytes"
-    for f in named(r"8affinity(12PackFeatures|8SumSlabs)I"):
+    for f in named(r"4ercn8affinity(12PackFeatures|8SumSlabs)I"):
         assert [line for line in f.sass if re.search(r"\bLDG\.E\.128\b", line)], f"{f.name}: no load of 16 bytes"
+
+
+@built
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["PoolForward", "PoolBranch", "PoolRows", "PoolWeights", "PoolProducts"])
+def test_hopper_pool_is_made_of_wgmma_and_tma(kernel):
+    """Wide products of whole warpgroups, copies by the engine that holds tensor maps, and 16 bytes for what is long."""
+    wide = kernel != "PoolProducts"
+    for f in named(rf"4sm90.*{kernel}I"):
+        assert f.arch == 90
+        sass = "\n".join(f.sass)
+        assert re.search(r"\bHGMMA\.64x256x16" if wide else r"\bHGMMA\.64x8x16", sass), f"{f.name}: no product"
+        assert "UTMALDG" in sass and not re.search(r"\b(HMMA|LDGSTS)\b", sass), f"{f.name}: another way to copy or multiply"
+        assert "SYNCS" in sass and ("USETMAXREG" in sass) == wide, f"{f.name}: no barriers, or registers stay"
+        stored = {"PoolBranch": "STG.E.128", "PoolRows": "STG.E.128", "PoolWeights": "STG.E.128"}.get(kernel, "")
+        assert stored in sass and ("LDG.E.128" in sass or kernel not in ("PoolWeights", "PoolProducts")), f.name
+
+
+@built
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["7ForwardI", "8BackwardI"], ids=["forward", "backward"])
+def test_hopper_affinity_is_made_of_wgmma_and_tma(kernel):
+    found = hopper(f"sm908affinity{kernel}")
+    assert len(found) == 24  # two dtypes, four D, three P
+    for f in found:
+        loop, sass = f.main_loop(), "\n".join(f.sass)
+        products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
+        assert waits < products / 2, f"{f.name}: ptxas waits after every product, for lack of registers"
+        assert not re.search(r"\bHMMA\b", sass), f"{f.name}: products of one warp"
+        assert "UTMALDG.3D" in sass and "USETMAXREG" in sass, f"{f.name}: no copy engine, or registers stay"
+        assert not [line for line in loop if re.search(r"\bLDG\b", line)], f"{f.name}: its loop waits for memory"
+        assert "STSM.16.M88.4" in sass or "Backward" in f.name, f"{f.name}: A is not written by stmatrix"
+
+
+@built
+@pytest.mark.slow
+def test_hopper_affinity_adds_partial_sums_by_16_bytes():
+    for pattern in ("7CombineI", "6FinishI"):
+        for f in hopper(f"sm908affinity{pattern}"):
+            assert [line for line in f.sass if "LDG.E.128" in line], f"{f.name}: no load of 16 bytes"
+
+
+def hopper(pattern: str) -> list[Function]:
+    from ercn import _cuda
+
+    if "9.0a" not in _cuda.build_info()["archs"]:
+        pytest.skip("9.0a is not in ERCN_CUDA_ARCHS")
+    return named(pattern)

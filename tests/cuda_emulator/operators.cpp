@@ -1,4 +1,4 @@
-// Operators for tests, beside those of csrc/cuda: the emulator's seed, and limits that calls of the product do not reach.
+// Operators for tests, beside those of csrc/cuda: the emulator's seed, and limits that calls do not reach.
 #include <torch/csrc/stable/library.h>
 
 #include "emulator.h"

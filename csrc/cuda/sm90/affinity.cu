@@ -1,7 +1,6 @@
 #include "affinity.h"
 
 #include <algorithm>
-#include <array>
 
 #include "affinity/operands.h"
 #include "affinity_combine.h"
@@ -41,8 +40,9 @@ arch::Grid grid(int64_t x, int y, int z) { return {static_cast<int>(x), y, z}; }
 bool is_pixel_major(const Tensor& feat) {
   const int64_t dim = feat.size(1);
   const auto row = [](int64_t stride, int64_t least) { return stride >= least && stride % 8 == 0; };
-  return feat.stride(1) == 1 && (feat.size(2) == 1 || row(feat.stride(2), dim)) &&
-         (feat.size(0) == 1 || row(feat.stride(0), dim)) && reinterpret_cast<uintptr_t>(feat.const_data_ptr()) % 16 == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(feat.const_data_ptr()) % 16 == 0;
+  return aligned && feat.stride(1) == 1 && (feat.size(2) == 1 || row(feat.stride(2), dim)) &&
+         (feat.size(0) == 1 || row(feat.stride(0), dim));
 }
 
 // The features as the kernels read them, and the memory that holds a copy if one is needed.
@@ -112,8 +112,8 @@ void combine(
   const int channels = std::min(sizes.block_channels(), sizes.channels - channel);
   const int64_t left = sizes.pixels - static_cast<int64_t>(s.first_group) * rows;
   arch::launch<Combine<Out>>(
-      {mutable_data<float>(direct), mirrored, static_cast<Out*>(out.mutable_data_ptr()), exponents, s, sizes.pixels, width, rows,
-       sizes.padded(), sizes.channels, channel, channels, s.first_group > 0},
+      {data<float>(direct), mirrored, mutable_data<Out>(out), exponents, s, sizes.pixels, width, rows, sizes.padded(),
+       sizes.channels, channel, channels, s.first_group > 0},
       grid(divide_up<int64_t>(left, Combine<Out>::kPixelsOfBlock), channels, sizes.batch), 0, stream);
 }
 
@@ -125,7 +125,7 @@ void forward_into(
   const PixelMajor pixels(value, feat, sizes, stream);
   constexpr bool kScaled = std::is_same_v<Element, arch::fp16>;
   const Tensor scales = kScaled ? exponents({map_of(value)}, feat, sizes, stream) : empty(feat, {0}, ScalarType::Int);
-  const int* exponent = kScaled ? mutable_data<int>(scales) : nullptr;
+  const int* const exponent = kScaled ? data<int>(scales) : nullptr;
   const int rows = forward_rows(sizes.dim), workers = stream.multiprocessors();
   const int groups = static_cast<int>(divide_up<int64_t>(sizes.pixels, rows));
   const int columns = static_cast<int>(sizes.padded_pixels() / kPixels);
@@ -142,8 +142,9 @@ void forward_into(
       const int64_t width = triangle ? mirrored_width(sizes.padded_pixels(), rows, first) : 0;
       const Tensor mirrored = empty(feat, {count, maps, width}, ScalarType::Float);
       float* const to_mirrored = width == 0 ? nullptr : mutable_data<float>(mirrored);
+      float* const to_direct = mutable_data<float>(direct);
       forward<Element>(
-          {pixels.features, terms.rows, sizes.padded(), s, mutable_data<float>(direct), to_mirrored, width, channels}, stream);
+          {pixels.features, terms.rows, sizes.padded(), s, to_direct, to_mirrored, width, channels}, stream);
       combine<float>(direct, to_mirrored, out, exponent, s, sizes, width, rows, channel, stream);
     }
   }
@@ -151,14 +152,15 @@ void forward_into(
 
 template <typename Element>
 void backward_into(
-    const Tensor& grad_value, const Tensor& grad_feat, const Tensor& grad_out, const Tensor& value, const Tensor& feat) {
+    const Tensor& grad_value, const Tensor& grad_feat, const Tensor& grad_out, const Tensor& value,
+    const Tensor& feat) {
   const Sizes sizes(value, feat);
   const arch::Stream stream(feat);
   const PixelMajor pixels(value, feat, sizes, stream);
   const bool need_value = grad_value.numel() > 0;
   constexpr bool kScaled = std::is_same_v<Element, arch::fp16>;
   const Tensor scales = exponents({map_of(value), map_of(grad_out)}, feat, sizes, stream);
-  const int* const of_grad = mutable_data<int>(scales) + static_cast<int64_t>(sizes.batch) * sizes.channels;
+  const int* const of_grad = data<int>(scales) + static_cast<int64_t>(sizes.batch) * sizes.channels;
   const int columns = static_cast<int>(divide_up<int64_t>(sizes.pixels, backward_columns(sizes.dim)));
   const int groups = static_cast<int>(divide_up<int64_t>(sizes.pixels, kPixels));
   const Schedule s = schedule(sizes, columns, kPixels, 0, groups, false, stream.multiprocessors());
@@ -170,12 +172,12 @@ void backward_into(
     const Terms::Scale scale = kScaled ? Terms::Scale::channel : Terms::Scale::none;
     write_terms(
         {pairs.job(map_of(value), false, 0, Terms::Scale::channel, 0),
-         pairs.job(map_of(grad_out), false, sizes.padded(), Terms::Scale::pair, 1), terms.job(map_of(grad_out), true, 0, scale, 1)},
-        mutable_data<int>(scales), sizes, channel, stream);
-    backward<Element>(
-        {pixels.features, terms.rows, pairs.rows, sizes.padded(), s, mutable_data<float>(feat_sums) + block * block_sums,
-         need_value ? mutable_data<float>(value_sums) : nullptr},
-        stream);
+         pairs.job(map_of(grad_out), false, sizes.padded(), Terms::Scale::pair, 1),
+         terms.job(map_of(grad_out), true, 0, scale, 1)},
+        data<int>(scales), sizes, channel, stream);
+    float* const to_feat = mutable_data<float>(feat_sums) + block * block_sums;
+    float* const to_value = need_value ? mutable_data<float>(value_sums) : nullptr;
+    backward<Element>({pixels.features, terms.rows, pairs.rows, sizes.padded(), s, to_feat, to_value}, stream);
     if (!need_value) continue;
     const int* const exponent = kScaled ? of_grad : nullptr;
     const Float type = map_of(grad_value).type;
@@ -185,8 +187,8 @@ void backward_into(
     type == Float::fp32 ? into(float()) : type == Float::bf16 ? into(arch::bf16()) : into(arch::fp16());
   }
   arch::launch<Finish<Element>>(
-      {mutable_data<float>(feat_sums), static_cast<Element*>(grad_feat.mutable_data_ptr()), mutable_data<int>(scales), s, sizes.pixels, kPixels,
-       sizes.dim, sizes.channels, sizes.channel_blocks(), sizes.batch},
+      {data<float>(feat_sums), mutable_data<Element>(grad_feat), data<int>(scales), s, sizes.pixels, kPixels, sizes.dim,
+       sizes.channels, sizes.channel_blocks(), sizes.batch},
       grid(divide_up<int64_t>(sizes.pixels, Finish<Element>::kSide), sizes.dim / Finish<Element>::kSide, sizes.batch),
       Finish<Element>::kShared, stream);
 }
@@ -202,7 +204,9 @@ std::string cannot_relu_affinity(const Tensor&, const Tensor& feat) {
   if (dim != 64 && dim != 128 && dim != 192 && dim != 256) {
     return "they take 64, 128, 192 or 256 feature channels, not " + std::to_string(dim);
   }
-  if (feat.size(0) > affinity::kMostImages) return "they take at most " + std::to_string(affinity::kMostImages) + " images";
+  if (feat.size(0) > affinity::kMostImages) {
+    return "they take at most " + std::to_string(affinity::kMostImages) + " images";
+  }
   return "";
 }
 

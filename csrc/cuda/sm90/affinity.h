@@ -10,9 +10,9 @@ namespace ercn::sm90 {
 // Why these tensors cannot be taken, forward or backward, in a sentence; empty where they can.
 std::string cannot_relu_affinity(const Tensor& value, const Tensor& feat);
 
-// value [B, C, N] in fp32, bf16 or fp16, feat [B, D, N], any strides -> [B, C, N] in fp32. Of A = relu(FᵀF) the tiles on one
-// side of the diagonal alone are formed, or all where not `triangle`; then the sums for the other side take at most
-// mirrored_bytes at a time.
+// value [B, C, N] in fp32, bf16 or fp16, feat [B, D, N], any strides -> [B, C, N] in fp32. Of A = relu(FᵀF) all tiles
+// are formed, or in a triangle those on one side of the diagonal alone, and what they add to the rows of the other side
+// then takes at most mirrored_bytes at a time.
 Tensor relu_affinity(
     const Tensor& value, const Tensor& feat, bool triangle, int64_t mirrored_bytes = int64_t{96} << 20);
 

@@ -5,8 +5,8 @@
 //   2. grad_value_i += A_ij G_jᵀ, G in two terms, where value needs a gradient
 //   3. W = 1[T>0] ⊙ (V_iᵀG_j + G_iᵀV_j), one product of depth 2 P of fp16 pairs scaled by powers of two
 //   4. grad_feat_i += W_ij F_jᵀ, W rounded to 16 bits in registers
-// W is symmetric, so the one product F·W is all of the gradient. Nothing is atomic. Steps 3 and 4 take 64 columns at a time,
-// which leaves registers for the gradients of 192 features; those of a tile's last 64 columns run on under the next tile's T.
+// W is symmetric, so the one product F·W is all of the gradient. Nothing is atomic. Steps 3 and 4 take 64 columns at a
+// time, which leaves registers for the gradients of 192 features; a tile's last step 4 runs on under the next one's T.
 #include <arch/convert.h>
 #include <arch/hopper.h>
 #include <arch/wgmma.h>
@@ -85,8 +85,8 @@ struct Backward {
     }
   }
 
-  // A = relu(F_iᵀF_j) as left factors of wgmma; zero exactly where T <= 0, or too small for 16 bits. All products before
-  // are done when it returns.
+  // A = relu(F_iᵀF_j) as left factors of wgmma; zero exactly where T <= 0, or too small for 16 bits. All products
+  // before it are done when it returns.
   ERCN_DEVICE static void affinities(
       uint32_t (&a)[kSteps][4], const unsigned char* shared, const unsigned char* stage, int warpgroup) {
     float t[kColumns / 2];
@@ -150,7 +150,8 @@ struct Backward {
   }
 
   // grad_feat_i += W_ij F_jᵀ of 64 columns
-  ERCN_DEVICE static void add_feat(float (&sums)[D / 2], const uint32_t (&w)[kPartSteps][4], const unsigned char* feat) {
+  ERCN_DEVICE static void add_feat(
+      float (&sums)[D / 2], const uint32_t (&w)[kPartSteps][4], const unsigned char* feat) {
     const arch::Operand column = arch::operand_mn(feat, Tiles::kColumnChunkBytes);
     arch::wgmma_fence();
 #pragma unroll

@@ -30,7 +30,8 @@ struct Combine {
     const int c = arch::block_index().y, b = arch::block_index().z;
     const Schedule& s = p.schedule;
     const int64_t first = static_cast<int64_t>(s.first_group) * p.rows;
-    const int64_t n = first + (static_cast<int64_t>(arch::block_index().x) * kThreads + arch::thread_index()) * kPixelsOfThread;
+    const int64_t thread = static_cast<int64_t>(arch::block_index().x) * kThreads + arch::thread_index();
+    const int64_t n = first + thread * kPixelsOfThread;
     if (n >= p.pixels) return;
     const int group = static_cast<int>(n / p.rows);
     float sum[kPixelsOfThread] = {};
@@ -51,9 +52,17 @@ struct Combine {
     const int channel = p.channel + c;
     const int exponent = p.exponents == nullptr ? 0 : p.exponents[static_cast<int64_t>(b) * p.channels + channel];
     Out* out = p.out + (static_cast<int64_t>(b) * p.channels + channel) * p.pixels + n;
-    for (int i = 0; i < kPixelsOfThread && n + i < p.pixels; ++i) {
-      const float x = scaled(sum[i], exponent);
-      out[i] = arch::from_float<Out>(p.accumulate ? arch::to_float(out[i]) + x : x);
+    for (int i = 0; i < kPixelsOfThread; ++i) {
+      sum[i] = scaled(sum[i], exponent);
+      if (p.accumulate && n + i < p.pixels) sum[i] += arch::to_float(out[i]);
+    }
+    if (sizeof(Out) == 4 && p.pixels % kPixelsOfThread == 0) {
+      arch::Vector16 x;
+#pragma unroll
+      for (int i = 0; i < kPixelsOfThread; ++i) x.words[i] = arch::float_bits(sum[i]);
+      arch::store_16(out, x);
+    } else {
+      for (int i = 0; i < kPixelsOfThread && n + i < p.pixels; ++i) out[i] = arch::from_float<Out>(sum[i]);
     }
   }
 
@@ -99,7 +108,8 @@ struct Finish {
     for (int i = arch::thread_index(); i < kSide * kSide; i += kThreads) {
       const int n = i % kSide, feature = i / kSide;
       if (n0 + n >= p.pixels) continue;
-      p.grad_feat[(static_cast<int64_t>(b) * p.dim + d0 + feature) * p.pixels + n0 + n] = arch::from_float<Out>(tile[n * kRow + feature]);
+      Out* row = p.grad_feat + (static_cast<int64_t>(b) * p.dim + d0 + feature) * p.pixels;
+      row[n0 + n] = arch::from_float<Out>(tile[n * kRow + feature]);
     }
   }
 };

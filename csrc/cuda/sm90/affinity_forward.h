@@ -1,10 +1,10 @@
 #pragma once
-// Forward on tiles of A = relu(FᵀF). A block of threads keeps the features of a group of rows in shared memory and their
-// sums V·A in registers while tiles of columns stream by. For each tile, each consumer warpgroup
+// Forward on tiles of A = relu(FᵀF). A block of threads keeps the features of a group of rows in shared memory and
+// their sums V·A in registers while tiles of columns stream by. For each tile, each consumer warpgroup
 //   1. forms T of its 64 rows of every row tile, from shared memory;
 //   2. rounds relu(T) to 16 bits in registers, where it is wgmma's left factor: out_i += A_ij V_jᵀ;
-//   3. right of the group's own square, also writes A to shared memory, whose transpose is the left factor of the mirrored
-//      sums of its 64 columns, Σ_i A_ij V_iᵀ over all rows of the group. They go to device memory, once.
+//   3. right of the group's own square, also writes A to shared memory, whose transpose is the left factor of the
+//      mirrored sums of its 64 columns, Σ_i A_ij V_iᵀ over all rows of the group. They go to device memory, once.
 // The two terms of V are 2 P columns of one product; their sums are added in fp32 at the end.
 #include <arch/convert.h>
 #include <arch/hopper.h>
@@ -127,8 +127,8 @@ struct Forward {
     for (int r = 0; r < kRowTiles; ++r) arch::pin(out[r]);
   }
 
-  // The same, and back_j = Σ A_ij V_iᵀ over the group's rows, for this warpgroup's 64 columns. While one row tile's direct
-  // sums are formed, its A is written to shared memory.
+  // The same, and back_j = Σ A_ij V_iᵀ over the group's rows, for this warpgroup's 64 columns. While one row tile's
+  // direct sums are formed, its A is written to shared memory.
   ERCN_DEVICE static void both_sums(
       float (&out)[kRowTiles][P], float (&back)[P], const uint32_t (&a)[kRowTiles][kSteps][4],
       const unsigned char* column_terms, unsigned char* shared, int warpgroup) {
@@ -157,7 +157,8 @@ struct Forward {
     arch::pin(back);
   }
 
-  ERCN_DEVICE static void add_direct(float (&out)[P], const uint32_t (&a)[kSteps][4], const unsigned char* column_terms) {
+  ERCN_DEVICE static void add_direct(
+      float (&out)[P], const uint32_t (&a)[kSteps][4], const unsigned char* column_terms) {
     arch::pin(out);
     arch::wgmma_fence();
 #pragma unroll

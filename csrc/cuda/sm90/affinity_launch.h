@@ -51,7 +51,8 @@ void backward(const BackwardCall& call, const arch::Stream& stream);
 template <typename Element>
 arch::TensorMap tensor_map(const Features& x, int box_pixels) {
   return arch::make_tensor_map<Element, 3>(
-      x.data, {x.dim, x.pixels, x.batch}, {2 * x.stride_n, 2 * x.stride_b}, {kChunk, box_pixels, 1}, arch::Swizzle::k128);
+      x.data, {x.dim, x.pixels, x.batch}, {2 * x.stride_n, 2 * x.stride_b}, {kChunk, box_pixels, 1},
+      arch::Swizzle::k128);
 }
 
 template <typename Element>

@@ -70,7 +70,8 @@ struct BackwardLoads {
   static constexpr int kChunks = Tiles::kChunks, kColumns = Tiles::kColumns;
 
   ERCN_DEVICE static void run(
-      const BackwardParams& params, unsigned char* shared, BackwardBarriers<Tiles>& barriers, int64_t begin, int tiles) {
+      const BackwardParams& params, unsigned char* shared, BackwardBarriers<Tiles>& barriers, int64_t begin,
+      int tiles) {
     Ring<1> rows{&barriers.rows};
     Ring<Tiles::kStages> columns{barriers.feat};
     Tile tile = params.schedule.tile(begin);

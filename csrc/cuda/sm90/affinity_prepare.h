@@ -1,8 +1,8 @@
 #pragma once
 // Value and gradient maps as the Hopper affinity kernels read them: rows of 16-bit terms, padded with zeros.
 //
-// A map x is scaled by a power of two where its terms are fp16, so that fp16's exponent holds it: 2^e is the first power
-// above every finite |x| of a channel (2^127 at most).
+// A map x is scaled by a power of two where its terms are fp16, so that fp16's exponent holds it: 2^e is the first
+// power above every finite |x| of a channel (2^127 at most).
 #include <arch/base.h>
 #include <arch/convert.h>
 
@@ -64,7 +64,7 @@ ERCN_DEVICE int pair_exponent(const int* exponents, int batch, int channels, int
 // rows [row + P, row + 2 P) = the low ones where `low`. Zeros beyond the map's channels and pixels.
 //   scale: none        x
 //          channel     x · 2^-e
-//          pair        x · 2^(e' - u), e' of the other map and u the exponent of W: for the gradient beside value · 2^-e
+//          pair        x · 2^(e' - u), e' of the other map, u the exponent of W: for the gradient beside value · 2^-e
 struct Terms {
   enum class Scale { none, channel, pair };
   struct Job {
@@ -89,7 +89,8 @@ struct Terms {
   ERCN_DEVICE static void run(const Params& p, unsigned char*) {
     const int c = arch::block_index().y, b = arch::block_index().z % p.batch;
     const Job& job = p.jobs[arch::block_index().z / p.batch];
-    const int64_t n0 = (static_cast<int64_t>(arch::block_index().x) * kThreads + arch::thread_index()) * kPixelsOfThread;
+    const int64_t thread = static_cast<int64_t>(arch::block_index().x) * kThreads + arch::thread_index();
+    const int64_t n0 = thread * kPixelsOfThread;
     if (n0 >= p.padded_pixels) return;
     if (job.fp16) {
       write<arch::fp16>(p, job, b, c, n0);
@@ -113,13 +114,15 @@ struct Terms {
       }
     }
     float high[kPixelsOfThread], low[kPixelsOfThread];
+#pragma unroll
     for (int i = 0; i < kPixelsOfThread; ++i) {
       float x = real && n0 + i < p.pixels ? read(job.map, b, channel, n0 + i) : 0.f;
       x = scaled(x, exponent);
       high[i] = arch::to_float(arch::from_float<Element>(x));
       low[i] = ercn::affinity::rest(x, high[i]);
     }
-    Element* to = static_cast<Element*>(job.terms) + (static_cast<int64_t>(b) * job.rows + job.row + c) * p.padded_pixels + n0;
+    const int64_t row = static_cast<int64_t>(b) * job.rows + job.row + c;
+    Element* to = static_cast<Element*>(job.terms) + row * p.padded_pixels + n0;
     store<Element>(to, high);
     if (job.low) store<Element>(to + p.padded_channels * p.padded_pixels, low);
   }
@@ -127,6 +130,7 @@ struct Terms {
   template <typename Element>
   ERCN_DEVICE static void store(Element* to, const float (&x)[kPixelsOfThread]) {
     arch::Vector16 packed;
+#pragma unroll
     for (int i = 0; i < 4; ++i) packed.words[i] = arch::pack<Element>(x[2 * i], x[2 * i + 1]);
     arch::store_16(to, packed);
   }

@@ -1,9 +1,10 @@
 #pragma once
-// Which block of threads works on which tiles of A, and where the sums that it leaves behind lie. Host-callable throughout.
+// Which block of threads works on which tiles of A, and where the sums that it leaves behind lie. For the host too.
 //
-// An image's pixels are rows of A in groups and columns of A in tiles; groups are a whole number of tiles high. The tiles
-// of all images, group by group and each group from left to right, are one sequence, of which every block of threads takes
-// an equal share. The tiles of one group in one block are a segment: it ends in one partial sum of the group's rows.
+// An image's pixels are rows of A in groups and columns of A in tiles; groups are a whole number of tiles high. The
+// tiles of all images, group by group and each group from left to right, are one sequence, of which every block of
+// threads takes an equal share. The tiles of one group in one block are a segment: it ends in one partial sum of the
+// group's rows.
 #include <arch/host_device.h>
 
 #include <cstdint>
@@ -19,7 +20,7 @@ struct Schedule {
   int columns;      // tiles in a row of A
   int first_group;  // groups [first_group, first_group + groups) of every image take part
   int groups;
-  int step;         // tiles by which a group begins later than the one above: its height in a triangle, 0 where A is dense
+  int step;         // tiles by which a group begins later than the one above: its height in a triangle, else 0
   int64_t workers;  // blocks of threads
 
   // Tiles of an image in the groups above the g-th one that takes part.
@@ -72,8 +73,8 @@ struct Schedule {
   }
 };
 
-// Mirrored sums of a band of groups are [groups, images, channels, width] in fp32, for the pixels beyond its first group.
-// A group writes those of the pixels beyond itself.
+// Mirrored sums of a band of groups are [groups, images, channels, width] in fp32, for the pixels beyond its first
+// group. A group writes those of the pixels beyond itself.
 ERCN_HOST_DEVICE int64_t mirrored_width(int64_t padded_pixels, int group_rows, int first_group) {
   const int64_t width = padded_pixels - (first_group + INT64_C(1)) * group_rows;
   return width > 0 ? width : 0;
@@ -81,13 +82,15 @@ ERCN_HOST_DEVICE int64_t mirrored_width(int64_t padded_pixels, int group_rows, i
 
 // Where those of a group for a pixel and those after it lie.
 ERCN_HOST_DEVICE int64_t mirrored_offset(
-    const Schedule& s, int64_t width, int group_rows, int channels, int group, int64_t image, int channel, int64_t pixel) {
+    const Schedule& s, int64_t width, int group_rows, int channels, int group, int64_t image, int channel,
+    int64_t pixel) {
   const int64_t map = ((group - s.first_group) * s.images + image) * channels + channel;
   return map * width + pixel - (s.first_group + INT64_C(1)) * group_rows;
 }
 
 // As many groups from first_group on as `bytes` of mirrored sums allow, at least one. maps: images · channels.
-ERCN_HOST_DEVICE int groups_in_band(int64_t bytes, int64_t maps, int64_t padded_pixels, int group_rows, int first_group) {
+ERCN_HOST_DEVICE int groups_in_band(
+    int64_t bytes, int64_t maps, int64_t padded_pixels, int group_rows, int first_group) {
   const int left = static_cast<int>((padded_pixels + group_rows - 1) / group_rows) - first_group;
   const int64_t each = 4 * maps * mirrored_width(padded_pixels, group_rows, first_group);
   const int64_t fit = each == 0 ? left : bytes / each;

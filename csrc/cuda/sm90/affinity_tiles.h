@@ -1,9 +1,9 @@
 #pragma once
-// Tile sizes of the Hopper affinity kernels, and where everything lies in shared memory: pure functions of D and of P, the
-// channels of value padded to 8, 24 or 32.
+// Tile sizes of the Hopper affinity kernels, and where everything lies in shared memory: pure functions of D and of P,
+// the channels of value padded to 8, 24 or 32.
 //
-// Two consumer warpgroups compute and one thread of a third loads. Tiles of 16-bit elements are rows of 64 (128 bytes, in
-// the tensor copy engine's 128-byte swizzle), so 64 features or 64 pixels wide:
+// Two consumer warpgroups compute and one thread of a third loads. Tiles of 16-bit elements are rows of 64 (128 bytes,
+// in the tensor copy engine's 128-byte swizzle), so 64 features or 64 pixels wide:
 //   features     [pixels, 64 of D]: a chunk; K-major for FᵀF, MN-major for F·W
 //   terms        [2 P, 64 pixels]: the high terms of P channels, then the low ones; K-major for A·Vᵀ
 //   pairs        [2 P, 64 pixels]: V' then G', or G' then V'; MN-major for W
@@ -22,7 +22,7 @@ constexpr int kRowBytes = 2 * kChunk;          // 128
 constexpr int kStepRows = 16 * kRowBytes;      // from one wgmma step to the next where K runs over rows
 constexpr int kStepColumns = 16 * 2;           // and where K runs along a row
 constexpr int kBarrierBytes = 1024;
-constexpr int kPixels = 128;                   // pixels in a tile's side, if not said otherwise; terms and maps are padded to it
+constexpr int kPixels = 128;                   // of a tile's side, if not said otherwise; terms are padded to it
 constexpr int kMostStages = 8;
 
 // Rows of a group in the forward: as many as leave shared memory for columns.
@@ -41,7 +41,7 @@ constexpr int stages(int fixed_bytes, int stage_bytes) {
   return fit < kMostStages ? fit : kMostStages;
 }
 
-// Forward: groups of kRows rows, tiles of kPixels columns. A group's features stay; those of the columns stream in chunks.
+// Forward: groups of kRows rows, tiles of kPixels columns. A group's features stay, the columns' stream in chunks.
 template <int D, int P>
 struct ForwardTiles {
   static constexpr int kTerms = 2 * P;

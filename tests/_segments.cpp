@@ -18,7 +18,9 @@ void segments(Bags bags, int64_t first, int64_t last, int64_t (*to)[4]) {
 
 // Of every bag: its first slot and how many of its slots hold a segment.
 void slots_of_bags(Bags bags, int64_t (*to)[2]) {
-  for (int64_t bag = 0; bag < bags.count; ++bag) to[bag][0] = first_slot(bags, bag), to[bag][1] = bag_segments(bags, bag);
+  for (int64_t bag = 0; bag < bags.count; ++bag) {
+    to[bag][0] = first_slot(bags, bag), to[bag][1] = bag_segments(bags, bag);
+  }
 }
 
 int64_t score(Bags bags, int64_t slot, int64_t k, int64_t heads) {

@@ -1,15 +1,15 @@
 #pragma once
-// Which rows belong together. The instances of all bags are rows of one list: dense bags lie one after another, ragged ones
-// already do. A segment is a run of at most kSegmentRows rows of ONE bag, counted from the bag's start, so its rows share a
-// softmax and what a neighbouring bag holds, NaN included, cannot reach it.
+// Which rows belong together. The instances of all bags are rows of one list: dense bags lie one after another, ragged
+// ones already do. A segment is a run of at most kSegmentRows rows of ONE bag, counted from the bag's start, so its
+// rows share a softmax and what a neighbouring bag holds, NaN included, cannot reach it.
 //
-// Every segment has a slot, for its partial sums and in the order in which blocks take work. A bag's slots are consecutive;
-// adding them in ascending order is the fixed order of every sum over a bag. The first one is
+// Every segment has a slot, for its partial sums and in the order in which blocks take work. A bag's slots are
+// consecutive; adding them in ascending order is the fixed order of every sum over a bag. The first one is
 //
 //   dense   bag · ⌈N / 64⌉              ragged   ⌊start / 64⌋ + bag
 //
-// which needs no prefix sums and nothing on the host: since ⌈n / 64⌉ ≤ ⌊(start + n) / 64⌋ - ⌊start / 64⌋ + 1, the slots of a
-// bag end before those of the next begin. Some slots of ragged bags hold no segment, at most one for each bag.
+// which needs no prefix sums and nothing on the host: since ⌈n / 64⌉ ≤ ⌊(start + n) / 64⌋ - ⌊start / 64⌋ + 1, the slots
+// of a bag end before those of the next begin. Some slots of ragged bags hold no segment, at most one for each bag.
 #include <arch/host_device.h>
 
 #include <cstdint>
@@ -33,7 +33,8 @@ struct Segment {
 
 ERCN_HOST_DEVICE int64_t segments_of(int64_t rows) { return arch::divide_up<int64_t>(rows, kSegmentRows); }
 
-// First row of a bag; that of the bag after the last is the number of rows. Never outside the list, whatever cu_seqlens holds.
+// First row of a bag; that of the bag after the last is the number of rows. Never outside the list, whatever cu_seqlens
+// holds.
 ERCN_HOST_DEVICE int64_t bag_start(const Bags& bags, int64_t bag) {
   if (bags.cu_seqlens == nullptr) return bag * bags.n;
   const int64_t start = bags.wide ? static_cast<const int64_t*>(bags.cu_seqlens)[bag]
@@ -86,14 +87,16 @@ ERCN_HOST_DEVICE int64_t row_offset(const Bags& bags, const Segment& segment, in
 
 // Offset of head k of a segment's first row in scores, [B, K, N] or [K, T]; its rows follow one another.
 ERCN_HOST_DEVICE int64_t score_offset(const Bags& bags, const Segment& segment, int64_t k, int64_t heads) {
-  return bags.cu_seqlens == nullptr ? (segment.bag * heads + k) * bags.n + segment.in_bag : k * bags.rows + segment.first;
+  if (bags.cu_seqlens != nullptr) return k * bags.rows + segment.first;
+  return (segment.bag * heads + k) * bags.n + segment.in_bag;
 }
 
 struct Range {
   int64_t begin, end;
 };
 
-// The share of `part` when `count` things are dealt in order to `parts`, as evenly as can be: sizes differ by one at most.
+// The share of `part` when `count` things are dealt in order to `parts`, as evenly as can be: sizes differ by one at
+// most.
 ERCN_HOST_DEVICE Range share_of(int64_t count, int64_t parts, int64_t part) {
   const int64_t size = count / parts, longer = count % parts;
   const int64_t begin = part * size + (part < longer ? part : longer);

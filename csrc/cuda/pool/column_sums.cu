@@ -55,7 +55,8 @@ void sum_as(
 }  // namespace
 
 void column_sums(
-    const float* parts, int64_t rows, int64_t stride, int64_t columns, void* to, Type type, const arch::Stream& stream) {
+    const float* parts, int64_t rows, int64_t stride, int64_t columns, void* to, Type type,
+    const arch::Stream& stream) {
   switch (type) {
     case Type::kFloat: return sum_as<float>(parts, rows, stride, columns, to, stream);
     case Type::kBf16: return sum_as<arch::bf16>(parts, rows, stride, columns, to, stream);

@@ -19,7 +19,8 @@ ERCN_DEVICE float largest_of_bag(const float* largest, int64_t slot, int64_t seg
   return shift_of(reduce_block<Max, THREADS>(most, scratch));
 }
 
-// One block: a bag, a head and kChannels channels. Eight threads with four channels each read a part; kLanes parts at once.
+// One block: a bag, a head and kChannels channels. Eight threads with four channels each read a part; kLanes parts at
+// once.
 template <typename Element>
 struct Combine {
   struct Params {
@@ -36,7 +37,8 @@ struct Combine {
 
   ERCN_DEVICE static void run(const Params& p, unsigned char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const int blocks = arch::divide_up(p.D, kChannels), block = arch::block_index().x, row = block / blocks, k = row % p.K;
+    const int blocks = arch::divide_up(p.D, kChannels), block = arch::block_index().x;
+    const int row = block / blocks, k = row % p.K;
     const int64_t bag = row / p.K, slot = first_slot(p.bags, bag), segments = bag_segments(p.bags, bag);
     const float largest = largest_of_bag<kThreads>(p.parts.largest, slot, segments, k, p.K, shared.scratch);
 

@@ -1,5 +1,6 @@
 #pragma once
-// Gated attention pooling as its kernels see it:  s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w,  a = softmax(s),  z = Σ a h
+// Gated attention pooling as its kernels see it:  s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w,  a = softmax(s),  z =
+// Σ a h
 #include <arch/base.h>
 
 #include "segments.h"
@@ -23,7 +24,8 @@ struct Weights {
   const void *v, *v_bias, *u, *u_bias, *w, *w_bias;
 };
 
-// Partial results of the softmax over one segment, by slot and head: the largest score, Σ e and Σ e·h, e = exp(s - largest).
+// Partial results of the softmax over one segment, by slot and head: the largest score, Σ e and Σ e·h, e = exp(s -
+// largest).
 struct Parts {
   float *largest, *sum;  // [slots, K]
   float* pooled;         // [slots, K, pooled_width(D)]

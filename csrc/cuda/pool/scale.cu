@@ -44,9 +44,10 @@ struct BranchScale {
 }  // namespace
 
 void branch_scale(
-    const float* largest, int64_t slots, const void* w, int64_t count, int heads, float* scale, const arch::Stream& stream) {
-  arch::launch<BranchScale>(
-      {largest, slots, static_cast<const arch::fp16*>(w), count, heads, scale}, {1}, sizeof(BranchScale::Shared), stream);
+    const float* largest, int64_t slots, const void* w, int64_t count, int heads, float* scale,
+    const arch::Stream& stream) {
+  const BranchScale::Params params{largest, slots, static_cast<const arch::fp16*>(w), count, heads, scale};
+  arch::launch<BranchScale>(params, {1}, sizeof(BranchScale::Shared), stream);
 }
 
 }  // namespace ercn::pool

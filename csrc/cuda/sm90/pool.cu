@@ -50,8 +50,8 @@ auto with_maps(const pool::Problem& p, pool::Type type, const Function& function
 std::string cannot_pool(const pool::Inputs& in) {
   const Tensor& h = in.h;
   if (const int capability = arch::compute_capability(h); capability != 90) {
-    return "the Hopper kernels of the pool need compute capability 9.0; this GPU has " + std::to_string(capability / 10) + "." +
-           std::to_string(capability % 10);
+    return "the Hopper kernels of the pool need compute capability 9.0; this GPU has " +
+           std::to_string(capability / 10) + "." + std::to_string(capability % 10);
   }
   if (!in.u_weight) return "the Hopper kernels of the pool are for gated attention; u_weight is None";
   if (h.scalar_type() != ScalarType::BFloat16 && h.scalar_type() != ScalarType::Half) {
@@ -59,16 +59,19 @@ std::string cannot_pool(const pool::Inputs& in) {
   }
   const int64_t D = h.size(h.dim() - 1), N = h.size(h.dim() - 2), L = in.v_weight.size(0), K = in.w_weight.size(0);
   if (D % kDepth != 0 || L % kDepth != 0 || D == 0 || D > kMaxSlabs * kDepth || L == 0 || K < 1 || K > kMaxHeads) {
-    return "the Hopper kernels of the pool take D up to 3072 and L that are multiples of 64, and at most 8 heads; got D = " +
-           std::to_string(D) + ", L = " + std::to_string(L) + ", K = " + std::to_string(K);
+    return "the Hopper kernels of the pool take D up to 3072 and L that are multiples of 64, and at most 8 heads; "
+           "got D = " + std::to_string(D) + ", L = " + std::to_string(L) + ", K = " + std::to_string(K);
   }
-  if (h.numel() / D > std::numeric_limits<int32_t>::max()) return "the Hopper kernels of the pool take at most 2^31 - 1 instances";
+  if (h.numel() / D > std::numeric_limits<int32_t>::max()) {
+    return "the Hopper kernels of the pool take at most 2^31 - 1 instances";
+  }
   const bool is_aligned = reinterpret_cast<uintptr_t>(h.const_data_ptr()) % 16 == 0;
-  const int64_t rows = h.stride(h.dim() - 2), channels = h.stride(h.dim() - 1), bags = h.dim() == 3 && h.size(0) > 1 ? h.stride(0) : 8;
+  const int64_t rows = h.stride(h.dim() - 2), channels = h.stride(h.dim() - 1);
+  const int64_t bags = h.dim() == 3 && h.size(0) > 1 ? h.stride(0) : 8;
   const int64_t outer = channels == 1 ? (N > 1 ? rows : 8) : channels;
   if ((channels != 1 && rows != 1) || outer % 8 != 0 || outer <= 0 || bags % 8 != 0 || bags <= 0 || !is_aligned) {
-    return "the copy engine reads h where channels or instances are contiguous and the other strides and the address are "
-           "multiples of 16 bytes";
+    return "the copy engine reads h where channels or instances are contiguous and the other strides and the address "
+           "are multiples of 16 bytes";
   }
   return "";
 }
@@ -132,7 +135,9 @@ pool::Gradients pool_backward(
   const WeightShares shares =
       weight_shares(wanted(kVWeight), wanted(kUWeight), p.L, p.D, held, stream.multiprocessors());
   const Tensor part_weights = make({shares.splits, shares.units, D}), scale = make({2});
-  if (type == Type::kFp16) branch_scale(floats(of.largest), slots, operands.weights.w, K * L, p.K, floats(scale), stream);
+  if (type == Type::kFp16) {
+    branch_scale(floats(of.largest), slots, operands.weights.w, K * L, p.K, floats(scale), stream);
+  }
   const float* scale_of = floats(type == Type::kFp16, scale);
 
   BranchParams branch{};

@@ -1,6 +1,6 @@
 #pragma once
-// Gated attention pooling on Hopper: bf16 and fp16, gated, D ≤ 3072 and L multiples of 64, at most 8 heads, h with rows of channels
-// or channels of rows that the copy engine can read where they lie.
+// Gated attention pooling on Hopper: bf16 and fp16, gated, D ≤ 3072 and L multiples of 64, at most 8 heads, h with rows
+// of channels or channels of rows that the copy engine can read where they lie.
 #include <string>
 
 #include "pool/inputs.h"

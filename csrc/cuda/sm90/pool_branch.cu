@@ -85,7 +85,8 @@ struct PoolBranch {
 
   // t and σ become dt and dσ.
   ERCN_DEVICE static void gradients(
-      const Params& p, int first, int blocks, const Place& place, const float (&ds)[2][kMaxHeads], float (&sums)[kSums]) {
+      const Params& p, int first, int blocks, const Place& place, const float (&ds)[2][kMaxHeads],
+      float (&sums)[kSums]) {
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
       if (j >= blocks) break;
@@ -117,7 +118,8 @@ struct PoolBranch {
         const int at = i / 2 * 4 + i % 2;
         columns[i] = ds[0][k] * (sums[at] * sums[kGate + at]) + ds[1][k] * (sums[at + 2] * sums[kGate + at + 2]);
       }
-      sum_columns(columns, place, p.part_heads + (slot * p.problem.K + k) * p.problem.L + first, 8 * blocks, own, shared);
+      float* to = p.part_heads + (slot * p.problem.K + k) * p.problem.L + first;
+      sum_columns(columns, place, to, 8 * blocks, own, shared);
     }
   }
 
@@ -136,7 +138,8 @@ struct PoolBranch {
     }
   }
 
-  // Adds each column over the 64 rows: columns[2 j + c] of this thread's two rows, then of a warp's 16, then of four warps.
+  // Adds each column over the 64 rows: columns[2 j + c] of this thread's two rows, then of a warp's 16, then of four
+  // warps.
   ERCN_DEVICE static void sum_columns(
       float (&columns)[2 * kBlocks], const Place& place, float* to, int count, int own, ProductShared& shared) {
     static_assert(2 * kBlocks == 32 && sizeof(shared.scratch[0]) == 2 * kUnits * sizeof(float));

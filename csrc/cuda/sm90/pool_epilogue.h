@@ -25,8 +25,8 @@ struct Place {
   ERCN_DEVICE int column(int j) const { return 8 * j + lane % 4 * 2; }
 };
 
-// Of four registers in each of four lanes, lane i gets the i-th of every lane, in the order of lanes: the pairs of columns
-// that a thread has of four 8-column blocks become the 16 bytes of one block.
+// Of four registers in each of four lanes, lane i gets the i-th of every lane, in the order of lanes: the pairs of
+// columns that a thread has of four 8-column blocks become the 16 bytes of one block.
 ERCN_DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
 #pragma unroll
   for (int mask = 1; mask < 4; mask *= 2) {

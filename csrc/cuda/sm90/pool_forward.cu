@@ -84,8 +84,8 @@ struct PoolForward {
     }
   }
 
-  // Stores the scores, the largest one, Σ e, and e as the factor of the pooled sum. Numerator and denominator meet the same
-  // rounded e.
+  // Stores the scores, the largest one, Σ e, and e as the factor of the pooled sum. Numerator and denominator meet the
+  // same rounded e.
   ERCN_DEVICE static void softmax(
       const Params& p, int64_t slot, const Segment& segment, const Place& place, float (&scores)[2][kMaxHeads], int own,
       ProductShared& shared) {
@@ -96,7 +96,8 @@ struct PoolForward {
 #pragma unroll
     for (int k = 0; k < kMaxHeads; ++k) {
       if (k >= K) break;
-      const float bias = p.weights.w_bias == nullptr ? 0 : arch::to_float(static_cast<const Element*>(p.weights.w_bias)[k]);
+      const Element* w_bias = static_cast<const Element*>(p.weights.w_bias);
+      const float bias = w_bias == nullptr ? 0 : arch::to_float(w_bias[k]);
       float* to = p.scores + score_offset(p.problem.bags, segment, k, K);
       for (int r = 0; r < 2; ++r) {
         float& s = scores[r][k];
@@ -143,11 +144,11 @@ struct PoolForward {
   ERCN_DEVICE static void pool(
       const Params& p, int64_t slot, const Segment& segment, const Place& place, int pass, int own,
       Multiplier<Element, CHANNELS_FIRST>& multiplier, ProductShared& shared) {
-    constexpr int kStep = CHANNELS_FIRST ? 32 : 16 * 128;  // bytes from 16 rows to the next
+    constexpr Major kRows = CHANNELS_FIRST ? Major::kK : Major::kMN;
     const int K = p.problem.K, slabs = arch::divide_up(p.problem.D, kDepth);
     const bool whole = segment.rows == kSegmentRows && p.problem.mask == nullptr;
     const bool clears = !whole && !pool::is_real(p.problem, segment, arch::thread_index() % 128 / 2);
-    const arch::Operand e = arch::operand_k(shared.scratch[own]);
+    const arch::Operand e = operand<Major::kK>(shared.scratch[own]);
     for (int i = 0; i < slabs; ++i) {
       const int at = multiplier.wait_rows(pass, i);
       if (!whole) {
@@ -155,14 +156,13 @@ struct PoolForward {
         arch::fence_proxy_async();
         sync_warpgroup(own);
       }
-      const arch::Operand rows = CHANNELS_FIRST ? arch::operand_k(shared.rows[own][at])
-                                                : arch::operand_mn(shared.rows[own][at], kSlabBytes);
+      const arch::Operand rows = operand<kRows>(shared.rows[own][at]);
       float z[4];
       arch::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kSegmentRows / 16; ++k) {
-        arch::wgmma<Element, kMaxHeads, CHANNELS_FIRST ? Major::kK : Major::kMN, Major::kK>(
-            z, arch::advance(rows, k * kStep), arch::advance(e, k * 32), k > 0);
+        arch::wgmma<Element, kMaxHeads, kRows, Major::kK>(
+            z, arch::advance(rows, k * kStep<kRows>), arch::advance(e, k * kStep<Major::kK>), k > 0);
       }
       arch::wgmma_commit();
       arch::wgmma_wait<0>();

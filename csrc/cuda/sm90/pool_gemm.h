@@ -1,6 +1,6 @@
 #pragma once
-// Products of the pool's backward on Hopper, [128, 256] outputs a block: each of two warpgroups that multiply has 64 rows of A,
-// both share B. One thread loads. A and B pass through kStages stages of 64 columns (rows) of the sum each.
+// Products of the pool's backward on Hopper, [128, 256] outputs a block: each of two warpgroups that multiply has 64
+// rows of A, both share B. One thread loads. A and B pass through kStages stages of 64 columns (rows) of the sum each.
 #include <arch/hopper.h>
 #include <arch/wgmma.h>
 
@@ -66,8 +66,7 @@ class GemmMultiplier {
   // sums = A · B of that stage, or sums += A · B; the stage before it is given up.
   ERCN_DEVICE void multiply(float (&sums)[kGemmSums], bool accumulate) {
     const GemmShared::Stage& stage = shared_.stages[stage_];
-    const arch::Operand a = A == Major::kK ? arch::operand_k(stage.a[own_]) : arch::operand_mn(stage.a[own_], kSlabBytes);
-    const arch::Operand b = B == Major::kK ? arch::operand_k(stage.b) : arch::operand_mn(stage.b, kSlabBytes);
+    const arch::Operand a = operand<A>(stage.a[own_]), b = operand<B>(stage.b);
     arch::pin(sums);
     arch::wgmma_fence();
 #pragma unroll
@@ -98,9 +97,6 @@ class GemmMultiplier {
   }
 
  private:
-  template <Major M>
-  static constexpr int kStep = M == Major::kK ? 32 : 16 * 128;  // bytes from 16 terms of the sum to the next
-
   ERCN_DEVICE void release() {
     if (held_ >= 0 && arch::lane_index() == 0) arch::barrier_arrive(&shared_.empty[held_]);
     held_ = -1;

@@ -30,7 +30,8 @@ struct BranchParams {
   pool::Problem problem;
   pool::Weights weights;
   const float* score_grad;  // ds, in the layout of scores
-  void* branch_grads;       // dP [64 rows of each slot, dt of L | dσ of L], of h's type, times *scale; 0 in rows that are not real
+  // dP [64 rows of each slot, dt of L | dσ of L], of h's type, times *scale; 0 in rows that are not real.
+  void* branch_grads;
   const float* scale;       // a power of two that keeps fp16 in its range, and its inverse; or null for 1
   float* part_heads;        // Σ ds ⊗ (t ⊙ σ) [slots of the batch, K, L]
   float* part_bias;         // Σ dt, Σ dσ [slots of the batch, 2, L]

@@ -1,8 +1,8 @@
 #pragma once
-// [V|U] h for one segment of 64 instances and kUnits hidden units at a time: what the pool's forward and the branches of its
-// backward share. A block has one warpgroup that loads and kWarpgroups that multiply. Each of those owns a segment and its
-// slabs of h; the slabs of [V|U] are shared, so a warpgroup may run ahead of the other by kWeightStages slabs and one's
-// activations hide behind the other's products.
+// [V|U] h for one segment of 64 instances and kUnits hidden units at a time: what the pool's forward and the branches
+// of its backward share. A block has one warpgroup that loads and kWarpgroups that multiply. Each of those owns a
+// segment and its slabs of h; the slabs of [V|U] are shared, so a warpgroup may run ahead of the other by kWeightStages
+// slabs and one's activations hide behind the other's products.
 #include <arch/hopper.h>
 #include <arch/wgmma.h>
 
@@ -12,6 +12,15 @@
 namespace ercn::sm90 {
 
 using arch::Major;
+
+// A tile of slabs [64, 64], one after another.
+template <Major M>
+ERCN_DEVICE arch::Operand operand(const void* tile) {
+  return M == Major::kK ? arch::operand_k(tile) : arch::operand_mn(tile, kSlabBytes);
+}
+// Bytes from 16 terms of the sum to the next.
+template <Major M>
+constexpr int kStep = M == Major::kK ? 32 : 16 * 128;
 
 // h as [B, N, D], or [1, T, D], in boxes of 64 rows × 64 channels (channels first: 64 channels × 64 rows); V and U
 // [L, D] in boxes of kUnits rows × 64 channels. What lies outside reads as 0.
@@ -70,7 +79,8 @@ ERCN_DEVICE void initialize(ProductShared& shared) {
   arch::sync_threads();
 }
 
-// Pairs of slots are dealt to blocks in turn. Each warpgroup takes one of the two; pairs without any segment are passed over.
+// Pairs of slots are dealt to blocks in turn. Each warpgroup takes one of the two; pairs without any segment are passed
+// over.
 struct Work {
   const Bags& bags;
   int64_t first, end;  // slots
@@ -85,6 +95,21 @@ struct Work {
     return true;
   }
 };
+
+// Where the map of h has a segment.
+struct Box {
+  int row, bag;
+};
+ERCN_DEVICE Box box_of(const Bags& bags, const Segment& segment) {
+  if (bags.cu_seqlens != nullptr) return {static_cast<int>(segment.first), 0};
+  return {static_cast<int>(segment.in_bag), static_cast<int>(segment.bag)};
+}
+
+// 64 rows of h from channel d on.
+template <bool CHANNELS_FIRST>
+ERCN_DEVICE void load_slab(void* to, const arch::TensorMap& h, arch::Barrier* full, const Box& box, int d) {
+  arch::tma_load(to, h, full, CHANNELS_FIRST ? box.row : d, CHANNELS_FIRST ? d : box.row, box.bag);
+}
 
 // One thread: slabs of [V|U], `groups` times over its channels for every pair.
 ERCN_DEVICE void load_weights(const ProductMaps& maps, const Work& work, int slabs, int groups, ProductShared& shared) {
@@ -114,8 +139,7 @@ ERCN_DEVICE void load_rows(
   for (int64_t slot = work.begin() + own; slot < work.end; slot += work.step()) {
     const Segment segment = work.at(slot);
     if (segment.rows == 0) continue;
-    const bool ragged = work.bags.cu_seqlens != nullptr;
-    const int row = static_cast<int>(ragged ? segment.first : segment.in_bag), bag = static_cast<int>(ragged ? 0 : segment.bag);
+    const Box box = box_of(work.bags, segment);
     for (int pass = 0; pass < passes; ++pass) {
       for (int i = 0; i < slabs; ++i) {
         if (!is_loaded(pass, i)) continue;
@@ -123,9 +147,7 @@ ERCN_DEVICE void load_rows(
         empty.wait(shared.rows_empty[own], place);
         arch::Barrier* full = &shared.rows_full[own][place];
         arch::barrier_arrive_expect(full, kSlabBytes);
-        const int d = slab * kDepth;
-        arch::tma_load(
-            shared.rows[own][place], h, full, CHANNELS_FIRST ? row : d, CHANNELS_FIRST ? d : row, bag);
+        load_slab<CHANNELS_FIRST>(shared.rows[own][place], h, full, box, slab * kDepth);
       }
     }
   }
@@ -133,7 +155,8 @@ ERCN_DEVICE void load_rows(
 
 // By the warpgroup that loads: a warp for the weights, and one for the rows of each segment.
 template <bool CHANNELS_FIRST>
-ERCN_DEVICE void load(const ProductMaps& maps, const Work& work, int slabs, int groups, int passes, ProductShared& shared) {
+ERCN_DEVICE void load(
+    const ProductMaps& maps, const Work& work, int slabs, int groups, int passes, ProductShared& shared) {
   const int warp = arch::warp_index();
   if (warp > kWarpgroups || arch::lane_index() != 0) return;
   if (warp == 0) {
@@ -150,24 +173,23 @@ class Multiplier {
   ERCN_DEVICE Multiplier(ProductShared& shared, int own, int slabs, int last_pass)
       : shared_(shared), own_(own), slabs_(slabs), last_pass_(last_pass) {}
 
-  // sums [64 rows, kUnits of V | kUnits of U] as wgmma deals them: sums[4 j + 2 r + c] is row 16 warp + lane / 4 + 8 r and
-  // column 8 j + lane % 4 · 2 + c. The pass is the group of hidden units.
+  // sums [64 rows, kUnits of V | kUnits of U] as wgmma deals them: sums[4 j + 2 r + c] is row 16 warp + lane / 4 + 8 r
+  // and column 8 j + lane % 4 · 2 + c. The pass is the group of hidden units.
   ERCN_DEVICE void product(int pass, float (&sums)[kSums]) {
-    constexpr int kStep = CHANNELS_FIRST ? 16 * 128 : 32;  // bytes from 16 channels to the next
+    constexpr Major kRows = CHANNELS_FIRST ? Major::kMN : Major::kK;
     int stage = 0, place = 0;
     for (int i = 0; i < slabs_; ++i) {
       const int before_stage = stage, before_place = place;
       stage = stage_, place = wait_rows(pass, i);
       wait_weights();
-      const arch::Operand rows = CHANNELS_FIRST ? arch::operand_mn(shared_.rows[own_][place], kSlabBytes)
-                                                : arch::operand_k(shared_.rows[own_][place]);
-      const arch::Operand weights = arch::operand_k(shared_.weights[stage]);
+      const arch::Operand rows = operand<kRows>(shared_.rows[own_][place]);
+      const arch::Operand weights = operand<Major::kK>(shared_.weights[stage]);
       arch::pin(sums);
       arch::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k) {
-        arch::wgmma<Element, 2 * kUnits, CHANNELS_FIRST ? Major::kMN : Major::kK, Major::kK>(
-            sums, arch::advance(rows, k * kStep), arch::advance(weights, k * 32), i + k > 0);
+        arch::wgmma<Element, 2 * kUnits, kRows, Major::kK>(
+            sums, arch::advance(rows, k * kStep<kRows>), arch::advance(weights, k * kStep<Major::kK>), i + k > 0);
       }
       arch::wgmma_commit();
       arch::wgmma_wait<1>();

@@ -1,4 +1,5 @@
-// q = ĝ·h on Hopper, and of each segment the largest score, Σ e and Σ e·q: the pass over h that the backward begins with.
+// q = ĝ·h on Hopper, and of each segment the largest score, Σ e and Σ e·q: the pass over h that the backward begins
+// with.
 #include <arch/launch.h>
 
 #include "pool/reduce.h"
@@ -45,6 +46,7 @@ struct PoolProducts {
 
   ERCN_DEVICE static void multiply(
       const Params& p, const Work& work, int slabs, int own, unsigned char* grad, ProductsShared& shared) {
+    constexpr Major kRows = CHANNELS_FIRST ? Major::kMN : Major::kK;
     const Place place;
     Phases full(0);
     int64_t bag = -1;
@@ -61,15 +63,13 @@ struct PoolProducts {
       for (int i = 0; i < slabs; ++i) {
         const int at = i % kRowSlabs;
         full.wait(shared.rows_full[own], at);
-        const arch::Operand rows = CHANNELS_FIRST ? arch::operand_mn(shared.rows[own][at], kSlabBytes)
-                                                  : arch::operand_k(shared.rows[own][at]);
-        const arch::Operand g = arch::operand_k(grad + i * kGradBytes);
+        const arch::Operand rows = operand<kRows>(shared.rows[own][at]), g = operand<Major::kK>(grad + i * kGradBytes);
         arch::pin(q);
         arch::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kDepth / 16; ++k) {
-          arch::wgmma<Element, kMaxHeads, CHANNELS_FIRST ? Major::kMN : Major::kK, Major::kK>(
-              q, arch::advance(rows, k * (CHANNELS_FIRST ? 16 * 128 : 32)), arch::advance(g, k * 32), i + k > 0);
+          arch::wgmma<Element, kMaxHeads, kRows, Major::kK>(
+              q, arch::advance(rows, k * kStep<kRows>), arch::advance(g, k * kStep<Major::kK>), i + k > 0);
         }
         arch::wgmma_commit();
         arch::wgmma_wait<1>();

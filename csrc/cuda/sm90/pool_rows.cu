@@ -19,7 +19,8 @@ struct PoolRows {
     int d;
   };
   ERCN_DEVICE static int64_t items(const Params& p) {
-    return arch::divide_up<int64_t>(p.last_slot - p.first_slot, kWarpgroups) * arch::divide_up(p.problem.D, kGemmColumns);
+    const int64_t pairs = arch::divide_up<int64_t>(p.last_slot - p.first_slot, kWarpgroups);
+    return pairs * arch::divide_up(p.problem.D, kGemmColumns);
   }
   ERCN_DEVICE static Item item(const Params& p, int64_t i) {
     const int blocks = arch::divide_up(p.problem.D, kGemmColumns);

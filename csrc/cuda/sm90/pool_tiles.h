@@ -17,9 +17,9 @@ constexpr int kMaxSlabs = 48;       // D ≤ 3072: ĝ of two bags beside the sla
 constexpr int kSlabBytes = kSegmentRows * kDepth * 2;
 constexpr int kWeightBytes = 2 * kUnits * kDepth * 2;
 
-// The tile is met once for every group of hidden units, and once more for its pooled sum. Passes go up and down in turn, so
-// that each begins with the kRowSlabs slabs that the one before left in shared memory; a slab's place never changes. The
-// others are read again, from the L2 cache: no more than `slabs` lie between two uses of a slab.
+// The tile is met once for every group of hidden units, and once more for its pooled sum. Passes go up and down in
+// turn, so that each begins with the kRowSlabs slabs that the one before left in shared memory; a slab's place never
+// changes. The others are read again, from the L2 cache: no more than `slabs` lie between two uses of a slab.
 ERCN_HOST_DEVICE constexpr int slab_at(int slabs, int pass, int i) { return pass % 2 == 0 ? i : slabs - 1 - i; }
 
 // Whether the i-th slab of a pass has to be loaded for it.
@@ -33,14 +33,15 @@ ERCN_HOST_DEVICE constexpr bool is_released(int slabs, int pass, int last_pass, 
 // Outputs of a block of the backward's products: 64 rows for each warpgroup, and
 constexpr int kGemmColumns = 256;
 
-// Segments whose dP, 2 L elements of 2 bytes a row, are held at a time, in pairs: a third of the L2 cache, where they stay.
+// Segments whose dP, 2 L elements of 2 bytes a row, are held at a time, in pairs: a third of the L2 cache, where they
+// stay.
 ERCN_HOST_DEVICE constexpr int64_t chunk_slots(int64_t L, int64_t cache_bytes) {
   const int64_t slots = cache_bytes / 3 / (kSegmentRows * 2 * L * 2) / kWarpgroups * kWarpgroups;
   return slots < kWarpgroups ? kWarpgroups : slots;
 }
 
-// How dPᵀ h is cut: columns first_unit … of dP, in `blocks` blocks of outputs, and a chunk's segments in `splits` shares so
-// that about every multiprocessor has a block.
+// How dPᵀ h is cut: columns first_unit … of dP, in `blocks` blocks of outputs, and a chunk's segments in `splits`
+// shares so that about every multiprocessor has a block.
 struct WeightShares {
   int first_unit, units, blocks, splits;
 };

@@ -1,4 +1,5 @@
 // Gradients of V and U on Hopper: dPᵀ h over the segments of a chunk, in parts of the sum that are added later.
+#include <arch/convert.h>
 #include <arch/launch.h>
 
 #include "sm90/pool_epilogue.h"
@@ -48,20 +49,17 @@ struct PoolWeights {
   ERCN_DEVICE static void load(const Params& p, GemmShared& shared) {
     const Item at = item(p);
     const Bags& bags = p.problem.bags;
-    const bool ragged = bags.cu_seqlens != nullptr;
     GemmLoader loader(shared);
     for (int64_t slot = at.slots.begin; slot < at.slots.end; ++slot) {
       if (real_rows(p, slot) == 0) continue;
-      const Segment segment = segment_at(bags, slot);
-      const int row = static_cast<int>(ragged ? segment.first : segment.in_bag), bag = static_cast<int>(ragged ? 0 : segment.bag);
+      const Box box = box_of(bags, segment_at(bags, slot));
+      const int row = static_cast<int>(slot - p.first_slot) * kSegmentRows;
       loader.next([&](GemmShared::Stage& stage, arch::Barrier* full) {
         for (int own = 0; own < kWarpgroups; ++own) {
-          arch::tma_load(
-              stage.a[own], p.branch_grads, full, at.unit + own * kDepth, static_cast<int>(slot - p.first_slot) * kSegmentRows);
+          arch::tma_load(stage.a[own], p.branch_grads, full, at.unit + own * kDepth, row);
         }
         for (int c = 0; c < kGemmColumns / kDepth; ++c) {
-          const int d = at.d + c * kDepth;
-          arch::tma_load(stage.b[c], p.h, full, CHANNELS_FIRST ? row : d, CHANNELS_FIRST ? d : row, bag);
+          load_slab<CHANNELS_FIRST>(stage.b[c], p.h, full, box, at.d + c * kDepth);
         }
       });
     }
@@ -105,16 +103,36 @@ struct PoolWeights {
     const Place place;
     const int D = p.problem.D, unit = at.unit + own * kDepth - p.shares.first_unit;
     if (unit >= p.shares.units) return;
-    const float unscale = p.scale == nullptr ? 1 : p.scale[1];
+    const float unscale = !any ? 0 : p.scale == nullptr ? 1 : p.scale[1];
+    const bool odd = place.lane & 1;
+    float* rows = p.parts + (int64_t{at.split} * p.shares.units + unit) * D + at.d;
+    // Lanes exchange halves of two 8-column blocks for four columns of one: 16 bytes. What is there is read before any
+    // write.
+    constexpr int kAtOnce = 8;
 #pragma unroll
-    for (int j = 0; j < kGemmColumns / 8; ++j) {
-      if (at.d + 8 * j >= D) break;
-      for (int r = 0; r < 2; ++r) {
-        float* to = p.parts + (int64_t{at.split} * p.shares.units + unit + place.row(r)) * D + at.d + place.column(j);
+    for (int first = 0; first < kGemmColumns / 8; first += kAtOnce) {
+      if (at.d + 8 * first >= D) break;
+      float x[kAtOnce][4];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int j = first + i / 2 * 2, r = i % 2;
         for (int c = 0; c < 2; ++c) {
-          const float sum = any ? unscale * sums[4 * j + 2 * r + c] : 0;
-          to[c] = p.accumulate ? to[c] + sum : sum;
+          const float low = any ? sums[4 * j + 2 * r + c] : 0, high = any ? sums[4 * (j + 1) + 2 * r + c] : 0;
+          const float got = arch::shuffle_xor(odd ? low : high, 1);
+          x[i][c] = unscale * (odd ? got : low);
+          x[i][2 + c] = unscale * (odd ? high : got);
         }
+      }
+      const auto to = [&](int i) {
+        return rows + int64_t{place.row(i % 2)} * D + 8 * (first + i / 2 * 2 + odd) + place.lane % 4 / 2 * 4;
+      };
+      arch::Vector16 sum[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sum[i] = p.accumulate ? arch::load_16(to(i)) : arch::Vector16{};
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        for (int c = 0; c < 4; ++c) sum[i].words[c] = arch::float_bits(arch::float_of(sum[i].words[c]) + x[i][c]);
+        arch::store_16(to(i), sum[i]);
       }
     }
   }

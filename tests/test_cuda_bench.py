@@ -29,10 +29,11 @@ def test_only_what_was_launched_is_told(records):
     with kernels.launched() as found:
         records[0]["launches"] += 3
     assert [(k["name"], k["launches"]) for k in found] == [(records[0]["name"], 3)]
-    assert kernels.described([{"kernels": found}, {"kernels": found}, {}]) == [
+    (sentence,) = kernels.described([{"kernels": found}, {"kernels": found}, {}])
+    assert sentence == (
         "affinity::Forward<ercn::affinity::BFloat16>: 234 registers, 0 bytes local, 90,112 bytes shared, 128 threads, "
         "2 blocks a multiprocessor"
-    ]
+    )
 
 
 def test_nothing_is_told_without_the_backend(monkeypatch):

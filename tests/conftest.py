@@ -1,6 +1,7 @@
 """Memory that ercn allocates without initialising holds NaN in every test, so that an output left unwritten fails.
 
-Files with slow tests begin first: a file goes to one process as a whole, and a long one that began last would run alone.
+Files with slow tests begin first: a file goes to one process as a whole, and a long one that began last would run
+alone.
 """
 
 import functools

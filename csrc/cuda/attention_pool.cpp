@@ -1,7 +1,7 @@
-// Gated attention pooling on CUDA, registered as ercn_native::gated_attention_pool_cuda and …_backward_cuda (LibTorch stable
-// ABI).  s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w,  a = softmax(s),  z = Σ a h
-// h [B, N, D] or ragged [T, D], the weights and grad_pooled are fp32, bf16 or fp16 of one type, with any strides; scores and
-// sums are fp32. Here: checks, and which kernels run.
+// Gated attention pooling on CUDA, registered as ercn_native::gated_attention_pool_cuda and …_backward_cuda (LibTorch
+// stable ABI).  s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w,  a = softmax(s),  z = Σ a h
+// h [B, N, D] or ragged [T, D], the weights and grad_pooled are fp32, bf16 or fp16 of one type, with any strides;
+// scores and sums are fp32. Here: checks, and which kernels run.
 #include <string>
 #include <tuple>
 #include <vector>
@@ -57,8 +57,8 @@ void check(const Inputs& in) {
   }
 }
 
-// Whether the Hopper kernels run: asked for by name, or where nothing is asked and they can. Raises where they were named
-// and cannot, or the name is unknown.
+// Whether the Hopper kernels run: asked for by name, or where nothing is asked and they can. Raises where they were
+// named and cannot, or the name is unknown.
 bool use_sm90(const std::string& kernels, const Inputs& in) {
   const bool named = kernels == "sm90" || kernels == "sm90_dense";
   STD_TORCH_CHECK(
@@ -88,10 +88,10 @@ std::tuple<Tensor, Tensor> gated_attention_pool(
 }
 
 Gradients gated_attention_pool_backward(
-    const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h, const Tensor& v_weight, const Optional& v_bias,
-    const Optional& u_weight, const Optional& u_bias, const Tensor& w_weight, const Optional& w_bias, const Optional& mask,
-    const Optional& cu_seqlens, const Tensor& pooled, const Tensor& scores, int64_t needs, bool exact,
-    std::string kernels) {
+    const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h, const Tensor& v_weight,
+    const Optional& v_bias, const Optional& u_weight, const Optional& u_bias, const Tensor& w_weight,
+    const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, const Tensor& pooled,
+    const Tensor& scores, int64_t needs, bool exact, std::string kernels) {
   const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens};
   check(in);
   const auto matches = [](const Optional& x, const Tensor& like) {

@@ -39,15 +39,15 @@ Stream::Stream(int device) : device_(device) {
 Stream::~Stream() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
 
 TensorMap encode_tensor_map(
-    CUtensorMapDataType type, int rank, const void* address, const int64_t* sizes, const int64_t* strides, const int* box,
-    Swizzle swizzle) {
+    CUtensorMapDataType type, int rank, const void* address, const int64_t* sizes, const int64_t* strides,
+    const int* box, Swizzle swizzle) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
     check(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found), __FILE__,
-        __LINE__);
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+        __FILE__, __LINE__);
     STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(function);
   }();

@@ -1,12 +1,13 @@
-// Copies from device to shared memory that run beside the threads (sm_80). In tests/cuda_emulator, arch/async.h takes this
-// file's place.
+// Copies from device to shared memory that run beside the threads (sm_80). In tests/cuda_emulator, arch/async.h takes
+// this file's place.
 #pragma once
 
 #include <arch/base.h>
 
 namespace ercn::arch {
 
-// BYTES (4, 8 or 16) from device memory to shared memory, both aligned to BYTES; zeros, and nothing read, where not `valid`.
+// BYTES (4, 8 or 16) from device memory to shared memory, both aligned to BYTES; zeros, and nothing read, where not
+// `valid`.
 template <int BYTES>
 ERCN_DEVICE void cp_async(void* shared, const void* global, bool valid) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);

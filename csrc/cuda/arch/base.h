@@ -24,8 +24,12 @@ ERCN_DEVICE int thread_index() { return threadIdx.x; }
 ERCN_DEVICE int lane_index() { return threadIdx.x % 32; }
 // The same in all lanes, as far as the compiler is concerned.
 ERCN_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
-ERCN_DEVICE Grid block_index() { return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)}; }
-ERCN_DEVICE Grid grid_blocks() { return {static_cast<int>(gridDim.x), static_cast<int>(gridDim.y), static_cast<int>(gridDim.z)}; }
+ERCN_DEVICE Grid block_index() {
+  return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
+}
+ERCN_DEVICE Grid grid_blocks() {
+  return {static_cast<int>(gridDim.x), static_cast<int>(gridDim.y), static_cast<int>(gridDim.z)};
+}
 
 ERCN_DEVICE void sync_threads() { __syncthreads(); }
 ERCN_DEVICE void sync_warp() { __syncwarp(); }
@@ -61,7 +65,7 @@ ERCN_DEVICE uint32_t shared_address(const void* pointer) {
 struct alignas(16) Vector16 {
   uint32_t words[4];
 };
-ERCN_DEVICE Vector16 load_16(const void* pointer) { 
+ERCN_DEVICE Vector16 load_16(const void* pointer) {
   const uint4 v = *static_cast<const uint4*>(pointer);
   return {{v.x, v.y, v.z, v.w}};
 }

@@ -14,13 +14,14 @@ ERCN_DEVICE bool elect_one() {
   return elected != 0;
 }
 
-// ldmatrix the other way: register i of lane l is bytes 4 (l % 4) … of row l / 4 of matrix i, whose row j is at the pointer
-// of lane 8 i + j.
+// ldmatrix the other way: register i of lane l is bytes 4 (l % 4) … of row l / 4 of matrix i, whose row j is at the
+// pointer of lane 8 i + j.
 template <int N>
 ERCN_DEVICE void stmatrix(void* row, const uint32_t (&r)[N]) {
   static_assert(N == 2 || N == 4);
   if constexpr (N == 2) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1])
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(shared_address(row)), "r"(r[0]),
+                 "r"(r[1])
                  : "memory");
   } else {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
@@ -54,8 +55,8 @@ ERCN_DEVICE void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// An mbarrier. Phases alternate in parity, the first has 0. A phase ends when `count` threads have arrived and all bytes
-// that were expected have come.
+// An mbarrier. Phases alternate in parity, the first has 0. A phase ends when `count` threads have arrived and all
+// bytes that were expected have come.
 struct alignas(8) Barrier {
   uint64_t state;
 };
@@ -79,8 +80,8 @@ ERCN_DEVICE void barrier_arrive_expect(Barrier* barrier, int bytes) {
 // Until the phase of this parity has ended. Returns at once if the current phase has the other parity.
 ERCN_DEVICE void barrier_wait(Barrier* barrier, int parity) {
   asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
-          shared_address(barrier)),
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::
+          "r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
 }
@@ -92,19 +93,20 @@ ERCN_DEVICE void prefetch_tensor_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// The map's box at coordinates c0 (innermost), c1, … of elements into shared memory; what lies outside the tensor is zero.
-// The barrier is told the bytes of the whole box. By one thread. With 128-byte swizzle `shared` is a multiple of 1024.
+// The map's box at coordinates c0 (innermost), c1, … of elements into shared memory; what lies outside the tensor is
+// zero. The barrier is told the bytes of the whole box. By one thread. With 128-byte swizzle `shared` is a multiple of
+// 1024.
 ERCN_DEVICE void tma_load(void* shared, const TensorMap& map, Barrier* barrier, int c0, int c1) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];" ::
+          "r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
       : "memory");
 }
 ERCN_DEVICE void tma_load(void* shared, const TensorMap& map, Barrier* barrier, int c0, int c1, int c2) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5}], [%2];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5}], "
+      "[%2];" ::"r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
@@ -123,10 +125,10 @@ ERCN_DEVICE void tma_store(const TensorMap& map, const void* shared, int c0, int
 
 // `bytes`, a multiple of 16, from device memory; both addresses multiples of 16. By one thread.
 ERCN_DEVICE void bulk_load(void* shared, const void* global, int bytes, Barrier* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
 }
 
 // Closes the group of this thread's stores since the last commit; then until all but the last N groups have read shared

@@ -1,8 +1,9 @@
 // Starts kernels. A kernel is a struct
 //
 //   struct Kernel {
-//     struct Params { … };                                    // passed by value
-//     static constexpr int kThreads = 128, kMinBlocks = 1;    // threads of a block, blocks that must fit a multiprocessor
+//     struct Params { … };  // passed by value
+//     static constexpr int kThreads = 128;   // of a block
+//     static constexpr int kMinBlocks = 1;   // that must fit a multiprocessor
 //     ERCN_DEVICE static void run(const Params& params, unsigned char* shared);
 //   };
 //
@@ -39,8 +40,8 @@ void launch(const typename Kernel::Params& params, Grid grid, int shared_bytes, 
     std::atomic<bool>& done = raised[stream.device() % kDevices];
     if (!done.load(std::memory_order_acquire)) {
       check(
-          cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, stream.shared_limit()), __FILE__,
-          __LINE__);
+          cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, stream.shared_limit()),
+          __FILE__, __LINE__);
       done.store(true, std::memory_order_release);
     }
   }

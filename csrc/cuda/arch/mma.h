@@ -1,5 +1,5 @@
-// Tensor-core products of a warp (sm_80) and the loads of their fragments. In tests/cuda_emulator, arch/mma.h takes this
-// file's place.
+// Tensor-core products of a warp (sm_80) and the loads of their fragments. In tests/cuda_emulator, arch/mma.h takes
+// this file's place.
 //
 // Fragments, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix fragments for mma.m16n8k16" and "…k8"):
 //   D, 16×8 fp32:            d[i] = D[g + 8 (i / 2), 2 t + i % 2]
@@ -38,8 +38,8 @@ ERCN_DEVICE void mma<tf32>(float (&d)[4], const uint32_t (&a)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// N matrices of 8 rows of 16 bytes in shared memory: lane 8 i + j gives row j of matrix i (other lanes' pointers are not
-// read). Lane l then has the 4 bytes at 4 (l % 4) of row l / 4 of matrix i in r[i].
+// N matrices of 8 rows of 16 bytes in shared memory: lane 8 i + j gives row j of matrix i (other lanes' pointers are
+// not read). Lane l then has the 4 bytes at 4 (l % 4) of row l / 4 of matrix i in r[i].
 template <int N>
 ERCN_DEVICE void ldmatrix(uint32_t (&r)[N], const void* row) {
   static_assert(N == 1 || N == 2 || N == 4);
@@ -59,7 +59,8 @@ ERCN_DEVICE void ldmatrix(uint32_t (&r)[N], const void* row) {
   }
 }
 
-// The same for transposed matrices of 16-bit elements: lane l has elements (2 (l % 4) + {0, 1}, l / 4) of matrix i in r[i].
+// The same for transposed matrices of 16-bit elements: lane l has elements (2 (l % 4) + {0, 1}, l / 4) of matrix i in
+// r[i].
 template <int N>
 ERCN_DEVICE void ldmatrix_transposed(uint32_t (&r)[N], const void* row) {
   static_assert(N == 1 || N == 2 || N == 4);

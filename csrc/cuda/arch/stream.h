@@ -1,5 +1,5 @@
-// The caller's stream, and what is known of its device. In stream.cpp, because torch's headers take nvcc longer than a kernel
-// does. In tests/cuda_emulator, arch/launch.h has it.
+// The caller's stream, and what is known of its device. In stream.cpp, because torch's headers take nvcc longer than a
+// kernel does. In tests/cuda_emulator, arch/launch.h has it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,8 @@ int attribute(cudaDeviceAttr of, int device);
 template <typename Tensor>
 int compute_capability(const Tensor& x) {
   const int device = x.get_device_index();
-  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
 
 // Makes a tensor's device current while it lives, and holds the caller's stream there.

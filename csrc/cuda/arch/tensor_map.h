@@ -18,11 +18,12 @@ enum class Swizzle { kNone, k32, k64, k128 };
 
 // In stream.cpp.
 TensorMap encode_tensor_map(
-    CUtensorMapDataType type, int rank, const void* address, const int64_t* sizes, const int64_t* strides, const int* box,
-    Swizzle swizzle);
+    CUtensorMapDataType type, int rank, const void* address, const int64_t* sizes, const int64_t* strides,
+    const int* box, Swizzle swizzle);
 
 // Of a tensor whose dimension 0 is contiguous. Dimension 0 comes first; strides are those of dimensions 1, …, in bytes.
-// The address and strides are multiples of 16, sides of the box at most 256, and with a swizzle the box's dimension 0 fits it.
+// The address and strides are multiples of 16, sides of the box at most 256, and with a swizzle the box's dimension 0
+// fits it.
 template <typename Element, int RANK>
 TensorMap make_tensor_map(
     const void* address, const std::array<int64_t, RANK>& sizes, const std::array<int64_t, RANK - 1>& strides,

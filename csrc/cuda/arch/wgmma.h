@@ -1,16 +1,16 @@
-// Tensor-core products of a warpgroup (sm_90a) through CuTe's atoms. In tests/cuda_emulator, arch/wgmma.h takes this file's
-// place.
+// Tensor-core products of a warpgroup (sm_90a) through CuTe's atoms. In tests/cuda_emulator, arch/wgmma.h takes this
+// file's place.
 //
-// D [64, N] in fp32, K of an instruction is 32 bytes: 16 of bf16 and fp16, 8 of TF32. With w = warp % 4, g = lane / 4 and
-// t = lane % 4:
+// D [64, N] in fp32, K of an instruction is 32 bytes: 16 of bf16 and fp16, 8 of TF32. With w = warp % 4, g = lane / 4
+// and t = lane % 4:
 //   D:                    d[i] = D[16 w + g + 8 (i / 2 % 2), 8 (i / 4) + 2 t + i % 2]
 //   A from registers:     rows 16 w … of A, as in mma.h
 //
-// Operands in shared memory are rows of 128 bytes with 128-byte swizzle, as a tensor map with Swizzle::k128 and a box of
-// 128 bytes along dimension 0 stores them; 8 rows are 1024 bytes, at a multiple of 1024:
+// Operands in shared memory are rows of 128 bytes with 128-byte swizzle, as a tensor map with Swizzle::k128 and a box
+// of 128 bytes along dimension 0 stores them; 8 rows are 1024 bytes, at a multiple of 1024:
 //   kK, K contiguous:     a row has 64 K of bf16 for one m (n), rows follow each other. The next 16 K: advance(…, 32).
-//   kMN, M or N contiguous (bf16 and fp16): a row has 64 m (n) of one k, rows of k follow each other; the next 64 m (n) are
-//                         `group_bytes` away. The next 16 K: advance(…, 2048).
+//   kMN, M or N contiguous (bf16 and fp16): a row has 64 m (n) of one k, rows of k follow each other; the next 64
+//                         m (n) are `group_bytes` away. The next 16 K: advance(…, 2048).
 #pragma once
 
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // every N, not the powers of two alone
@@ -42,7 +42,8 @@ using Cute = std::conditional_t<
     std::conditional_t<std::is_same_v<Element, fp16>, cute::half_t, cute::tfloat32_t>>;
 
 template <Major kMajor>
-inline constexpr cute::SM90::GMMA::Major kCuteMajor = kMajor == Major::kK ? cute::SM90::GMMA::Major::K : cute::SM90::GMMA::Major::MN;
+inline constexpr cute::SM90::GMMA::Major kCuteMajor =
+    kMajor == Major::kK ? cute::SM90::GMMA::Major::K : cute::SM90::GMMA::Major::MN;
 
 template <typename Element, int N>
 using Shape = cute::Shape<cute::_64, cute::Int<N>, cute::Int<std::is_same_v<Element, tf32> ? 8 : 16>>;
@@ -55,7 +56,9 @@ ERCN_DEVICE void multiply(
 template <typename Atom, size_t... I>
 ERCN_DEVICE void multiply(
     float (&d)[sizeof...(I)], const uint32_t (&a)[4], Operand b, bool accumulate, std::index_sequence<I...>) {
-  Atom::fma(a[0], a[1], a[2], a[3], b, d[I]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+  Atom::fma(
+      a[0], a[1], a[2], a[3], b, d[I]...,
+      accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 
 }  // namespace detail

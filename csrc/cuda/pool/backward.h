@@ -16,7 +16,8 @@ inline float* floats(bool wanted, const Tensor& held) { return wanted ? floats(h
 class Wanted {
  public:
   Wanted(const Inputs& in, const Problem& p, int64_t needs)
-      : given_{true, true, in.v_bias.has_value(), in.u_weight.has_value(), in.u_bias.has_value(), true, in.w_bias.has_value()},
+      : given_{true, true, in.v_bias.has_value(), in.u_weight.has_value(), in.u_bias.has_value(), true,
+               in.w_bias.has_value()},
         needs_(needs),
         grads{of(in.h, kH, in.cu_seqlens ? std::initializer_list<int64_t>{p.bags.rows, p.D}
                                          : std::initializer_list<int64_t>{p.bags.count, p.bags.n, p.D}),
@@ -45,8 +46,8 @@ struct ScoreGradients {
 
   template <typename Products>
   ScoreGradients(
-      const Optional& given, const Optional& grad_scores, const Inputs& in, const Problem& p, const Tensor& saved_scores,
-      const arch::Stream& stream, const Products& products)
+      const Optional& given, const Optional& grad_scores, const Inputs& in, const Problem& p,
+      const Tensor& saved_scores, const arch::Stream& stream, const Products& products)
       : grad_pooled(aligned(given)),
         ds(empty_scores(in.h, p)),
         attention(given ? empty_scores(in.h, p) : empty(in.h, {0}, ScalarType::Float)),
@@ -55,7 +56,8 @@ struct ScoreGradients {
         real(empty(in.h, {slot_count(p.bags), 2}, ScalarType::Int)) {
     const int64_t cells = slot_count(p.bags) * p.K, heads = p.bags.count * p.K;
     const Tensor scores = torch::stable::contiguous(saved_scores);
-    const Tensor segments = empty(in.h, {3, cells}, ScalarType::Float), bags = empty(in.h, {3, heads}, ScalarType::Float);
+    const Tensor segments = empty(in.h, {3, cells}, ScalarType::Float);
+    const Tensor bags = empty(in.h, {3, heads}, ScalarType::Float);
     ScoreGradient of{};
     of.scores = floats(scores), of.grad = floats(ds), of.parts = floats(parts), of.real = bits();
     of.largest = floats(type_of(in.h) == Type::kFp16, largest);

@@ -1,6 +1,7 @@
 #pragma once
-// The columns of P = [V|U] h as the generic kernels order them, so that a warp has both branches of a unit in its registers:
-// gated, 32 units of V and the same 32 of U by turns; else the units of V. Columns are a multiple of kColumns.
+// The columns of P = [V|U] h as the generic kernels order them, so that a warp has both branches of a unit in its
+// registers: gated, 32 units of V and the same 32 of U by turns; else the units of V. Columns are a multiple of
+// kColumns.
 #include <arch/host_device.h>
 
 #include <cstdint>

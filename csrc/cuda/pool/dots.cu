@@ -48,7 +48,8 @@ struct PoolDots {
   // By a warp: q of head k from the warps' shares, and the parts.
   ERCN_DEVICE static void weigh(
       const Params& p, const Segment& segment, int64_t slot, int head,
-      const float (&products)[Streams::kWarps][kHeads][kSegmentRows], int k, const uint32_t (&real)[kSegmentRows / 32]) {
+      const float (&products)[Streams::kWarps][kHeads][kSegmentRows], int k,
+      const uint32_t (&real)[kSegmentRows / 32]) {
     const int lane = arch::lane_index();
     const int64_t at = score_offset(p.problem.bags, segment, head, p.problem.K);
     float s[2], q[2], largest = -INFINITY, sum = 0, weighted = 0;

@@ -1,5 +1,5 @@
-// One block: a segment and up to kHeads heads. Scores from the projections, 128 columns at a time, then the softmax of the
-// segment, and Σ e h from the cache.
+// One block: a segment and up to kHeads heads. Scores from the projections, 128 columns at a time, then the softmax of
+// the segment, and Σ e h from the cache.
 #include "pool/forward.h"
 
 #include <cmath>
@@ -56,17 +56,21 @@ struct PoolForward {
       }
     }
     arch::sync_threads();
-    for (int k = arch::warp_index(); k < heads; k += kWarps) softmax(p, segment, slot, first + k, shared.scores, k, shared.real);
+    for (int k = arch::warp_index(); k < heads; k += kWarps) {
+      softmax(p, segment, slot, first + k, shared.scores, k, shared.real);
+    }
     arch::sync_threads();
     const uint64_t real = shared.real[0] | static_cast<uint64_t>(shared.real[1]) << 32;
     const int64_t width = pooled_width(problem.D);
     Streams::sum_rows(
-        h, real, shared.scores[0], heads, p.to.parts.pooled + (slot * problem.K + first) * width, width, shared.streaming);
+        h, real, shared.scores[0], heads, p.to.parts.pooled + (slot * problem.K + first) * width, width,
+        shared.streaming);
   }
 
   // Adds w · (tanh ⊙ σ) over this group's units. A row and a half of the columns belong to one lane in four.
   template <bool GATED>
-  ERCN_DEVICE static void add_scores(const Params& p, const Sums& sums, int group, int first, int heads, Shared& shared) {
+  ERCN_DEVICE static void add_scores(
+      const Params& p, const Sums& sums, int group, int first, int heads, Shared& shared) {
     constexpr int kTiles = GATED ? 4 : 8;
     const Columns columns{p.problem.L, GATED};
     const int units = padded_units(columns);
@@ -133,8 +137,8 @@ struct PoolForward {
 
 template <typename Precision, bool CHANNELS_FIRST>
 void run(
-    const Problem& problem, const Packed<typename Precision::Element>& weights, const Forward& to, bool gated, bool vector,
-    const arch::Stream& stream) {
+    const Problem& problem, const Packed<typename Precision::Element>& weights, const Forward& to, bool gated,
+    bool vector, const arch::Stream& stream) {
   using Kernel = PoolForward<Precision, CHANNELS_FIRST>;
   const arch::Grid grid{static_cast<int>(slot_count(problem.bags)), arch::divide_up(problem.K, Kernel::kHeads)};
   arch::launch<Kernel>({problem, weights, to, gated, vector}, grid, sizeof(typename Kernel::Shared), stream);

@@ -179,7 +179,8 @@ void row_gradient(
 
 template <typename Precision>
 void weight_gradient(
-    const Problem& problem, const WeightGradient<typename Precision::Element>& of, bool gated, const arch::Stream& stream) {
+    const Problem& problem, const WeightGradient<typename Precision::Element>& of, bool gated,
+    const arch::Stream& stream) {
   const Layout layout = layout_of(problem, sizeof(typename Precision::Element));
   const Columns columns{problem.L, gated};
   if (layout.channels_first) {

@@ -38,7 +38,8 @@ struct WeightGradient {
 
 template <typename Precision>
 void weight_gradient(
-    const Problem& problem, const WeightGradient<typename Precision::Element>& of, bool gated, const arch::Stream& stream);
+    const Problem& problem, const WeightGradient<typename Precision::Element>& of, bool gated,
+    const arch::Stream& stream);
 
 // Blocks of one split.
 ERCN_HOST_DEVICE constexpr int weight_gradient_blocks(int D, const Columns& columns) {

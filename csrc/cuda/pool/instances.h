@@ -7,8 +7,8 @@
 
 namespace ercn::pool {
 
-// How h lies in memory, known on the host. Channels-first is for maps whose rows can be read 16 bytes at a time; any other
-// strides are read as rows, an element at a time where not `vector`.
+// How h lies in memory, known on the host. Channels-first is for maps whose rows can be read 16 bytes at a time; any
+// other strides are read as rows, an element at a time where not `vector`.
 struct Layout {
   bool channels_first, vector;
 };
@@ -16,7 +16,8 @@ struct Layout {
 inline Layout layout_of(const Problem& p, int64_t element_bytes) {
   const auto is_aligned = [&](int64_t stride) { return stride * element_bytes % 16 == 0; };
   const bool ragged = p.bags.cu_seqlens != nullptr;
-  const bool bags = ragged || p.bags.count == 1 || is_aligned(p.h_b), start = reinterpret_cast<uintptr_t>(p.h) % 16 == 0;
+  const bool bags = ragged || p.bags.count == 1 || is_aligned(p.h_b);
+  const bool start = reinterpret_cast<uintptr_t>(p.h) % 16 == 0;
   const int64_t rows = ragged ? p.bags.rows : p.bags.n;
   if (p.h_d != 1 && p.h_n == 1 && !ragged && bags && start && is_aligned(p.h_d)) return {true, true};
   return {false, (p.h_d == 1 || p.D == 1) && bags && start && (rows <= 1 || is_aligned(p.h_n))};

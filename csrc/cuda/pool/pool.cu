@@ -45,7 +45,8 @@ std::tuple<Tensor, Tensor> forward_as(const Inputs& in) {
   const Tensor sums = empty(in.h, {slots, p.K, pooled_width(p.D)}, ScalarType::Float);
   const Parts parts{floats(softmax), floats(softmax) + slots * p.K, floats(sums)};
   const PackedWeights<typename Precision::Element> weights(in, operands, stream);
-  forward<Precision>(p, weights.packed, {parts, floats(scores), operands.weights.w_bias}, in.u_weight.has_value(), stream);
+  forward<Precision>(
+      p, weights.packed, {parts, floats(scores), operands.weights.w_bias}, in.u_weight.has_value(), stream);
   combine(p, parts, pooled.mutable_data_ptr(), type_of(in.h), stream);
   return {pooled, scores};
 }
@@ -103,13 +104,14 @@ Gradients backward_as(
     const int64_t last = std::min(slots, first + held);
     branch<Precision>(
         p, packed.packed,
-        {floats(of.ds), scale_of, held_grads, floats(wanted(kWWeight), part_heads), floats(biases, part_biases), first, last},
+        {floats(of.ds), scale_of, held_grads, floats(wanted(kWWeight), part_heads), floats(biases, part_biases), first,
+         last},
         gated, stream);
     if (wanted(kH)) {
       row_gradient<Precision>(
           p, packed.packed,
-          {held_grads, scale_of, of.bits(), floats(grad_pooled.has_value(), of.attention), grad, grad_h, first, last}, gated,
-          stream);
+          {held_grads, scale_of, of.bits(), floats(grad_pooled.has_value(), of.attention), grad, grad_h, first, last},
+          gated, stream);
     }
     if (weights) {
       weight_gradient<Precision>(

@@ -6,7 +6,8 @@
 
 namespace ercn::pool {
 
-// pooled [B, K, D] in h's type and scores [B, K, N] or [K, T] in fp32; exact: fp32 products to fp32's accuracy, not TF32's.
+// pooled [B, K, D] in h's type and scores [B, K, N] or [K, T] in fp32; exact: fp32 products to fp32's accuracy, not
+// TF32's.
 std::tuple<Tensor, Tensor> forward(const Inputs& in, bool exact);
 
 // Gradients in h's type of what `needs` asks for, a bit each; the others are empty.

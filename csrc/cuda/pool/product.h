@@ -1,6 +1,6 @@
 #pragma once
-// Products of a block of four warps: [64, 128] += A [64, K] · B [K, 128], by mma with fp32 sums. Operands come from device
-// memory in three stages; either may have its elements follow each other along K or along its other side.
+// Products of a block of four warps: [64, 128] += A [64, K] · B [K, 128], by mma with fp32 sums. Operands come from
+// device memory in three stages; either may have its elements follow each other along K or along its other side.
 #include <arch/async.h>
 #include <arch/mma.h>
 
@@ -27,7 +27,8 @@ struct Tile {
   static constexpr int kDepth = 64 / sizeof(Element), kVector = 16 / sizeof(Element);
   static constexpr int kRuns = ALONG == Along::kK ? SIDE : kDepth, kElements = ALONG == Along::kK ? kDepth : SIDE;
   // Runs are padded so that neither ldmatrix nor the 4-byte reads of fp32 meet a bank twice.
-  static constexpr int kPitch = kElements * sizeof(Element) + (ALONG == Along::kOther && sizeof(Element) == 4 ? 32 : 16);
+  static constexpr int kPitch =
+      kElements * sizeof(Element) + (ALONG == Along::kOther && sizeof(Element) == 4 ? 32 : 16);
   static constexpr int kBytes = kRuns * kPitch;
 
   ERCN_DEVICE static void fill(unsigned char* tile, const Runs<Element>& from, int threads) {
@@ -128,8 +129,8 @@ struct Product {
   static constexpr int kThreads = 128, kDepth = A::kDepth, kStages = 3, kStageBytes = A::kBytes + B::kBytes;
   static constexpr int kBytes = kStages * kStageBytes;
 
-  // sums = Σ over `steps` of kDepth of K. source.a(step) and source.b(step) are Runs; if kMasked, rows of B whose bit in
-  // source.mask(step) is 0 count as zero whatever they hold. The stages may be written again at once.
+  // sums = Σ over `steps` of kDepth of K. source.a(step) and source.b(step) are Runs; if kMasked, rows of B whose bit
+  // in source.mask(step) is 0 count as zero whatever they hold. The stages may be written again at once.
   template <typename Source>
   ERCN_DEVICE static void run(Sums& sums, int steps, const Source& source, unsigned char* stages) {
 #pragma unroll
@@ -220,8 +221,8 @@ struct Product {
   ERCN_DEVICE static void add(float (&d)[4], const Factor<4>& a, const Factor<2>& b) {
     using Type = typename Precision::Product;
     if constexpr (Precision::kExact) {
-      // Tensor cores truncate where they add, so the total is kept in fp32. What a low term is in is NaN where a factor is
-      // not finite: then the high terms alone have the product.
+      // Tensor cores truncate where they add, so the total is kept in fp32. What a low term is in is NaN where a factor
+      // is not finite: then the high terms alone have the product.
       float large[4] = {}, small[4] = {};
       arch::mma<Type>(small, a.low, b.high);
       arch::mma<Type>(small, a.high, b.low);

@@ -54,7 +54,8 @@ ERCN_DEVICE Activations activate_small(float v, float u) {
   return on;
 }
 
-// tanh and σ (1 if not gated) of tile (m, n), register i; 0 and 1 for units that do not exist, which an infinite h makes NaN.
+// tanh and σ (1 if not gated) of tile (m, n), register i; 0 and 1 for units that do not exist, which an infinite h
+// makes NaN.
 template <bool GATED>
 ERCN_DEVICE Activations activations_at(
     const Sums& sums, const float* biases, const Columns& columns, int group, int m, int n, int i) {

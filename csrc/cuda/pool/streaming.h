@@ -1,12 +1,13 @@
 #pragma once
-// Sums over a segment's rows and channels that no tensor core is needed for: Σ e h over rows, and q = ĝ · h over channels.
+// Sums over a segment's rows and channels that no tensor core is needed for: Σ e h over rows, and q = ĝ · h over
+// channels.
 #include "pool/instances.h"
 #include "pool/reduce.h"
 
 namespace ercn::pool {
 
-// Of a block of four warps. In rows of channels a warp takes every fourth row, a lane 16 bytes of channels; in channels of rows
-// a few lanes share a channel, 16 bytes of rows each, and a warp takes every fourth set of channels.
+// Of a block of four warps. In rows of channels a warp takes every fourth row, a lane 16 bytes of channels; in channels
+// of rows a few lanes share a channel, 16 bytes of rows each, and a warp takes every fourth set of channels.
 template <typename Element, bool CHANNELS_FIRST>
 struct Streaming {
   static constexpr int kVector = 16 / sizeof(Element), kWarps = 4, kThreads = 32 * kWarps, kHeads = 4;
@@ -31,7 +32,8 @@ struct Streaming {
     }
   }
 
-  // Shares of q[k, row] = Σ_d ĝ[k, d] h[row, d] by warp, whatever rows are real; ĝ has rows of D, at most kHeads of them.
+  // Shares of q[k, row] = Σ_d ĝ[k, d] h[row, d] by warp, whatever rows are real; ĝ has rows of D, at most kHeads of
+  // them.
   ERCN_DEVICE static void dot_channels(
       const Instances<Element>& h, const Element* grad, int heads, float (&products)[kWarps][kHeads][kSegmentRows]) {
     if constexpr (CHANNELS_FIRST) {

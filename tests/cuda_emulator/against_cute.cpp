@@ -1,4 +1,5 @@
-// The emulator's layouts against CuTe's, which were written from the same documents by others. Returns the first difference.
+// The emulator's layouts against CuTe's, which were written from the same documents by others. Returns the first
+// difference.
 #include <cute/algorithm/gemm.hpp>
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/copy_traits_sm90.hpp>
@@ -38,7 +39,8 @@ template <typename Element, typename Atom>
 void warp_products(const char* what) {
   using Traits = cute::MMA_Traits<Atom>;
   constexpr int kParts = std::is_same_v<Element, tf32> ? 1 : 2;
-  const auto transposed = [](detail::Place place) { return detail::Place{place.column, place.row}; };  // CuTe's B is [N, K]
+  // CuTe's B is [N, K].
+  const auto transposed = [](detail::Place place) { return detail::Place{place.column, place.row}; };
   compare(what, typename Traits::CLayout{}, 32, 4, 16, [](int lane, int i) { return detail::place_d(lane, i); });
   compare(what, typename Traits::ALayout{}, 32, 4 * kParts, 16, [](int lane, int i) {
     return detail::place_a<Element>(lane, i / kParts, i % kParts);
@@ -68,7 +70,8 @@ void operand(const char* what, unsigned char* shared) {
   constexpr int kMN = 128, kK = 128 / sizeof(Element), kStep = 32 / sizeof(Element), kVector = 16 / sizeof(Element);
   const auto layout = cute::as_position_independent_swizzle_layout(
       cute::tile_to_shape(
-          Atom{}, cute::Shape<cute::Int<kMN>, cute::Int<kMajor == Major::kK ? kK : 64>>{}, cute::Step<cute::_2, cute::_1>{}));
+          Atom{}, cute::Shape<cute::Int<kMN>, cute::Int<kMajor == Major::kK ? kK : 64>>{},
+          cute::Step<cute::_2, cute::_1>{}));
   constexpr int kGroup = 64 * 128;  // bytes of 64 rows
   const Operand base = kMajor == Major::kK ? operand_k(shared) : operand_mn(shared, kGroup);
   for (int step = 0; step < 4; ++step) {

@@ -148,9 +148,9 @@ std::string deadlock() {
     message += " wait for " + what;
   }
   for (const auto& [offset, barrier] : machine->block.mbarriers) {
-    message += "\n  mbarrier at offset " + std::to_string(offset) + " is in phase " + std::to_string(barrier.phase) + ", lacks " +
-               std::to_string(barrier.pending) + " of " + std::to_string(barrier.count) + " arrivals and " +
-               std::to_string(barrier.bytes) + " bytes";
+    message += "\n  mbarrier at offset " + std::to_string(offset) + " is in phase " + std::to_string(barrier.phase) +
+               ", lacks " + std::to_string(barrier.pending) + " of " + std::to_string(barrier.count) +
+               " arrivals and " + std::to_string(barrier.bytes) + " bytes";
   }
   return message;
 }
@@ -158,7 +158,9 @@ std::string deadlock() {
 // What a warp leaves behind when all threads are done.
 std::string left_open(const Block& block) {
   for (size_t warp = 0; warp < block.warps.size(); ++warp) {
-    if (!block.warps[warp].accumulators.empty()) return "warp " + std::to_string(warp) + " did not wait for its last wgmma";
+    if (!block.warps[warp].accumulators.empty()) {
+      return "warp " + std::to_string(warp) + " did not wait for its last wgmma";
+    }
     if (block.warps[warp].wgmmas != block.warps[warp / 4 * 4].wgmmas) {
       return "warps " + std::to_string(warp / 4 * 4) + " and " + std::to_string(warp) +
              " of one warpgroup made different products by wgmma";
@@ -212,8 +214,8 @@ void run_block(Coordinates index, Coordinates grid, int threads, unsigned char* 
     }
     if (!machine->failure.empty()) {
       throw std::runtime_error(
-          "emulated block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
-          "): " + machine->failure);
+          "emulated block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+          std::to_string(index.z) + "): " + machine->failure);
     }
   }
 }
@@ -252,7 +254,9 @@ void meet(const char* instruction, void* argument, const std::function<void(void
   }
   meeting.arguments[lane] = argument;
   meeting.threads.push_back(&self);
-  if (static_cast<int>(meeting.threads.size()) < kWarp) return wait(std::string(instruction) + " by all lanes of the warp");
+  if (static_cast<int>(meeting.threads.size()) < kWarp) {
+    return wait(std::string(instruction) + " by all lanes of the warp");
+  }
   all(meeting.arguments.data());
   for (Thread* other : meeting.threads) {
     if (other != &self) wake(*other);
@@ -283,7 +287,9 @@ Mbarrier& mbarrier(const void* pointer, const char* instruction) {
   const ptrdiff_t offset = in_shared(pointer, 8, 8, instruction) - block().shared;
   const auto found = block().mbarriers.find(offset);
   if (found == block().mbarriers.end()) {
-    fail(std::string(instruction) + ": no barrier was initialised at offset " + std::to_string(offset) + " of shared memory");
+    fail(
+        std::string(instruction) + ": no barrier was initialised at offset " + std::to_string(offset) +
+        " of shared memory");
   }
   return found->second;
 }
@@ -331,7 +337,8 @@ void run(Coordinates grid, int threads, int shared_bytes, const std::function<vo
     throw std::runtime_error("a block has a multiple of 32 threads up to 1024, not " + std::to_string(threads));
   }
   if (shared_bytes < 0 || shared_bytes > kMostShared) {
-    throw std::runtime_error("a block has at most 227 KiB of shared memory, not " + std::to_string(shared_bytes) + " bytes");
+    throw std::runtime_error(
+        "a block has at most 227 KiB of shared memory, not " + std::to_string(shared_bytes) + " bytes");
   }
   if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("a grid has at most 65535 blocks along y and z");
   Machine state;

@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the CPU to show that they are right, not fast. Each thread of a block is a fiber; fibers run in a
-// seeded random order and change only where threads wait. What the PTX ISA leaves undefined until it is waited for is
+// Runs CUDA kernels on the CPU to show that they are right, not fast. Each thread of a block is a fiber; fibers run in
+// a seeded random order and change only where threads wait. What the PTX ISA leaves undefined until it is waited for is
 // made wrong until then: the targets of copies and the accumulators of wgmma hold NaN, and both happen as late as is
 // legal. Blocks run one after another, in random order, on shared memory that starts out as NaN.
 #pragma once

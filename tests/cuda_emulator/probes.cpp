@@ -1,4 +1,5 @@
-// Small kernels that show what the emulator does, for tests/test_cuda_emulator.py. A probe returns nullptr, or what failed.
+// Small kernels that show what the emulator does, for tests/test_cuda_emulator.py. A probe returns nullptr, or what
+// failed.
 #include <arch/async.h>
 #include <arch/convert.h>
 #include <arch/mma.h>
@@ -115,7 +116,8 @@ const char* misaligned(const float* from) {
   return probe(32, 1024, [=](unsigned char* shared) { cp_async<16>(shared, from + 1 + 4 * lane_index(), true); });
 }
 const char* shared_starts_as_nan(float* to) {
-  return probe(32, 128, [=](unsigned char* shared) { to[lane_index()] = reinterpret_cast<float*>(shared)[lane_index()]; });
+  return probe(
+      32, 128, [=](unsigned char* shared) { to[lane_index()] = reinterpret_cast<float*>(shared)[lane_index()]; });
 }
 // For AddressSanitizer, which ends the process: one float beyond `to`, or beyond shared memory.
 const char* write_beyond(float* to, bool in_shared) {

@@ -40,7 +40,8 @@ struct Tile {
     }
   }
   static Operand operand(const unsigned char* tile, int step) {  // the K of one instruction
-    return kMajor == Major::kK ? advance(operand_k(tile), 32 * step) : advance(operand_mn(tile, kGroupBytes), 2048 * step);
+    return kMajor == Major::kK ? advance(operand_k(tile), 32 * step)
+                               : advance(operand_mn(tile, kGroupBytes), 2048 * step);
   }
 };
 
@@ -172,11 +173,13 @@ const char* ring_of_stages(const float* x, int boxes, float* y, int without) {
 }
 
 // The box [2, 8, 32] of x [depth, rows, columns] at (c2, c1, c0), as it lies in shared memory; and back into z, moved.
-const char* box(const fp16* x, int columns, int rows, int depth, int c0, int c1, int c2, int swizzle, fp16* y, fp16* z) {
+const char* box(
+    const fp16* x, int columns, int rows, int depth, int c0, int c1, int c2, int swizzle, fp16* y, fp16* z) {
   constexpr int kBox = 2 * 8 * 32;
   const auto map = [&](const fp16* x) {
     const int64_t row = columns * 2;
-    return make_tensor_map<fp16, 3>(x, {columns, rows, depth}, {row, row * rows}, {32, 8, 2}, static_cast<Swizzle>(swizzle));
+    return make_tensor_map<fp16, 3>(
+        x, {columns, rows, depth}, {row, row * rows}, {32, 8, 2}, static_cast<Swizzle>(swizzle));
   };
   const TensorMap in = map(x), out = map(z);
   return probe(32, 2 * kBox + 8, [=](unsigned char* shared) {

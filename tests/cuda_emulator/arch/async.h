@@ -23,7 +23,9 @@ ERCN_DEVICE void cp_async(void* shared, const void* global, bool valid) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
   detail::copy(shared, global, BYTES, valid ? BYTES : 0);
 }
-ERCN_DEVICE void cp_async_first(void* shared, const void* global, int bytes) { detail::copy(shared, global, 16, bytes); }
+ERCN_DEVICE void cp_async_first(void* shared, const void* global, int bytes) {
+  detail::copy(shared, global, 16, bytes);
+}
 
 ERCN_DEVICE void cp_async_commit() {
   emulator::Thread& self = emulator::thread();

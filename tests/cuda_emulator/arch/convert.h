@@ -21,7 +21,9 @@ ERCN_DEVICE float to_float(bf16 x) { return float_of(static_cast<uint32_t>(x.bit
 ERCN_DEVICE float to_float(fp16 x) {
   const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
   const float sign = x.bits >> 15 ? -1.0f : 1.0f;
-  if (exponent == 31) return fraction ? std::numeric_limits<float>::quiet_NaN() : sign * std::numeric_limits<float>::infinity();
+  if (exponent == 31) {
+    return fraction ? std::numeric_limits<float>::quiet_NaN() : sign * std::numeric_limits<float>::infinity();
+  }
   return sign * (exponent ? std::ldexp(static_cast<float>(1024 + fraction), exponent - 25)
                           : std::ldexp(static_cast<float>(fraction), -24));
 }
@@ -86,12 +88,18 @@ namespace detail {
 ERCN_DEVICE float disturbed(float x, float error) {
   return float_bits(x) >> 3 & 1 ? x * (1 + error) : x * (1 - error);
 }
-ERCN_DEVICE float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+ERCN_DEVICE float flushed(float x) {
+  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+}
 
 }  // namespace detail
 
-ERCN_DEVICE float exp2_fast(float x) { return detail::flushed(detail::disturbed(std::exp2(detail::flushed(x)), 2 * 0x1p-24f)); }
-ERCN_DEVICE float reciprocal_fast(float x) { return detail::flushed(detail::disturbed(1 / detail::flushed(x), 0x1p-24f)); }
+ERCN_DEVICE float exp2_fast(float x) {
+  return detail::flushed(detail::disturbed(std::exp2(detail::flushed(x)), 2 * 0x1p-24f));
+}
+ERCN_DEVICE float reciprocal_fast(float x) {
+  return detail::flushed(detail::disturbed(1 / detail::flushed(x), 0x1p-24f));
+}
 ERCN_DEVICE float tanh_fast(float x) { return detail::disturbed(std::tanh(x), 0x1p-11f); }
 
 }  // namespace ercn::arch

@@ -75,7 +75,9 @@ ERCN_DEVICE void fence_barrier_init() {
 
 ERCN_DEVICE void barrier_arrive_expect(Barrier* barrier, int bytes) {
   emulator::Mbarrier& state = emulator::mbarrier(barrier, "barrier_arrive");
-  if (state.pending == 0) emulator::fail("barrier_arrive: more arrivals than the barrier counts, before its bytes have come");
+  if (state.pending == 0) {
+    emulator::fail("barrier_arrive: more arrivals than the barrier counts, before its bytes have come");
+  }
   state.bytes += bytes;
   --state.pending;
   emulator::mbarrier_advance(state);

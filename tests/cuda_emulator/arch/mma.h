@@ -37,6 +37,13 @@ Place place_b(int lane, int i, int part) {
   return {std::is_same_v<Element, tf32> ? lane % 4 + 4 * i : lane % 4 * 2 + 8 * i + part, lane / 4};
 }
 
+// Tensor cores cut what does not fit fp32 off their sums.
+inline float truncated_sum(float d, double products) {
+  const double sum = d + products;
+  const float near = static_cast<float>(sum);
+  return std::isfinite(near) && std::fabs(near) > std::fabs(sum) ? std::nextafter(near, 0.0f) : near;
+}
+
 struct Mma {
   float* d;
   const uint32_t *a, *b;
@@ -62,16 +69,17 @@ ERCN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
         }
       }
     }
-    float sums[16][8] = {};
+    double sums[16][8] = {};
     for (int m = 0; m < 16; ++m) {
       for (int k = 0; k < K; ++k) {
-        for (int n = 0; n < 8; ++n) sums[m][n] += A[m][k] * B[k][n];
+        for (int n = 0; n < 8; ++n) sums[m][n] += static_cast<double>(A[m][k]) * B[k][n];
       }
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
         const auto [row, column] = detail::place_d(lane, i);
-        lanes[lane]->d[i] += sums[row][column];
+        float& d = lanes[lane]->d[i];
+        d = detail::truncated_sum(d, sums[row][column]);
       }
     }
   });

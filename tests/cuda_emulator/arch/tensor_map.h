@@ -42,11 +42,15 @@ TensorMap make_tensor_map(
     require(box[i] >= 1 && box[i] <= 256, "sides of the box must be from 1 to 256");
     map.sizes[i] = sizes[i], map.box[i] = box[i];
     map.strides[i] = i == 0 ? sizeof(Element) : strides[i - 1];
-    if (i > 0) require(map.strides[i] % 16 == 0 && map.strides[i] < int64_t{1} << 40, "strides must be multiples of 16 below 2^40");
+    if (i == 0) continue;
+    require(
+        map.strides[i] % 16 == 0 && map.strides[i] < int64_t{1} << 40, "strides must be multiples of 16 below 2^40");
   }
   const int row = box[0] * static_cast<int>(sizeof(Element));
   require(row % 16 == 0, "dimension 0 of the box must be a multiple of 16 bytes");
-  require(swizzle == Swizzle::kNone || row <= 16 << static_cast<int>(swizzle), "dimension 0 of the box must fit the swizzle");
+  require(
+      swizzle == Swizzle::kNone || row <= 16 << static_cast<int>(swizzle),
+      "dimension 0 of the box must fit the swizzle");
   return map;
 }
 

@@ -1,5 +1,5 @@
-// csrc/cuda/arch/wgmma.h for the emulator. A product reads shared memory and writes its accumulators when it is waited for;
-// until then they hold NaN. Each warp makes its 16 rows by itself.
+// csrc/cuda/arch/wgmma.h for the emulator. A product reads shared memory and writes its accumulators when it is waited
+// for; until then they hold NaN. Each warp makes its 16 rows by itself.
 #pragma once
 
 #include <arch/mma.h>
@@ -18,7 +18,8 @@ inline Operand operand(const void* tile, uint64_t leading_bytes, uint64_t stride
   return (shared_address(tile) & 0x3ffff) >> 4 | leading_bytes >> 4 << 16 | stride_bytes >> 4 << 32 | kSwizzle128 << 62;
 }
 
-// Where 16 bytes of an operand lie in shared memory: row `mn` and chunk `k` along K of kK; chunk `mn` and row `k` of kMN.
+// Where 16 bytes of an operand lie in shared memory: row `mn` and chunk `k` along K of kK; chunk `mn` and row `k` of
+// kMN.
 inline int64_t place_operand(Operand descriptor, Major major, int mn, int k) {
   const int64_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
   const int64_t stride = (descriptor >> 32 & 0x3fff) << 4;
@@ -63,7 +64,9 @@ void check_operand(Operand descriptor, int count) {
   constexpr int K = kMmaK<Element>, kChunk = 16 / sizeof(Element);
   static_assert(kMajor == Major::kK || sizeof(Element) == 2, "only 16-bit operands may be contiguous in M or N");
   const emulator::Block& block = emulator::block();
-  if ((descriptor << 4 & 0x3ff) >= 128) emulator::fail("wgmma: an operand must begin in the first row of a multiple of 1024");
+  if ((descriptor << 4 & 0x3ff) >= 128) {
+    emulator::fail("wgmma: an operand must begin in the first row of a multiple of 1024");
+  }
   const int rows = kMajor == Major::kK ? count : count / kChunk, columns = kMajor == Major::kK ? K / kChunk : K;
   for (int mn = 0; mn < rows; ++mn) {
     for (int k = 0; k < columns; ++k) {
@@ -103,7 +106,8 @@ void multiply(Wgmma argument, const ReadA& read_a) {
       if (!lanes[lane]->thread->wgmma_fenced) emulator::fail("wgmma without a wgmma_fence since the last wgmma_commit");
     }
     check_operand<Element, kB>(first.b_operand, N);
-    warp.wgmmas.insert(warp.wgmmas.end(), {first.a_operand, first.b_operand, static_cast<uint64_t>(N), first.accumulate});
+    warp.wgmmas.insert(
+        warp.wgmmas.end(), {first.a_operand, first.b_operand, static_cast<uint64_t>(N), first.accumulate});
 
     emulator::Accumulators& sums = warp.accumulators[first.d];
     if (sums.unfinished == 0) {
@@ -120,7 +124,7 @@ void multiply(Wgmma argument, const ReadA& read_a) {
     ++sums.unfinished;
     warp.products.push_back([read = read_a(lanes), first, &sums] {
       const std::vector<float> a = read(), b = read_operand<Element, kB>(first.b_operand, 0, N);
-      std::vector<float> product(16 * N), row(N);
+      std::vector<double> product(16 * N), row(N);
       for (int k = 0; k < K; ++k) {
         for (int n = 0; n < N; ++n) row[n] = b[n * K + k];
         for (int m = 0; m < 16; ++m) {
@@ -131,7 +135,7 @@ void multiply(Wgmma argument, const ReadA& read_a) {
         for (int i = 0; i < kCount; ++i) {
           const auto [m, n] = place_d(lane, i % 4);
           float& sum = sums.values[lane * kCount + i];
-          sum = (first.accumulate ? sum : 0) + product[m * N + i / 4 * 8 + n];
+          sum = truncated_sum(first.accumulate ? sum : 0, product[m * N + i / 4 * 8 + n]);
         }
       }
       --sums.unfinished;

@@ -138,6 +138,7 @@ struct PoolForward {
     sync_warpgroup(own);
     const int k = arch::thread_index() % 128;
     if (k < K) p.parts.sum[slot * K + k] = (exchange[0][k] + exchange[1][k]) + (exchange[2][k] + exchange[3][k]);
+    sync_warpgroup(own);  // the next segment's maxima go to the same place
   }
 
   // Σ e·h of the segment: hᵀ [64 channels, 64 rows] · e [64 rows, 8 heads], slab by slab.

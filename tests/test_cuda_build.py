@@ -17,8 +17,6 @@ from ercn.ops import _extension
 
 reason = _extension.load("_cuda")
 built = pytest.mark.skipif(reason is not None, reason=str(reason))
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes of a block (CUDA C++ programming guide, compute capabilities)
-STATIC_LIMIT = 48 << 10
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is None, reason="no CUDA toolkit, or CPU torch")

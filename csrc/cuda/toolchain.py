@@ -82,8 +82,8 @@ def cutlass() -> Path | None:
 
 
 def include_dirs() -> list[str]:
-    """What both compilers search besides torch's headers."""
-    return [str(HERE), str(toolkit()[1] / "include"), str(cutlass())]
+    """What the C++ compiler, which runs elsewhere, searches besides torch's headers."""
+    return [str(HERE.resolve()), str(toolkit()[1] / "include"), str(cutlass())]
 
 
 def libraries() -> tuple[list[str], list[str]]:

@@ -231,6 +231,8 @@ void fail(const std::string& message) {
   __builtin_unreachable();
 }
 
+bool coin() { return machine->random() % 2 != 0; }
+
 void wait(const std::string& what) {
   thread().waits_for = what;
   to_scheduler(false);

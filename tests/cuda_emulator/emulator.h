@@ -99,6 +99,9 @@ Thread& thread();
 // Ends the kernel with a message: where the device would do something undefined or hang.
 [[noreturn]] void fail(const std::string& message);
 
+// Heads or tails, from the seed.
+bool coin();
+
 // Lets others run until somebody calls wake.
 void wait(const std::string& what);
 void wake(Thread& thread);

@@ -1,6 +1,10 @@
-// csrc/cuda/arch/wgmma.h for the emulator. A product reads shared memory and writes its accumulators when it is waited
-// for; until then they hold NaN. Each warp makes its 16 rows by itself.
+// csrc/cuda/arch/wgmma.h for the emulator. A product reads shared memory when it is asked for or when it is waited for, by
+// a coin's toss, and writes its accumulators when it is waited for; until then they hold NaN. Each warp makes its 16
+// rows by itself.
 #pragma once
+
+#include <optional>
+#include <utility>
 
 #include <arch/mma.h>
 #include <arch/tensor_map.h>
@@ -122,8 +126,14 @@ void multiply(Wgmma argument, const ReadA& read_a) {
       emulator::fail("wgmma: accumulators of another shape are still being worked on");
     }
     ++sums.unfinished;
-    warp.products.push_back([read = read_a(lanes), first, &sums] {
-      const std::vector<float> a = read(), b = read_operand<Element, kB>(first.b_operand, 0, N);
+    const auto operands = [read = read_a(lanes), first] {
+      return std::pair(read(), read_operand<Element, kB>(first.b_operand, 0, N));
+    };
+    // Shared memory may be read as soon as the product is asked for, or as late as it is waited for.
+    std::optional<std::pair<std::vector<float>, std::vector<float>>> early;
+    if (emulator::coin()) early = operands();
+    warp.products.push_back([early, operands, first, &sums] {
+      const auto [a, b] = early ? *early : operands();
       std::vector<double> product(16 * N), row(N);
       for (int k = 0; k < K; ++k) {
         for (int n = 0; n < N; ++n) row[n] = b[n * K + k];

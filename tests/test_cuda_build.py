@@ -168,7 +168,7 @@ def test_static_shared_memory_is_not_used():
 
 @built
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", [r"4ercn8affinity7ForwardI", r"4ercn8affinity8BackwardI"])
+@pytest.mark.parametrize("kernel", [r"NS_8affinity7ForwardI", r"NS_8affinity8BackwardI"])
 def test_generic_affinity_is_made_of_tensor_core_products(kernel):
     for f in named(kernel):
         loop = f.main_loop()
@@ -181,7 +181,7 @@ def test_generic_affinity_is_made_of_tensor_core_products(kernel):
 @built
 @pytest.mark.slow
 def test_memory_bound_kernels_access_16_bytes():
-    for f in named(r"4ercn8affinity(12PackFeatures|8SumSlabs)I"):
+    for f in named(r"NS_8affinity(12PackFeatures|8SumSlabs)I"):
         for access in ("LDG", "STG"):
             assert [line for line in f.sass if f"{access}.E.128" in line], f"{f.name}: no {access} of 16 bytes"
 

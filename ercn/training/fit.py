@@ -41,8 +41,8 @@ def train(config: TrainConfig) -> Path:
     manifest = load_manifest(config.data.root)
     for split in ("train", "val"):
         need_split(manifest, split, config.data.root)
+    check_classes(config, manifest)
     info = describe(config, manifest)
-    check_classes(info, manifest)
     torch.manual_seed(derive(config.run.seed, "init"))
     model = ERCN(config.model)
     if config.init is not None:

@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint wheel sanitize valgrind clean
+.PHONY: demo test lint wheel sanitize sanitize-cuda valgrind clean
 
 demo: $(VENV)/.installed
 	$(PY) -m ercn doctor
@@ -33,6 +33,13 @@ sanitize: $(VENV)/.installed
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=../$(SANITIZED) \
 		../$(PY) -m pytest -q -p no:cacheprovider test_cpu_affinity.py test_cpu_pool.py
 
+# The same of the CUDA kernels, emulated. libstdc++ comes first for the exceptions of others that are loaded later.
+sanitize-cuda: $(VENV)/.installed
+	cd tests && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 ERCN_CXXFLAGS=-fsanitize=address OMP_NUM_THREADS=1 \
+		../$(PY) -m pytest -q -p no:cacheprovider test_cuda_emulator.py test_cuda_emulator_hopper.py \
+		test_cuda_pool_generic.py test_cuda_pool_hopper.py test_cuda_affinity_hopper.py
+
 # A small case of every CPU kernel under valgrind, which knows no AVX-512. What it finds in Python and torch is not ours.
 valgrind: $(VENV)/.installed
 	mkdir -p build
@@ -41,12 +48,13 @@ valgrind: $(VENV)/.installed
 	! grep -n -e "ercn::" -e "_C\.cpython" build/valgrind.log
 
 clean:
-	rm -rf build dist *.egg-info ercn/_C.* ercn/_build.json $(VENV)/.installed
+	rm -rf build dist *.egg-info ercn/_C.* ercn/_cuda.* ercn/_build.json $(VENV)/.installed
 
 # What the extension is built with comes first, so that it is built against the torch that will run it.
 $(VENV)/.environment: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch setuptools pybind11 ninja
+	$(INSTALL) --no-deps nvidia-cutlass
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.environment pyproject.toml $(NATIVE)

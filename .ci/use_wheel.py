@@ -3,6 +3,7 @@
 Argument: the README with the example to run.
 """
 
+import os
 import re
 import runpy
 import sys
@@ -25,6 +26,8 @@ assert "kernels" not in sys.modules
 folder = Path(ercn.__file__).parent
 assert "site-packages" in folder.parts, f"not the installed wheel: {folder}"
 assert _extension.load() is None, _extension.load()
+if os.environ.get("ERCN_BUILD") == "cuda":
+    assert _extension.load("_cuda") is None, _extension.load("_cuda")
 
 value = torch.randn(2, 3, 100, dtype=torch.float64)
 feat = torch.randn(2, 16, 100, dtype=torch.float64, requires_grad=True)

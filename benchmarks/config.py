@@ -12,8 +12,9 @@ class BenchConfig:
 
     op: affinity, mil, model or all. device: "auto" takes the GPU where torch can use one.
     backend: measure only this one of ours (ercn doctor lists them), besides the baselines. direction: only this one.
-    dtype: only this one. also: settings, separated by commas, in which our cpu backend takes turns with itself:
-    one_thread, the instruction sets portable, avx2 and avx512, and float32 (on float32 copies of the inputs).
+    dtype: only this one. also: settings, separated by commas, in which our compiled backend takes turns with itself. On
+    the CPU: one_thread, the instruction sets portable, avx2 and avx512, and float32 (on float32 copies of the inputs);
+    on a GPU: the cuda backend's kernels generic and sm90_dense.
     filter: only cases whose id contains a match of this regular expression.
     quick: a few small cases, few rounds. full: every registered case instead of the standard ones.
     seconds: of rounds per case. rounds: at least so many per case. threads: of torch on the CPU, 0 leaves torch's own

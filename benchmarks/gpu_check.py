@@ -28,9 +28,12 @@ PYTHON = sys.executable
 GRACE_S = 30.0  # between the interrupt and the kill of a stage out of time
 NO_TESTS = 5  # pytest's exit code
 # The operators' tests alone: others need the training extra before they can be collected.
-TESTS = [path.as_posix() for path in sorted((ROOT / "tests").glob("test_*.py"))
-         if path.stem.split("_")[1] in ("affinity", "attention", "backends", "cpu", "cuda", "triton")]  # fmt: skip
+OPERATORS = ("affinity", "attention", "backends", "cpu", "cuda", "gpu", "triton")
+TESTS = [p.as_posix() for p in sorted((ROOT / "tests").glob("test_*.py")) if p.stem.split("_")[1] in OPERATORS]
 SMALL = (PYTHON, "-m", "ercn", "doctor", "--selftest")
+# Every path of the CUDA kernels once, small enough for a sanitizer.
+SANITIZED = (PYTHON, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu_ops.py", "-k",
+             "cuda and (within_budget or ragged or masked)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,12 @@ STAGES = (
     Stage("doctor", 120, SMALL),
     Stage("tests_cpu", 900, (PYTHON, "-m", "pytest", "-q", "-m", "not slow and not gpu", *TESTS)),
     Stage("tests_gpu", 900, (PYTHON, "-m", "pytest", "-q", "-m", "gpu", *TESTS), "gpu"),
-    Stage("memcheck", 600, ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *SMALL), "sanitizer"),
-    Stage("racecheck", 600, ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *SMALL), "sanitizer"),
+    *(Stage(tool, 600, ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *SANITIZED), "sanitizer")
+      for tool in ("memcheck", "racecheck", "synccheck")),
     Stage("bench_cpu", 300, (PYTHON, "-m", "ercn", "bench", "--device", "cpu", "--quick", "--save", "{out}/cpu.json")),
     Stage("bench", 1200, (PYTHON, "-m", "ercn", "bench", "--device", "cuda", "--save", "{out}/cuda.json"), "gpu"),
+    Stage("bench_kernels", 600, (PYTHON, "-m", "ercn", "bench", "--device", "cuda", "--backend", "cuda", "--also",
+                                 "generic,sm90_dense", "--save", "{out}/cuda_kernels.json"), "gpu"),
     Stage("plots", 120, (PYTHON, "-m", "ercn", "bench", "plot", "{out}/cpu.json", "--out", "{out}/plots_cpu")),
     Stage("plots_gpu", 120, (PYTHON, "-m", "ercn", "bench", "plot", "{out}/cuda.json", "--out", "{out}/plots"), "gpu"),
 )  # fmt: skip
@@ -110,7 +115,7 @@ def run_stage(stage: Stage, seconds: int, out: Path) -> Outcome:
         return Outcome(stage.name, "skipped", reason=reason)
     command = [part.replace("{out}", str(out)) for part in stage.command]
     start, log = time.monotonic(), out / f"{stage.name}.log"
-    environment = os.environ | {"ERCN_BUILD": os.environ.get("ERCN_BUILD", "cpu")}
+    environment = os.environ | {"ERCN_BUILD": os.environ.get("ERCN_BUILD", "cuda")}
     with open(log, "w", encoding="utf-8") as stream:
         try:
             process = subprocess.Popen(

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from ercn.benchmarks import memory, network, timing
+from ercn.benchmarks import kernels, memory, network, timing
 from ercn.benchmarks.cases import OPS, Case, Inputs, ModelCase, suite
 from ercn.benchmarks.ceilings import ceilings, describe, peak_gflops
 from ercn.benchmarks.config import BenchConfig
 from ercn.benchmarks.environment import environment, machine
 from ercn.benchmarks.results import Row, Writer
-from ercn.benchmarks.settings import SETTINGS
 from ercn.benchmarks.table import screen
 from ercn.benchmarks.telemetry import Telemetry
 from ercn.benchmarks.variants import SETTABLE, Variant, inputs_of, precision, variants
@@ -49,11 +48,13 @@ def select(config: BenchConfig, device: str) -> list[Case]:
     names = [b.name for b in backends()]
     if config.backend and config.backend not in names:
         raise ValueError(f"{config.backend!r} is no backend; there are {', '.join(names)}")
-    unknown = [name for name in settings(config) if name not in SETTINGS]
+    settable, known = SETTABLE[device]
+    unknown = [name for name in settings(config) if name not in known]
     if unknown:
-        raise ValueError(f"--also {unknown[0]!r} is no setting; there are {', '.join(SETTINGS)}")
-    if config.also and (device != "cpu" or config.backend not in ("", SETTABLE.removeprefix("ercn-"))):
-        raise ValueError(f"--also repeats the cpu backend on the CPU; got device {device}, backend {config.backend!r}")
+        raise ValueError(f"--also {unknown[0]!r} is no setting on {device}; there are {', '.join(known)}")
+    own = settable.removeprefix("ercn-")
+    if config.also and config.backend not in ("", own):
+        raise ValueError(f"--also repeats the {own} backend on {device}; got backend {config.backend!r}")
     if config.quick and config.full:
         raise ValueError("--quick and --full exclude each other")
     try:
@@ -113,6 +114,8 @@ def _run(config: BenchConfig, cases: list[Case], device: str) -> dict[str, Any]:
                 shown.finished(case, measure(case, device, config, peaks, writer.add))
     finally:
         writer.finish()
+    for sentence in kernels.described(writer.rows):
+        shown.note(sentence)
     return {**writer.header, "rows": writer.rows}
 
 
@@ -200,7 +203,8 @@ def _time(
         try:
             row["peak_extra_mb"], row["memory_note"] = _peak(case, inputs, device, variant, config)
             runners[variant.name] = variant.make(case, inputs)
-            row["first_call_ms"] = _first_call(runners[variant.name], device)
+            with kernels.launched() as row["kernels"]:
+                row["first_call_ms"] = _first_call(runners[variant.name], device)
         except Exception as error:  # noqa: BLE001
             runners.pop(variant.name, None)
             del ready[variant]

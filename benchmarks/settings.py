@@ -1,4 +1,4 @@
-"""Our cpu backend under other settings than its own, to take turns with it: ``ercn-cpu@NAME`` in the results."""
+"""Our compiled backends under other settings than their own, to take turns with them: ``ercn-cpu@NAME`` in results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ercn.benchmarks.cases import Case, Inputs
 
 Runner = Callable[[], tuple[Tensor, ...]]
 Make = Callable[[Case, Inputs], Runner]
-ISA = "ERCN_CPU_ISA"  # read by the kernels at every call
 
 
 @contextlib.contextmanager
@@ -29,16 +28,22 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _instructions(name: str) -> Iterator[None]:
-    before = os.environ.get(ISA)
-    os.environ[ISA] = name
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable that is read at every call."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[ISA]
+            del os.environ[name]
         else:
-            os.environ[ISA] = before
+            os.environ[name] = before
+
+
+ISA = "ERCN_CPU_ISA"
+_instructions = partial(_variable, ISA)
+_kernels = partial(_variable, "ERCN_CUDA_KERNELS")
 
 
 def _within(scope: Callable[[], contextlib.AbstractContextManager], make: Make) -> Make:
@@ -70,4 +75,8 @@ SETTINGS: dict[str, Callable[[Make], Make]] = {
     "avx2": partial(_within, partial(_instructions, "avx2")),
     "avx512": partial(_within, partial(_instructions, "avx512")),
     "float32": _in_float32,
+}
+CUDA_SETTINGS: dict[str, Callable[[Make], Make]] = {
+    "generic": partial(_within, partial(_kernels, "generic")),
+    "sm90_dense": partial(_within, partial(_kernels, "sm90_dense")),
 }

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ercn.benchmarks import eager, network
 from ercn.benchmarks.cases import AffinityCase, Case, Inputs, ModelCase, PoolCase
-from ercn.benchmarks.settings import SETTINGS, Runner
+from ercn.benchmarks.settings import CUDA_SETTINGS, SETTINGS, Runner
 from ercn.ops import _backends, affinity_propagate, gated_attention_pool
 
-SETTABLE = "ercn-cpu"  # what the settings apply to
+# What settings apply to, and which, by device.
+SETTABLE = {"cpu": ("ercn-cpu", SETTINGS), "cuda": ("ercn-cuda", CUDA_SETTINGS)}
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,16 @@ def precision(case: Case) -> Iterator[None]:
 
 
 def variants(case: Case, device: str, backend: str = "", also: Iterable[str] = ()) -> list[Variant]:
-    """Baselines first. ``backend`` leaves only that one of ours; ``also`` repeats the cpu backend in these settings."""
+    """Baselines first. ``backend`` leaves only that one of ours; ``also`` repeats the compiled one so set."""
     ours = [row.name for row in _backends.TABLE if row.device in ("any", device)]
     if backend:
         ours = [backend]
     build = {AffinityCase: _affinity_variants, PoolCase: _pool_variants, ModelCase: _model_variants}[type(case)]
     rows = build(case, ours)
-    own = next((v for v in rows if v.name == SETTABLE), None)
+    settable, settings = SETTABLE[device]
+    own = next((v for v in rows if v.name == settable), None)
     names = [name for name in also if own is not None and name != case.dtype]
-    return rows + [replace(own, name=f"{own.name}@{name}", make=SETTINGS[name](own.make)) for name in names]
+    return rows + [replace(own, name=f"{own.name}@{name}", make=settings[name](own.make)) for name in names]
 
 
 def inputs_of(case: Case, device: str) -> Inputs:

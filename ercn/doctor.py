@@ -14,9 +14,9 @@ from torch import Tensor
 import ercn
 from ercn.ops import _backends, _extension, backends, gated_attention_pool, relu_affinity
 
-REBUILD = "ERCN_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall . (in the source folder)"
+REBUILD = "ERCN_BUILD={} pip install --no-build-isolation --no-deps --force-reinstall . (in the source folder)"
 # Besides our own ERCN_*: what changes which device, how many threads or which kernels run.
-ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
+ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "CUDA_MODULE_LOADING", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
 
 
 def doctor(selftest: bool = False) -> int:
@@ -27,7 +27,7 @@ def doctor(selftest: bool = False) -> int:
     """
     _table("Versions", _versions())
     _table("Hardware", _hardware())
-    _table("Compiled extension", _compiled())
+    _table("Compiled extensions", [*_compiled_cpu(), *_compiled_cuda()])
     _table("Backends, in the order tried", _backend_rows())
     _table("Training extra", _training_extra())
     _table("Environment variables", _environment())
@@ -92,10 +92,10 @@ def cpu_name() -> str:
     return f"{name} ({' '.join(numbers)})" if numbers else name
 
 
-def _compiled() -> list[tuple[str, str]]:
+def _compiled_cpu() -> list[tuple[str, str]]:
     reason = _extension.load()
     if reason is not None:
-        return [("ercn._C", f"absent; {reason}"), ("to build it", REBUILD)]
+        return [("ercn._C", f"absent; {reason}"), ("to build it", REBUILD.format("cpu"))]
     from ercn import _C
 
     info = _C.build_info()
@@ -104,6 +104,17 @@ def _compiled() -> list[tuple[str, str]]:
         ("built with", f"{info['compiler']}, C++{str(info['cpp_standard'])[2:4]}, pybind11 {info['pybind11']}"),
         ("flags", f"{info['flags']} ({info['build_type']})"),
     ]
+
+
+def _compiled_cuda() -> list[tuple[str, str]]:
+    reason = _extension.load("_cuda")
+    if reason is not None:
+        return [("ercn._cuda", f"absent; {reason}"), ("to build it", REBUILD.format("cuda"))]
+    from ercn import _cuda
+
+    info = _cuda.build_info()
+    text = f"present, {len(_cuda.kernels())} kernels for compute capabilities {info['archs'].replace(',', ', ')}"
+    return [("ercn._cuda", text), ("built with", f"CUDA {info['cuda']}")]
 
 
 def _backend_rows() -> list[tuple[str, str]]:

@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from ercn.ops import triton
+
 ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
 
 
@@ -38,3 +40,20 @@ def uninitialised_memory_is_nan():
         for owner, name in ALLOCATORS:
             patch.setattr(owner, name, fill_with_nan(getattr(owner, name)))
         yield
+
+
+@pytest.fixture
+def finite_products(monkeypatch):
+    """Triton interpreted: no product may meet a value that is not finite, so a read outside of the inputs shows."""
+    if not triton.INTERPRETED:
+        return
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    multiply = InterpreterBuilder.create_dot
+
+    def checked(self, a, b, *args):
+        assert np.isfinite(a.data).all() and np.isfinite(b.data).all(), "a product met memory outside of the inputs"
+        return multiply(self, a, b, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", checked)

@@ -30,7 +30,8 @@ def broken_backend(monkeypatch):
 def test_everything_is_told(capsys):
     assert doctor() == 0
     printed = capsys.readouterr().out
-    for title in ("Versions", "Hardware", "Compiled extension", "Backends", "Training extra", "Environment variables"):
+    titles = ("Versions", "Hardware", "Compiled extensions", "Backends", "Training extra", "Environment variables")
+    for title in titles:
         assert f"\n{title}" in printed
     assert f"torch         {metadata.version('torch')}" in printed
     assert "reference (any)" in printed and "they run" in printed
@@ -61,11 +62,12 @@ def test_selftest_passes_here(capsys):
 
 
 def test_an_absent_extension_is_explained(capsys, monkeypatch):
-    monkeypatch.setattr(_extension, "load", lambda: "ercn._C was not built: no C++ compiler: 'c++' was not found")
+    reason = "was not built: no C++ compiler: 'c++' was not found"
+    monkeypatch.setattr(_extension, "load", lambda name="_C": f"ercn.{name} {reason}")
     assert doctor() == 0
     printed = capsys.readouterr().out
-    assert "absent; ercn._C was not built: no C++ compiler: 'c++' was not found" in printed
-    assert module.REBUILD in printed
+    assert f"absent; ercn._C {reason}" in printed and f"absent; ercn._cuda {reason}" in printed
+    assert module.REBUILD.format("cpu") in printed and module.REBUILD.format("cuda") in printed
 
 
 def test_a_wrong_override_is_a_failure(capsys, monkeypatch):

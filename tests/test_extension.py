@@ -94,7 +94,7 @@ def test_an_absent_extension_gives_the_recorded_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(_extension, "RECORD", tmp_path / "_build.json")
     absent = _extension.load.__wrapped__
     assert "not installed" in absent()
-    _extension.RECORD.write_text('{"reason": "no C++ compiler: \'c++\' was not found"}')
+    _extension.RECORD.write_text('{"reasons": {"ercn._C": "no C++ compiler: \'c++\' was not found"}}')
     assert absent() == "ercn._C was not built: no C++ compiler: 'c++' was not found"
 
 

@@ -37,7 +37,8 @@ def source_copy(tmp_path_factory):
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "constraints.txt", "Makefile"):
         shutil.copy(ROOT / name, copy / name)
     for name in ("ercn", "kernels", "benchmarks", "csrc"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("_C.*", "_build.json", "__pycache__"))
+        built = shutil.ignore_patterns("_C.*", "_cuda.*", "_build.json", "__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=built)
     return copy
 
 
@@ -150,7 +151,7 @@ def test_import_takes_nothing_optional_and_no_gpu(tmp_path):
     [
         pytest.param({"ERCN_BUILD": "none"}, "ERCN_BUILD=none left it out", id="left out"),
         pytest.param({"CXX": "absent-compiler"}, "no C++ compiler: 'absent-compiler' was not found", id="no compiler"),
-        pytest.param({"CXX": "false"}, "compiling it failed", id="compiler fails"),
+        pytest.param({"CXX": "false"}, "the compiler failed on it", id="compiler fails"),
     ],
 )
 def test_install_without_the_extension(source_copy, tmp_path, environment, words):
@@ -175,7 +176,11 @@ def test_install_without_the_extension(source_copy, tmp_path, environment, words
     "environment, words",
     [
         pytest.param({"ERCN_BUILD": "cpu", "CXX": "absent-compiler"}, "'absent-compiler' was not found", id="compiler"),
-        pytest.param({"ERCN_BUILD": "fast"}, "ERCN_BUILD must be one of auto, cpu, none; it is 'fast'", id="mode"),
+        pytest.param(
+            {"ERCN_BUILD": "cuda", "CXX": sys.executable, "PATH": ""}, "nvcc was not found on PATH", id="toolkit"
+        ),
+        pytest.param({"ERCN_BUILD": "cuda", "ERCN_CUDA_ARCHS": "7.5"}, "capabilities from 8.0 on", id="archs"),
+        pytest.param({"ERCN_BUILD": "fast"}, "must be one of auto, cpu, cuda, none; it is 'fast'", id="mode"),
     ],
 )
 def test_a_demanded_build_that_cannot_be_fails_in_a_sentence(source_copy, tmp_path, environment, words):

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ercn.ops import cpu, reference, triton
+from ercn.ops import cpu, cuda, reference, triton
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class BackendStatus:
 # In the order in which they are tried.
 TABLE: tuple[Backend, ...] = (
     Backend("cpu", "cpu", cpu, automatic=True),
+    Backend("cuda", "cuda", cuda, automatic=False),
     Backend("triton", triton.DEVICE, triton, automatic=False),
     Backend("reference", "any", reference, automatic=True),
 )

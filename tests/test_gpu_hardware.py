@@ -1,21 +1,35 @@
-"""What only a GPU can show of the Triton kernels: streams, graphs, devices, repeats, maps beyond 2³¹ affinities."""
+"""What only a GPU can show of a backend: streams, graphs, devices, repeats, maps beyond 2³¹ affinities."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from _ops import assert_within_budget, randn
+from _gpu_backends import BACKENDS, DEVICE
+from _ops import assert_within_budget, randn, require
 from test_affinity import off_kink
 
-from ercn.ops import affinity_propagate, gated_attention_pool, relu_affinity, triton
+from ercn.ops import affinity_propagate, gated_attention_pool, relu_affinity, use_backend
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(triton.DEVICE != "cuda", reason="the interpreter has replaced the GPU in this process"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
-]
+if DEVICE != "cuda":
+    pytest.skip("torch finds no GPU, or it is emulated in this process", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+# On Hopper the kernels that other GPUs run, too.
+VARIANTS = [*BACKENDS]
+if "cuda" in BACKENDS and torch.cuda.get_device_capability() == (9, 0):
+    VARIANTS.append("cuda generic")
+
+
+@pytest.fixture(autouse=True, params=VARIANTS)
+def backend(request, monkeypatch):
+    name, _, kernels = request.param.partition(" ")
+    monkeypatch.setenv("ERCN_CUDA_KERNELS", kernels)
+    with use_backend(name):
+        yield name
 
 
 def affinity_inputs(n=4099, dim=192, channels=22, dtype=torch.bfloat16, device="cuda"):
@@ -34,23 +48,24 @@ def pool_inputs(n=5003, dim=256, hidden=128, heads=2, dtype=torch.bfloat16, devi
 def affinity_run(value, feat):
     """(out, grad_value, grad_feat)."""
     leaves = [x.detach().requires_grad_() for x in (value, feat)]
-    out = relu_affinity(*leaves, backend="triton")
+    out = relu_affinity(*leaves)
     return out, *torch.autograd.grad(out, leaves, torch.cos(value))
 
 
 def pool_run(*arguments):
     leaves = [x.detach().requires_grad_() for x in arguments]
-    pooled, scores = gated_attention_pool(*leaves, backend="triton")
+    pooled, scores = gated_attention_pool(*leaves)
     return pooled, scores, *torch.autograd.grad((pooled, scores), leaves, (torch.cos(pooled), torch.cos(scores)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, dim", [(4099, 192), (16384, 192), (16385, 64), (3136, 512)], ids=str)
-def test_affinity_at_real_sizes_within_budget(n, dim, dtype):
+def test_affinity_at_real_sizes_within_budget(backend, n, dim, dtype):
     value, feat = affinity_inputs(n, dim, dtype=dtype)
+    require(backend, "relu_affinity", value, feat)
     plain = value.to(dtype) @ torch.relu(feat.mT @ feat)
     exact = torch.cat([value.double() @ torch.relu(feat.double().mT @ x.double()) for x in feat.split(2048, -1)], -1)
-    assert_within_budget(relu_affinity(value, feat, backend="triton").cpu(), plain.cpu(), exact.cpu())
+    assert_within_budget(relu_affinity(value, feat).cpu(), plain.cpu(), exact.cpu())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,7 +75,7 @@ def test_affinity_gradients_at_real_sizes_within_budget(dim, dtype):
     feat = off_kink(1, dim, 3137).to(dtype).cuda()
     results = []
     for cast, function in (
-        (dtype, lambda v, f: relu_affinity(v.float(), f, backend="triton")),
+        (dtype, lambda v, f: relu_affinity(v.float(), f)),
         (dtype, lambda v, f: v @ torch.relu(f.mT @ f)),
         (torch.float64, lambda v, f: v @ torch.relu(f.mT @ f)),
     ):
@@ -138,7 +153,7 @@ def test_ragged_bags_in_a_graph():
     bounds = torch.tensor([0, 10, 2000, 5003], device="cuda")
 
     def step():
-        return gated_attention_pool(h[0], *weights, cu_seqlens=bounds, backend="triton")
+        return gated_attention_pool(h[0], *weights, cu_seqlens=bounds)
 
     step()
     torch.cuda.synchronize()
@@ -155,9 +170,9 @@ def test_compiled_with_reduced_overhead():
     value, feat = affinity_inputs(n=1024)
     cam = value.view(1, 22, 32, 32)
     compiled = torch.compile(
-        lambda c, f: affinity_propagate(c, f, backend="triton"), fullgraph=True, mode="reduce-overhead"
+        lambda c, f: affinity_propagate(c, f), fullgraph=True, mode="reduce-overhead"
     )
-    eager = affinity_propagate(cam, feat.view(1, -1, 32, 32), backend="triton")
+    eager = affinity_propagate(cam, feat.view(1, -1, 32, 32))
     for _ in range(3):
         assert torch.allclose(compiled(cam, feat.view(1, -1, 32, 32)), eager, rtol=1e-2, atol=1e-4)
 
@@ -171,7 +186,7 @@ def test_more_than_2_31_affinities():
     value = torch.rand(2, 22, n, device="cuda", generator=generator).requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = relu_affinity(value, feat, backend="triton")
+    out = relu_affinity(value, feat)
     grad_value, grad_feat = torch.autograd.grad(out.sum(), (value, feat))
     assert torch.cuda.max_memory_allocated() - before < 800e6  # 400 MB a picture
     at = torch.tensor([0, 1, n // 2, n - 1], device="cuda")
@@ -186,14 +201,3 @@ def test_more_than_2_31_affinities():
         w = (affinity > 0) * (totals[:, :, None] + totals[:, None, at])
         exact = f @ w
         assert ((grad_feat[..., at] - exact).abs() <= 1e-2 * exact.abs().max()).all()
-
-
-def test_tool_measures_candidates():
-    from ercn.kernels import configs, tune
-    from ercn.kernels.table import TABLE
-
-    arch = configs.family(configs.arch(torch.device("cuda", 0)))
-    before = dict(TABLE[arch]["forward"]["half"])
-    rows = [before[64], (4, 2, 64, 32, 32, 1, True)]
-    assert tune.fastest(arch, "forward", "half", 64, rows) in rows
-    assert TABLE[arch]["forward"]["half"] == before

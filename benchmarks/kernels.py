@@ -1,0 +1,37 @@
+"""Which kernels of ercn._cuda a call launches, and what the compiler and the device make of each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from ercn.benchmarks.results import Row
+from ercn.ops import cuda
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[list[dict[str, Any]]]:
+    """The list receives, when the block ends, the attributes of every kernel that was launched in it."""
+    found: list[dict[str, Any]] = []
+    if cuda.unavailable():
+        yield found
+        return
+    from ercn import _cuda
+
+    before = [kernel["launches"] for kernel in _cuda.kernels()]
+    yield found
+    for kernel, count in zip(_cuda.kernel_attributes(), before):
+        if kernel["launches"] > count:
+            found.append(kernel | {"launches": kernel["launches"] - count})
+
+
+def described(rows: list[Row]) -> list[str]:
+    """A sentence for every kernel of the rows, as it was launched first."""
+    kernels = {kernel["name"]: kernel for row in reversed(rows) for kernel in row.get("kernels") or ()}
+    return [
+        f"{name.removeprefix('ercn::')}: {k['registers']} registers, {k['local_bytes']} bytes local, "
+        f"{k['static_shared_bytes'] + k['dynamic_shared_bytes']:,} bytes shared, {k['threads']} threads, "
+        f"{k['blocks_per_multiprocessor']} blocks a multiprocessor"
+        for name, k in sorted(kernels.items())
+    ]

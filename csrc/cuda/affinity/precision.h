@@ -1,0 +1,85 @@
+#pragma once
+// How products are formed for features of one dtype. T = FᵀF is taken in fp32 sums of exact 16-bit products, or in
+// TF32.
+//   kTerms   bf16 terms of A where it meets value, which always has two: 16 bits of it count
+//   kExact   fp32 accuracy: every factor is a TF32 term and the rest, and three of their products are added
+#include <arch/base.h>
+#include <arch/convert.h>
+#include <arch/mma.h>
+
+namespace ercn::affinity {
+
+struct BFloat16 {
+  using Element = arch::bf16;
+  using Product = arch::bf16;
+  static constexpr int kTerms = 1;
+  static constexpr bool kExact = false;
+};
+
+struct Float16 {
+  using Element = arch::fp16;
+  using Product = arch::fp16;
+  static constexpr int kTerms = 2;
+  static constexpr bool kExact = false;
+};
+
+struct TensorFloat32 {
+  using Element = float;
+  using Product = arch::tf32;
+  static constexpr int kTerms = 2;
+  static constexpr bool kExact = false;
+};
+
+struct Float32 {
+  using Element = float;
+  using Product = arch::tf32;
+  static constexpr int kTerms = 0;
+  static constexpr bool kExact = true;
+};
+
+ERCN_DEVICE bool finite(float x) { return (arch::float_bits(x) & 0x7f800000) != 0x7f800000; }
+
+// What x loses when it is rounded to `high`; 0 where that is infinite.
+ERCN_DEVICE float rest(float x, float high) { return finite(high) ? x - high : 0.0f; }
+
+// Fragments of fp32 elements as TF32 terms; the low one of what is not finite is NaN.
+template <int N>
+struct Terms {
+  uint32_t high[N], low[N];
+
+  ERCN_DEVICE void set(int i, float x) {
+    const float term = arch::round_tf32(x);
+    high[i] = arch::float_bits(term);
+    low[i] = arch::float_bits(x - term);
+  }
+};
+
+// d += A · B of 8 TF32 columns of A from terms. The products with a low term are NaN where a factor is not finite: then
+// the product of the high terms alone has what the product of such numbers is.
+ERCN_DEVICE void mma_terms(float (&d)[4], const Terms<4>& a, const Terms<2>& b) {
+  float small[4] = {};
+  arch::mma<arch::tf32>(small, a.low, b.high);
+  arch::mma<arch::tf32>(small, a.high, b.low);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += small[i] == small[i] ? small[i] : 0.0f;
+  arch::mma<arch::tf32>(d, a.high, b.high);
+}
+
+// The same from fp32 factors, in one product or in three.
+template <bool EXACT>
+ERCN_DEVICE void mma_fp32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  if constexpr (EXACT) {
+    Terms<4> fa;
+    Terms<2> fb;
+    for (int i = 0; i < 4; ++i) fa.set(i, a[i]);
+    for (int i = 0; i < 2; ++i) fb.set(i, b[i]);
+    mma_terms(d, fa, fb);
+  } else {
+    uint32_t fa[4], fb[2];
+    for (int i = 0; i < 4; ++i) fa[i] = arch::float_bits(a[i]);
+    for (int i = 0; i < 2; ++i) fb[i] = arch::float_bits(b[i]);
+    arch::mma<arch::tf32>(d, fa, fb);
+  }
+}
+
+}  // namespace ercn::affinity

@@ -1,0 +1,64 @@
+#include "affinity/prepare.h"
+
+#include "affinity/sum.h"
+
+namespace ercn::affinity {
+namespace {
+
+template <typename Element, bool ROUND>
+void launch_pack(const Map& feat, unsigned char* packed, const Sizes& sizes, const arch::Stream& stream) {
+  using Kernel = PackFeatures<Element, ROUND>;
+  const typename Kernel::Params params{
+      static_cast<const Element*>(feat.data), packed, feat.stride_b, feat.stride_c, feat.stride_n, sizes.pixels,
+      sizes.padded, static_cast<int>(sizes.dim), sizes.chunks};
+  const int64_t blocks = sizes.padded / Kernel::kPixels * sizes.chunks * sizes.batch;
+  arch::launch<Kernel>(params, {grid_size(blocks)}, Kernel::kShared, stream);
+}
+
+template <MapForm FORM>
+void launch_pack_map(const Map& map, void* packed, const Sizes& sizes, const arch::Stream& stream) {
+  using Kernel = PackMap<FORM>;
+  const typename Kernel::Params params{
+      map, packed, sizes.pixels, sizes.padded, static_cast<int>(sizes.channels),
+      static_cast<int>(sizes.padded_channels)};
+  const int64_t runs = arch::divide_up<int64_t>(sizes.padded, Kernel::kThreads * Kernel::kPixels);
+  arch::launch<Kernel>(params, {grid_size(runs * sizes.padded_channels * sizes.batch)}, 0, stream);
+}
+
+template <typename Element>
+void launch_sum(const float* parts, int slabs, void* out, int64_t count, const arch::Stream& stream) {
+  using Kernel = SumSlabs<Element>;
+  const int blocks = grid_size(arch::divide_up<int64_t>(count, Kernel::kBlock));
+  arch::launch<Kernel>({parts, static_cast<Element*>(out), count, slabs}, {blocks}, 0, stream);
+}
+
+}  // namespace
+
+void pack_features(const Map& feat, bool round, unsigned char* packed, const Sizes& sizes, const arch::Stream& stream) {
+  switch (feat.type) {
+    case Float::bf16: return launch_pack<arch::bf16, false>(feat, packed, sizes, stream);
+    case Float::fp16: return launch_pack<arch::fp16, false>(feat, packed, sizes, stream);
+    case Float::fp32:
+      return round ? launch_pack<float, true>(feat, packed, sizes, stream)
+                   : launch_pack<float, false>(feat, packed, sizes, stream);
+  }
+}
+
+void pack_map(const Map& map, MapForm form, void* packed, const Sizes& sizes, const arch::Stream& stream) {
+  switch (form) {
+    case MapForm::terms: return launch_pack_map<MapForm::terms>(map, packed, sizes, stream);
+    case MapForm::whole: return launch_pack_map<MapForm::whole>(map, packed, sizes, stream);
+    case MapForm::round: return launch_pack_map<MapForm::round>(map, packed, sizes, stream);
+  }
+}
+
+void sum_slabs(
+    const float* parts, int slabs, void* out, Float type, int64_t count, const arch::Stream& stream) {
+  switch (type) {
+    case Float::bf16: return launch_sum<arch::bf16>(parts, slabs, out, count, stream);
+    case Float::fp16: return launch_sum<arch::fp16>(parts, slabs, out, count, stream);
+    case Float::fp32: return launch_sum<float>(parts, slabs, out, count, stream);
+  }
+}
+
+}  // namespace ercn::affinity

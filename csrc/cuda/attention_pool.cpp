@@ -1,0 +1,140 @@
+// Gated attention pooling on CUDA, registered as ercn_native::gated_attention_pool_cuda and …_backward_cuda (LibTorch
+// stable ABI).  s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w,  a = softmax(s),  z = Σ a h
+// h [B, N, D] or ragged [T, D], the weights and grad_pooled are fp32, bf16 or fp16 of one type, with any strides;
+// scores and sums are fp32. Here: checks, and which kernels run.
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "library.h"
+#include "pool/pool.h"
+#if ERCN_SM90
+#include "sm90/pool.h"
+#endif
+
+namespace ercn {
+namespace {
+
+using pool::Gradients;
+using pool::Inputs;
+using pool::Optional;
+
+void check(const Inputs& in) {
+  const Tensor& h = in.h;
+  const ScalarType type = h.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "h must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(on_device(h), "h must be on a GPU");
+  STD_TORCH_CHECK(h.dim() == (in.cu_seqlens ? 2 : 3), "h must be [B, N, D], or [T, D] with cu_seqlens");
+  const int64_t D = h.size(h.dim() - 1), L = in.v_weight.dim() == 2 ? in.v_weight.size(0) : -1;
+  const int64_t K = in.w_weight.dim() == 2 ? in.w_weight.size(0) : -1;
+  const auto is_here = [&](const Tensor& x) { return on_device(x) && x.get_device_index() == h.get_device_index(); };
+  const auto require = [&](const Optional& x, const char* name, std::vector<int64_t> sizes) {
+    if (!x) return;
+    bool fits = is_here(*x) && x->scalar_type() == type && x->dim() == static_cast<int64_t>(sizes.size());
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x->size(i) == sizes[i];
+    STD_TORCH_CHECK(fits, name, " must be on h's device, of its dtype, and fit D = ", D, ", L = ", L, ", K = ", K);
+  };
+  require(in.v_weight, "v_weight", {L, D});
+  require(in.v_bias, "v_bias", {L});
+  require(in.u_weight, "u_weight", {L, D});
+  require(in.u_bias, "u_bias", {L});
+  require(in.w_weight, "w_weight", {K, L});
+  require(in.w_bias, "w_bias", {K});
+  if (in.mask) {
+    STD_TORCH_CHECK(
+        !in.cu_seqlens && is_here(*in.mask) && in.mask->scalar_type() == ScalarType::Bool && in.mask->dim() == 2 &&
+            in.mask->size(0) == h.size(0) && in.mask->size(1) == h.size(1),
+        "mask must be bool [B, N] on h's device, of dense bags");
+  }
+  if (in.cu_seqlens) {
+    const ScalarType index = in.cu_seqlens->scalar_type();
+    STD_TORCH_CHECK(
+        is_here(*in.cu_seqlens) && in.cu_seqlens->dim() == 1 && in.cu_seqlens->size(0) > 0 &&
+            (index == ScalarType::Int || index == ScalarType::Long),
+        "cu_seqlens must be int32 or int64 [B + 1] on h's device");
+  }
+}
+
+// Whether the Hopper kernels run: asked for by name, or where nothing is asked and they can. Raises where they were
+// named and cannot, or the name is unknown.
+bool use_sm90(const std::string& kernels, const Inputs& in) {
+  const bool named = kernels == "sm90" || kernels == "sm90_dense";
+  STD_TORCH_CHECK(
+      named || kernels.empty() || kernels == "generic", "kernels are generic, sm90 and sm90_dense; got ", kernels);
+#if ERCN_SM90
+  if (kernels == "generic") return false;
+  const std::string reason = sm90::cannot_pool(in);
+  STD_TORCH_CHECK(!named || reason.empty(), "the sm90 kernels cannot run gated_attention_pool: ", reason);
+  return reason.empty();
+#else
+  STD_TORCH_CHECK(!named, "the sm90 kernels were not built: 9.0a is not in ERCN_CUDA_ARCHS");
+  return false;
+#endif
+}
+
+std::tuple<Tensor, Tensor> gated_attention_pool(
+    const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
+    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, bool exact,
+    std::string kernels) {
+  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens};
+  check(in);
+  [[maybe_unused]] const bool hopper = use_sm90(kernels, in);
+#if ERCN_SM90
+  if (hopper) return sm90::pool_forward(in);
+#endif
+  return pool::forward(in, exact);
+}
+
+Gradients gated_attention_pool_backward(
+    const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h, const Tensor& v_weight,
+    const Optional& v_bias, const Optional& u_weight, const Optional& u_bias, const Tensor& w_weight,
+    const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, const Tensor& pooled,
+    const Tensor& scores, int64_t needs, bool exact, std::string kernels) {
+  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens};
+  check(in);
+  const auto matches = [](const Optional& x, const Tensor& like) {
+    bool same = !x || (on_device(*x) && x->scalar_type() == like.scalar_type() && x->dim() == like.dim());
+    for (int64_t i = 0; x && same && i < like.dim(); ++i) same = x->size(i) == like.size(i);
+    return same;
+  };
+  const int64_t bags = cu_seqlens ? cu_seqlens->size(0) - 1 : h.size(0), D = h.size(h.dim() - 1), K = w_weight.size(0);
+  STD_TORCH_CHECK(
+      pooled.dim() == 3 && pooled.size(0) == bags && pooled.size(1) == K && pooled.size(2) == D &&
+          pooled.scalar_type() == h.scalar_type(),
+      "pooled must be the forward's");
+  STD_TORCH_CHECK(
+      on_device(scores) && scores.scalar_type() == ScalarType::Float && scores.dim() == h.dim() &&
+          scores.size(scores.dim() - 2) == K && scores.size(scores.dim() - 1) == h.size(h.dim() - 2) &&
+          (cu_seqlens || scores.size(0) == bags),
+      "scores must be the forward's");
+  STD_TORCH_CHECK(matches(grad_pooled, pooled), "grad_pooled must have pooled's shape and dtype, on its device");
+  STD_TORCH_CHECK(matches(grad_scores, scores), "grad_scores must have scores' shape and dtype, on its device");
+  [[maybe_unused]] const bool hopper = use_sm90(kernels, in);
+#if ERCN_SM90
+  if (hopper) return sm90::pool_backward(grad_pooled, grad_scores, in, scores, needs);
+#endif
+  return pool::backward(grad_pooled, grad_scores, in, scores, needs, exact);
+}
+
+}  // namespace
+}  // namespace ercn
+
+ERCN_REGISTER(STABLE_TORCH_LIBRARY_FRAGMENT, ERCN_LIBRARY, m) {
+  m.def(
+      "gated_attention_pool_cuda(Tensor h, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, "
+      "Tensor w_weight, Tensor? w_bias, Tensor? mask, Tensor? cu_seqlens, bool exact, str kernels) "
+      "-> (Tensor pooled, Tensor scores)");
+  m.def(
+      "gated_attention_pool_backward_cuda(Tensor? grad_pooled, Tensor? grad_scores, Tensor h, Tensor v_weight, "
+      "Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias, Tensor? mask, "
+      "Tensor? cu_seqlens, Tensor pooled, Tensor scores, int needs, bool exact, str kernels) -> (Tensor grad_h, "
+      "Tensor grad_v_weight, Tensor grad_v_bias, Tensor grad_u_weight, Tensor grad_u_bias, Tensor grad_w_weight, "
+      "Tensor grad_w_bias)");
+}
+
+ERCN_REGISTER(STABLE_TORCH_LIBRARY_IMPL, ERCN_LIBRARY, ERCN_DISPATCH_KEY, m) {
+  m.impl("gated_attention_pool_cuda", TORCH_BOX(&ercn::gated_attention_pool));
+  m.impl("gated_attention_pool_backward_cuda", TORCH_BOX(&ercn::gated_attention_pool_backward));
+}

@@ -1,0 +1,170 @@
+// One block: a segment and up to kHeads heads. Scores from the projections, 128 columns at a time, then the softmax of
+// the segment, and Σ e h from the cache.
+#include "pool/forward.h"
+
+#include <cmath>
+
+#include "pool/projection.h"
+#include "pool/reduce.h"
+#include "pool/streaming.h"
+
+namespace ercn::pool {
+namespace {
+
+template <typename Precision, bool CHANNELS_FIRST>
+struct PoolForward {
+  using Element = typename Precision::Element;
+  static constexpr int kThreads = 128, kMinBlocks = 2, kWarps = kThreads / 32, kHeads = 8;
+  using Streams = Streaming<Element, CHANNELS_FIRST>;
+  struct Params {
+    Problem problem;
+    Packed<Element> weights;
+    Forward to;
+    bool gated, vector;
+  };
+  struct Shared {
+    union {
+      unsigned char stages[Projection<Precision, CHANNELS_FIRST>::kBytes];
+      typename Streams::Shared streaming;
+    };
+    float scores[2][kHeads][kSegmentRows];  // of either half of the columns; then e in the first
+    uint32_t real[kSegmentRows / 32];
+  };
+
+  ERCN_DEVICE static void run(const Params& p, unsigned char* memory) {
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const Problem& problem = p.problem;
+    const int64_t slot = arch::block_index().x;
+    const int first = arch::block_index().y * kHeads, heads = problem.K - first < kHeads ? problem.K - first : kHeads;
+    const Segment segment = segment_at(problem.bags, slot);
+    if (segment.rows == 0) return;
+    const Instances<Element> h(problem, segment, p.vector);
+
+    for (int i = arch::thread_index(); i < 2 * kHeads * kSegmentRows; i += kThreads) (&shared.scores[0][0][0])[i] = 0;
+    if (arch::warp_index() < kSegmentRows / 32) {
+      const uint32_t real = arch::ballot(is_real(problem, segment, arch::thread_index()));
+      if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
+    }
+    const int groups = column_count({problem.L, p.gated}) / kColumns;
+    for (int group = 0; group < groups; ++group) {
+      Sums sums;
+      project<Precision, CHANNELS_FIRST>(sums, h, p.weights, group, shared.stages);
+      if (p.gated) {
+        add_scores<true>(p, sums, group, first, heads, shared);
+      } else {
+        add_scores<false>(p, sums, group, first, heads, shared);
+      }
+    }
+    arch::sync_threads();
+    for (int k = arch::warp_index(); k < heads; k += kWarps) {
+      softmax(p, segment, slot, first + k, shared.scores, k, shared.real);
+    }
+    arch::sync_threads();
+    const uint64_t real = shared.real[0] | static_cast<uint64_t>(shared.real[1]) << 32;
+    const int64_t width = pooled_width(problem.D);
+    Streams::sum_rows(
+        h, real, shared.scores[0], heads, p.to.parts.pooled + (slot * problem.K + first) * width, width,
+        shared.streaming);
+  }
+
+  // Adds w · (tanh ⊙ σ) over this group's units. A row and a half of the columns belong to one lane in four.
+  template <bool GATED>
+  ERCN_DEVICE static void add_scores(
+      const Params& p, const Sums& sums, int group, int first, int heads, Shared& shared) {
+    constexpr int kTiles = GATED ? 4 : 8;
+    const Columns columns{p.problem.L, GATED};
+    const int units = padded_units(columns);
+#pragma unroll
+    for (int m = 0; m < Sums::kRowTiles; ++m) {
+      float gated[kTiles][4];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Activations on = activations_at<GATED>(sums, p.weights.biases, columns, group, m, n, i);
+          gated[n][i] = on.t * on.gate;
+        }
+      }
+      for (int k = 0; k < heads; ++k) {
+        const float* w = p.weights.heads + int64_t{first + k} * units;
+        float scores[2] = {};
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[i / 2] += w[unit_at<GATED>(group, n, i)] * gated[n][i];
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& score = scores[half];
+          score += arch::shuffle_xor(score, 1);
+          score += arch::shuffle_xor(score, 2);
+          if (arch::lane_index() % 4 == 0) shared.scores[arch::warp_index() % 2][k][Sums::row(m, 2 * half)] += score;
+        }
+      }
+    }
+  }
+
+  // By a warp: the scores of head k, which becomes e = exp(s - largest), 0 where not real.
+  ERCN_DEVICE static void softmax(
+      const Params& p, const Segment& segment, int64_t slot, int head, float (&scores)[2][kHeads][kSegmentRows], int k,
+      const uint32_t (&real)[kSegmentRows / 32]) {
+    const int lane = arch::lane_index();
+    const float bias = p.to.w_bias == nullptr ? 0 : arch::to_float(static_cast<const Element*>(p.to.w_bias)[head]);
+    float* to = p.to.scores + score_offset(p.problem.bags, segment, head, p.problem.K);
+    float s[2], largest = -INFINITY, sum = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = half * 32 + lane;
+      const bool is_real = real[half] >> lane & 1;
+      s[half] = is_real ? scores[0][k][row] + scores[1][k][row] + bias : -INFINITY;
+      if (row < segment.rows) to[row] = s[half];
+      largest = fmaxf(largest, s[half]);
+    }
+    largest = reduce_warp<Max>(largest);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float e = exp_fast(s[half] - shift_of(largest));
+      scores[0][k][half * 32 + lane] = e;
+      sum += e;
+    }
+    sum = reduce_warp<Add>(sum);
+    if (lane == 0) {
+      p.to.parts.largest[slot * p.problem.K + head] = largest;
+      p.to.parts.sum[slot * p.problem.K + head] = sum;
+    }
+  }
+};
+
+template <typename Precision, bool CHANNELS_FIRST>
+void run(
+    const Problem& problem, const Packed<typename Precision::Element>& weights, const Forward& to, bool gated,
+    bool vector, const arch::Stream& stream) {
+  using Kernel = PoolForward<Precision, CHANNELS_FIRST>;
+  const arch::Grid grid{static_cast<int>(slot_count(problem.bags)), arch::divide_up(problem.K, Kernel::kHeads)};
+  arch::launch<Kernel>({problem, weights, to, gated, vector}, grid, sizeof(typename Kernel::Shared), stream);
+}
+
+}  // namespace
+
+template <typename Precision>
+void forward(
+    const Problem& problem, const Packed<typename Precision::Element>& weights, const Forward& to, bool gated,
+    const arch::Stream& stream) {
+  const Layout layout = layout_of(problem, sizeof(typename Precision::Element));
+  if (layout.channels_first) {
+    run<Precision, true>(problem, weights, to, gated, layout.vector, stream);
+  } else {
+    run<Precision, false>(problem, weights, to, gated, layout.vector, stream);
+  }
+}
+
+template void forward<affinity::BFloat16>(
+    const Problem&, const Packed<arch::bf16>&, const Forward&, bool, const arch::Stream&);
+template void forward<affinity::Float16>(
+    const Problem&, const Packed<arch::fp16>&, const Forward&, bool, const arch::Stream&);
+template void forward<affinity::TensorFloat32>(
+    const Problem&, const Packed<float>&, const Forward&, bool, const arch::Stream&);
+template void forward<affinity::Float32>(
+    const Problem&, const Packed<float>&, const Forward&, bool, const arch::Stream&);
+
+}  // namespace ercn::pool

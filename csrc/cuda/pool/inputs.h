@@ -1,0 +1,88 @@
+#pragma once
+// The operator's tensors as the kernels see them.
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "library.h"
+#include "pool/problem.h"
+
+namespace ercn::pool {
+
+using Optional = std::optional<Tensor>;
+
+struct Inputs {
+  const Tensor &h, &v_weight;
+  const Optional &v_bias, &u_weight, &u_bias;
+  const Tensor& w_weight;
+  const Optional &w_bias, &mask, &cu_seqlens;
+};
+
+inline Type type_of(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  return type == ScalarType::BFloat16 ? Type::kBf16 : type == ScalarType::Half ? Type::kFp16 : Type::kFloat;
+}
+
+// x, or a copy of it that is contiguous and begins at a multiple of 16 bytes.
+inline Tensor aligned(const Tensor& x) {
+  const Tensor made = torch::stable::contiguous(x);
+  return reinterpret_cast<uintptr_t>(made.const_data_ptr()) % 16 == 0 ? made : torch::stable::clone(made);
+}
+inline Optional aligned(const Optional& x) { return x ? Optional(aligned(*x)) : std::nullopt; }
+
+// Holds the aligned weights and offsets that its problem and weights point to.
+class Operands {
+ public:
+  explicit Operands(const Inputs& in)
+      : v_(aligned(in.v_weight)),
+        w_(aligned(in.w_weight)),
+        u_(aligned(in.u_weight)),
+        v_bias_(aligned(in.v_bias)),
+        u_bias_(aligned(in.u_bias)),
+        w_bias_(aligned(in.w_bias)),
+        cu_seqlens_(aligned(in.cu_seqlens)) {
+    const Tensor& h = in.h;
+    const bool ragged = cu_seqlens_.has_value();
+    Problem& p = problem;
+    p.bags.cu_seqlens = ragged ? cu_seqlens_->const_data_ptr() : nullptr;
+    p.bags.wide = ragged && cu_seqlens_->scalar_type() == ScalarType::Long;
+    p.bags.count = ragged ? cu_seqlens_->size(0) - 1 : h.size(0);
+    p.bags.n = ragged ? 0 : h.size(1);
+    p.bags.rows = ragged ? h.size(0) : h.size(0) * h.size(1);
+    p.D = static_cast<int>(h.size(h.dim() - 1));
+    p.L = static_cast<int>(v_.size(0));
+    p.K = static_cast<int>(w_.size(0));
+    p.h = h.const_data_ptr();
+    p.h_b = ragged ? 0 : h.stride(0);
+    p.h_n = h.stride(h.dim() - 2);
+    p.h_d = h.stride(h.dim() - 1);
+    p.mask = in.mask ? static_cast<const bool*>(in.mask->const_data_ptr()) : nullptr;
+    p.mask_b = in.mask ? in.mask->stride(0) : 0;
+    p.mask_n = in.mask ? in.mask->stride(1) : 0;
+    weights = {data(v_), data(v_bias_), data(u_), data(u_bias_), data(w_), data(w_bias_)};
+  }
+  Operands(const Operands&) = delete;
+
+  Problem problem;
+  Weights weights;
+
+ private:
+  static const void* data(const Tensor& x) { return x.const_data_ptr(); }
+  static const void* data(const Optional& x) { return x ? x->const_data_ptr() : nullptr; }
+
+  const Tensor v_, w_;
+  const Optional u_, v_bias_, u_bias_, w_bias_, cu_seqlens_;
+};
+
+// Gradients that are asked for: bits of `needs`, in the order of the operator's outputs.
+enum Gradient { kH, kVWeight, kVBias, kUWeight, kUBias, kWWeight, kWBias };
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// scores of h, [B, K, N] or [K, T] in fp32.
+inline Tensor empty_scores(const Tensor& h, const Problem& p) {
+  return p.bags.cu_seqlens != nullptr ? empty(h, {p.K, p.bags.rows}, ScalarType::Float)
+                                      : empty(h, {p.bags.count, p.K, p.bags.n}, ScalarType::Float);
+}
+
+}  // namespace ercn::pool

@@ -1,0 +1,106 @@
+#pragma once
+// Which rows belong together. The instances of all bags are rows of one list: dense bags lie one after another, ragged
+// ones already do. A segment is a run of at most kSegmentRows rows of ONE bag, counted from the bag's start, so its
+// rows share a softmax and what a neighbouring bag holds, NaN included, cannot reach it.
+//
+// Every segment has a slot, for its partial sums and in the order in which blocks take work. A bag's slots are
+// consecutive; adding them in ascending order is the fixed order of every sum over a bag. The first one is
+//
+//   dense   bag · ⌈N / 64⌉              ragged   ⌊start / 64⌋ + bag
+//
+// which needs no prefix sums and nothing on the host: since ⌈n / 64⌉ ≤ ⌊(start + n) / 64⌋ - ⌊start / 64⌋ + 1, the slots
+// of a bag end before those of the next begin. Some slots of ragged bags hold no segment, at most one for each bag.
+#include <arch/host_device.h>
+
+#include <cstdint>
+
+namespace ercn {
+
+constexpr int kSegmentRows = 64;
+
+// Of dense bags [count, n] (cu_seqlens null), or ragged ones: cu_seqlens [count + 1], int64 where `wide`, else int32.
+struct Bags {
+  const void* cu_seqlens;
+  bool wide;
+  int64_t count, n, rows;
+};
+
+// A run of `rows` rows: `first` counts in the list, `in_bag` from the bag's start. None where rows is 0.
+struct Segment {
+  int64_t bag, first, in_bag;
+  int rows;
+};
+
+ERCN_HOST_DEVICE int64_t segments_of(int64_t rows) { return arch::divide_up<int64_t>(rows, kSegmentRows); }
+
+// First row of a bag; that of the bag after the last is the number of rows. Never outside the list, whatever cu_seqlens
+// holds.
+ERCN_HOST_DEVICE int64_t bag_start(const Bags& bags, int64_t bag) {
+  if (bags.cu_seqlens == nullptr) return bag * bags.n;
+  const int64_t start = bags.wide ? static_cast<const int64_t*>(bags.cu_seqlens)[bag]
+                                  : static_cast<int64_t>(static_cast<const int32_t*>(bags.cu_seqlens)[bag]);
+  return start < 0 ? 0 : start < bags.rows ? start : bags.rows;
+}
+
+ERCN_HOST_DEVICE int64_t bag_rows(const Bags& bags, int64_t bag) {
+  const int64_t rows = bag_start(bags, bag + 1) - bag_start(bags, bag);
+  return rows < 0 ? 0 : rows;
+}
+
+ERCN_HOST_DEVICE int64_t first_slot(const Bags& bags, int64_t bag) {
+  if (bags.cu_seqlens == nullptr) return bag * segments_of(bags.n);
+  return bag_start(bags, bag) / kSegmentRows + bag;
+}
+
+// Slots of a bag from first_slot on that hold a segment.
+ERCN_HOST_DEVICE int64_t bag_segments(const Bags& bags, int64_t bag) { return segments_of(bag_rows(bags, bag)); }
+
+// Of the whole batch, known without reading cu_seqlens.
+ERCN_HOST_DEVICE int64_t slot_count(const Bags& bags) {
+  if (bags.cu_seqlens == nullptr) return bags.count * segments_of(bags.n);
+  return bags.rows / kSegmentRows + bags.count;
+}
+
+// The bag whose slots begin last at or before `slot`.
+ERCN_HOST_DEVICE int64_t bag_of_slot(const Bags& bags, int64_t slot) {
+  if (bags.cu_seqlens == nullptr) return slot / segments_of(bags.n);
+  int64_t low = 0, high = bags.count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (first_slot(bags, middle) <= slot ? low : high) = middle;
+  }
+  return low;
+}
+
+ERCN_HOST_DEVICE Segment segment_at(const Bags& bags, int64_t slot) {
+  if (slot >= slot_count(bags)) return {0, 0, 0, 0};
+  const int64_t bag = bag_of_slot(bags, slot), in_bag = (slot - first_slot(bags, bag)) * kSegmentRows;
+  const int64_t left = in_bag < 0 ? 0 : bag_rows(bags, bag) - in_bag;
+  const int rows = static_cast<int>(left < 0 ? 0 : left < kSegmentRows ? left : kSegmentRows);
+  return {bag, bag_start(bags, bag) + in_bag, in_bag, rows};
+}
+
+// Offset of a segment's first row in a tensor [B, N, …] of these strides, or [T, …] with ragged bags.
+ERCN_HOST_DEVICE int64_t row_offset(const Bags& bags, const Segment& segment, int64_t stride_b, int64_t stride_n) {
+  return bags.cu_seqlens == nullptr ? segment.bag * stride_b + segment.in_bag * stride_n : segment.first * stride_n;
+}
+
+// Offset of head k of a segment's first row in scores, [B, K, N] or [K, T]; its rows follow one another.
+ERCN_HOST_DEVICE int64_t score_offset(const Bags& bags, const Segment& segment, int64_t k, int64_t heads) {
+  if (bags.cu_seqlens != nullptr) return k * bags.rows + segment.first;
+  return (segment.bag * heads + k) * bags.n + segment.in_bag;
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The share of `part` when `count` things are dealt in order to `parts`, as evenly as can be: sizes differ by one at
+// most.
+ERCN_HOST_DEVICE Range share_of(int64_t count, int64_t parts, int64_t part) {
+  const int64_t size = count / parts, longer = count % parts;
+  const int64_t begin = part * size + (part < longer ? part : longer);
+  return {begin, begin + size + (part < longer ? 1 : 0)};
+}
+
+}  // namespace ercn

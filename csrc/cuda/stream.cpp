@@ -1,0 +1,71 @@
+// What arch/stream.h and arch/tensor_map.h need of torch and of the driver.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <stdexcept>
+#include <string>
+
+#include <arch/stream.h>
+#include <arch/tensor_map.h>
+
+namespace ercn::arch {
+
+void check(cudaError_t error, const char* file, int line) {
+  char* message = nullptr;
+  torch_c10_cuda_check_msg(static_cast<int32_t>(error), file, "launch", static_cast<uint32_t>(line), true, &message);
+  if (message == nullptr) return;
+  const std::string copy(message);
+  torch_c10_cuda_free_error_msg(message);
+  throw std::runtime_error(copy);
+}
+
+int attribute(cudaDeviceAttr of, int device) {
+  int value;
+  check(cudaDeviceGetAttribute(&value, of, device), __FILE__, __LINE__);
+  return value;
+}
+
+Stream::Stream(int device) : device_(device) {
+  DeviceGuardHandle guard;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard));
+  guard_ = guard;
+  void* stream;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  stream_ = static_cast<cudaStream_t>(stream);
+}
+
+Stream::~Stream() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
+
+TensorMap encode_tensor_map(
+    CUtensorMapDataType type, int rank, const void* address, const int64_t* sizes, const int64_t* strides,
+    const int* box, Swizzle swizzle) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+        __FILE__, __LINE__);
+    STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(function);
+  }();
+  constexpr CUtensorMapSwizzle kSwizzles[] = {
+      CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
+  constexpr int kMaxRank = 5;
+  cuuint64_t extents[kMaxRank], pitches[kMaxRank];
+  cuuint32_t sides[kMaxRank], steps[kMaxRank];
+  for (int i = 0; i < rank; ++i) {
+    extents[i] = sizes[i], sides[i] = box[i], steps[i] = 1;
+    if (i > 0) pitches[i - 1] = strides[i - 1];
+  }
+  TensorMap map;
+  const CUresult result = encode(
+      &map, type, rank, const_cast<void*>(address), extents, pitches, sides, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      kSwizzles[static_cast<int>(swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed with error ", static_cast<int>(result));
+  return map;
+}
+
+}  // namespace ercn::arch

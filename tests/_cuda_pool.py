@@ -1,0 +1,45 @@
+"""The pool of the CUDA backend with its kernels chosen: on a GPU, or emulated in this very process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import _cuda_emulator
+import torch
+
+from ercn.ops import cuda
+
+DEVICE = "cuda" if cuda.unavailable() is None else "cpu"
+
+
+def operators():
+    """The namespace of the operators: ercn_native on a GPU, else ercn_emulated."""
+    if DEVICE == "cuda":
+        return torch.ops.ercn_native
+    _cuda_emulator.load_operators()
+    return torch.ops.ercn_emulated
+
+
+def pool_with(kernels: str, exact: bool = True) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The operator by the kernels named, of its seven tensors, mask and cu_seqlens; exact: to float32's accuracy."""
+    ops = operators()
+
+    class Pool(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, mask, cu_seqlens, *arguments):
+            pooled, scores = ops.gated_attention_pool_cuda(*arguments, mask, cu_seqlens, exact, kernels)
+            ctx.save_for_backward(*arguments, mask, cu_seqlens, pooled, scores)
+            ctx.set_materialize_grads(False)
+            return pooled, scores
+
+        @staticmethod
+        def backward(ctx, grad_pooled, grad_scores):
+            needs = ctx.needs_input_grad[2:]
+            wanted = sum(need << i for i, need in enumerate(needs))
+            grads = ops.gated_attention_pool_backward_cuda(
+                grad_pooled, grad_scores, *ctx.saved_tensors, wanted, exact, kernels
+            )
+            assert all(need or g.numel() == 0 for need, g in zip(needs, grads, strict=True))
+            return None, None, *(g if need else None for need, g in zip(needs, grads, strict=True))
+
+    return lambda *arguments, mask=None, cu_seqlens=None: Pool.apply(mask, cu_seqlens, *arguments)

@@ -1,0 +1,235 @@
+"""The CUDA extension: present where it can be compiled, its symbols, and its machine code, without a GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from ercn.ops import _extension
+
+reason = _extension.load("_cuda")
+built = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is None, reason="no CUDA toolkit, or CPU torch")
+def test_it_is_built_where_there_is_a_toolkit():
+    assert reason is None, f"{reason}; ERCN_BUILD=cuda shows why"
+
+
+@built
+def test_operators_and_kernels_are_registered():
+    from ercn import _cuda
+
+    for op in ("relu_affinity", "gated_attention_pool"):
+        for name in (f"{op}_cuda", f"{op}_backward_cuda"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ercn_native::{name}", "CUDA")
+    names = [kernel["name"] for kernel in _cuda.kernels()]
+    assert len(names) == len(set(names)) and all(name.startswith("ercn::") for name in names)
+    assert all(kernel["launches"] == 0 for kernel in _cuda.kernels()) or torch.cuda.is_available()
+
+
+@built
+def test_build_info():
+    from ercn import _cuda
+
+    info = _cuda.build_info()
+    assert set(info) == {"cuda", "archs", "flags"}
+    assert info["cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_attributes_need_a_device():
+    from ercn import _cuda
+
+    with pytest.raises(RuntimeError, match="CUDA|driver"):
+        _cuda.kernel_attributes()
+
+
+@built
+def test_only_the_stable_abi_is_used():
+    from ercn import _cuda
+
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    listing = ["nm", "--dynamic", "--undefined-only", "--demangle", _cuda.__file__]
+    symbols = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_get_current_cuda_stream" in symbols
+    assert not [line for line in symbols.splitlines() if "at::" in line or "c10::" in line or "torch::" in line]
+    # The driver's functions are asked for at run time: there may be no driver.
+    assert not re.search(r"\bcu[A-Z]\w+", symbols)
+
+
+@dataclass(frozen=True)
+class Function:
+    """One kernel of one architecture. resources: REG, STACK, SHARED, LOCAL. sass: its machine code, by line."""
+
+    name: str
+    arch: int
+    resources: dict[str, int]
+    sass: tuple[str, ...]
+
+    def main_loop(self) -> list[str]:
+        """The instructions of the loops that have a product: from a backward branch's target to the branch."""
+        lines, loop = self.sass, set()
+        at = {address(line): i for i, line in enumerate(lines)}
+        for i, line in enumerate(lines):
+            target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", line)
+            if target and (first := at.get(int(target[1], 16))) is not None and first < i:
+                body = range(first, i + 1)
+                if any("MMA" in lines[k] for k in body):
+                    loop.update(body)
+        return [lines[k] for k in sorted(loop)]
+
+
+def address(line: str) -> int:
+    return int(re.search(r"/\*([0-9a-f]+)\*/", line)[1], 16)
+
+
+def tool(*command: str | Path) -> str:
+    folder = Path(find_spec("triton").submodule_search_locations[0], "backends", "nvidia", "bin")
+    return subprocess.run([folder / "cuobjdump", *command], capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def functions() -> list[Function]:
+    """Every kernel of every architecture in the library."""
+    from ercn import _cuda
+
+    if find_spec("triton") is None:
+        pytest.skip("cuobjdump comes with Triton, which is not installed")
+    resources: dict[tuple[int, str], dict[str, int]] = {}
+    arch = 0
+    for line in tool("--dump-resource-usage", _cuda.__file__).splitlines():
+        if found := re.match(r"arch = sm_(\d+)", line):
+            arch = int(found[1])
+        elif found := re.match(r"\s*Function (\S+):", line):
+            name = found[1]
+        elif "REG:" in line:
+            resources[arch, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+    all_functions, arch, name, sass = [], 0, "", []
+
+    def finish():
+        if sass:
+            all_functions.append(Function(name, arch, resources[arch, name], tuple(sass)))
+
+    for line in tool("--dump-sass", _cuda.__file__).splitlines():
+        if found := re.match(r"\s*code for sm_(\d+)", line):
+            finish()
+            arch, sass = int(found[1]), []
+        elif found := re.match(r"\s*Function : (\S+)", line):
+            finish()
+            name, sass = found[1], []
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S.*;", line):
+            sass.append(line.strip())
+    finish()
+    return all_functions
+
+
+def named(pattern: str) -> list[Function]:
+    found = [f for f in functions() if re.search(pattern, f.name)]
+    assert found, f"no kernel matches {pattern}"
+    return found
+
+
+@built
+@pytest.mark.slow
+def test_kernels_are_there_for_every_architecture():
+    from ercn import _cuda
+
+    kernels = {re.sub(r"\s", "", kernel["name"]) for kernel in _cuda.kernels()}
+    archs = {int(arch.replace(".", "").rstrip("af")) for arch in _cuda.build_info()["archs"].split(",")}
+    assert {f.arch for f in functions()} == archs
+    assert max(sum(f.arch == arch for f in functions()) for arch in archs) == len(kernels)
+
+
+@built
+@pytest.mark.slow
+def test_nothing_is_in_local_memory():
+    for f in functions():
+        assert f.resources["STACK"] == 0 and f.resources["LOCAL"] == 0, f"{f.name} sm_{f.arch}: {f.resources}"
+        assert not [line for line in f.sass if re.search(r"\b(STL|LDL)\b", line)], f"{f.name} sm_{f.arch} spills"
+
+
+@built
+@pytest.mark.slow
+def test_static_shared_memory_is_not_used():
+    # What cuobjdump counts besides is 1 KiB that the system keeps in every block from sm_90 on.
+    assert all(f.resources["SHARED"] <= 1024 for f in functions())
+
+
+@built
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [r"4ercn8affinity7ForwardI", r"4ercn8affinity8BackwardI"])
+def test_generic_affinity_is_made_of_tensor_core_products(kernel):
+    for f in named(kernel):
+        loop = f.main_loop()
+        assert [line for line in loop if re.search(r"\bHMMA\b", line)], f"{f.name}: no product in its loop"
+        assert [line for line in loop if "LDGSTS.E.BYPASS.128" in line], f"{f.name}: copies are not 16 bytes"
+        assert [line for line in loop if "LDSM" in line], f"{f.name}: fragments are not loaded by ldmatrix"
+        assert not [line for line in loop if re.search(r"\b(LDG|STG)\b", line)], f"{f.name}: its loop waits for memory"
+
+
+@built
+@pytest.mark.slow
+def test_memory_bound_kernels_access_16_bytes():
+    for f in named(r"4ercn8affinity(12PackFeatures|8SumSlabs)I"):
+        for access in ("LDG", "STG"):
+            assert [line for line in f.sass if f"{access}.E.128" in line], f"{f.name}: no {access} of 16 bytes"
+
+
+@built
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["PoolForward", "PoolBranch", "PoolRows", "PoolWeights", "PoolProducts"])
+def test_hopper_pool_is_made_of_wgmma_and_tma(kernel):
+    """Wide products of whole warpgroups, copies by the engine that holds tensor maps, and 16 bytes for what is long."""
+    wide = kernel != "PoolProducts"
+    for f in named(rf"4sm90.*{kernel}I"):
+        assert f.arch == 90
+        sass = "\n".join(f.sass)
+        assert re.search(r"\bHGMMA\.64x256x16" if wide else r"\bHGMMA\.64x8x16", sass), f"{f.name}: no product"
+        other = re.search(r"\b(HMMA|LDGSTS)\b", sass)
+        assert "UTMALDG" in sass and not other, f"{f.name}: another way to copy or multiply"
+        assert "SYNCS" in sass and ("USETMAXREG" in sass) == wide, f"{f.name}: no barriers, or registers stay"
+        stored = {"PoolBranch": "STG.E.128", "PoolRows": "STG.E.128", "PoolWeights": "STG.E.128"}.get(kernel, "")
+        assert stored in sass and ("LDG.E.128" in sass or kernel not in ("PoolWeights", "PoolProducts")), f.name
+
+
+@built
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["7ForwardI", "8BackwardI"], ids=["forward", "backward"])
+def test_hopper_affinity_is_made_of_wgmma_and_tma(kernel):
+    found = hopper(f"sm908affinity{kernel}")
+    assert len(found) == 24  # two dtypes, four D, three P
+    for f in found:
+        loop, sass = f.main_loop(), "\n".join(f.sass)
+        products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
+        assert waits < products / 2, f"{f.name}: ptxas waits after every product, for lack of registers"
+        assert not re.search(r"\bHMMA\b", sass), f"{f.name}: products of one warp"
+        assert "UTMALDG.3D" in sass and "USETMAXREG" in sass, f"{f.name}: no copy engine, or registers stay"
+        assert not [line for line in loop if re.search(r"\bLDG\b", line)], f"{f.name}: its loop waits for memory"
+        assert "STSM.16.M88.4" in sass or "Backward" in f.name, f"{f.name}: A is not written by stmatrix"
+
+
+@built
+@pytest.mark.slow
+def test_hopper_affinity_adds_partial_sums_by_16_bytes():
+    for pattern in ("7CombineI", "6FinishI"):
+        for f in hopper(f"sm908affinity{pattern}"):
+            assert [line for line in f.sass if "LDG.E.128" in line], f"{f.name}: no load of 16 bytes"
+
+
+def hopper(pattern: str) -> list[Function]:
+    from ercn import _cuda
+
+    if "9.0a" not in _cuda.build_info()["archs"]:
+        pytest.skip("9.0a is not in ERCN_CUDA_ARCHS")
+    return named(pattern)

@@ -1,0 +1,157 @@
+"""The emulator's wgmma, copy engine and barriers against torch, and that it catches what is undefined on a device."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import pytest
+import torch
+from _cuda_emulator import DEVICE, EMULATOR, caller, library
+from _ops import randn
+
+NOTHING, WAIT, FENCE, PROXY_FENCE, BARRIER, COMMIT = range(6)
+
+
+@pytest.fixture(scope="module")
+def probes():
+    return caller(library("probes_hopper", [EMULATOR / "probes_hopper.cpp"]))
+
+
+def operands(n, k, dtype, a_mn=False, b_mn=False):
+    """A [64, K] and B [N, K] as the kernel reads them, and their product."""
+    a, b = randn(64, k, seed=1, dtype=dtype), randn(n, k, seed=2, dtype=dtype)
+    stored = [x.mT.contiguous() if mn else x for x, mn in ((a, a_mn), (b, b_mn))]
+    return *stored, torch.full((64, n), torch.nan), a.float() @ b.float().mT
+
+
+@pytest.mark.parametrize("a_from", ["rows", "columns", "registers"])
+@pytest.mark.parametrize("b_mn", [False, True], ids=["b_rows", "b_columns"])
+@pytest.mark.parametrize("n", [8, 96, 256])
+def test_warpgroup_product(probes, n, b_mn, a_from):
+    a_mn, registers = a_from == "columns", a_from == "registers"
+    a, b, d, exact = operands(n, 64, torch.bfloat16, a_mn, b_mn)
+    assert probes("wgmma_bf16", n, a_mn, b_mn, registers, a, b, d, NOTHING) is None
+    torch.testing.assert_close(d, exact, rtol=1e-5, atol=1e-4)
+
+
+def test_warpgroup_product_of_float16(probes):
+    a, b, d, exact = operands(192, 64, torch.float16, b_mn=True)
+    assert probes("wgmma_fp16", a, b, d) is None
+    torch.testing.assert_close(d, exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("registers", [False, True], ids=["shared", "registers"])
+def test_warpgroup_product_of_tf32(probes, registers):
+    a, b, d, _ = operands(64, 32, torch.float32)
+    assert probes("wgmma_tf32", registers, a, b, d) is None
+    cut = [(x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (a, b)]
+    torch.testing.assert_close(d, cut[0] @ cut[1].mT, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("without", [WAIT, BARRIER], ids=["wait", "barrier"])
+def test_product_that_is_not_waited_for_is_nan(probes, without):
+    a, b, d, _ = operands(96, 64, torch.bfloat16)
+    probes("wgmma_bf16", 96, False, False, False, a, b, d, without)
+    assert d.isnan().any()
+
+
+@pytest.mark.parametrize(
+    "without, says",
+    [
+        (FENCE, "wgmma without a wgmma_fence since the last wgmma_commit"),
+        (PROXY_FENCE, "which was stored to without a fence_proxy_async after it"),
+        (COMMIT, "did not wait for its last wgmma"),
+    ],
+)
+def test_product_without_its_fences_is_named(probes, without, says):
+    a, b, d, _ = operands(96, 64, torch.bfloat16)
+    assert says in probes("wgmma_bf16", 96, False, False, False, a, b, d, without)
+
+
+def test_ring_of_stages(probes):
+    x = randn(7, 8, 32, seed=3, dtype=torch.float32)
+    for seed in range(8):
+        probes("set_seed", ctypes.c_uint64(seed))
+        y = torch.zeros(32)
+        assert probes("ring_of_stages", x, 7, y, NOTHING) is None
+        torch.testing.assert_close(y, x.sum((0, 1)))
+
+
+def test_ring_that_does_not_wait_is_caught(probes):
+    x = randn(7, 8, 32, seed=3, dtype=torch.float32)
+    overrun = probes("ring_of_stages", x, 7, torch.zeros(32), WAIT)
+    assert "more arrivals than the barrier counts" in overrun
+    y = torch.zeros(32)
+    probes("ring_of_stages", x, 7, y, BARRIER)
+    assert y.isnan().any()
+
+
+def test_ring_that_is_never_emptied_deadlocks(probes):
+    message = probes("ring_of_stages", randn(7, 8, 32, dtype=torch.float32), 7, torch.zeros(32), COMMIT)
+    assert "threads 13 wait for parity 0 of the mbarrier at offset 2064" in message
+    assert "threads 32-63 wait for parity 1 of the mbarrier at offset 2048" in message
+    assert "mbarrier at offset 2064 is in phase 0, lacks 32 of 32 arrivals and 0 bytes" in message
+
+
+@pytest.mark.parametrize("swizzle", [0, 2, 3])
+@pytest.mark.parametrize("corner", [(0, 0, 0), (16, 3, 1), (-8, -3, -1), (40, 20, 9)], ids=str)
+def test_box_of_a_tensor(probes, corner, swizzle):
+    depth, rows, columns = 3, 11, 48
+    x = randn(depth, rows, columns, seed=4, dtype=torch.float16)
+    y, z = torch.full((2, 8, 32), torch.nan, dtype=torch.float16), torch.zeros_like(x)
+    assert probes("box", x, columns, rows, depth, *corner, swizzle, y, z) is None
+    padded = torch.nn.functional.pad(x, (8, 80, 8, 40, 8, 20))
+    c0, c1, c2 = (c + 8 for c in corner)
+    expected = padded[c2 : c2 + 2, c1 : c1 + 8, c0 : c0 + 32]
+    offsets = torch.arange(1024)
+    stored = offsets ^ ((offsets >> 7 & 2**swizzle - 1) << 4)
+    assert torch.equal(y.view(-1).view(torch.uint8)[stored], expected.contiguous().view(-1).view(torch.uint8))
+    written = torch.zeros_like(padded)
+    written[c2 : c2 + 2, c1 : c1 + 8, c0 : c0 + 32] = -expected
+    assert torch.equal(z, written[8 : 8 + depth, 8 : 8 + rows, 8 : 8 + columns])
+
+
+@pytest.mark.parametrize(
+    "address, columns, stride, box, swizzle, says",
+    [
+        (64, 64, 128, 64, 3, None),
+        (72, 64, 128, 64, 3, "the address must be a multiple of 16"),
+        (64, 63, 126, 64, 3, "strides must be multiples of 16"),
+        (64, 0, 128, 64, 3, "sizes must be from 1"),
+        (64, 512, 1024, 512, 0, "sides of the box must be from 1 to 256"),
+        (64, 64, 128, 33, 0, "dimension 0 of the box must be a multiple of 16 bytes"),
+        (64, 256, 512, 128, 3, "dimension 0 of the box must fit the swizzle"),
+    ],
+)
+def test_tensor_maps_that_the_driver_refuses(probes, address, columns, stride, box, swizzle, says):
+    message = probes("encode", *(ctypes.c_int64(x) for x in (address, columns, stride)), box, swizzle)
+    assert message is None if says is None else says in message
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stored_matrices_load_again(probes, transposed):
+    x = torch.arange(128, dtype=torch.int32) * 65537
+    y = torch.zeros_like(x)
+    assert probes("there_and_back", x, y, transposed) is None
+    assert torch.equal(x, y)
+
+
+def test_bulk_copy(probes):
+    x, y = randn(32, dtype=torch.float32), torch.zeros(32)
+    assert probes("bulk", x, y) is None
+    assert torch.equal(x, y)
+
+
+@pytest.mark.slow
+def test_layouts_are_those_of_cute():
+    """Fragments of mma and wgmma and swizzled operands: CuTe has them from the same documents, written by others."""
+    sys.path.insert(0, str(DEVICE))
+    import toolchain
+
+    if reason := toolchain.obstacle():
+        pytest.skip(reason)
+    toolkit = toolchain.toolkit()[1] / "include"
+    flags = ("-O0", f"-isystem{toolchain.cutlass()}", f"-isystem{toolkit}", f"-isystem{toolkit / 'cccl'}")
+    differ = caller(library("against_cute", [EMULATOR / "against_cute.cpp"], flags))
+    assert differ("layouts_differ") is None

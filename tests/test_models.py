@@ -370,16 +370,6 @@ def test_loss_terms_from_the_outputs(scaled):
     torch.testing.assert_close(terms["min_pool"], sum(min_pool) / 2)
 
 
-@pytest.mark.parametrize("detached", [True, False])
-def test_the_refined_cam_is_a_target_of_h_or_learns_from_it(detached):
-    model = build().eval()
-    loss_config = LossConfig(cls=0.0, er=0.0, ecr=0.0, consistency=1.0, detach_refined=detached)
-    total, _ = ercn_loss(model, pictures(), torch.tensor([2, 4]), SMALL, loss_config, Flip(3))
-    total.backward()
-    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert reached == ({"backbone", "classifier"} if detached else {"backbone", "classifier", "refinement"})
-
-
 def test_the_floor_under_the_logarithm_bounds_the_gradient_of_h():
     """A CAM value just above 0 where the refined CAM is 1: the gradient is at most 1 / eps."""
     refined, mask = torch.ones(1, 2, 1, 1), torch.ones(1, 1, 1, 1)
@@ -414,13 +404,15 @@ def test_gradients_reach_what_each_term_trains():
     assert reached(cls=1.0) == {"backbone", "classifier", "prior", "pool", "mil_classifier"}
     assert reached(er=1.0) == {"backbone", "classifier"}
     assert reached(ecr=1.0) == reached(min_pool=1.0) == {"refinement"}
-    assert reached(consistency=1.0) == {"backbone", "classifier", "refinement"}
+    assert reached(consistency=1.0) == {"backbone", "classifier"}
+    assert reached(consistency=1.0, detach_refined=False) == {"backbone", "classifier", "refinement"}
 
 
 def test_grade_0_has_no_foreground():
     model = build()
     grade = torch.zeros(2, dtype=torch.long)
-    _, terms = ercn_loss(model, pictures(), grade, SMALL, EVERY_TERM, Flip(2))
+    loss_config = replace(EVERY_TERM, consistency_eps=1e-10)
+    _, terms = ercn_loss(model, pictures(), grade, SMALL, loss_config, Flip(2))
     assert terms["er"] == 0 and terms["min_pool"] == 0 and abs(terms["consistency"]) < 1e-6
 
 

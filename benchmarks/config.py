@@ -18,7 +18,8 @@ class BenchConfig:
     filter: only cases whose id contains a match of this regular expression.
     quick: a few small cases, few rounds. full: every registered case instead of the standard ones.
     seconds: of rounds per case. rounds: at least so many per case. threads: of torch on the CPU, 0 leaves torch's own
-    number. memory: measure peak memory too. list: print the ids of the chosen cases and stop.
+    number. memory: measure peak memory too. check: compare with float64 first, which takes minutes for large networks.
+    list: print the ids of the chosen cases and stop.
     save: FILE.json for the results, FILE.csv beside it; rows appear in FILE.jsonl while it runs.
     """
 
@@ -35,6 +36,7 @@ class BenchConfig:
     rounds: int = 5
     threads: int = 0
     memory: bool = True
+    check: bool = True
     list: bool = False
     save: str = ""
 

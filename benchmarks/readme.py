@@ -87,8 +87,8 @@ def _line(rows: list[Row]) -> str:
         f"{1 / best['ratios']['eager']['median']:.2f}×" if has_eager else "–",
         _megabytes(best.get("peak_extra_mb")),
         _megabytes(eager.get("peak_extra_mb")) if has_eager else _needed(eager),
-        f"{best['error']:.1e}",
-        f"{best['judge_error']:.1e}" if best["judge"] == "eager" else "–",
+        f"{best['error']:.1e}" if "error" in best else "not checked",
+        f"{best['judge_error']:.1e}" if best.get("judge") == "eager" else "–",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -132,7 +132,7 @@ def measure(
     def refuse(variant: str, status: str, reason: str, **more: Any) -> None:
         finish(_row(case, device, variant, status, reason) | more)
 
-    if isinstance(case, ModelCase) and (reason := network.obstacle(case, device)):
+    if config.check and isinstance(case, ModelCase) and (reason := network.obstacle(case, device)):
         refuse("all", "skipped", reason)
         return rows
     try:
@@ -164,6 +164,8 @@ def _prepare(case: Case, inputs: Inputs, device: str, config: BenchConfig, refus
             continue
         held += variant.held(case)
         fitting.append(variant)
+    if not config.check:
+        return {variant: {} for variant in fitting}
     if not fitting:
         return {}
     names = [v.name for v in fitting]

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "evaluate": ("ercn.training", configs.EvaluateConfig),
     "predict": ("ercn.training", configs.PredictConfig),
     "report": ("ercn.training.report", configs.ReportConfig),
+    "ablate": ("ercn.training", configs.AblateConfig),
 }
 SUMMARIES = {
     "prepare": "find the fundus disc, crop and cache a data set, split it by patient",
@@ -40,6 +41,7 @@ SUMMARIES = {
     "evaluate": "metrics with intervals, localisation against lesion masks, HTML report",
     "predict": "grades and full-resolution heat maps of any pictures",
     "report": "compare runs in one self-contained HTML page: ercn report RUN RUN …",
+    "ablate": "train and evaluate a grid of configurations and seeds, one table",
     "bench": "time, memory and error of the operators and the network beside plain torch",
     "doctor": "what is installed, which backends run here, and why others do not",
 }
@@ -197,4 +199,4 @@ def _interrupted(argv: list[str]) -> str:
     if argv[0] in ("pretrain", "train"):
         again = shlex.join(["ercn", *argv, *([] if any("run.resume" in a for a in argv) else ["--run.resume", "true"])])
         return f"\ninterrupted; finished epochs are kept. Go on with:\n  {again}"
-    return "\ninterrupted"
+    return "\ninterrupted" + ("; finished cells are kept, the same command goes on" if argv[0] == "ablate" else "")

@@ -61,12 +61,17 @@ class ModelConfig:
     num_grades: K; grade 0 is background, grades 1 … K-1 are foreground.
     targets: "ordinal" (channel k says grade ≥ k), "onehot" (channel k says grade = k) or "referable" (grade ≥ 2).
     output_stride: input pixels per CAM element, 8, 16 or 32.
+    patch: 0 makes every element of the feature map an instance. P > 0 is patch-level MIL: the picture is cut into P × P
+        px patches, the backbone encodes each on its own, and their embeddings are the elements; P a multiple of
+        output_stride.
     cam_pool: picture logits from the CAM. "relu": mean of its positive part plus a learned prior, so that only evidence
         for a grade counts and a healthy picture needs an empty map; "linear": its mean (SEAM, Chikontwe).
     embed_dim: D, channels of the pixel embedding (SEAM: 192).
+    center: subtract the picture's mean from the embedding before the affinity (``ercn.nn.PixelCorrelation``); SEAM and
+        Chikontwe do not.
     mask: spatial mask on the CAM before refinement: "soft", "hard" or "off".
     mask_thresholds: the mask is the mean over these t of [max foreground CAM >= t].
-    steps: how often the normalised affinity is applied.
+    steps: how often the normalised affinity is applied; 0 leaves the map as the mask made it.
     detach: stop gradients into the refinement's CAM and features (SEAM and Chikontwe do).
     pool: "gated" or "plain" attention MIL over all feature-map elements, or "none" (CAM only).
     pool_dim: L, hidden width of the attention.
@@ -79,8 +84,10 @@ class ModelConfig:
     num_grades: int = 5
     targets: Targets = "ordinal"
     output_stride: int = 16
+    patch: int = 0
     cam_pool: Literal["relu", "linear"] = "relu"
     embed_dim: int = 192
+    center: bool = True
     mask: Literal["soft", "hard", "off"] = "soft"
     mask_thresholds: tuple[float, ...] = (0.2, 0.3, 0.4)
     steps: int = 1
@@ -91,7 +98,8 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self, "at least 1", "output_stride", "embed_dim", "steps", "pool_dim")
+        _require(self, "at least 1", "output_stride", "embed_dim", "pool_dim")
+        _require(self, "at least 0", "patch", "steps")
         _require(self, "at least 0 and at most 1", "dropout", "mask_thresholds")
         if not self.mask_thresholds:
             raise ValueError("mask_thresholds must have at least one entry; got ()")
@@ -101,29 +109,40 @@ class ModelConfig:
 class LossConfig:
     """Weights of L = cls·L_cls + er·L_ER + ecr·L_ECR + consistency·H + min_pool·L_min; 0 leaves a term out.
 
-    cls: weight of the classification loss. er: weight of the equivariance loss.
+    cls: weight of the classification loss.
+    er: weight of the equivariance loss. An empty map is equivariant too: at 1, SEAM's (whose mean over 20 classes makes
+        it small), the CAM can fade away while the MIL head classifies.
     ecr: weight of the equivariant cross loss.
     consistency: weight of H, CAM against refined CAM. min_pool: weight of the min-pooling loss.
     transform: the map A between the two views: "rescale", "flip", "rot90", "translate", "affine", "all" or "none"
-        (one view).
+        (one view). SEAM rescales; lesions of a few pixels do not survive that.
     rescale: factor of "rescale" (SEAM: 0.3).
+    consistency_eps: added to the CAM under the logarithm of H. Chikontwe's 1e-10 lets an element whose CAM is near 0
+        send a gradient of up to 1e10, and the clipped step then teaches nothing else.
+    scale_refined: compare the refined CAM scaled to its own range, as SEAM and Chikontwe do, or as it is, in [0, 1].
+        Scaled, what is nearly flat is blown up, and the embedding learns affinities that level the map.
+    detach_refined: stop the gradient of H into the refined CAM, which so is the target that the CAM learns; Chikontwe
+        does not, and H then falls fastest where the refined CAM fades away.
     hard_fraction: share of hardest values that L_ECR averages (SEAM: 0.2).
     warmup_epochs: epochs over which the weights of all terms but L_cls rise from 0.
     """
 
     cls: float = 1.0
-    er: float = 1.0
+    er: float = 0.1
     ecr: float = 1.0
     consistency: float = 0.1
     min_pool: float = 0.0
-    transform: Literal["rescale", "flip", "rot90", "translate", "affine", "all", "none"] = "rescale"
+    transform: Literal["rescale", "flip", "rot90", "translate", "affine", "all", "none"] = "flip"
     rescale: float = 0.3
+    consistency_eps: float = 0.1
+    scale_refined: bool = False
+    detach_refined: bool = True
     hard_fraction: float = 0.2
     warmup_epochs: int = 0
 
     def __post_init__(self) -> None:
         _require(self, "at least 0", "cls", "er", "ecr", "consistency", "min_pool", "warmup_epochs")
-        _require(self, "above 0 and at most 1", "rescale", "hard_fraction")
+        _require(self, "above 0 and at most 1", "rescale", "hard_fraction", "consistency_eps")
 
 
 @dataclass(frozen=True)
@@ -135,6 +154,9 @@ class DataConfig:
     batch_size: pictures per step and device.
     workers: loader processes.
     augment: flips, rotation, colour and scale jitter in training.
+    label_fraction: share of the training patients whose labels are used, stratified by their worst grade and drawn by
+        the run's seed; at least one patient of every grade. A smaller share is a part of a larger one. Pre-training
+        reads all pictures.
     balance: "none", "weights" (class weights in L_cls) or "sampler" (balanced sampling); never both.
     max_unreadable: unreadable pictures that a run skips, by name, before it stops; with several devices each counts
         those of its own share.
@@ -145,6 +167,7 @@ class DataConfig:
     batch_size: int = 8
     workers: int = 2
     augment: bool = True
+    label_fraction: float = 1.0
     balance: Literal["none", "weights", "sampler"] = "none"
     max_unreadable: int = 10
 
@@ -152,6 +175,7 @@ class DataConfig:
         _require(self, "at least 32", "image_size")
         _require(self, "at least 1", "batch_size")
         _require(self, "at least 0", "workers", "max_unreadable")
+        _require(self, "above 0 and at most 1", "label_fraction")
 
 
 @dataclass(frozen=True)
@@ -210,6 +234,8 @@ class PretrainConfig:
     projection_dim: width of the embedding it compares.
     queue_size: moco_v2 only, keys kept as negatives, at most one epoch's.
     momentum: moco_v2 only, of the momentum encoder.
+    probe_every: epochs between two measurements of the features by k nearest neighbours and a linear probe, with the
+        grades of the train and val split; the last epoch is always measured. 0 for none.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -221,9 +247,11 @@ class PretrainConfig:
     projection_dim: int = 128
     queue_size: int = 4096
     momentum: float = 0.996
+    probe_every: int = 1
 
     def __post_init__(self) -> None:
         _require(self, "above 0", "temperature")
+        _require(self, "at least 0", "probe_every")
         _require(self, "at least 1", "output_stride", "projection_dim", "queue_size")
         _require(self, "at least 0 and at most 1", "momentum")
 
@@ -278,6 +306,24 @@ class EvaluateConfig:
         _require(self, "at least 1", "batch_size")
         _require(self, "at least 0", "workers", "bootstrap", "seed")
         _require_scales(self)
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """``ercn ablate``: a grid of training configurations times seeds, and one table of what each part brings.
+
+    grid: a YAML file (``ercn.training.grid``), or "phantom", the packaged one of ``docs/ablation.md``.
+    out: folder of cells, table and figure. Started again, the command goes on; started several times at once on one
+        folder, as with one GPU each, the processes share the cells.
+    bootstrap: draws over patients.
+    """
+
+    grid: str = "phantom"
+    out: str = "runs/ablation"
+    bootstrap: int = 2000
+
+    def __post_init__(self) -> None:
+        _require(self, "at least 1", "bootstrap")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ class ERCN(nn.Module):
         least = 3 if config.targets == "referable" else 2
         if config.num_grades < least:
             raise ValueError(f"targets '{config.targets}' need num_grades >= {least}; got {config.num_grades}")
+        if config.patch % config.output_stride:
+            raise ValueError(
+                f"patch must be a multiple of output_stride {config.output_stride}, or 0; got {config.patch}"
+            )
         self.config = config
         self.backbone = create_backbone(config.backbone, config.output_stride, pretrained=config.pretrained)
         *_, low, mid, last = self.backbone.feature_info.channels()
@@ -70,7 +74,7 @@ class ERCN(nn.Module):
         self.classifier = nn.Conv2d(last, classes, 1, bias=False)
         nn.init.xavier_uniform_(self.classifier.weight)
         self.prior = nn.Parameter(torch.zeros(classes)) if config.cam_pool == "relu" else None
-        self.refinement = PixelCorrelation((low, mid), config.embed_dim, steps=config.steps)
+        self.refinement = PixelCorrelation((low, mid), config.embed_dim, steps=config.steps, center=config.center)
         self.pool = self.mil_classifier = None
         if config.pool != "none":
             self.pool = GatedAttentionPool(last, config.pool_dim, gated=config.pool == "gated")
@@ -78,7 +82,7 @@ class ERCN(nn.Module):
 
     def forward(self, image: Tensor) -> ERCNOutput:
         """image: [B, 3, H, W], normalised as the backbone was trained."""
-        *_, low, mid, last = stages(self.backbone, image)
+        low, mid, last = self._features(image)
         last = self.dropout(last)
 
         cam = self.classifier(last)  # [B, F, h, w]
@@ -91,7 +95,9 @@ class ERCN(nn.Module):
         features = [low.detach(), mid.detach()] if self.config.detach else [low, mid]
         confidence = normalize_cam(source)  # [B, 1 + F, h, w]
         mask = self._spatial_mask(confidence)
-        refined_cam = self.refinement(self._suppress(confidence, mask), features, image)
+        refined_cam = self._suppress(confidence, mask)
+        if self.config.steps:
+            refined_cam = self.refinement(refined_cam, features, image)
 
         attention = mil_logits = None
         if self.pool is not None:
@@ -102,6 +108,19 @@ class ERCN(nn.Module):
         if logits is None:
             logits = (cam_logits + mil_logits) / 2
         return ERCNOutput(logits, cam_logits, mil_logits, cam, refined_cam, mask, attention)
+
+    def _features(self, image: Tensor) -> list[Tensor]:
+        """The last three stages, [B, D, h, w] each; with patches, of each patch the mean over its own map."""
+        patch = self.config.patch
+        if not patch:
+            return stages(self.backbone, image)[-3:]
+        b, _, height, width = image.shape
+        if height % patch or width % patch:
+            raise ValueError(f"patches of {patch} px need sides that are multiples of it; got {height} x {width} px")
+        h, w = height // patch, width // patch
+        tiles = image.unflatten(3, (w, patch)).unflatten(2, (h, patch))  # [B, 3, h, P, w, P]
+        maps = stages(self.backbone, tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))[-3:]  # [B·h·w, D, ·, ·]
+        return [x.mean((2, 3)).view(b, h, w, -1).permute(0, 3, 1, 2) for x in maps]
 
     def _spatial_mask(self, confidence: Tensor) -> Tensor:
         """m = mean over thresholds t of [max foreground confidence >= t], [B, 1, h, w]."""

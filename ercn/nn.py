@@ -32,6 +32,9 @@ class PixelCorrelation(nn.Module):
         proj_channels: channels of each projection P_i (SEAM: 64 and 128).
         image_channels: channels of the picture, 3; 0 leaves the picture out.
         steps: how often the normalised affinity is applied.
+        center: subtract from f its mean over the picture, so that an element is like those which differ from the mean
+            in the same way. SEAM does not; then f, of features behind a ReLU, points one way nearly everywhere, every
+            affinity is near 1, and the result near the mean of the map.
 
     Parameters, in this order in the state dict:
         projections.{i}.weight: P_i, [proj_channels[i], in_channels[i], 1, 1]; Kaiming-normal.
@@ -50,6 +53,7 @@ class PixelCorrelation(nn.Module):
         proj_channels: Sequence[int] = (64, 128),
         image_channels: int = 3,
         steps: int = 1,
+        center: bool = False,
     ) -> None:
         super().__init__()
         if len(in_channels) != len(proj_channels):
@@ -57,7 +61,7 @@ class PixelCorrelation(nn.Module):
                 f"proj_channels needs one entry for each of the {len(in_channels)} feature maps; "
                 f"got {list(proj_channels)} for in_channels {list(in_channels)}"
             )
-        self.image_channels, self.steps = image_channels, steps
+        self.image_channels, self.steps, self.center = image_channels, steps, center
         self.projections = nn.ModuleList(
             nn.Conv2d(channels, width, 1, bias=False) for channels, width in zip(in_channels, proj_channels)
         )
@@ -112,7 +116,10 @@ class PixelCorrelation(nn.Module):
         size = cam.shape[-2:]
         parts = [] if image is None else [_resize(image, size)]
         parts += [proj(_resize(x, size)).relu() for proj, x in zip(self.projections, features)]
-        return affinity_propagate(cam, self.embed(torch.cat(parts, 1)), steps=self.steps)
+        embedding = self.embed(torch.cat(parts, 1))
+        if self.center:
+            embedding = embedding - embedding.mean((2, 3), keepdim=True)
+        return affinity_propagate(cam, embedding, steps=self.steps)
 
 
 # Published attention layers whose weights ``GatedAttentionPool.from_state_dict`` takes; each entry is V, [U,] w.

@@ -28,14 +28,15 @@ def ercn_loss(
     - cls: classification of the picture, averaged over the views and over the CAM's and the MIL head's logits, so that
       both heads learn.
     - er: max-normed CAM of x, moved by A, against that of A(x). With one view: CAM against refined CAM (Chikontwe).
-    - ecr: max-normed refined CAM of each view against the CAM of the other, hardest values.
+    - ecr: refined CAM of each view against the max-normed CAM of the other, hardest values.
     - consistency: cross entropy of CAM and refined CAM in each view, weighted by the spatial mask; mean of the views.
     - min_pool: SEAM's min-pooling of the refined CAM; mean of the views.
 
-    The maps are multiplied by the picture's targets (multi-hot where targets are ordinal; 1 for the background), so a
-    picture of grade 0 has an empty foreground. They are compared on view 2's grid of feature-map elements; where moving
-    the map and moving the picture round to different sizes, the moved map is resized once more. What view 2 shows from
-    outside the picture does not count in er and ecr.
+    The refined CAM is max-normed too where ``scale_refined`` says so. The maps are multiplied by the picture's targets
+    (multi-hot where targets are ordinal; 1 for the background), so a picture of grade 0 has an empty foreground. They
+    are compared on view 2's grid of feature-map elements; where moving the map and moving the picture round to
+    different sizes, the moved map is resized once more. What view 2 shows from outside the picture does not count in er
+    and ecr.
 
     Args:
         model: gives ``ERCNOutput``; called once per view.
@@ -69,11 +70,13 @@ def ercn_loss(
         return sum(losses.classification_loss(logits, target, weight=weight) for logits in heads) / len(heads)
 
     def normed(view: ERCNOutput) -> tuple[Tensor, Tensor]:
-        return losses.max_norm(view.cam) * present, losses.max_norm(view.refined_cam) * present_all
+        refined = losses.max_norm(view.refined_cam) if loss_config.scale_refined else view.refined_cam
+        return losses.max_norm(view.cam) * present, refined * present_all
 
     def consistency(view: ERCNOutput) -> Tensor:
         cam, refined = normed(view)
-        return losses.refinement_consistency(losses.add_background(cam), refined, view.mask)
+        cam, refined = losses.add_background(cam), refined.detach() if loss_config.detach_refined else refined
+        return losses.refinement_consistency(cam, refined, view.mask, eps=loss_config.consistency_eps)
 
     def moved(x: Tensor) -> Tensor:
         x = transform(x)

@@ -12,7 +12,7 @@ import torch
 
 from ercn import cli
 from ercn._memory import LiveBytes
-from ercn.benchmarks import memory, network, results, run, settings, timing, variants, verify
+from ercn.benchmarks import memory, network, readme, results, run, settings, timing, variants, verify
 from ercn.benchmarks.cases import AffinityCase, ModelCase, PoolCase
 from ercn.benchmarks.compare import changes, compare
 from ercn.benchmarks.config import BenchConfig, CompareConfig
@@ -160,6 +160,13 @@ def test_peak_memory_of_the_network_agrees_with_what_is_expected():
     expected = network.live_bytes(SMALL_NETWORK)
     peak = memory.cpu_peak(SMALL_NETWORK, "ercn-reference", 1)
     assert 0.9 * expected < peak < expected + 100e6
+
+
+def test_without_the_check_nothing_is_judged(monkeypatch):
+    monkeypatch.setattr(run, "Judge", None)
+    rows = measured(config=replace(QUICK, check=False))
+    assert rows["ercn-reference"]["status"] == "ok" and "error" not in rows["ercn-reference"]
+    assert "not checked" in readme._line(list(rows.values()))
 
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch):

@@ -97,7 +97,7 @@ def test_the_command_line(tmp_path):
     assert wrong.returncode == 2 and "messidor2" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_a_set_without_grades_serves_pretraining_and_nothing_else(tmp_path):
+def test_a_set_without_grades_serves_pretraining_and_not_training(tmp_path):
     write_idrid_segmentation_tree(tmp_path / "i")
     options = {"root": str(tmp_path / "i"), "out": str(tmp_path / "d"), **SMALL}
     prepare(PrepareConfig(dataset="idrid_segmentation", **options))
@@ -105,9 +105,7 @@ def test_a_set_without_grades_serves_pretraining_and_nothing_else(tmp_path):
     run = RunConfig(out=str(tmp_path / "run"), epochs=1, accelerator="cpu", progress=False)
     out = pretrain(PretrainConfig(data=data, run=run, backbone="mobilenetv3_small_050"))
     assert (out / "export" / "backbone.safetensors").is_file()
-    with pytest.raises(
-        ValueError, match="data set idrid_segmentation has no grades; training and evaluation need them"
-    ):
+    with pytest.raises(ValueError, match="data set idrid_segmentation has no grades; training needs them"):
         train(TrainConfig(data=data, run=run, model=ModelConfig(backbone="mobilenetv3_small_050")))
 
 

@@ -95,6 +95,34 @@ def capture_propagated(model, image):
     return out, seen[0]
 
 
+def test_patches_are_encoded_each_on_its_own():
+    """The model of a grid of patches equals the mean features of every crop, put where the crop was."""
+    model = build(patch=32, output_stride=16).eval()
+    image = pictures(h=64, w=96)
+    out, (_, features, _) = capture_propagated(model, image)
+    assert out.cam.shape[2:] == out.attention.shape[2:] == (2, 3)
+    for row in range(2):
+        for column in range(3):
+            crop = image[:, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+            low, mid, last = (x.mean((2, 3)) for x in model.backbone(crop)[-3:])
+            torch.testing.assert_close(out.cam[:, :, row, column], last @ model.classifier.weight[:, :, 0, 0].T)
+            torch.testing.assert_close(features[0][:, :, row, column], low)
+            torch.testing.assert_close(features[1][:, :, row, column], mid)
+    with pytest.raises(ValueError, match="patches of 32 px need sides that are multiples of it; got 64 x 80 px"):
+        model(pictures(h=64, w=80))
+    with pytest.raises(ValueError, match="patch must be a multiple of output_stride 16, or 0; got 40"):
+        build(patch=40)
+
+
+def test_without_steps_the_refined_map_is_the_masked_one():
+    model = build(steps=0, output_stride=8).eval()
+    out = model(pictures())
+    confidence = losses.normalize_cam(out.cam)
+    torch.testing.assert_close(out.refined_cam[:, 1:], out.mask * confidence[:, 1:])
+    torch.testing.assert_close(out.refined_cam.detach()[:, 0], 1 - out.refined_cam.detach()[:, 1:].amax(1))
+    assert model.state_dict().keys() == build().state_dict().keys()  # weights fit, whatever the steps
+
+
 @pytest.mark.parametrize("mode", ["soft", "hard", "off"])
 def test_spatial_mask(mode):
     thresholds = (0.2, 0.3, 0.4)
@@ -306,12 +334,13 @@ def test_loss_is_the_weighted_sum_of_its_terms(kind, size):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_loss_terms_from_the_outputs():
+@pytest.mark.parametrize("scaled", [True, False])
+def test_loss_terms_from_the_outputs(scaled):
     """Each term again, from the outputs of the two views, for a flip (whose maps need no resizing)."""
     model = build().eval()
     image, grade = pictures(), torch.tensor([1, 3])
     transform = Flip(3)
-    _, terms = ercn_loss(model, image, grade, SMALL, EVERY_TERM, transform)
+    _, terms = ercn_loss(model, image, grade, SMALL, replace(EVERY_TERM, scale_refined=scaled), transform)
     one, two = model(image), model(image.flip(3))
     label = targets_from_grades(grade, SMALL)
     fg = label[:, :, None, None]
@@ -324,13 +353,16 @@ def test_loss_terms_from_the_outputs():
         terms["cls"], (bce(one.cam_logits) + bce(one.mil_logits) + bce(two.cam_logits) + bce(two.mil_logits)) / 4
     )
     cam1, cam2 = (losses.max_norm(x.cam) * fg for x in (one, two))
-    refined1, refined2 = (losses.max_norm(x.refined_cam) * every for x in (one, two))
+    refined1, refined2 = (x.refined_cam for x in (one, two))
+    if scaled:
+        refined1, refined2 = losses.max_norm(refined1), losses.max_norm(refined2)
+    refined1, refined2 = refined1 * every, refined2 * every
     torch.testing.assert_close(terms["er"], (cam1.flip(3) - cam2).abs().mean())
     torch.testing.assert_close(
         terms["ecr"], losses.equivariant_cross_loss(cam1.flip(3), refined1.flip(3), cam2, refined2)
     )
     consistency = [
-        losses.refinement_consistency(losses.add_background(cam), refined, view.mask)
+        losses.refinement_consistency(losses.add_background(cam), refined, view.mask, eps=EVERY_TERM.consistency_eps)
         for cam, refined, view in ((cam1, refined1, one), (cam2, refined2, two))
     ]
     torch.testing.assert_close(terms["consistency"], sum(consistency) / 2)
@@ -338,12 +370,22 @@ def test_loss_terms_from_the_outputs():
     torch.testing.assert_close(terms["min_pool"], sum(min_pool) / 2)
 
 
+def test_the_floor_under_the_logarithm_bounds_the_gradient_of_h():
+    """A CAM value just above 0 where the refined CAM is 1: the gradient is at most 1 / eps."""
+    refined, mask = torch.ones(1, 2, 1, 1), torch.ones(1, 1, 1, 1)
+    for eps in (1e-10, 0.1):
+        cam = torch.full((1, 2, 1, 1), 1e-9, requires_grad=True)
+        losses.refinement_consistency(cam, refined, mask, eps=eps).backward()
+        torch.testing.assert_close(cam.grad, torch.full_like(cam, -1 / (1e-9 + eps)))
+
+
 def test_one_view_is_chikontwe():
     model = build(pool="none", fusion="cam").eval()
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     image, grade = pictures(), torch.tensor([1, 3])
-    _, terms = ercn_loss(model, image, grade, model.config, LossConfig(ecr=0.0, transform="none"), Identity())
+    loss_config = LossConfig(ecr=0.0, transform="none", scale_refined=True)
+    _, terms = ercn_loss(model, image, grade, model.config, loss_config, Identity())
     assert len(calls) == 1 and list(terms) == ["cls", "er", "consistency"]
     out = model(image)
     fg = targets_from_grades(grade, SMALL)[:, :, None, None]
@@ -362,13 +404,15 @@ def test_gradients_reach_what_each_term_trains():
     assert reached(cls=1.0) == {"backbone", "classifier", "prior", "pool", "mil_classifier"}
     assert reached(er=1.0) == {"backbone", "classifier"}
     assert reached(ecr=1.0) == reached(min_pool=1.0) == {"refinement"}
-    assert reached(consistency=1.0) == {"backbone", "classifier", "refinement"}
+    assert reached(consistency=1.0) == {"backbone", "classifier"}
+    assert reached(consistency=1.0, detach_refined=False) == {"backbone", "classifier", "refinement"}
 
 
 def test_grade_0_has_no_foreground():
     model = build()
     grade = torch.zeros(2, dtype=torch.long)
-    _, terms = ercn_loss(model, pictures(), grade, SMALL, EVERY_TERM, Flip(2))
+    loss_config = replace(EVERY_TERM, consistency_eps=1e-10)
+    _, terms = ercn_loss(model, pictures(), grade, SMALL, loss_config, Flip(2))
     assert terms["er"] == 0 and terms["min_pool"] == 0 and abs(terms["consistency"]) < 1e-6
 
 
@@ -409,19 +453,19 @@ def test_training_learns():
 DIFFERENCES = {
     "ercn": {},
     "seam": {
-        "model": {"output_stride", "cam_pool", "mask", "pool", "fusion", "dropout"},
-        "loss": {"consistency", "min_pool"},
+        "model": {"output_stride", "cam_pool", "center", "mask", "pool", "fusion", "dropout"},
+        "loss": {"er", "consistency", "min_pool", "scale_refined", "transform"},
         "run": {"out"},
     },
     "chikontwe": {
-        "model": {"cam_pool", "embed_dim", "mask", "pool", "fusion"},
-        "loss": {"ecr", "consistency", "transform"},
+        "model": {"cam_pool", "embed_dim", "center", "mask", "pool", "fusion"},
+        "loss": {"er", "ecr", "consistency", "consistency_eps", "scale_refined", "detach_refined", "transform"},
         "run": {"out"},
     },
     "demo": {
         "data": {"image_size", "batch_size"},
         "model": {"backbone", "embed_dim"},
-        "loss": {"transform", "warmup_epochs"},
+        "loss": {"warmup_epochs"},
         "run": {"out", "epochs"},
     },
 }

@@ -82,6 +82,23 @@ def test_pixel_correlation_keeps_constants_and_range():
     assert (out >= cam.amin((2, 3), keepdim=True) * (1 - 4e-5)).all() and (out <= cam.amax((2, 3), keepdim=True)).all()
 
 
+def test_centred_pixel_correlation_does_not_see_what_all_pixels_share():
+    """With a large common part all cosines are near 1: the plain layer averages, the centred one does not notice."""
+    torch.manual_seed(0)
+    plain, centred = (PixelCorrelation((4,), 8, proj_channels=(8,), center=c).double() for c in (False, True))
+    centred.load_state_dict(plain.state_dict())
+    with torch.no_grad():  # projections stay positive, so that the ReLU passes them on
+        for layer in (plain, centred):
+            layer.projections[0].weight.abs_()
+    cam, image = torch.rand(1, 2, 5, 6, dtype=torch.float64), torch.rand(1, 3, 5, 6, dtype=torch.float64)
+    feature = torch.rand(1, 4, 5, 6, dtype=torch.float64)
+    once, shifted = (centred(cam, [feature + shift], image) for shift in (0, 1000))
+    torch.testing.assert_close(shifted, once, rtol=1e-9, atol=1e-9)
+    mean = cam.mean((2, 3), keepdim=True)
+    assert (plain(cam, [feature + 1000], image) - mean).abs().max() < 1e-3
+    assert (once - mean).abs().max() > 1e-2
+
+
 def test_pixel_correlation_names_and_initialisation():
     layer = PixelCorrelation((512, 1024))
     shapes = {key: tuple(value.shape) for key, value in layer.state_dict().items()}

@@ -123,7 +123,7 @@ def test_evaluation_of_another_data_set_and_of_wrong_input(root):
         evaluate(replace(config, data=str(root / "raw")))
     four = replace(Manifest.load(root / "data"), class_names=list("abcd"))
     with pytest.raises(ValueError, match="grades 5 classes .* has 4: a, b, c, d"):
-        check_classes({"config": TrainConfig()}, four)
+        check_classes(TrainConfig(), four)
 
 
 def test_predict_draws_maps_at_full_resolution_and_goes_on_after_bad_files(root):

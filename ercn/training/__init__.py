@@ -1,6 +1,7 @@
-"""Pre-training, training, evaluation and prediction; needs ``pip install 'ercn[train]'``.
+"""Pre-training, training, evaluation, prediction and ablation; needs ``pip install 'ercn[train]'``.
 
-``from ercn.training import pretrain, train, evaluate, predict``: each takes its configuration from ``ercn.config``.
+``from ercn.training import pretrain, train, evaluate, predict, ablate``: each takes its configuration from
+``ercn.config``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ _MODULES = {
     "train": "fit",
     "evaluate": "evaluation",
     "predict": "prediction",
+    "ablate": "ablation",
 }
 __all__ = list(_MODULES)
 

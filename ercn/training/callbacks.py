@@ -39,6 +39,7 @@ class EpochLog(pl.Callback):
 
     def __init__(self, path: Path, *, lines: bool) -> None:
         self.path, self.lines, self.rows = path, lines, []
+        self.extra: dict[str, float] = {}  # what an earlier callback adds to the row of this epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": [dict(row) for row in self.rows]}
@@ -50,7 +51,8 @@ class EpochLog(pl.Callback):
         self.start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())} | self.extra
+        self.extra = {}
         seconds = round(time.perf_counter() - self.start, 2)
         place = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         rate = trainer.optimizers[0].param_groups[0]["lr"]  # of the next step

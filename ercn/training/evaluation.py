@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ercn._progress import with_progress
-from ercn.config import EvaluateConfig
+from ercn.config import EvaluateConfig, TrainConfig
 from ercn.data import DataError, Manifest, Record
 from ercn.data.entries import OPTIC_DISC
 from ercn.data.scales import CommonGround, common_ground
@@ -324,9 +324,9 @@ def check_patients(info: dict[str, Any], dataset: str, records: Sequence[Record]
         )
 
 
-def check_classes(info: dict[str, Any], manifest: Manifest) -> None:
+def check_classes(config: TrainConfig, manifest: Manifest) -> None:
     """Raises ValueError where the data set has not the grades that ``model.num_grades`` says."""
-    grades = info["config"].model.num_grades
+    grades = config.model.num_grades
     if not manifest.class_names:
         raise ValueError(f"data set {manifest.dataset} has no grades; training needs them")
     if len(manifest.class_names) != grades:

@@ -20,7 +20,7 @@ from ercn.training.infer import pick_device
 from ercn.training.loaders import GradedData
 from ercn.training.model_card import write_model_card
 from ercn.training.module import MONITOR, ERCNModule
-from ercn.training.pictures import class_counts, load_manifest, need_split
+from ercn.training.pictures import class_counts, labelled, load_manifest, need_split
 from ercn.training.planning import advice
 from ercn.training.report import write_report
 from ercn.training.seeding import derive
@@ -41,8 +41,8 @@ def train(config: TrainConfig) -> Path:
     manifest = load_manifest(config.data.root)
     for split in ("train", "val"):
         need_split(manifest, split, config.data.root)
+    check_classes(config, manifest)
     info = describe(config, manifest)
-    check_classes(info, manifest)
     torch.manual_seed(derive(config.run.seed, "init"))
     model = ERCN(config.model)
     if config.init is not None:
@@ -117,6 +117,7 @@ def class_weights(config: TrainConfig, manifest: Manifest) -> torch.Tensor | Non
     """With ``data.balance`` "weights": N / (grades present · pictures of the grade); mean 1 over the pictures."""
     if config.data.balance != "weights":
         return None
-    counts = torch.as_tensor(class_counts(manifest.split("train"), config.model.num_grades), dtype=torch.float32)
+    records = labelled(manifest.split("train"), config.data.label_fraction, config.run.seed)
+    counts = torch.as_tensor(class_counts(records, config.model.num_grades), dtype=torch.float32)
     weights = counts.sum() / ((counts > 0).sum() * counts)
     return torch.where(counts > 0, weights, torch.zeros_like(weights))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ercn.config import DataConfig
 from ercn.data import Manifest, PictureDataset, Record
-from ercn.training.pictures import make_loader, picture_dataset, sampling_weights
+from ercn.training.pictures import labelled, make_loader, picture_dataset, sampling_weights
 from ercn.training.seeding import generator
 
 
@@ -63,7 +63,7 @@ class PictureData(pl.LightningDataModule):
         self.unreadable: list[dict[str, str]] = []
 
     def train_dataloader(self) -> DataLoader:
-        records = self.manifest.split("train")
+        records = self._records()
         if len(records) < (world := self.trainer.world_size):
             raise ValueError(f"{world} devices need a training picture each, but {self.config.root} has {len(records)}")
         dataset = self._pictures(records, **self._training())
@@ -93,6 +93,9 @@ class PictureData(pl.LightningDataModule):
         named = {id: reason for rank in faults for id, reason in rank.items()}
         self.unreadable = [{"id": id, "reason": reason} for id, reason in sorted(named.items())]
 
+    def _records(self) -> list[Record]:
+        return self.manifest.split("train")
+
     def _training(self) -> dict[str, Any]:
         return {"augment": True, "views": 2, "contrastive": True}
 
@@ -106,6 +109,9 @@ class PictureData(pl.LightningDataModule):
 
 class GradedData(PictureData):
     """Training and validation pictures with grades. ``config.balance`` "sampler" draws every grade equally often."""
+
+    def _records(self) -> list[Record]:
+        return labelled(self.manifest.split("train"), self.config.label_fraction, self.seed)
 
     def _training(self) -> dict[str, Any]:
         return {"augment": self.config.augment}

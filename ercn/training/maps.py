@@ -18,21 +18,19 @@ _EPS = 1e-5
 def heat_maps(output: ERCNOutput, config: ModelConfig) -> dict[str, Tensor]:
     """Maps [B, h, w] in [0, 1], float32 on the CPU, by the names of ``NAMES``; "attention" only where the model pools.
 
-    cam, refined_cam: max_k p_k · c_k over the foreground channels; c_k is the channel in [0, 1] (the raw CAM after
-    ReLU, divided by its maximum in the picture; the refined CAM as it is) and p_k the probability of the channel
-    (sigmoid of its logit; softmax with "onehot"), so that a picture graded healthy stays cold.
+    cam, refined_cam: max_k p_k · c_k over the foreground channels; c_k is the channel (the raw CAM after ReLU) divided
+        by its maximum in the picture, and p_k the probability of the channel (sigmoid of its logit; softmax with
+        "onehot"), so that a picture graded healthy stays cold.
     attention: softmax over the elements, mean over heads, divided by its maximum; relative within one picture.
     mean: of these.
     """
     logits = output.logits.float()
     onehot = config.targets == "onehot"
     probability = grade_probabilities(logits, config)[:, 1:] if onehot else logits.sigmoid()  # [B, F]
-    cam = output.cam.float().relu()
-    cam = cam / (cam.amax((2, 3), keepdim=True) + _EPS)
-    maps = {
-        name: (probability[:, :, None, None] * channels).amax(1)
-        for name, channels in (("cam", cam), ("refined_cam", output.refined_cam[:, 1:].float()))
-    }
+    maps = {}
+    for name, channels in (("cam", output.cam.float().relu()), ("refined_cam", output.refined_cam[:, 1:].float())):
+        channels = channels / (channels.amax((2, 3), keepdim=True) + _EPS)
+        maps[name] = (probability[:, :, None, None] * channels).amax(1)
     if output.attention is not None:
         attention = output.attention.float().flatten(2).softmax(-1).view_as(output.attention).mean(1)
         maps["attention"] = attention / attention.amax((1, 2), keepdim=True)

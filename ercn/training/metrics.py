@@ -8,7 +8,7 @@ means undefined (no picture of a class that is needed) and becomes ``null`` in J
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -158,22 +158,33 @@ def bootstrap(
     interval. Undefined draws (a class missing) are left out of the percentiles.
     Returns {name: {"value": v, "low": l, "high": h}}.
     """
+    parts = [metric(weight) for weight in resamples(patients, draws, seed)]
+    result = {}
+    for name, v in metric(np.ones((1, len(patients)))).items():
+        low, high = interval(np.concatenate([part[name] for part in parts]) if parts else np.array([]))
+        result[name] = {"value": _number(v[0]), "low": low, "high": high}
+    return result
+
+
+def resamples(patients: Sequence[str], draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Weights [R, N] of pictures, R summing to ``draws``: how often the patient of each was drawn.
+
+    The same for the same patients, in any order, draws and seed, so that two models can be compared draw by draw.
+    """
     names, owner = np.unique(np.asarray(patients), return_inverse=True)
     rng = np.random.default_rng(seed)
-    value = metric(np.ones((1, len(owner))))
-    parts, left = [], draws
-    while left > 0:
-        rows = min(left, max(1, _CHUNK // len(owner)))
+    while draws > 0:
+        rows = min(draws, max(1, _CHUNK // len(owner)))
         counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=rows)  # [rows, patients]
-        parts.append(metric(counts[:, owner].astype(float)))
-        left -= rows
-    result = {}
-    for name, v in value.items():
-        sample = np.concatenate([p[name] for p in parts]) if parts else np.array([])
-        sample = sample[~np.isnan(sample)]
-        low, high = np.percentile(sample, [2.5, 97.5]) if len(sample) else (np.nan, np.nan)
-        result[name] = {"value": _number(v[0]), "low": _number(low), "high": _number(high)}
-    return result
+        yield counts[:, owner].astype(float)
+        draws -= rows
+
+
+def interval(sample: np.ndarray) -> tuple[float | None, float | None]:
+    """95 % percentile interval of the draws that are defined; None, None where none is."""
+    sample = sample[~np.isnan(sample)]
+    low, high = np.percentile(sample, [2.5, 97.5]) if len(sample) else (np.nan, np.nan)
+    return _number(low), _number(high)
 
 
 def grading(

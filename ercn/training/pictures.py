@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from ercn.config import DataConfig
 from ercn.data import DataError, Manifest, PictureDataset, Record, collate
+from ercn.training.seeding import generator
 
 
 def load_manifest(root: str) -> Manifest:
@@ -73,6 +74,24 @@ def make_loader(dataset: PictureDataset, batch_size: int, workers: int, **option
         pin_memory=torch.cuda.is_available(),
         **options,
     )
+
+
+def labelled(records: Sequence[Record], fraction: float, seed: int) -> list[Record]:
+    """The records of a share of the patients, stratified by their worst grade, at least one patient of each.
+
+    Every stratum is shuffled by ``seed`` and its first patients are taken, so that a smaller share is a part of a
+    larger one, and which patients it holds does not depend on the order of ``records``.
+    """
+    worst: dict[str, int] = {}
+    for record in records:
+        worst[record.patient] = max(record.grade, worst.get(record.patient, 0))
+    draw = generator(seed, "labels")
+    kept: set[str] = set()
+    for grade in sorted(set(worst.values())):
+        patients = sorted(patient for patient, own in worst.items() if own == grade)
+        order = torch.randperm(len(patients), generator=draw).tolist()
+        kept.update(patients[i] for i in order[: max(1, round(fraction * len(patients)))])
+    return [record for record in records if record.patient in kept]
 
 
 def class_counts(records: Sequence[Record], classes: int) -> np.ndarray:

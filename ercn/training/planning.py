@@ -90,7 +90,7 @@ def footprint(config: TrainConfig) -> Footprint:
         loss.backward()
         step = live.peak
     devices, nodes = processes(run)
-    elements = data.batch_size * (data.image_size // config.model.output_stride) ** 2
+    elements = data.batch_size * (data.image_size // (config.model.patch or config.model.output_stride)) ** 2
     return Footprint(
         weights=weights,
         gradients=gradients,

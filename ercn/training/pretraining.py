@@ -19,14 +19,17 @@ import torch.nn.functional as F
 from lightly.loss import NTXentLoss
 from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from ercn.config import PretrainConfig
 from ercn.models import create_backbone, stages
 from ercn.training import ranks, runs
 from ercn.training.checkpoint import save_weights
+from ercn.training.infer import pick_device
 from ercn.training.loaders import PictureData
 from ercn.training.pictures import load_manifest, need_split
+from ercn.training.probing import Probe
 from ercn.training.report import write_report
 from ercn.training.schedule import adamw
 from ercn.training.seeding import derive, generator
@@ -122,9 +125,11 @@ class Contrastive(pl.LightningModule):
 def pretrain(config: PretrainConfig) -> Path:
     """Pre-trains the backbone and exports it to ``run.out/export/backbone.safetensors`` and ``.json``.
 
-    metrics.csv has, per epoch, the contrastive loss and top1, the share of pictures whose nearest second view in the
-    batch is their own. Deterministic on the CPU: killed and resumed (``run.resume``), it ends with the same weights.
-    Returns the run folder. Raises ValueError or DataError with a sentence naming the argument or file.
+    metrics.csv has, per epoch, the contrastive loss; top1, the share of pictures whose nearest second view in the batch
+    is their own; and, where the train and val split have grades, accuracy and kappa of k nearest neighbours and of a
+    linear probe on the frozen features (``ercn.training.probing``). backbone.json has the last of these beside those of
+    the untrained backbone, under "probe". Deterministic on the CPU: killed and resumed (``run.resume``), it ends with
+    the same weights. Returns the run folder. Raises ValueError or DataError naming the argument or file.
     """
     manifest = load_manifest(config.data.root)
     pictures = len(need_split(manifest, "train", config.data.root))
@@ -141,8 +146,16 @@ def pretrain(config: PretrainConfig) -> Path:
     checkpoint = runs.open_run(config)
     data = PictureData(manifest, config.data, seed=config.run.seed)
     out = Path(config.run.out)
+    backbone, device = module.online.backbone, pick_device(config.run.accelerator)
+    probe = Probe.of(manifest, config.data, config.probe_every)
+    before = after = None
+    if probe is not None:
+        before = probe.measure(backbone, device) if rank_zero_only.rank == 0 else None
+        trainer.callbacks.insert(0, probe)  # before EpochLog, which writes what it logs
     if not runs.fit(trainer, module, data, checkpoint, lambda: LESS_MEMORY):
         return out
+    if before is not None:
+        after = probe.latest or probe.measure(backbone, device)
     save_weights(
         out / "export",
         "backbone",
@@ -155,6 +168,7 @@ def pretrain(config: PretrainConfig) -> Path:
             "manifest": manifest.hash,
             "mean": list(manifest.mean),
             "std": list(manifest.std),
+            "probe": None if before is None else {"before": before, "after": after},
             "unreadable": data.unreadable,
         },
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-_PURPOSES = {"init": 0, "order": 1, "step": 2, "transform": 3, "shuffle": 4}
+_PURPOSES = {"init": 0, "order": 1, "step": 2, "transform": 3, "shuffle": 4, "labels": 5}
 
 
 def derive(seed: int, purpose: str, *place: int) -> int:

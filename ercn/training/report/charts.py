@@ -61,22 +61,25 @@ def training_charts(runs: Sequence[Run]) -> list[dict[str, str]]:
         shown = [(run, history, name) for name in group for run, history in histories if name in history]
         if not shown:
             continue
-        panels = 1 if len(runs) == 1 else len(group)
-        figure = _figure(5.4 if panels == 1 else 3.9 * panels, 3.2)
-        axes = figure.subplots(1, panels, squeeze=False)[0]
+        several = len(runs) > 1  # a panel for each series, in which the runs are compared
+        figure = _figure(3.9 * len(group), 3.2) if several else _figure(5.4, 3.2)
+        axes = figure.subplots(1, len(group) if several else 1, squeeze=False)[0]
         for i, (run, history, name) in enumerate(shown):
-            ax = axes[0 if panels == 1 else group.index(name)]
-            style = {"marker": run.marker, "color": run.color} if panels > 1 else {"marker": "osD^vP*X<>"[i % 10]}
-            label = run.label if panels > 1 else name.replace("_", " ")
-            ax.plot(history["epoch"], history[name], markersize=3.2, linewidth=1.5, label=label, **style)
-            if panels > 1:
-                ax.set_title(name.replace("_", " "), fontsize=9.5)
+            title_of = name.replace("_", " ")
+            style = {"markersize": 3.2, "linewidth": 1.5}
+            if several:
+                ax = axes[group.index(name)]
+                ax.set_title(title_of, fontsize=9.5)
+                style |= {"marker": run.marker, "color": run.color, "label": run.label}
+            else:
+                ax = axes[0]
+                style |= {"marker": "osD^vP*X<>"[i % 10], "label": title_of}
+            ax.plot(history["epoch"], history[name], **style)
         for ax in axes:
             ax.set_xlabel("epoch")
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.grid(axis="y")
-            if panels == 1:
-                ax.legend(fontsize=8.5)
+        axes[0].legend(fontsize=8.5)
         ends = "; ".join(f"{run.label} {name} from {h[name][0]:.3g} to {h[name][-1]:.3g}" for run, h, name in shown)
         result.append({"title": title, "image": _svg(figure), "text": f"{title} by epoch: {ends}"})
     return result

@@ -366,12 +366,16 @@ def test_pool_ragged(index_dtype, finite_products):
     budget(ours, *(pool_results(by_bag, arguments, cast) for cast in (torch.float32, torch.float64)))
 
 
-def test_pool_permutation():
+def test_pool_permutation(backend):
     arguments = [here(x) for x in inputs(2, 40, 6, 5, heads=2, dtype=torch.float32)]
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).to(arguments[0].device)
     pooled, scores = pool(*arguments)
     shuffled = pool(arguments[0][:, order], *arguments[1:])
-    assert error(shuffled[0], pooled.double()) < 1e-6 and torch.equal(shuffled[1], scores[..., order])
+    assert error(shuffled[0], pooled.double()) < 1e-6
+    if backend == "triton" and DEVICE == "cpu":  # NumPy's products, whose rounding depends on a row's place
+        assert error(shuffled[1], scores[..., order].double()) < 1e-6
+    else:
+        assert torch.equal(shuffled[1], scores[..., order])
 
 
 def test_pool_large_scores_do_not_overflow():

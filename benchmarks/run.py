@@ -100,6 +100,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _run(config: BenchConfig, cases: list[Case], device: str) -> dict[str, Any]:
+    timing.keep_freed_memory()
     shown, values = screen(), environment(device)
     shown.note(f"{machine(values)}; torch {values['packages']['torch']}; {len(cases)} cases")
     size, rounds = (1024, 2) if config.quick else (None, 5)

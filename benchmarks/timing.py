@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,8 @@ Runners = Mapping[str, Callable[[], object]]
 GRAPH_BELOW_MS = 0.1  # launches shorter than this are also timed as a replayed CUDA graph
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
 METHOD = {
-    "cpu": "time.perf_counter around each call, after one untimed call; variants take turns",
+    "cpu": "time.perf_counter around each call, after one untimed call; variants take turns; glibc's malloc keeps "
+    "freed blocks below 32 MB",
     "cuda": "CUDA events around each call, which include its launches; 256 MB are written before each call so that L2 "
     "is cold; variants take turns. graph_ms replays a CUDA graph of 20 calls, without launches and with a warm L2",
 }
@@ -35,6 +37,19 @@ def interleave(
         for name, run in runners.items():
             samples[name].append(once(run))
     return samples
+
+
+def keep_freed_memory() -> None:
+    """What a variant frees stays with the process: else the next one pays for mapping its memory anew.
+
+    With glibc's own settings eager's large blocks make it give back the rest of the heap, and 600 page faults, a
+    millisecond or more, are charged to whoever comes next. Blocks of 32 MB and more are mapped and unmapped as always.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 1 << 30)
 
 
 def _once_cpu(run: Callable[[], object]) -> float:

@@ -1,8 +1,12 @@
-"""Interleaved timing: in every round each variant runs once, so that a change of the machine's speed hits all alike."""
+"""Interleaved timing: in every round each variant runs once, so that a change of the machine's speed hits all alike.
+
+The order is drawn anew in every round: who follows its own like finds warm caches, who follows eager cold ones.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,10 +18,11 @@ Runners = Mapping[str, Callable[[], object]]
 GRAPH_BELOW_MS = 0.1  # launches shorter than this are also timed as a replayed CUDA graph
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
 METHOD = {
-    "cpu": "time.perf_counter around each call, after one untimed call; variants take turns; glibc's malloc keeps "
-    "freed blocks below 32 MB",
+    "cpu": "time.perf_counter around each call, after one untimed call; variants take turns, in a new order every "
+    "round; glibc's malloc keeps freed blocks below 32 MB",
     "cuda": "CUDA events around each call, which include its launches; 256 MB are written before each call so that L2 "
-    "is cold; variants take turns. graph_ms replays a CUDA graph of 20 calls, without launches and with a warm L2",
+    "is cold; variants take turns, in a new order every round. graph_ms replays a CUDA graph of 20 calls, without "
+    "launches and with a warm L2",
 }
 
 
@@ -30,12 +35,14 @@ def interleave(
     """
     once = _once_cuda() if device == "cuda" else _once_cpu
     samples: dict[str, list[float]] = {name: [] for name in runners}
+    order, draw = list(runners), random.Random(0)
     start = time.perf_counter()
     for done in range(max_rounds):
         if done >= min_rounds and time.perf_counter() - start >= seconds:
             break
-        for name, run in runners.items():
-            samples[name].append(once(run))
+        draw.shuffle(order)
+        for name in order:
+            samples[name].append(once(runners[name]))
     return samples
 
 

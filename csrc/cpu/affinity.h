@@ -6,24 +6,29 @@ namespace ercn {
 
 constexpr int64_t kBlock = 96;  // pixels of a block, a multiple of every tile: a T block of fp32 is 36 KiB
 
-constexpr int64_t kRowSlack = 8;  // rows of C channels are rounded up to it: the narrowest vectors' lanes
+constexpr int64_t kChannels = 8;  // the rows of V and G are rounded up to it: the tallest tile's
+
+template <typename T>
+constexpr int64_t kUnit = 8 / sizeof(T);  // pixels that one broadcast of 64 bits brings
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// One image, n its pixels padded with zeros to whole blocks. Per instruction set a panel is some pixels side by side,
-// [n / panel, rows, panel], and a strip some channels of the pixels of a block, [n / kBlock, D / strip, kBlock, strip].
-//   forward:  out_rows += A · value_rows               A = relu(T), T = FᵀF
-//   backward: out_rows += A · (G of value_rows), if asked for;  out_feat += W · feat_strips, W = 1[T > 0] ⊙ (VᵀG + GᵀV)
+// One image, n its pixels padded with zeros to whole blocks. A panel is some pixels side by side, [n / panel, rows,
+// panel], a strip some channels of the pixels of a block, [n / kBlock, D / strip, kBlock, strip]; the sizes of F's
+// depend on the instruction set. A pair of blocks adds A · V to the sums of one as columns of A, of the other as rows.
+//   forward:  column_sums + row_sums = A · V            A = relu(T), T = FᵀF
+//   backward: column_sums + row_sums = A · G, if asked for;  out_feat = W · F, W = 1[T > 0] ⊙ (VᵀG + GᵀV)
 // Elements of F are E (float, double, or bfloat16 as uint16_t, two channels of a pixel side by side), all else is T.
 template <typename E, typename T>
 struct AffinityImage {
-  const E* feat_panels;  // [n / panel, D, panel]
-  const T* value_rows;   // [n, value_row]: per pixel V, in backward followed at once by G
-  const T* pair_panels;  // backward: [n / panel, 2C, panel], G above V
-  const T* feat_strips;  // backward: F, D padded
-  T* out_rows;           // [n, out_row], or null
+  const E* feat;         // panels
+  const T *value, *grad; // V, G (backward) in panels of a block
+  const T* units;        // V, in the backward G, in panels of kUnit
+  T* column_sums;        // in panels of a block, or null
+  T* row_sums;           // [n, channels, kUnit]: of even and of odd pixels apart where kUnit is 2
+  const T* feat_strips;  // backward
   T* out_feat;           // backward: in strips, else null
-  int64_t C, D, N, value_row, out_row;
+  int64_t C, channels, D, N;
 };
 
 template <typename E, typename T>

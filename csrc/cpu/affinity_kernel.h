@@ -12,34 +12,31 @@ constexpr int64_t kPanel = kVecs * kVecBytes / sizeof(T);
 template <typename T>
 constexpr int64_t kStrip = 3 * kVecBytes / sizeof(T);
 
-constexpr int kNarrowBytes = kVecBytes < 32 ? kVecBytes : 32;  // vectors for C columns: few channels, few idle lanes
-
 // out[m, n] += Σ_k s(m, k) · b[k, n] for m < rows, n < columns, k < depth, with s = a [kBlock, kBlock] or its
-// transpose.
-template <bool TRANSPOSED, int ROWS, int VECS, typename V, typename T>
+// transpose, read in units of neighbours.
+template <bool TRANSPOSED, int UNIT, int ROWS, int VECS, typename T>
 ERCN_INLINE void column_strip(const T* s, int64_t rows, const T* b, int64_t ld, int64_t depth, T* out, int64_t out_ld) {
   for (int64_t m = 0; m < rows; m += ROWS) {
-    tile_add_product<ROWS, VECS, V>(s + m * (TRANSPOSED ? 1 : kBlock), TRANSPOSED ? 1 : kBlock, TRANSPOSED ? kBlock : 1,
-                                    b, ld, depth, out + m * out_ld, out_ld);
+    tile_add_product<ROWS, VECS, Vec<T>, UNIT>(s + m * (TRANSPOSED ? 1 : kBlock), TRANSPOSED ? 1 : kBlock,
+                                               TRANSPOSED ? kBlock : UNIT, b, ld, depth, out + m * out_ld, out_ld);
   }
 }
 
 // The same for any number of columns: 8×3, 8×2 and 16×1 sums, about half of them where there are 16 registers. Every
 // panel is a multiple of these rows.
-template <bool TRANSPOSED, int BYTES, typename T>
+template <bool TRANSPOSED, int UNIT = 1, typename T>
 ERCN_INLINE void add_product(const T* s, int64_t rows, const T* b, int64_t ld, int64_t depth, T* out, int64_t out_ld,
                              int64_t columns) {
-  constexpr int64_t lanes = BYTES / sizeof(T);
+  constexpr int64_t lanes = kVecBytes / sizeof(T);
   constexpr int tall = kVecBytes == 32 ? 12 : kPanel<T> % 16 == 0 ? 16 : kRows;
-  using V = Vec<T, BYTES>;
   int64_t n = 0;
   for (; n + 2 * lanes < columns; n += 3 * lanes) {
-    column_strip<TRANSPOSED, kRows, 3, V>(s, rows, b + n, ld, depth, out + n, out_ld);
+    column_strip<TRANSPOSED, UNIT, kRows, 3>(s, rows, b + n, ld, depth, out + n, out_ld);
   }
   if (n + lanes < columns) {
-    column_strip<TRANSPOSED, kRows, 2, V>(s, rows, b + n, ld, depth, out + n, out_ld);
+    column_strip<TRANSPOSED, UNIT, kRows, 2>(s, rows, b + n, ld, depth, out + n, out_ld);
   } else if (n < columns) {
-    column_strip<TRANSPOSED, tall, 1, V>(s, rows, b + n, ld, depth, out + n, out_ld);
+    column_strip<TRANSPOSED, UNIT, tall, 1>(s, rows, b + n, ld, depth, out + n, out_ld);
   }
 }
 
@@ -78,42 +75,54 @@ ERCN_INLINE void rectangle(const AffinityImage<E, T>& p, int64_t i, int64_t rows
                            T* affinity, T* weight) {
   constexpr int64_t panel = kPanel<T>, lanes = kVecBytes / sizeof(T);
   const int64_t depth = round_up(p.D, kPacked<E>);
+  const bool sums = p.column_sums, backward = p.out_feat, both = i != j;
+  // Pixel n of panels of a block, in its first row.
+  const auto in_block = [&](int64_t n) { return n / kBlock * kBlock * p.channels + n % kBlock; };
   for (int64_t n = 0; n < columns; n += panel) {
-    const E* feat_j = p.feat_panels + (j + n) * depth;
+    const E* feat_j = p.feat + (j + n) * depth;
     for (int64_t m = 0; m < rows; m += kRows) {
       const int64_t at = i + m;
       Vec<T> sum[kRows][kVecs] = {};
       T* w = weight + m * kBlock + n;
-      if (p.out_feat) {
+      if (backward) {
         Vec<T> rank[kRows][kVecs] = {};
-        tile_product<kRows, kVecs>(
-            p.value_rows + at * p.value_row, p.value_row, 1, p.pair_panels + (j + n) * 2 * p.C, panel, 2 * p.C, rank);
+        const int64_t row = in_block(at), column = in_block(j + n);
+        tile_product<kRows, kVecs>(p.value + row, 1, kBlock, p.grad + column, kBlock, p.C, rank);
+        tile_product<kRows, kVecs>(p.grad + row, 1, kBlock, p.value + column, kBlock, p.C, rank);
         ERCN_UNROLL for (int r = 0; r < kRows; ++r) {
           ERCN_UNROLL for (int v = 0; v < kVecs; ++v) store(w + r * kBlock + v * lanes, rank[r][v]);
         }
       }
-      affinity_tile(p.feat_panels + at / panel * panel * depth + at % panel * kPacked<E>, feat_j, depth, sum);
+      affinity_tile(p.feat + at / panel * panel * depth + at % panel * kPacked<E>, feat_j, depth, sum);
       ERCN_UNROLL for (int r = 0; r < kRows; ++r) {
         ERCN_UNROLL for (int v = 0; v < kVecs; ++v) {
           const Vec<T> t = sum[r][v], zero = {};
           T* to = w + r * kBlock + v * lanes;
-          if (p.out_feat) store(to, t <= 0 ? zero : load<Vec<T>>(to));  // NaN passes, as in torch's threshold_backward
-          if (p.out_rows) store(affinity + (to - weight), t <= 0 ? zero : t);
+          if (backward) store(to, t <= 0 ? zero : load<Vec<T>>(to));  // NaN passes, as in torch's threshold_backward
+          if (sums) store(affinity + (to - weight), t <= 0 ? zero : t);
         }
       }
     }
   }
-  const bool both = i != j;
-  if (p.out_rows) {
-    const T* value = p.value_rows + (p.out_feat ? p.C : 0);
-    add_product<true, kNarrowBytes>(affinity, columns, value + i * p.value_row, p.value_row, rows,
-                                    p.out_rows + j * p.out_row, p.out_row, p.C);
-    if (both) {
-      add_product<false, kNarrowBytes>(affinity, rows, value + j * p.value_row, p.value_row, columns,
-                                       p.out_rows + i * p.out_row, p.out_row, p.C);
+  if (sums) {
+    const T* source = (backward ? p.grad : p.value) + in_block(i);
+    for (int64_t n = 0; n < columns; n += panel) {
+      T* to = p.column_sums + in_block(j + n);
+      for (int64_t c = 0; c < p.C * kBlock; c += kRows * kBlock) {
+        tile_add_product<kRows, kVecs, Vec<T>>(source + c, kBlock, 1, affinity + n, kBlock, rows, to + c, kBlock);
+      }
     }
   }
-  if (p.out_feat) {
+  if (sums && both) {
+    constexpr int64_t unit = kUnit<T>;
+    if (columns % unit) {  // the last unit's second column is padding
+      for (int64_t m = 0; m < rows; ++m) affinity[m * kBlock + columns] = T(0);
+    }
+    const int64_t row = p.channels * unit;
+    add_product<false, unit>(affinity, rows, p.units + j * p.channels, row, (columns + unit - 1) / unit,
+                             p.row_sums + i * row, row, p.C * unit);
+  }
+  if (backward) {
     const int64_t block = round_up(p.D, kStrip<T>) * kBlock;
     const int64_t at_i = i / kBlock * block + i % kBlock * kStrip<T>,
                   at_j = j / kBlock * block + j % kBlock * kStrip<T>;
@@ -121,9 +130,8 @@ ERCN_INLINE void rectangle(const AffinityImage<E, T>& p, int64_t i, int64_t rows
       const T* from = p.feat_strips + d * kBlock;
       T* to = p.out_feat + d * kBlock;
       const int64_t width = p.D - d < kStrip<T> ? p.D - d : kStrip<T>;
-      add_product<true, kVecBytes>(weight, columns, from + at_i, kStrip<T>, rows, to + at_j, kStrip<T>, width);
-      if (both)
-        add_product<false, kVecBytes>(weight, rows, from + at_j, kStrip<T>, columns, to + at_i, kStrip<T>, width);
+      add_product<true>(weight, columns, from + at_i, kStrip<T>, rows, to + at_j, kStrip<T>, width);
+      if (both) add_product<false>(weight, rows, from + at_j, kStrip<T>, columns, to + at_i, kStrip<T>, width);
     }
   }
 }

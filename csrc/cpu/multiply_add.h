@@ -10,6 +10,7 @@ constexpr int kChains = kVecBytes == 64 ? 24 : 12;  // independent sums, of 32 o
 template <typename T>
 double multiply_add(int64_t steps) {
   // The sums are multiplied: a constant product would be formed once and only added. Each tends to b / (1 - a) = 1.
+  // `start` is read for every chain: of equal chains the compiler would keep one.
   volatile T start = 1, scale = T(0.5);
   const Vec<T> a = Vec<T>{} + scale, b = Vec<T>{} + scale;
   Vec<T> sum[kChains];
@@ -29,7 +30,7 @@ inline double multiply_add_bf16(int64_t steps) {
   volatile int32_t start = 0;
   const __m512bh a = (__m512bh)_mm512_set1_epi32(start), b = (__m512bh)_mm512_set1_epi32(start);
   __m512 sum[kChains];
-  ERCN_UNROLL for (int i = 0; i < kChains; ++i) sum[i] = _mm512_setzero_ps();
+  ERCN_UNROLL for (int i = 0; i < kChains; ++i) sum[i] = (__m512)_mm512_set1_epi32(start);
   for (int64_t step = 0; step < steps; ++step) {
     ERCN_UNROLL for (int i = 0; i < kChains; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], a, b);
   }

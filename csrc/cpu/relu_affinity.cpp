@@ -26,93 +26,121 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Runs body(b, first pixel, pixels) for every block of every image; padding blocks are not visited.
+// Pixels [n0, n0 + count) of image b, one block of it.
+struct Block {
+  int64_t b, n0, count;
+};
+
+// Runs body(block) for every block of every image, the same ones on the same thread each time: what it packed in the last
+// call may still be in its cache. Padding blocks are not visited.
 template <typename F>
 void for_each_block(int64_t B, int64_t N, const F& body) {
   const int64_t blocks = round_up(N, kBlock) / kBlock;
   torch::stable::parallel_for(0, B * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n0 = task % blocks * kBlock;
-      body(task / blocks, n0, std::min(kBlock, N - n0));
+      body(Block{task / blocks, n0, std::min(kBlock, N - n0)});
     }
   });
 }
 
-// Visits rows [r0, r0 + R) of pixels [n0, n0 + count) of image b as body(r - r0, n - n0, value), in the order of
-// memory.
-template <typename T, typename F>
-void visit(const Tensor& source, int64_t b, int64_t r0, int64_t R, int64_t n0, int64_t count, const F& body) {
-  const int64_t stride_r = source.stride(1), stride_n = source.stride(2);
-  const T* from =
-      static_cast<const T*>(source.const_data_ptr()) + b * source.stride(0) + r0 * stride_r + n0 * stride_n;
-  if (stride_n <= stride_r) {
-    for (int64_t r = 0; r < R; ++r) {
-      for (int64_t n = 0; n < count; ++n) body(r, n, from[r * stride_r + n * stride_n]);
+// Element (b, 0, n0) of a tensor [B, R, N].
+template <typename T>
+const T* at(const Tensor& tensor, const Block& block) {
+  return static_cast<const T*>(tensor.const_data_ptr()) + block.b * tensor.stride(0) + block.n0 * tensor.stride(2);
+}
+
+constexpr int64_t kRowsAhead = 16;
+
+// A block of source [B, R, N] -> [kBlock / panel, rows / SIDE, panel, SIDE]: SIDE rows of a pixel lie side by side.
+// Padding pixels and rows become zeros.
+template <typename From, int SIDE = 1, typename E>
+void pack_panels(const Tensor& source, const Block& block, E* to, int64_t rows, int64_t panel) {
+  const int64_t R = source.size(1), stride_r = source.stride(1), stride_n = source.stride(2);
+  const From* from = at<From>(source, block);
+  if (R < rows || block.count < kBlock) std::fill_n(to, kBlock * rows, E(0));
+  for (int64_t n0 = 0; n0 < block.count; n0 += panel) {
+    const int64_t real = std::min(panel, block.count - n0);
+    const From* x = from + n0 * stride_n;
+    E* base = to + n0 * rows;
+    if (stride_n > stride_r) {  // in the order of memory
+      for (int64_t n = 0; n < real; ++n) {
+        for (int64_t r = 0; r < R; ++r) {
+          base[r / SIDE * SIDE * panel + n * SIDE + r % SIDE] = convert<E>(x[r * stride_r + n * stride_n]);
+        }
+      }
+      continue;
     }
-  } else {
-    for (int64_t n = 0; n < count; ++n) {
-      for (int64_t r = 0; r < R; ++r) body(r, n, from[r * stride_r + n * stride_n]);
+    for (int64_t r = 0; r < R; r += SIDE) {
+      const auto copy = [&](int64_t sides, int64_t stride) {
+        for (int64_t side = 0; side < sides; ++side) {
+          // Rows lie far apart, and their few lines do not wake the processor's own prefetching.
+          const From* later = x + std::min(r + kRowsAhead + side, R - 1) * stride_r;
+          for (int64_t n = 0; n < real; n += 64 / sizeof(From)) __builtin_prefetch(later + n * stride);
+        }
+        for (int64_t n = 0; n < real; ++n) {
+          for (int64_t side = 0; side < sides; ++side) {
+            base[r * panel + n * SIDE + side] = convert<E>(x[(r + side) * stride_r + n * stride]);
+          }
+        }
+      };
+      stride_n == 1 && R - r >= SIDE ? copy(SIDE, 1) : copy(std::min<int64_t>(R - r, SIDE), stride_n);
     }
   }
 }
 
-// source [B, R, N] -> rows [r0, r0 + R) of panels [B, padded N / panel, rows / SIDE, panel, SIDE]: SIDE rows of a pixel
-// lie side by side. Padding pixels and later rows become zeros, which a call for those rows may overwrite.
-template <typename From, int SIDE = 1, typename E>
-void pack_panels(const Tensor& source, E* to, int64_t rows, int64_t r0, int64_t panel) {
-  const int64_t N = source.size(2), R = source.size(1), image = round_up(N, kBlock) * rows;
-  for_each_block(source.size(0), N, [&](int64_t b, int64_t n0, int64_t count) {
-    for (int64_t at = n0; at < n0 + kBlock; at += panel) {
-      E* base = to + b * image + at * rows;
-      const int64_t real = std::clamp<int64_t>(n0 + count - at, 0, panel);
-      const auto row = [&](int64_t r) { return base + r / SIDE * SIDE * panel + r % SIDE; };
-      visit<From>(source, b, 0, R, at, real,
-                  [&](int64_t r, int64_t n, From x) { row(r0 + r)[n * SIDE] = convert<E>(x); });
-      for (int64_t r = r0; r < rows; ++r) {
-        for (int64_t n = r < r0 + R ? real : 0; n < panel; ++n) row(r)[n * SIDE] = E(0);
-      }
-    }
-  });
-}
-
-// source [B, R, N] -> rows [r0, r0 + R) of strips [B, padded N / kBlock, rows / strip, kBlock, strip]; zeros as above.
-// Either r0 is 0 or there is one strip.
+// A block of source [B, R, N] -> strips [rows / strip, kBlock, strip]; zeros as above.
 template <typename From, typename T>
-void pack_strips(const Tensor& source, T* to, int64_t rows, int64_t r0, int64_t strip) {
-  const int64_t N = source.size(2), R = source.size(1), image = round_up(N, kBlock) * rows;
-  for_each_block(source.size(0), N, [&](int64_t b, int64_t n0, int64_t count) {
-    for (int64_t first = 0; first < rows; first += strip) {
-      T* base = to + b * image + n0 * rows + first * kBlock + r0;
-      const int64_t real = std::min(strip, R - first);
-      visit<From>(source, b, first, real, n0, count,
-                  [&](int64_t r, int64_t n, From x) { base[n * strip + r] = convert<T>(x); });
-      for (int64_t n = 0; n < kBlock; ++n) {
-        std::fill(base + n * strip + (n < count ? real : 0), base + (n + 1) * strip - r0, T(0));
+void pack_strips(const Tensor& source, const Block& block, T* to, int64_t rows, int64_t strip) {
+  const int64_t R = source.size(1), stride_r = source.stride(1), stride_n = source.stride(2);
+  const From* from = at<From>(source, block);
+  if (R < rows || block.count < kBlock) std::fill_n(to, kBlock * rows, T(0));
+  for (int64_t first = 0; first < R; first += strip) {
+    const int64_t real = std::min(strip, R - first);
+    const auto copy = [&](int64_t r, int64_t n) {
+      to[first * kBlock + n * strip + r] = convert<T>(from[(first + r) * stride_r + n * stride_n]);
+    };
+    if (stride_n > stride_r) {
+      for (int64_t n = 0; n < block.count; ++n) {
+        for (int64_t r = 0; r < real; ++r) copy(r, n);
+      }
+    } else {
+      for (int64_t r = 0; r < real; ++r) {
+        for (int64_t n = 0; n < block.count; ++n) copy(r, n);
       }
     }
-  });
+  }
 }
 
-// strips -> [B, R, N] contiguous
+// strips -> the block's part of [B, R, N] contiguous
 template <typename To, typename T>
-void unpack_strips(const T* from, int64_t rows, int64_t strip, const Tensor& out) {
-  const int64_t B = out.size(0), R = out.size(1), N = out.size(2);
-  To* to = static_cast<To*>(out.mutable_data_ptr());
-  for_each_block(B, N, [&](int64_t b, int64_t n0, int64_t count) {
-    for (int64_t r = 0; r < R; ++r) {
-      const T* row = from + (b * round_up(N, kBlock) + n0) * rows + r / strip * strip * kBlock + r % strip;
-      for (int64_t n = 0; n < count; ++n) to[(b * R + r) * N + n0 + n] = convert<To>(row[n * strip]);
-    }
-  });
+void unpack_strips(const T* from, int64_t strip, const Block& block, const Tensor& out) {
+  const int64_t R = out.size(1), N = out.size(2);
+  To* to = static_cast<To*>(out.mutable_data_ptr()) + block.b * R * N + block.n0;
+  for (int64_t r = 0; r < R; ++r) {
+    const T* row = from + r / strip * strip * kBlock + r % strip;
+    for (int64_t n = 0; n < block.count; ++n) to[r * N + n] = convert<To>(row[n * strip]);
+  }
 }
 
-// Zeros in the sums of every block, [B, padded N, rows] in any order.
+// The block's part of [B, C, N] contiguous, from both of its sums.
 template <typename T>
-void zero(T* to, int64_t B, int64_t N, int64_t rows) {
-  for_each_block(B, N, [&](int64_t b, int64_t n0, int64_t) {
-    std::fill_n(to + (b * round_up(N, kBlock) + n0) * rows, kBlock * rows, T(0));
-  });
+void unpack_sums(const T* columns, const T* rows, int64_t channels, const Block& block, const Tensor& out) {
+  const int64_t C = out.size(1), N = out.size(2);
+  T* to = static_cast<T*>(out.mutable_data_ptr()) + block.b * C * N + block.n0;
+  for (int64_t c = 0; c < C; ++c) {
+    for (int64_t n = 0; n < block.count; ++n) {
+      T sum = columns[c * kBlock + n];
+      for (int64_t u = 0; u < kUnit<T>; ++u) sum += rows[(n * channels + c) * kUnit<T> + u];
+      to[c * N + n] = sum;
+    }
+  }
 }
+
+template <typename T>
+struct alignas(64) Scratch {  // a vector in two cache lines costs two accesses
+  T numbers[2 * kBlock * kBlock];
+};
 
 // Every pair of blocks of every image, in the order of the rounds. A thread takes the next task and waits until its two
 // blocks have finished the round before; tasks are taken in order, so the oldest never waits and there is no deadlock,
@@ -126,7 +154,7 @@ void run_pairs(const AffinityKernel<E, T>& kernel, const std::vector<AffinityIma
   for (int64_t k = 0; k < B * ring; ++k) finished[k].store(0, std::memory_order_relaxed);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = std::make_unique<T[]>(2 * kBlock * kBlock);
+    const std::unique_ptr<Scratch<T>> scratch(new Scratch<T>);
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t task; (task = next.fetch_add(1)) < ring * per_round;) {
         const int64_t round = task / per_round, b = task % per_round % B;
@@ -134,7 +162,7 @@ void run_pairs(const AffinityKernel<E, T>& kernel, const std::vector<AffinityIma
         for (const int64_t block : {i, j}) {
           while (finished[b * ring + block].load(std::memory_order_acquire) < round) std::this_thread::yield();
         }
-        if (j < schedule.blocks) kernel.pair(images[b], i, j, scratch.get());
+        if (j < schedule.blocks) kernel.pair(images[b], i, j, scratch->numbers);
         finished[b * ring + i].store(round + 1, std::memory_order_release);
         finished[b * ring + j].store(round + 1, std::memory_order_release);
       }
@@ -145,17 +173,27 @@ void run_pairs(const AffinityKernel<E, T>& kernel, const std::vector<AffinityIma
 template <typename T>
 constexpr ScalarType scalar_type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// A tensor is the memory, so that torch's allocator sees it; `count` elements of T.
+// `width` numbers of every pixel of whole blocks. A tensor is the memory, so that torch's allocator sees it.
 template <typename T>
-Tensor buffer(const Tensor& like, int64_t count) {
-  const ScalarType type = std::is_same_v<T, uint16_t> ? ScalarType::BFloat16 : scalar_type<T>;
-  return torch::stable::new_empty(like, {count}, type);
-}
+class Packed {
+ public:
+  Packed(const Tensor& like, int64_t B, int64_t N, int64_t width)
+      : image_(round_up(N, kBlock) * width),
+        width_(width),
+        memory_(torch::stable::new_empty(
+            like, {B * image_}, std::is_same_v<T, uint16_t> ? ScalarType::BFloat16 : scalar_type<T>)) {}
 
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
+  // Of pixel n0, the first of a block, and what follows; null where nothing is kept.
+  T* at(int64_t b, int64_t n0 = 0) const {
+    return width_ ? static_cast<T*>(memory_.mutable_data_ptr()) + b * image_ + n0 * width_ : nullptr;
+  }
+  T* at(const Block& block) const { return at(block.b, block.n0); }
+  void zero(const Block& block) const { std::fill_n(at(block), kBlock * width_, T(0)); }
+
+ private:
+  int64_t image_, width_;
+  Tensor memory_;
+};
 
 // From: feat's element in memory, E: in the panels, T: of all else.
 template <typename From, typename E, typename T>
@@ -164,19 +202,33 @@ Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Te
   const Tensor out = torch::stable::new_empty(value, {B, C, N});
   if (B * C * N == 0) return out;
   constexpr int side = sizeof(E) == 2 ? 2 : 1;
-  const int64_t padded = round_up(N, kBlock), depth = round_up(D, side), row = round_up(C, kRowSlack);
-  const Tensor panels = buffer<E>(feat, B * padded * depth);
-  const Tensor value_rows = buffer<T>(feat, B * padded * row), out_rows = buffer<T>(feat, B * padded * row);
-  pack_panels<From, side>(feat, data<E>(panels), depth, 0, kernel.panel);
-  pack_strips<T>(value, data<T>(value_rows), row, 0, row);
-  zero(data<T>(out_rows), B, N, row);
+  const int64_t depth = round_up(D, side), channels = round_up(C, kChannels);
+  const Packed<E> panels(feat, B, N, depth);
+  const Packed<T> values(feat, B, N, channels), units(feat, B, N, channels), column_sums(feat, B, N, channels),
+      row_sums(feat, B, N, channels * kUnit<T>);
   std::vector<AffinityImage<E, T>> images;
   for (int64_t b = 0; b < B; ++b) {
-    images.push_back({data<E>(panels) + b * padded * depth, data<T>(value_rows) + b * padded * row, nullptr, nullptr,
-                      data<T>(out_rows) + b * padded * row, nullptr, C, D, N, row, row});
+    images.push_back({.feat = panels.at(b),
+                      .value = values.at(b),
+                      .units = units.at(b),
+                      .column_sums = column_sums.at(b),
+                      .row_sums = row_sums.at(b),
+                      .C = C,
+                      .channels = channels,
+                      .D = D,
+                      .N = N});
   }
+  for_each_block(B, N, [&](const Block& block) {
+    pack_panels<From, side>(feat, block, panels.at(block), depth, kernel.panel);
+    pack_panels<T>(value, block, values.at(block), channels, kBlock);
+    pack_panels<T>(value, block, units.at(block), channels, kUnit<T>);
+    column_sums.zero(block);
+    row_sums.zero(block);
+  });
   run_pairs(kernel, images);
-  unpack_strips<T>(data<T>(out_rows), row, row, out);
+  for_each_block(B, N, [&](const Block& block) {
+    unpack_sums(column_sums.at(block), row_sums.at(block), channels, block, out);
+  });
   return out;
 }
 
@@ -184,37 +236,47 @@ Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Te
 template <typename From, typename T>
 std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Tensor& grad_out, const Tensor& value,
                                     const Tensor& feat, bool need_value) {
-  const int64_t B = feat.size(0), C = value.size(1), D = feat.size(1), N = feat.size(2), padded = round_up(N, kBlock);
-  const int64_t feat_row = round_up(D, kernel.strip), out_row = round_up(C, kRowSlack), value_row = C + out_row;
-  const Tensor out_feat = buffer<T>(feat, B * padded * feat_row);
-  const Tensor out_rows = buffer<T>(feat, need_value ? B * padded * out_row : 0);
-  if (B * N > 0) {
-    const Tensor feat_panels = buffer<T>(feat, B * padded * D), feat_strips = buffer<T>(feat, B * padded * feat_row);
-    const Tensor value_rows = buffer<T>(feat, B * padded * value_row),
-                 pair_panels = buffer<T>(feat, B * padded * 2 * C);
-    pack_panels<From>(feat, data<T>(feat_panels), D, 0, kernel.panel);
-    pack_strips<From>(feat, data<T>(feat_strips), feat_row, 0, kernel.strip);
-    pack_strips<T>(value, data<T>(value_rows), value_row, 0, value_row);
-    pack_strips<T>(grad_out, data<T>(value_rows), value_row, C, value_row);
-    pack_panels<T>(grad_out, data<T>(pair_panels), 2 * C, 0, kernel.panel);
-    pack_panels<T>(value, data<T>(pair_panels), 2 * C, C, kernel.panel);
-    zero(data<T>(out_feat), B, N, feat_row);
-    if (need_value) zero(data<T>(out_rows), B, N, out_row);
-    std::vector<AffinityImage<T, T>> images;
-    for (int64_t b = 0; b < B; ++b) {
-      const int64_t n = b * padded;
-      images.push_back({data<T>(feat_panels) + n * D, data<T>(value_rows) + n * value_row,
-                        data<T>(pair_panels) + n * 2 * C, data<T>(feat_strips) + n * feat_row,
-                        need_value ? data<T>(out_rows) + n * out_row : nullptr, data<T>(out_feat) + n * feat_row, C, D,
-                        N, value_row, out_row});
-    }
-    run_pairs(kernel, images);
-  }
+  const int64_t B = feat.size(0), C = value.size(1), D = feat.size(1), N = feat.size(2);
   const Tensor grad_feat = torch::stable::new_empty(feat, {B, D, N});
-  unpack_strips<From>(data<T>(out_feat), feat_row, kernel.strip, grad_feat);
-  if (!need_value) return {torch::stable::new_empty(value, {0}), grad_feat};
-  const Tensor grad_value = torch::stable::new_empty(value, {B, C, N});
-  unpack_strips<T>(data<T>(out_rows), out_row, out_row, grad_value);
+  const Tensor grad_value =
+      need_value ? torch::stable::new_empty(value, {B, C, N}) : torch::stable::new_empty(value, {0});
+  if (B * N == 0) return {grad_value, grad_feat};
+  const int64_t feat_row = round_up(D, kernel.strip), channels = round_up(C, kChannels);
+  const int64_t summed = need_value ? channels : 0;
+  const Packed<T> panels(feat, B, N, D), strips(feat, B, N, feat_row), out_feat(feat, B, N, feat_row),
+      values(feat, B, N, channels), grads(feat, B, N, channels), units(feat, B, N, summed),
+      column_sums(feat, B, N, summed), row_sums(feat, B, N, summed * kUnit<T>);
+  std::vector<AffinityImage<T, T>> images;
+  for (int64_t b = 0; b < B; ++b) {
+    images.push_back({.feat = panels.at(b),
+                      .value = values.at(b),
+                      .grad = grads.at(b),
+                      .units = units.at(b),
+                      .column_sums = column_sums.at(b),
+                      .row_sums = row_sums.at(b),
+                      .feat_strips = strips.at(b),
+                      .out_feat = out_feat.at(b),
+                      .C = C,
+                      .channels = channels,
+                      .D = D,
+                      .N = N});
+  }
+  for_each_block(B, N, [&](const Block& block) {
+    pack_panels<From>(feat, block, panels.at(block), D, kernel.panel);
+    pack_strips<From>(feat, block, strips.at(block), feat_row, kernel.strip);
+    pack_panels<T>(value, block, values.at(block), channels, kBlock);
+    pack_panels<T>(grad_out, block, grads.at(block), channels, kBlock);
+    out_feat.zero(block);
+    if (!need_value) return;
+    pack_panels<T>(grad_out, block, units.at(block), channels, kUnit<T>);
+    column_sums.zero(block);
+    row_sums.zero(block);
+  });
+  run_pairs(kernel, images);
+  for_each_block(B, N, [&](const Block& block) {
+    unpack_strips<From>(out_feat.at(block), kernel.strip, block, grad_feat);
+    if (need_value) unpack_sums(column_sums.at(block), row_sums.at(block), channels, block, grad_value);
+  });
   return {grad_value, grad_feat};
 }
 

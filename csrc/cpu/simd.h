@@ -35,9 +35,23 @@ ERCN_INLINE void store(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
+// UNIT elements over and over: one number, or the 64 bits of two.
+template <typename V, int UNIT, typename T>
+ERCN_INLINE auto splat(const T* from) {
+  if constexpr (UNIT == 1) {
+    return *from;  // an operation with a vector widens it
+  } else {
+    static_assert(UNIT * sizeof(T) == sizeof(int64_t));
+    int64_t bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return (V)(Vec<int64_t, sizeof(V)>{} + bits);
+  }
+}
+
 // sum[m][v] += Σ_k a[m * a_row + k * a_col] · b[k * b_row + v * lanes]: ROWS broadcasts times VECS vectors, all in
-// registers. ROWS * VECS sums hide the latency of the fused multiply-add.
-template <int ROWS, int VECS, typename V, typename T>
+// registers. ROWS * VECS sums hide the latency of the fused multiply-add. With UNIT 2 neighbours of a meet neighbours of
+// b: lanes have every other term of a sum.
+template <int ROWS, int VECS, int UNIT = 1, typename V, typename T>
 ERCN_INLINE void tile_product(
     const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t depth, V (&sum)[ROWS][VECS]) {
   constexpr int lanes = sizeof(V) / sizeof(T);
@@ -45,7 +59,7 @@ ERCN_INLINE void tile_product(
     V row[VECS];
     ERCN_UNROLL for (int v = 0; v < VECS; ++v) row[v] = load<V>(b + k * b_row + v * lanes);
     ERCN_UNROLL for (int m = 0; m < ROWS; ++m) {
-      const T scale = a[m * a_row + k * a_col];
+      const auto scale = splat<V, UNIT>(a + m * a_row + k * a_col);
       ERCN_UNROLL for (int v = 0; v < VECS; ++v) sum[m][v] += scale * row[v];
     }
   }
@@ -53,12 +67,12 @@ ERCN_INLINE void tile_product(
 
 // out[m * out_row + …] += the product above. The sum over k is formed in registers first: long sums are sums of short
 // ones.
-template <int ROWS, int VECS, typename V, typename T>
+template <int ROWS, int VECS, typename V, int UNIT = 1, typename T>
 ERCN_INLINE void tile_add_product(
     const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t depth, T* out, int64_t out_row) {
   constexpr int lanes = sizeof(V) / sizeof(T);
   V sum[ROWS][VECS] = {};
-  tile_product<ROWS, VECS>(a, a_row, a_col, b, b_row, depth, sum);
+  tile_product<ROWS, VECS, UNIT>(a, a_row, a_col, b, b_row, depth, sum);
   ERCN_UNROLL for (int m = 0; m < ROWS; ++m) {
     ERCN_UNROLL for (int v = 0; v < VECS; ++v) {
       T* to = out + m * out_row + v * lanes;

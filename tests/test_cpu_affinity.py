@@ -1,5 +1,9 @@
 """The affinity kernels in csrc/cpu for every instruction set of this machine."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from _ops import assert_within_budget, error, layouts
@@ -13,8 +17,8 @@ if (reason := _extension.load()) is not None:
 
 from ercn import _C
 
-# Blocks are 96 pixels, panels and strips 4 to 48, narrow vectors 4 or 8 channels: one off each, primes, degenerate
-# sizes, odd and even numbers of blocks.
+# Blocks are 96 pixels, panels and strips 4 to 48, channels go by 8: one off each, primes, degenerate sizes, odd and even
+# numbers of blocks and of pixels.
 SHAPES = [
     pytest.param(*shape, id="x".join(map(str, shape)))
     for shape in [
@@ -58,9 +62,9 @@ def inputs(B, C, D, N, dtype=torch.float64):
 
 
 @pytest.fixture
-def one_and_two_threads():
+def thread_counts():
     before = torch.get_num_threads()
-    yield (1, 2)
+    yield (1, 2, 5)
     torch.set_num_threads(before)
 
 
@@ -90,16 +94,35 @@ def test_float32_error_is_within_twice_torchs(B, C, D, N):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_same_bits_for_any_thread_count_and_every_run(dtype, one_and_two_threads):
+def test_same_bits_for_any_thread_count_and_every_run(dtype, thread_counts):
     value, grad_out, feat = inputs(2, 5, 19, 1000, dtype)
     native = torch.ops.ercn_native
     runs = []
-    for threads in one_and_two_threads * 2:
+    for threads in thread_counts * 2:
         torch.set_num_threads(threads)
         backward = native.relu_affinity_backward_cpu(grad_out, value, feat, True)
         runs.append((native.relu_affinity_cpu(value, feat), *backward))
     for run in runs[1:]:
         assert all(torch.equal(first, other) for first, other in zip(runs[0], run))
+
+
+FEWER_THREADS_THAN_ASKED_FOR = """
+import torch
+from ercn.ops import _extension
+assert _extension.load() is None
+torch.set_num_threads(4)
+values = torch.arange(24 * 500).reshape(2, 12, 500).remainder(7) - 3.0
+print(torch.ops.ercn_native.relu_affinity_cpu(values[:, :3], values[:, 3:]).sum().item())
+"""
+
+
+def test_one_thread_does_the_work_of_several_workers(isa):
+    """OpenMP may start fewer threads than it was asked for; blocks that wait for an absent worker must not wait."""
+    command = [sys.executable, "-c", FEWER_THREADS_THAN_ASKED_FOR]
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    values = torch.arange(24 * 500).reshape(2, 12, 500).remainder(7) - 3.0  # exact in float32
+    assert float(run.stdout) == torch_affinity(values[:, :3], values[:, 3:]).sum().item()
 
 
 def test_any_strides():

@@ -52,6 +52,18 @@ def test_isas_follow_from_the_features():
 
 
 @built
+def test_multiply_add_rates_are_those_of_independent_operations():
+    """A compiler that merges equal chains reports the latency of one: several times what units can do."""
+    from ercn import _C
+
+    float32, float64, bfloat16 = (
+        max(_C.multiply_add_rate(dtype, 0.01) for _ in range(3)) for dtype in ("float32", "float64", "bfloat16")
+    )
+    assert 1.4 * float64 < float32 < 3 * float64
+    assert 0.7 * float32 < bfloat16 < 3 * float32  # twice as many products an instruction
+
+
+@built
 def test_only_the_stable_abi_is_used():
     from ercn import _C
 

@@ -9,166 +9,19 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
-#include <optional>
-#include <thread>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
-#include "elements.h"
+#include "affinity_packing.h"
+#include "affinity_pairs.h"
 #include "kernels.h"
-#include "schedule.h"
 
 namespace ercn {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Pixels [n0, n0 + count) of image b, one block of it.
-struct Block {
-  int64_t b, n0, count;
-};
-
-// Runs body(block) for every block of every image, the same ones on the same thread each time: what it packed in the last
-// call may still be in its cache. Padding blocks are not visited.
-template <typename F>
-void for_each_block(int64_t B, int64_t N, const F& body) {
-  const int64_t blocks = round_up(N, kBlock) / kBlock;
-  torch::stable::parallel_for(0, B * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n0 = task % blocks * kBlock;
-      body(Block{task / blocks, n0, std::min(kBlock, N - n0)});
-    }
-  });
-}
-
-// Element (b, 0, n0) of a tensor [B, R, N].
-template <typename T>
-const T* at(const Tensor& tensor, const Block& block) {
-  return static_cast<const T*>(tensor.const_data_ptr()) + block.b * tensor.stride(0) + block.n0 * tensor.stride(2);
-}
-
-constexpr int64_t kRowsAhead = 16;
-
-// A block of source [B, R, N] -> [kBlock / panel, rows / SIDE, panel, SIDE]: SIDE rows of a pixel lie side by side.
-// Padding pixels and rows become zeros.
-template <typename From, int SIDE = 1, typename E>
-void pack_panels(const Tensor& source, const Block& block, E* to, int64_t rows, int64_t panel) {
-  const int64_t R = source.size(1), stride_r = source.stride(1), stride_n = source.stride(2);
-  const From* from = at<From>(source, block);
-  if (R < rows || block.count < kBlock) std::fill_n(to, kBlock * rows, E(0));
-  for (int64_t n0 = 0; n0 < block.count; n0 += panel) {
-    const int64_t real = std::min(panel, block.count - n0);
-    const From* x = from + n0 * stride_n;
-    E* base = to + n0 * rows;
-    if (stride_n > stride_r) {  // in the order of memory
-      for (int64_t n = 0; n < real; ++n) {
-        for (int64_t r = 0; r < R; ++r) {
-          base[r / SIDE * SIDE * panel + n * SIDE + r % SIDE] = convert<E>(x[r * stride_r + n * stride_n]);
-        }
-      }
-      continue;
-    }
-    for (int64_t r = 0; r < R; r += SIDE) {
-      const auto copy = [&](int64_t sides, int64_t stride) {
-        for (int64_t side = 0; side < sides; ++side) {
-          // Rows lie far apart, and their few lines do not wake the processor's own prefetching.
-          const From* later = x + std::min(r + kRowsAhead + side, R - 1) * stride_r;
-          for (int64_t n = 0; n < real; n += 64 / sizeof(From)) __builtin_prefetch(later + n * stride);
-        }
-        for (int64_t n = 0; n < real; ++n) {
-          for (int64_t side = 0; side < sides; ++side) {
-            base[r * panel + n * SIDE + side] = convert<E>(x[(r + side) * stride_r + n * stride]);
-          }
-        }
-      };
-      stride_n == 1 && R - r >= SIDE ? copy(SIDE, 1) : copy(std::min<int64_t>(R - r, SIDE), stride_n);
-    }
-  }
-}
-
-// A block of source [B, R, N] -> strips [rows / strip, kBlock, strip]; zeros as above.
-template <typename From, typename T>
-void pack_strips(const Tensor& source, const Block& block, T* to, int64_t rows, int64_t strip) {
-  const int64_t R = source.size(1), stride_r = source.stride(1), stride_n = source.stride(2);
-  const From* from = at<From>(source, block);
-  if (R < rows || block.count < kBlock) std::fill_n(to, kBlock * rows, T(0));
-  for (int64_t first = 0; first < R; first += strip) {
-    const int64_t real = std::min(strip, R - first);
-    const auto copy = [&](int64_t r, int64_t n) {
-      to[first * kBlock + n * strip + r] = convert<T>(from[(first + r) * stride_r + n * stride_n]);
-    };
-    if (stride_n > stride_r) {
-      for (int64_t n = 0; n < block.count; ++n) {
-        for (int64_t r = 0; r < real; ++r) copy(r, n);
-      }
-    } else {
-      for (int64_t r = 0; r < real; ++r) {
-        for (int64_t n = 0; n < block.count; ++n) copy(r, n);
-      }
-    }
-  }
-}
-
-// strips -> the block's part of [B, R, N] contiguous
-template <typename To, typename T>
-void unpack_strips(const T* from, int64_t strip, const Block& block, const Tensor& out) {
-  const int64_t R = out.size(1), N = out.size(2);
-  To* to = static_cast<To*>(out.mutable_data_ptr()) + block.b * R * N + block.n0;
-  for (int64_t r = 0; r < R; ++r) {
-    const T* row = from + r / strip * strip * kBlock + r % strip;
-    for (int64_t n = 0; n < block.count; ++n) to[r * N + n] = convert<To>(row[n * strip]);
-  }
-}
-
-// The block's part of [B, C, N] contiguous, from both of its sums.
-template <typename T>
-void unpack_sums(const T* columns, const T* rows, int64_t channels, const Block& block, const Tensor& out) {
-  const int64_t C = out.size(1), N = out.size(2);
-  T* to = static_cast<T*>(out.mutable_data_ptr()) + block.b * C * N + block.n0;
-  for (int64_t c = 0; c < C; ++c) {
-    for (int64_t n = 0; n < block.count; ++n) {
-      T sum = columns[c * kBlock + n];
-      for (int64_t u = 0; u < kUnit<T>; ++u) sum += rows[(n * channels + c) * kUnit<T> + u];
-      to[c * N + n] = sum;
-    }
-  }
-}
-
-template <typename T>
-struct alignas(64) Scratch {  // a vector in two cache lines costs two accesses
-  T numbers[2 * kBlock * kBlock];
-};
-
-// Every pair of blocks of every image, in the order of the rounds. A thread takes the next task and waits until its two
-// blocks have finished the round before; tasks are taken in order, so the oldest never waits and there is no deadlock,
-// whatever the number of threads.
-template <typename E, typename T>
-void run_pairs(const AffinityKernel<E, T>& kernel, const std::vector<AffinityImage<E, T>>& images) {
-  const int64_t B = images.size(), N = images[0].N;
-  const TriangleSchedule schedule{round_up(N, kBlock) / kBlock};
-  const int64_t ring = schedule.ring(), per_round = schedule.tasks_per_round() * B;
-  const auto finished = std::make_unique<std::atomic<int64_t>[]>(B * ring);  // rounds, of each block
-  for (int64_t k = 0; k < B * ring; ++k) finished[k].store(0, std::memory_order_relaxed);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<Scratch<T>> scratch(new Scratch<T>);
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t task; (task = next.fetch_add(1)) < ring * per_round;) {
-        const int64_t round = task / per_round, b = task % per_round % B;
-        const auto [i, j] = schedule.pair(round, task % per_round / B);
-        for (const int64_t block : {i, j}) {
-          while (finished[b * ring + block].load(std::memory_order_acquire) < round) std::this_thread::yield();
-        }
-        if (j < schedule.blocks) kernel.pair(images[b], i, j, scratch->numbers);
-        finished[b * ring + i].store(round + 1, std::memory_order_release);
-        finished[b * ring + j].store(round + 1, std::memory_order_release);
-      }
-    }
-  });
-}
 
 template <typename T>
 constexpr ScalarType scalar_type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
@@ -225,7 +78,7 @@ Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Te
     column_sums.zero(block);
     row_sums.zero(block);
   });
-  run_pairs(kernel, images);
+  Pairs<E, T>(kernel, images).run();
   for_each_block(B, N, [&](const Block& block) {
     unpack_sums(column_sums.at(block), row_sums.at(block), channels, block, out);
   });
@@ -272,7 +125,7 @@ std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Te
     column_sums.zero(block);
     row_sums.zero(block);
   });
-  run_pairs(kernel, images);
+  Pairs<T, T>(kernel, images).run();
   for_each_block(B, N, [&](const Block& block) {
     unpack_strips<From>(out_feat.at(block), kernel.strip, block, grad_feat);
     if (need_value) unpack_sums(column_sums.at(block), row_sums.at(block), channels, block, grad_value);

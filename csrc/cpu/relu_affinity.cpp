@@ -90,42 +90,44 @@ template <typename From, typename T>
 std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Tensor& grad_out, const Tensor& value,
                                     const Tensor& feat, bool need_value) {
   const int64_t B = feat.size(0), C = value.size(1), D = feat.size(1), N = feat.size(2);
+  const int64_t feat_row = round_up(D, kernel.strip), channels = round_up(C, kChannels);
+  const int64_t summed = need_value ? channels : 0;
+  const Packed<T> out_feat(feat, B, N, feat_row), column_sums(feat, B, N, summed),
+      row_sums(feat, B, N, summed * kUnit<T>);
+  if (B * N > 0) {  // what is packed is freed before the gradients exist as tensors
+    const Packed<T> panels(feat, B, N, D), strips(feat, B, N, feat_row), values(feat, B, N, channels),
+        grads(feat, B, N, channels), units(feat, B, N, summed);
+    std::vector<AffinityImage<T, T>> images;
+    for (int64_t b = 0; b < B; ++b) {
+      images.push_back({.feat = panels.at(b),
+                        .value = values.at(b),
+                        .grad = grads.at(b),
+                        .units = units.at(b),
+                        .column_sums = column_sums.at(b),
+                        .row_sums = row_sums.at(b),
+                        .feat_strips = strips.at(b),
+                        .out_feat = out_feat.at(b),
+                        .C = C,
+                        .channels = channels,
+                        .D = D,
+                        .N = N});
+    }
+    for_each_block(B, N, [&](const Block& block) {
+      pack_panels<From>(feat, block, panels.at(block), D, kernel.panel);
+      pack_strips<From>(feat, block, strips.at(block), feat_row, kernel.strip);
+      pack_panels<T>(value, block, values.at(block), channels, kBlock);
+      pack_panels<T>(grad_out, block, grads.at(block), channels, kBlock);
+      out_feat.zero(block);
+      if (!need_value) return;
+      pack_panels<T>(grad_out, block, units.at(block), channels, kUnit<T>);
+      column_sums.zero(block);
+      row_sums.zero(block);
+    });
+    Pairs<T, T>(kernel, images).run();
+  }
   const Tensor grad_feat = torch::stable::new_empty(feat, {B, D, N});
   const Tensor grad_value =
       need_value ? torch::stable::new_empty(value, {B, C, N}) : torch::stable::new_empty(value, {0});
-  if (B * N == 0) return {grad_value, grad_feat};
-  const int64_t feat_row = round_up(D, kernel.strip), channels = round_up(C, kChannels);
-  const int64_t summed = need_value ? channels : 0;
-  const Packed<T> panels(feat, B, N, D), strips(feat, B, N, feat_row), out_feat(feat, B, N, feat_row),
-      values(feat, B, N, channels), grads(feat, B, N, channels), units(feat, B, N, summed),
-      column_sums(feat, B, N, summed), row_sums(feat, B, N, summed * kUnit<T>);
-  std::vector<AffinityImage<T, T>> images;
-  for (int64_t b = 0; b < B; ++b) {
-    images.push_back({.feat = panels.at(b),
-                      .value = values.at(b),
-                      .grad = grads.at(b),
-                      .units = units.at(b),
-                      .column_sums = column_sums.at(b),
-                      .row_sums = row_sums.at(b),
-                      .feat_strips = strips.at(b),
-                      .out_feat = out_feat.at(b),
-                      .C = C,
-                      .channels = channels,
-                      .D = D,
-                      .N = N});
-  }
-  for_each_block(B, N, [&](const Block& block) {
-    pack_panels<From>(feat, block, panels.at(block), D, kernel.panel);
-    pack_strips<From>(feat, block, strips.at(block), feat_row, kernel.strip);
-    pack_panels<T>(value, block, values.at(block), channels, kBlock);
-    pack_panels<T>(grad_out, block, grads.at(block), channels, kBlock);
-    out_feat.zero(block);
-    if (!need_value) return;
-    pack_panels<T>(grad_out, block, units.at(block), channels, kUnit<T>);
-    column_sums.zero(block);
-    row_sums.zero(block);
-  });
-  Pairs<T, T>(kernel, images).run();
   for_each_block(B, N, [&](const Block& block) {
     unpack_strips<From>(out_feat.at(block), kernel.strip, block, grad_feat);
     if (need_value) unpack_sums(column_sums.at(block), row_sums.at(block), channels, block, grad_value);

@@ -17,8 +17,8 @@ if (reason := _extension.load()) is not None:
 
 from ercn import _C
 
-# Blocks are 96 pixels, panels and strips 4 to 48, channels go by 8: one off each, primes, degenerate sizes, odd and even
-# numbers of blocks and of pixels.
+# Blocks are 96 pixels, panels and strips 4 to 48, channels go by 8: one off each, primes, degenerate sizes, odd and
+# even numbers of blocks and of pixels.
 SHAPES = [
     pytest.param(*shape, id="x".join(map(str, shape)))
     for shape in [

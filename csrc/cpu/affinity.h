@@ -21,13 +21,13 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 // Elements of F are E (float, double, or bfloat16 as uint16_t, two channels of a pixel side by side), all else is T.
 template <typename E, typename T>
 struct AffinityImage {
-  const E* feat;         // panels
-  const T *value, *grad; // V, G (backward) in panels of a block
-  const T* units;        // V, in the backward G, in panels of kUnit
-  T* column_sums;        // in panels of a block, or null
-  T* row_sums;           // [n, channels, kUnit]: of even and of odd pixels apart where kUnit is 2
-  const T* feat_strips;  // backward
-  T* out_feat;           // backward: in strips, else null
+  const E* feat;          // panels
+  const T *value, *grad;  // V, G (backward) in panels of a block
+  const T* units;         // V, in the backward G, in panels of kUnit
+  T* column_sums;         // in panels of a block, or null
+  T* row_sums;            // [n, channels, kUnit]: sums over even and over odd pixels where kUnit is 2
+  const T* feat_strips;   // backward
+  T* out_feat;            // backward: in strips, else null
   int64_t C, channels, D, N;
 };
 

@@ -16,8 +16,8 @@ struct Block {
   int64_t b, n0, count;
 };
 
-// Runs body(block) for every block of every image, the same ones on the same thread each time: what it packed in the last
-// call may still be in its cache. Padding blocks are not visited.
+// Runs body(block) for every block of every image, the same ones on the same thread each time: what it packed in the
+// last call may still be in its cache. Padding blocks are not visited.
 template <typename F>
 void for_each_block(int64_t B, int64_t N, const F& body) {
   const int64_t blocks = round_up(N, kBlock) / kBlock;
@@ -35,7 +35,7 @@ const T* at(const torch::stable::Tensor& tensor, const Block& block) {
   return static_cast<const T*>(tensor.const_data_ptr()) + block.b * tensor.stride(0) + block.n0 * tensor.stride(2);
 }
 
-constexpr int64_t kRowsAhead = 16;
+constexpr int64_t kRowsAhead = 16;  // of the one that is packed: prefetched
 
 // A block of source [B, R, N] -> [kBlock / panel, rows / SIDE, panel, SIDE]: SIDE rows of a pixel lie side by side.
 // Padding pixels and rows become zeros.
@@ -110,7 +110,8 @@ void unpack_strips(const T* from, int64_t strip, const Block& block, const torch
 
 // The block's part of [B, C, N] contiguous, from both of its sums.
 template <typename T>
-void unpack_sums(const T* columns, const T* rows, int64_t channels, const Block& block, const torch::stable::Tensor& out) {
+void unpack_sums(const T* columns, const T* rows, int64_t channels, const Block& block,
+                 const torch::stable::Tensor& out) {
   const int64_t C = out.size(1), N = out.size(2);
   T* to = static_cast<T*>(out.mutable_data_ptr()) + block.b * C * N + block.n0;
   for (int64_t c = 0; c < C; ++c) {

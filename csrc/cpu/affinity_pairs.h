@@ -79,9 +79,9 @@ class Pairs {
   const AffinityKernel<E, T>& kernel_;
   const std::vector<AffinityImage<E, T>>& images_;
   const TriangleSchedule schedule_;
-  const int64_t tasks_;                          // of a round
-  std::vector<Counter> begun_;                   // of each worker's share
-  std::vector<std::atomic<int64_t>> finished_;   // rounds, of each block of each image
+  const int64_t tasks_;                         // of a round
+  std::vector<Counter> begun_;                  // of each worker's share
+  std::vector<std::atomic<int64_t>> finished_;  // rounds, of each block of each image
 };
 
 }  // namespace ercn

@@ -6,8 +6,8 @@ namespace ercn {
 // The triangle of blocks i <= j as rounds in which every block occurs once, so that the tasks of a round share nothing
 // and each block meets its partners in an order that does not depend on threads. With `ring` odd, round r pairs the
 // blocks with i + j = r (mod ring): the center c = r / 2 (mod ring) with itself, and c + p with c - p for p = 1, 2, …
-// The next round's center is a block of this round's last pair, so every other round runs backwards: its first tasks
-// need what this one's first tasks have finished.
+// The next round's center is a block of this round's last pair, so every other round runs backwards: no block moves by
+// more than one place from round to round.
 struct TriangleSchedule {
   int64_t blocks;
 

@@ -53,7 +53,7 @@ def test_isas_follow_from_the_features():
 
 @built
 def test_multiply_add_rates_are_those_of_independent_operations():
-    """A compiler that merges equal chains reports the latency of one: several times what units can do."""
+    """Beside each other: where a compiler merges the equal chains of one dtype, its rate is several times the truth."""
     from ercn import _C
 
     float32, float64, bfloat16 = (

@@ -6,7 +6,8 @@ namespace ercn {
 
 constexpr int64_t kBlock = 96;  // pixels of a block, a multiple of every tile: a T block of fp32 is 36 KiB
 
-constexpr int64_t kChannels = 8;  // the rows of V and G are rounded up to it: the tallest tile's
+// Rows of V and G are rounded up to it: a multiple of the tile's rows, and 64 bits of each fill the widest vector.
+constexpr int64_t kChannels = 8;
 
 template <typename T>
 constexpr int64_t kUnit = 8 / sizeof(T);  // pixels that one broadcast of 64 bits brings
@@ -21,13 +22,14 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 // Elements of F are E (float, double, or bfloat16 as uint16_t, two channels of a pixel side by side), all else is T.
 template <typename E, typename T>
 struct AffinityImage {
-  const E* feat;          // panels
-  const T *value, *grad;  // V, G (backward) in panels of a block
-  const T* units;         // V, in the backward G, in panels of kUnit
-  T* column_sums;         // in panels of a block, or null
-  T* row_sums;            // [n, channels, kUnit]: sums over even and over odd pixels where kUnit is 2
-  const T* feat_strips;   // backward
-  T* out_feat;            // backward: in strips, else null
+  const E* feat;         // panels
+  const T* summed;       // V, in the backward G, in panels of a block
+  const T* units;        // the same in panels of kUnit
+  T* column_sums;        // in panels of a block; null where no sums are asked for
+  T* row_sums;           // [n, channels, kUnit]: sums over even and over odd pixels where kUnit is 2
+  const T* value;        // backward: V in panels of a block
+  const T* feat_strips;  // backward
+  T* out_feat;           // backward: in strips, else null
   int64_t C, channels, D, N;
 };
 

@@ -1,6 +1,6 @@
 #pragma once
 // One pair of blocks of Y = A · V and of its gradients, for one instruction set (see affinity.h and simd.h).
-// Zero padding is only ever an output or a tile's spare lane: sums run over real pixels and channels (0 · Inf = NaN).
+// Zero padding is an output, a tile's spare lane, or meets zeros only: else 0 · Inf would be NaN.
 #include "affinity.h"
 #include "simd.h"
 
@@ -12,23 +12,24 @@ constexpr int64_t kPanel = kVecs * kVecBytes / sizeof(T);
 template <typename T>
 constexpr int64_t kStrip = 3 * kVecBytes / sizeof(T);
 
-// out[m, n] += Σ_k s(m, k) · b[k, n] for m < rows, n < columns, k < depth, with s = a [kBlock, kBlock] or its
-// transpose, read in units of neighbours.
+// out[m, n] += Σ_k s(m, k) · b[k, n] for m < rows, k < depth, with s = a [kBlock, kBlock] or its transpose. With UNIT 2
+// k counts pairs of neighbours in a row of a, and b has a row for each.
 template <bool TRANSPOSED, int UNIT, int ROWS, int VECS, typename T>
 ERCN_INLINE void column_strip(const T* s, int64_t rows, const T* b, int64_t ld, int64_t depth, T* out, int64_t out_ld) {
+  static_assert(!TRANSPOSED || UNIT == 1);
   for (int64_t m = 0; m < rows; m += ROWS) {
     tile_add_product<ROWS, VECS, Vec<T>, UNIT>(s + m * (TRANSPOSED ? 1 : kBlock), TRANSPOSED ? 1 : kBlock,
                                                TRANSPOSED ? kBlock : UNIT, b, ld, depth, out + m * out_ld, out_ld);
   }
 }
 
-// The same for any number of columns: 8×3, 8×2 and 16×1 sums, about half of them where there are 16 registers. Every
-// panel is a multiple of these rows.
+// The same for any number of columns n: 8×3, 8×2 and 16×1 sums in 32 registers, 4×3, 4×2 and 12×1 or 4×1 in 16.
 template <bool TRANSPOSED, int UNIT = 1, typename T>
 ERCN_INLINE void add_product(const T* s, int64_t rows, const T* b, int64_t ld, int64_t depth, T* out, int64_t out_ld,
                              int64_t columns) {
   constexpr int64_t lanes = kVecBytes / sizeof(T);
-  constexpr int tall = kVecBytes == 32 ? 12 : kPanel<T> % 16 == 0 ? 16 : kRows;
+  constexpr int tall = kVecBytes == 64 ? 16 : kVecBytes == 32 ? 12 : kRows;
+  static_assert(kPanel<T> % tall == 0 && kPanel<T> % kRows == 0);
   int64_t n = 0;
   for (; n + 2 * lanes < columns; n += 3 * lanes) {
     column_strip<TRANSPOSED, UNIT, kRows, 3>(s, rows, b + n, ld, depth, out + n, out_ld);
@@ -87,8 +88,8 @@ ERCN_INLINE void rectangle(const AffinityImage<E, T>& p, int64_t i, int64_t rows
       if (backward) {
         Vec<T> rank[kRows][kVecs] = {};
         const int64_t row = in_block(at), column = in_block(j + n);
-        tile_product<kRows, kVecs>(p.value + row, 1, kBlock, p.grad + column, kBlock, p.C, rank);
-        tile_product<kRows, kVecs>(p.grad + row, 1, kBlock, p.value + column, kBlock, p.C, rank);
+        tile_product<kRows, kVecs>(p.value + row, 1, kBlock, p.summed + column, kBlock, p.C, rank);
+        tile_product<kRows, kVecs>(p.summed + row, 1, kBlock, p.value + column, kBlock, p.C, rank);
         ERCN_UNROLL for (int r = 0; r < kRows; ++r) {
           ERCN_UNROLL for (int v = 0; v < kVecs; ++v) store(w + r * kBlock + v * lanes, rank[r][v]);
         }
@@ -105,7 +106,7 @@ ERCN_INLINE void rectangle(const AffinityImage<E, T>& p, int64_t i, int64_t rows
     }
   }
   if (sums) {
-    const T* source = (backward ? p.grad : p.value) + in_block(i);
+    const T* source = p.summed + in_block(i);
     for (int64_t n = 0; n < columns; n += panel) {
       T* to = p.column_sums + in_block(j + n);
       for (int64_t c = 0; c < p.C * kBlock; c += kRows * kBlock) {

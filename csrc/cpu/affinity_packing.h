@@ -17,7 +17,7 @@ struct Block {
 };
 
 // Runs body(block) for every block of every image, the same ones on the same thread each time: what it packed in the
-// last call may still be in its cache. Padding blocks are not visited.
+// last call may still be in its cache.
 template <typename F>
 void for_each_block(int64_t B, int64_t N, const F& body) {
   const int64_t blocks = round_up(N, kBlock) / kBlock;

@@ -16,7 +16,7 @@ namespace ercn {
 // Every pair of blocks of every image. Each worker has a share of the places of a round, the same in every round:
 // blocks move by one place at most, so their sums stay in one core's cache. Before a pair its blocks must have finished
 // the round before. Who must wait runs tasks of earlier rounds that nobody has begun, so there is no deadlock, whatever
-// the number of threads, and nobody idles for long.
+// the number of threads, and nobody idles for long. Such help is nested at most as deep as there are workers.
 template <typename E, typename T>
 class Pairs {
  public:
@@ -53,7 +53,7 @@ class Pairs {
     do {
       if (task >= limit * width) return false;
     } while (!begun_[worker].tasks.compare_exchange_weak(task, task + 1, std::memory_order_relaxed));
-    // The places that need a neighbour's last round come in the middle of this one.
+    // The ends of a share need what the neighbouring share did the round before: they come in the middle.
     const int64_t round = task / width, place = first + (task + width / 2) % width;
     const int64_t b = place / schedule_.tasks_per_round();
     const auto [i, j] = schedule_.pair(round, place % schedule_.tasks_per_round());
@@ -65,7 +65,8 @@ class Pairs {
     }
     if (j < schedule_.blocks) kernel_.pair(images_[b], i, j, scratch.numbers);
     finished[i].store(round + 1, std::memory_order_release);
-    finished[j].store(round + 1, std::memory_order_release);
+    // Not twice: another thread may have finished the next round of the block in between.
+    if (j != i) finished[j].store(round + 1, std::memory_order_release);
     return true;
   }
 

@@ -36,7 +36,7 @@ class Packed {
         memory_(torch::stable::new_empty(
             like, {B * image_}, std::is_same_v<T, uint16_t> ? ScalarType::BFloat16 : scalar_type<T>)) {}
 
-  // Of pixel n0, the first of a block, and what follows; null where nothing is kept.
+  // The numbers of image b from pixel n0 on, the first of a block; null where the width is 0.
   T* at(int64_t b, int64_t n0 = 0) const {
     return width_ ? static_cast<T*>(memory_.mutable_data_ptr()) + b * image_ + n0 * width_ : nullptr;
   }
@@ -62,7 +62,7 @@ Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Te
   std::vector<AffinityImage<E, T>> images;
   for (int64_t b = 0; b < B; ++b) {
     images.push_back({.feat = panels.at(b),
-                      .value = values.at(b),
+                      .summed = values.at(b),
                       .units = units.at(b),
                       .column_sums = column_sums.at(b),
                       .row_sums = row_sums.at(b),
@@ -100,11 +100,11 @@ std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Te
     std::vector<AffinityImage<T, T>> images;
     for (int64_t b = 0; b < B; ++b) {
       images.push_back({.feat = panels.at(b),
-                        .value = values.at(b),
-                        .grad = grads.at(b),
+                        .summed = grads.at(b),
                         .units = units.at(b),
                         .column_sums = column_sums.at(b),
                         .row_sums = row_sums.at(b),
+                        .value = values.at(b),
                         .feat_strips = strips.at(b),
                         .out_feat = out_feat.at(b),
                         .C = C,

@@ -12,8 +12,8 @@ from ercn.benchmarks.environment import machine
 from ercn.benchmarks.results import Row, load, timed
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
-COLUMNS = ("case", "fastest of ours", "ms (p20–p80)", "/ one product", "eager ms", "eager / ours", "peak MB, ours",
-           "peak MB, eager", "error, ours", "error, eager")  # fmt: skip
+COLUMNS = ("case", "fastest of ours", "ms (p20–p80)", "/ one product", "reference ms", "eager ms", "eager / ours",
+           "peak MB, ours", "peak MB, reference", "peak MB, eager", "error, ours", "error, eager")  # fmt: skip
 SETTING_COLUMNS = ("case", "backend, setting", "ms (p20–p80)", "/ one product", "/ its own setting")
 
 
@@ -36,8 +36,9 @@ def render(runs: list[tuple[str, dict[str, Any]]]) -> str:
     introduction = (
         "Median times of interleaved runs on random data. *One product* is the dense matrix product that plain torch "
         "cannot avoid (`torch.matmul(fᵀ, f, out=…)` for the affinity, `torch.mm(h, [V|U], out=…)` for the pool, each "
-        "into memory that exists); *eager* is plain torch as SEAM and AMLab write it. Peak memory is beyond the "
-        "inputs; error is the largest one against float64, relative to the largest value."
+        "into memory that exists); *eager* is plain torch as SEAM and AMLab write it; *reference* is our backend in "
+        "plain torch. Peak memory is beyond the inputs; error is the largest one against float64, relative to the "
+        "largest value."
     )
     blocks = [introduction, *(_machine(name, run) for name, run in runs)]
     if not any(run["environment"]["device"] == "cuda" for _, run in runs):
@@ -72,6 +73,7 @@ def _machine(name: str, run: dict[str, Any]) -> str:
 def _line(rows: list[Row]) -> str:
     eager = next((row for row in rows if row["variant"] == "eager"), None)
     ours = [row for row in timed({"rows": rows}) if row["variant"].startswith("ercn-") and "@" not in row["variant"]]
+    reference = next((row for row in ours if row["variant"] == "ercn-reference"), None)
     if not ours:
         why = "; ".join(f"{row['variant']} {row['status']}: {row['reason']}" for row in rows if row["status"] != "ok")
         return f"| {_case(rows[0])} | none | {why} |{' |' * (len(COLUMNS) - 3)}"
@@ -83,9 +85,11 @@ def _line(rows: list[Row]) -> str:
         best["variant"].removeprefix("ercn-"),
         f"{best['median_ms']:.3g} ({best['p20_ms']:.3g}–{best['p80_ms']:.3g})",
         f"{product['median']:.2f}" if product else "–",
+        f"{reference['median_ms']:.3g}" if reference else "–",
         f"{eager['median_ms']:.3g}" if has_eager else (eager["status"] if eager else "–"),
         f"{1 / best['ratios']['eager']['median']:.2f}×" if has_eager else "–",
         _megabytes(best.get("peak_extra_mb")),
+        _megabytes(reference and reference.get("peak_extra_mb")),
         _megabytes(eager.get("peak_extra_mb")) if has_eager else _needed(eager),
         f"{best['error']:.1e}" if "error" in best else "not checked",
         f"{best['judge_error']:.1e}" if best.get("judge") == "eager" else "–",

@@ -97,8 +97,8 @@ def test_the_readme_section_states_its_origin_and_is_stable(file, tmp_path):
         assert words in text
     line = next(line for line in text.splitlines() if "c6-d192-28x28" in line)
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        "affinity forward, float32, b1-c6-d192-28x28", "cpu", "14 (12.6–15.4)", "0.50", "70", "5.00×", "350.0", "350.0",
-        "1.0e-06", "2.0e-06",
+        "affinity forward, float32, b1-c6-d192-28x28", "cpu", "14 (12.6–15.4)", "0.50", "–", "70", "5.00×", "350.0",
+        "–", "350.0", "1.0e-06", "2.0e-06",
     ]  # fmt: skip
     beyond = next(line for line in text.splitlines() if "c6-d192-128x128" in line)
     assert "skipped" in beyond and "needs 105,000" in beyond
@@ -119,6 +119,15 @@ def test_settings_have_a_table_of_their_own_and_are_not_the_fastest_of_ours(file
     assert [cell.strip() for cell in found[1].strip("|").split("|")][1:] == [
         "cpu, one thread", "7 (12.6–15.4)", "0.50", "0.50",
     ]  # fmt: skip
+
+
+def test_the_reference_has_columns_of_its_own(file):
+    values = json.loads(file.read_text())
+    values["rows"].append(row(28, "ercn-reference") | {"median_ms": 140.0, "peak_extra_mb": 420.0})
+    file.write_text(json.dumps(values))
+    lines = readme.render([("r.json", results.load(file))]).splitlines()
+    cells = [cell.strip() for cell in next(x for x in lines if "c6-d192-28x28" in x).strip("|").split("|")]
+    assert cells[1] == "cpu" and cells[4] == "140" and cells[8] == "420.0"
 
 
 def test_gpu_results_take_the_disclaimer_away(file, tmp_path):

@@ -36,6 +36,26 @@ def test_only_what_was_launched_is_told(records):
     )
 
 
+def test_kernels_without_code_for_the_device_are_left_out(records):
+    """kernel_attributes() leaves them out, so what remains has other places in its list than in kernels()."""
+    sys.modules["ercn._cuda"].kernel_attributes = lambda: records[1:]
+    for launched in records:
+        with kernels.launched() as found:
+            launched["launches"] += 1
+        assert [k["name"] for k in found] == ([records[1]["name"]] if launched is records[1] else [])
+
+
+def test_a_device_that_tells_no_attributes_costs_no_row(records):
+    def fail():
+        raise RuntimeError("invalid device function")
+
+    sys.modules["ercn._cuda"].kernel_attributes = fail
+    with kernels.launched() as found:
+        records[1]["launches"] += 4
+    assert [(k["name"], k["launches"]) for k in found] == [("ercn::pool::Combine", 4)]
+    assert kernels.described([{"kernels": found}]) == ["pool::Combine: invalid device function"]
+
+
 def test_nothing_is_told_without_the_backend(monkeypatch):
     monkeypatch.setattr(kernels.cuda, "unavailable", lambda: "torch finds no GPU, or no driver for it")
     with kernels.launched() as found:

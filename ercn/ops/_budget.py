@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 
-def error(actual: Tensor, exact: Tensor) -> float:
+def error(actual: Tensor, exact: Tensor, largest: float = 0.0) -> float:
     """Largest error, that of each channel relative to the channel's largest exact value; inf where one is NaN.
 
-    A channel is what lies along the last dimension: the N pixels of [B, C, N], the D inputs of a weight's row [L, D].
+    A channel is what lies along the last dimension, the pixels of a map [B, C, N] or [B, C, H, W] as the inputs of a
+    weight's row [L, D]. One below 1e-6 of ``largest`` is 0 in exact arithmetic, as is the gradient of b_w where only
+    pooled has one: it is measured by ``largest``.
     """
     if exact.numel() == 0:
         return 0.0
-    errors = (actual.double() - exact).abs().amax(-1) / exact.abs().amax(-1).clamp_min(1e-300)
-    return errors.nan_to_num(nan=float("inf")).max().item()
+    start = 2 if exact.dim() == 4 else -1
+    errors, scale = ((x.flatten(start).abs().amax(-1)) for x in (actual.double() - exact, exact))
+    scale = torch.where(scale < 1e-6 * largest, largest, scale).clamp_min(1e-300)
+    return (errors / scale).nan_to_num(nan=float("inf")).max().item()
 
 
 def allowed(plain: float, dtype: torch.dtype) -> float:

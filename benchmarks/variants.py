@@ -76,7 +76,7 @@ def variants(case: Case, device: str, backend: str = "", also: Iterable[str] = (
 
 
 def arguments(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor | None, ...]]:
-    """Of each op in the case, what it is given (of the value without its row of ones)."""
+    """Of each op in the case, what it is given; the value is still without its row of ones and in the case's dtype."""
     match case:
         case AffinityCase():
             return {"relu_affinity": inputs.tensors}

@@ -9,6 +9,9 @@ import pytest
 
 import ercn
 from ercn.benchmarks import kernels
+from ercn.benchmarks.cases import AffinityCase, ModelCase, PoolCase
+from ercn.benchmarks.variants import inputs_of, variants
+from ercn.ops import _backends, reference
 
 
 @pytest.fixture
@@ -54,6 +57,47 @@ def test_a_device_that_tells_no_attributes_costs_no_row(records):
         records[1]["launches"] += 4
     assert [(k["name"], k["launches"]) for k in found] == [("ercn::pool::Combine", 4)]
     assert kernels.described([{"kernels": found}]) == ["pool::Combine: invalid device function"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        AffinityCase(2, 3, 24, 5, dtype="bfloat16"),
+        PoolCase(64, 24, 16, heads=2, dtype="bfloat16"),
+        PoolCase(98, 24, 16, layout="ragged", bags=2),
+        ModelCase(64, backbone="resnet18"),
+    ],
+    ids=lambda case: case.id,
+)
+def test_a_backend_is_asked_about_what_it_is_given(monkeypatch, case):
+    """The op's own arguments in its order: the width that the CUDA backend looks at is that of feat."""
+    if isinstance(case, ModelCase):
+        pytest.importorskip("timm")
+    asked, given = {}, {}
+
+    class Launcher:
+        unavailable = staticmethod(lambda: None)
+
+        @staticmethod
+        def can_run(op, *args):
+            asked.setdefault(op, args)
+
+        def __getattr__(self, op):
+            return lambda *args: given.setdefault(op, args) and getattr(reference, op)(*args)
+
+    row = _backends.Backend("recorder", "cpu", Launcher(), automatic=False)
+    monkeypatch.setattr(_backends, "TABLE", (*_backends.TABLE, row))
+    variant = next(v for v in variants(case, "cpu") if v.name == "ercn-recorder")
+    inputs = inputs_of(case, "cpu")
+    assert variant.obstacle(case, inputs) is None
+    before = dict(asked)
+    variant.make(case, inputs)()
+    assert before.keys() == given.keys()
+    for op, args in given.items():
+        assert [x is None for x in args] == [x is None for x in before[op]]
+        feat, expected = (x[1 if op == "relu_affinity" else 0] for x in (before[op], args))
+        assert (feat.dtype, feat.dim()) == (expected.dtype, expected.dim())
+        assert op != "relu_affinity" or feat.shape[1] == expected.shape[1]
 
 
 def test_nothing_is_told_without_the_backend(monkeypatch):

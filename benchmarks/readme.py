@@ -37,7 +37,8 @@ def render(runs: list[tuple[str, dict[str, Any]]]) -> str:
         "Median times of interleaved runs on random data. *One product* is the dense matrix product that plain torch "
         "cannot avoid (`torch.matmul(fᵀ, f, out=…)` for the affinity, `torch.mm(h, [V|U], out=…)` for the pool, each "
         "into memory that exists); *eager* is plain torch as SEAM and AMLab write it; *reference* is our backend in "
-        "plain torch. Peak memory is beyond the inputs; error is the largest one against float64."
+        "plain torch. Peak memory is beyond the inputs; error is the largest one against float64, relative to the "
+        "largest value."
     )
     blocks = [introduction, *(_machine(name, run) for name, run in runs)]
     if not any(run["environment"]["device"] == "cuda" for _, run in runs):
@@ -50,8 +51,7 @@ def _machine(name: str, run: dict[str, Any]) -> str:
     commit = (values.get("git") or {}).get("commit", "unknown")[:12]
     title = (
         f"**{machine(values)}**, torch {values['packages']['torch']}, commit {commit}. Measured ceilings: "
-        f"{describe(run['ceilings'])}. Errors are relative to the largest value of the "
-        f"{run.get('error_of', 'tensor')}. Every number: [{Path(name).name}]({Path(name).as_posix()})."
+        f"{describe(run['ceilings'])}. Every number: [{Path(name).name}]({Path(name).as_posix()})."
     )
     lines = [
         title,

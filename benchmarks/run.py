@@ -107,7 +107,6 @@ def _run(config: BenchConfig, cases: list[Case], device: str) -> dict[str, Any]:
     peaks = ceilings(device, ["float32", *(case.dtype for case in cases)], size=size, rounds=rounds)
     shown.note(describe(peaks))
     header = {"environment": values, "config": asdict(config), "ceilings": peaks, "method": timing.METHOD[device]}
-    header["error_of"] = "channel"  # what errors are relative to the largest value of; files without it: the tensor
     writer = Writer(config.save, header)
     try:
         with shown.progress(len(cases)):

@@ -1,14 +1,14 @@
 """Is a variant's output right? Its error against float64, beside the error of the eager version in the same dtype.
 
-The rule for ours is that of the operators' tests (``ercn.ops._budget``). Baselines are not ours to repair and may add n
-terms in any order: √n ulps of float32 more, what a running sum of n terms of one sign may lose (the roundings are as
-good as random: Higham and Mary 2019, doi 10.1137/18M1226312). torch.compile needs it on the CPU: it adds the N rows of
-relu(FᵀF) one after the other where eager adds in pairs. At N 3136 its degrees are those of such a loop to the last bit,
-2.1e-6 off instead of 2.5e-7, and so its outputs are 2.1e-6 off (eager 4.2e-7, our rule 1.9e-6) and its gradients 8.7e-6
-(eager 1.2e-6, our rule 3.4e-6); √n ulps are 6.7e-6. Forward outputs are compared on the data that is timed, gradients
-on kink-safe data of the same shape (see ``AffinityCase.inputs``), since one pair of pixels that rounding moves across
-ReLU's kink changes a gradient by far more than rounding does. Of the network, the logits and refined CAM of inference
-are compared.
+The rule for ours is that of the operators' tests (``ercn.ops._budget``), of whole tensors instead of channels.
+Baselines are not ours to repair and may add n terms in any order: √n ulps of float32 more, what a running sum of n
+terms of one sign may lose (the roundings are as good as random: Higham and Mary 2019, doi 10.1137/18M1226312).
+torch.compile needs it on the CPU: it adds the N rows of relu(FᵀF) one after the other where eager adds in pairs. At N
+3136 its degrees are those of such a loop to the last bit, 2.1e-6 off instead of 2.5e-7, and so its outputs are 2.1e-6
+off (eager 4.2e-7, our rule 1.9e-6) and its gradients 8.7e-6 (eager 1.2e-6, our rule 3.4e-6); √n ulps are 6.7e-6.
+Forward outputs are compared on the data that is timed, gradients on kink-safe data of the same shape (see
+``AffinityCase.inputs``), since one pair of pixels that rounding moves across ReLU's kink changes a gradient by far more
+than rounding does. Of the network, the logits and refined CAM of inference are compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EAGER_LIMIT = 0.1  # the judge itself must be this near to float64
 
 @dataclass(frozen=True)
 class Verdict:
-    """error and judge_error as ``_budget.error`` has them; reason is None where the output is right."""
+    """error and judge_error are relative to the largest exact value; reason is None where the output is right."""
 
     error: float
     judge: str
@@ -50,7 +50,7 @@ class Judge:
         if [x.shape for x in outputs] != [x.shape for x in self.exact]:
             return float("inf")
         largest = max(e.abs().max().item() for e in self.exact)
-        return max(_budget.error(actual, exact, largest) for actual, exact in zip(outputs, self.exact))
+        return max(_budget.error(a.flatten(), e.flatten(), largest) for a, e in zip(outputs, self.exact))
 
     def verdict(self, variant: Variant) -> Verdict:
         error = self.error if variant.name == self.name else self._error(variant)

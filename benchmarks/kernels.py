@@ -24,9 +24,9 @@ def launched() -> Iterator[list[dict[str, Any]]]:
     before = {kernel["name"]: kernel["launches"] for kernel in _cuda.kernels()}
     yield found
     try:
-        kernels = _cuda.kernel_attributes()  # without those that have no code for this device
-    except RuntimeError as error:
-        kernels = [kernel | {"reason": str(error)} for kernel in _cuda.kernels()]
+        kernels = _cuda.kernel_attributes()
+    except RuntimeError as error:  # a row is worth more than what the device says of its kernels
+        kernels = [kernel | {"absent": str(error)} for kernel in _cuda.kernels()]
     for kernel in kernels:
         launches = kernel["launches"] - before[kernel["name"]]
         if launches > 0:
@@ -40,8 +40,8 @@ def described(rows: list[Row]) -> list[str]:
 
 
 def _attributes(k: dict[str, Any]) -> str:
-    if "reason" in k:
-        return k["reason"]
+    if "absent" in k:
+        return k["absent"]
     return (
         f"{k['registers']} registers, {k['local_bytes']} bytes local, "
         f"{k['static_shared_bytes'] + k['dynamic_shared_bytes']:,} bytes shared, {k['threads']} threads, "

@@ -39,13 +39,14 @@ def test_only_what_was_launched_is_told(records):
     )
 
 
-def test_kernels_without_code_for_the_device_are_left_out(records):
-    """kernel_attributes() leaves them out, so what remains has other places in its list than in kernels()."""
-    sys.modules["ercn._cuda"].kernel_attributes = lambda: records[1:]
-    for launched in records:
+def test_kernels_are_known_by_name(records):
+    """Whether kernel_attributes() leaves out what has no code for the device, or says that it is absent."""
+    absent = {key: records[0][key] for key in ("name", "launches", "threads")} | {"absent": "invalid device function"}
+    for attributes in (records[1:], [absent, records[1]], records[::-1]):
+        sys.modules["ercn._cuda"].kernel_attributes = lambda attributes=attributes: attributes
         with kernels.launched() as found:
-            launched["launches"] += 1
-        assert [k["name"] for k in found] == ([records[1]["name"]] if launched is records[1] else [])
+            records[1]["launches"] += 1
+        assert [(k["name"], k["launches"]) for k in found] == [(records[1]["name"], 1)]
 
 
 def test_a_device_that_tells_no_attributes_costs_no_row(records):

@@ -51,7 +51,7 @@ TABLE: tuple[Backend, ...] = (
     Backend("reference", "any", reference, automatic=True),
 )
 
-# The name in force of use_backend, or "". A plain global: every torch that we run on guards compiled graphs with it.
+# The name in force of use_backend, or "". A plain global: torch.compile traces it, where older ones no context variable.
 _override = ""
 
 
@@ -86,7 +86,8 @@ def use_backend(name: str) -> Iterator[None]:
     The name is taken where the public function is called, and the backward of that call keeps it, wherever and whenever
     it runs. A compiled graph has it baked in and is compiled anew under another; an exported program keeps its own. It
     holds for every thread of the process, as torch's ``sdpa_kernel`` does. An explicit ``backend=`` argument is
-    stronger, the environment variable ``ERCN_BACKEND``, read when an op runs, weaker.
+    stronger, the environment variable ``ERCN_BACKEND``, read when an op runs, weaker. What ``torch.utils.checkpoint``
+    computes again is a call of its own, with the name in force then.
 
     >>> import torch, ercn.ops
     >>> with ercn.ops.use_backend("reference"):

@@ -16,7 +16,7 @@ def error(actual: Tensor, exact: Tensor, largest: float = 0.0) -> float:
     if exact.numel() == 0:
         return 0.0
     start = 2 if exact.dim() == 4 else -1
-    errors, scale = ((x.flatten(start).abs().amax(-1)) for x in (actual.double() - exact, exact))
+    errors, scale = (x.flatten(start).abs().amax(-1) for x in (actual.double() - exact, exact))
     scale = torch.where(scale < 1e-6 * largest, largest, scale).clamp_min(1e-300)
     return (errors / scale).nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
 

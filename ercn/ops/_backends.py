@@ -51,7 +51,7 @@ TABLE: tuple[Backend, ...] = (
     Backend("reference", "any", reference, automatic=True),
 )
 
-# The name in force of use_backend, or "". A plain global: torch.compile traces it, where older ones no context variable.
+# The name in force of use_backend, or "". A plain global, since not every torch.compile can trace a context variable.
 _override = ""
 
 

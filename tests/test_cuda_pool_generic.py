@@ -85,10 +85,9 @@ def test_tf32_is_rounded_and_not_cut():
 
     Rounded, the errors of many products cancel. Scores, dP·V and dPᵀ·h each have one product with either operand.
     """
-    positive = [(1 + torch.rand(*size, generator=generator(s))) for s, size in enumerate([(1, 96, 96), (96, 96), (1, 96)])]
-    h, v, w = positive[0], positive[1] * 2**-17, positive[2]
-    arguments = [h, v, None, None, None, w, None]
-    seed = 1 + torch.rand(1, 1, 96, generator=generator(4))
+    sizes = [(1, 96, 96), (96, 96), (1, 96), (1, 1, 96)]
+    h, v, w, seed = (1 + torch.rand(*size, generator=generator(i)) for i, size in enumerate(sizes))
+    arguments = [h, v * 2**-17, None, None, None, w, None]
     found = []
     for function, dtype in ((pool_with("generic", exact=False), torch.float32), (dense, torch.float64)):
         leaves = [None if x is None else leaf(x.to(DEVICE, dtype)) for x in arguments]

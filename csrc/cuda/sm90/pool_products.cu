@@ -151,22 +151,11 @@ struct PoolProducts {
   }
 };
 
-template <typename Element, bool CHANNELS_FIRST>
-void launch_as(const ProductsParams& p, const arch::Stream& stream) {
-  const int64_t pairs = arch::divide_up<int64_t>(slot_count(p.problem.bags), kWarpgroups);
-  const arch::Grid grid{static_cast<int>(std::min<int64_t>(pairs, stream.multiprocessors()))};
-  arch::launch<PoolProducts<Element, CHANNELS_FIRST>>(
-      p, grid, shared_bytes(arch::divide_up(p.problem.D, kDepth)), stream);
-}
-
 }  // namespace
 
-void pool_products(const ProductsParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
-  if (type == pool::Type::kBf16) {
-    channels_first ? launch_as<arch::bf16, true>(p, stream) : launch_as<arch::bf16, false>(p, stream);
-  } else {
-    channels_first ? launch_as<arch::fp16, true>(p, stream) : launch_as<arch::fp16, false>(p, stream);
-  }
+void pool_products(const ProductsParams& p, const arch::Stream& stream) {
+  const int slabs = arch::divide_up(p.problem.D, kDepth);
+  launch_pairs<PoolProducts>(p, slot_count(p.problem.bags), shared_bytes(slabs), stream);
 }
 
 }  // namespace ercn::sm90

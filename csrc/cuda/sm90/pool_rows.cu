@@ -18,7 +18,7 @@ struct PoolRows {
     int64_t slot;
     int d;
   };
-  ERCN_DEVICE static int64_t items(const Params& p) {
+  ERCN_HOST_DEVICE static int64_t items(const Params& p) {
     const int64_t pairs = arch::divide_up<int64_t>(p.last_slot - p.first_slot, kWarpgroups);
     return pairs * arch::divide_up(p.problem.D, kGemmColumns);
   }
@@ -125,19 +125,14 @@ struct PoolRows {
   }
 };
 
-template <typename Element>
-void launch_as(const RowsParams& p, const arch::Stream& stream) {
-  using Kernel = PoolRows<Element>;
-  const int64_t pairs = arch::divide_up<int64_t>(p.last_slot - p.first_slot, kWarpgroups);
-  const int64_t items = pairs * arch::divide_up(p.problem.D, kGemmColumns);
-  const arch::Grid grid{static_cast<int>(std::min<int64_t>(items, stream.multiprocessors()))};
-  arch::launch<Kernel>(p, grid, sizeof(GemmShared), stream);
-}
-
 }  // namespace
 
-void pool_rows(const RowsParams& p, pool::Type type, const arch::Stream& stream) {
-  type == pool::Type::kBf16 ? launch_as<arch::bf16>(p, stream) : launch_as<arch::fp16>(p, stream);
+void pool_rows(const RowsParams& p, const arch::Stream& stream) {
+  with_half(p.problem.type, [&](auto element) {
+    using Kernel = PoolRows<decltype(element)>;
+    const int64_t blocks = std::min<int64_t>(Kernel::items(p), stream.multiprocessors());
+    arch::launch<Kernel>(p, {static_cast<int>(blocks)}, sizeof(GemmShared), stream);
+  });
 }
 
 }  // namespace ercn::sm90

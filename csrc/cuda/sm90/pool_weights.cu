@@ -140,15 +140,8 @@ struct PoolWeights {
 
 }  // namespace
 
-void pool_weights(const WeightsParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
-  const arch::Grid grid{p.shares.blocks * p.shares.splits};
-  if (type == pool::Type::kBf16) {
-    channels_first ? arch::launch<PoolWeights<arch::bf16, true>>(p, grid, sizeof(GemmShared), stream)
-                   : arch::launch<PoolWeights<arch::bf16, false>>(p, grid, sizeof(GemmShared), stream);
-  } else {
-    channels_first ? arch::launch<PoolWeights<arch::fp16, true>>(p, grid, sizeof(GemmShared), stream)
-                   : arch::launch<PoolWeights<arch::fp16, false>>(p, grid, sizeof(GemmShared), stream);
-  }
+void pool_weights(const WeightsParams& p, const arch::Stream& stream) {
+  launch<PoolWeights>(p, p.shares.blocks * p.shares.splits, sizeof(GemmShared), stream);
 }
 
 }  // namespace ercn::sm90

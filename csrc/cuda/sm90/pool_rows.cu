@@ -42,19 +42,20 @@ struct PoolRows {
   }
 
   ERCN_DEVICE static void load(const Params& p, const Work& work, GemmShared& shared) {
-    GemmLoader loader(shared);
+    Ring<kGemmStages> ring{shared.stages};
     for (int64_t i = arch::block_index().x; i < items(p); i += arch::grid_blocks().x) {
       const Item at = item(p, i);
       if (work.is_empty(at.slot)) continue;
       const int row = static_cast<int>(at.slot - p.first_slot) * kSegmentRows;
       for (int unit = 0; unit < 2 * p.problem.L; unit += kDepth) {
         const bool gate = unit >= p.problem.L;
-        loader.next([&](GemmShared::Stage& stage, arch::Barrier* full) {
+        GemmShared::Tiles& tiles = shared.tiles[ring.index];
+        ring.load(sizeof tiles, [&](arch::Barrier* full) {
           for (int own = 0; own < kWarpgroups; ++own) {
-            arch::tma_load(stage.a[own], p.branch_grads, full, unit, row + own * kSegmentRows);
+            arch::tma_load(tiles.a[own], p.branch_grads, full, unit, row + own * kSegmentRows);
           }
           for (int c = 0; c < kGemmColumns / kDepth; ++c) {
-            arch::tma_load(stage.b[c], gate ? p.u : p.v, full, at.d + c * kDepth, gate ? unit - p.problem.L : unit);
+            arch::tma_load(tiles.b[c], gate ? p.u : p.v, full, at.d + c * kDepth, gate ? unit - p.problem.L : unit);
           }
         });
       }

@@ -29,20 +29,21 @@ struct Backward {
     barriers.init();
     const int64_t begin = params.schedule.begin(arch::block_index().x);
     const int tiles = static_cast<int>(params.schedule.begin(arch::block_index().x + 1) - begin);
-    if (arch::warp_index() / 4 == kConsumers) {
+    const int warp = arch::uniform_warp_index();
+    if (warp / 4 == kConsumers) {
       arch::lower_registers<kRegistersProducer>();
-      if (arch::warp_index() % 4 == 0 && arch::elect_one()) {
+      if (warp % 4 == 0 && arch::elect_one()) {
         BackwardLoads<Tiles, P>::run(params, shared, barriers, begin, tiles);
       }
     } else {
       arch::raise_registers<kRegistersConsumer>();
-      compute(params, shared, barriers, begin, tiles);
+      compute(params, shared, barriers, begin, tiles, warp / 4);
     }
   }
 
   ERCN_DEVICE static void compute(
-      const Params& params, unsigned char* shared, BackwardBarriers<Tiles>& barriers, int64_t begin, int tiles) {
-    const int warpgroup = arch::warp_index() / 4;
+      const Params& params, unsigned char* shared, BackwardBarriers<Tiles>& barriers, int64_t begin, int tiles,
+      int warpgroup) {
     Ring<1> rows{&barriers.rows};
     Ring<Tiles::kStages> columns{barriers.feat};
     Ring<Tiles::kStages> used = columns;  // the first stage that is not released

@@ -35,7 +35,7 @@ struct PoolProducts {
       arch::fence_barrier_init();
     }
     arch::sync_threads();
-    const int warp = arch::warp_index(), warpgroup = warp / 4;
+    const int warp = arch::uniform_warp_index(), warpgroup = warp / 4;
     if (warpgroup == 0) {
       if (warp < kWarpgroups && arch::elect_one()) load_rows<CHANNELS_FIRST>(p.h, work, slabs, 1, warp, shared);
     } else {

@@ -164,7 +164,7 @@ struct Forward {
     arch::pin(back);
   }
 
-  // sums = A_ij V_jᵀ of one tile, and what is done with them when they have been waited for.
+  // sums = A_ij V_jᵀ of one tile
   ERCN_DEVICE static void multiply(
       float (&sums)[P], const uint32_t (&a)[kSteps][4], const unsigned char* column_terms) {
     arch::wgmma_fence();
@@ -173,11 +173,6 @@ struct Forward {
       arch::wgmma<Element, kTerms, arch::Major::kK>(sums, a[s], term_step(column_terms, s), s > 0);
     }
     arch::wgmma_commit();
-  }
-  ERCN_DEVICE static void add(float (&out)[P], float (&sums)[P]) {
-    arch::pin(sums);
-#pragma unroll
-    for (int i = 0; i < P; ++i) out[i] += sums[i];
   }
 
   // The right factor: pixels 16 s … 16 s + 15 of a tile of terms.

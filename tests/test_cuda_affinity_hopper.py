@@ -142,6 +142,25 @@ def test_two_terms_keep_sixteen_bits_of_value(ops):
         assert (out[..., 64:] == 0).all()
 
 
+def test_long_sums_are_not_truncated(ops):
+    """A constant map comes out as constant as fp32 sums make it, though tensor cores cut off what they add.
+
+    In units of 2^-23 of the result, a tile's 8 steps lose (1 + … + 8) / 8 at most, the additions of n / 128 tiles half
+    of (1 + … + n / 128) / (n / 128), and what adds the terms and the parts 2. One sum of all steps loses 15 somewhere.
+    """
+    n = 1536
+    feat = torch.randint(1, 16, (1, 64, n), generator=torch.Generator().manual_seed(0)) / 16  # T is exact
+    value = torch.full((1, 2, n), 0.7)
+    a = (feat.double().mT @ feat.double()).bfloat16().double()
+    high = value.bfloat16()
+    exact = (high.double() + (value - high.float()).bfloat16().double()) @ a
+    bound = (4.5 + (n / 128 + 1) / 4 + 2) * 2.0**-23
+    feat = feat.bfloat16()
+    outs = (forward(ops, value, feat, kernels) for kernels in ("sm90", "sm90_dense"))
+    for sums in (*outs, backward(ops, value, value, feat)[0]):
+        assert ((sums.double() - exact) / exact).abs().max() <= bound
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
 def test_gradients_of_any_scale(ops, scale, dtype):

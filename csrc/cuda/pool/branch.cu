@@ -24,7 +24,7 @@ struct PoolBranch {
     const int64_t slot = p.first_slot + arch::block_index().x;
     const Segment segment = segment_at(p.problem.bags, slot);
     if (segment.rows == 0) return;
-    if (arch::warp_index() < kSegmentRows / 32) {
+    if (arch::uniform_warp_index() < kSegmentRows / 32) {
       const uint32_t real = arch::ballot(is_real(p.problem, segment, arch::thread_index()));
       if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
     }

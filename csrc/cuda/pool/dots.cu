@@ -27,7 +27,7 @@ struct PoolDots {
     const int first = arch::block_index().y * kHeads, heads = problem.K - first < kHeads ? problem.K - first : kHeads;
     const Segment segment = segment_at(problem.bags, slot);
     if (segment.rows == 0) return;
-    if (arch::warp_index() < kSegmentRows / 32) {
+    if (arch::uniform_warp_index() < kSegmentRows / 32) {
       const uint32_t real = arch::ballot(is_real(problem, segment, arch::thread_index()));
       if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
     }
@@ -35,7 +35,7 @@ struct PoolDots {
     const Element* grad = static_cast<const Element*>(p.grad_pooled) + (segment.bag * problem.K + first) * problem.D;
     Streams::dot_channels(h, grad, heads, shared.products);
     arch::sync_threads();
-    const int k = arch::warp_index();
+    const int k = arch::uniform_warp_index();
     if (k < heads) weigh(p, segment, slot, first + k, shared.products, k, shared.real);
   }
 

@@ -36,7 +36,7 @@ struct PoolForward {
     const Instances<Element> h(problem, segment);
 
     for (int i = arch::thread_index(); i < 2 * kHeads * kSegmentRows; i += kThreads) (&shared.scores[0][0][0])[i] = 0;
-    if (arch::warp_index() < kSegmentRows / 32) {
+    if (arch::uniform_warp_index() < kSegmentRows / 32) {
       const uint32_t real = arch::ballot(is_real(problem, segment, arch::thread_index()));
       if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
     }
@@ -51,7 +51,7 @@ struct PoolForward {
       }
     }
     arch::sync_threads();
-    for (int k = arch::warp_index(); k < heads; k += kWarps) {
+    for (int k = arch::uniform_warp_index(); k < heads; k += kWarps) {
       softmax(p, segment, slot, first + k, shared.scores, k, shared.real);
     }
     arch::sync_threads();

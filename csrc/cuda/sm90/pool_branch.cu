@@ -22,7 +22,7 @@ struct PoolBranch {
     const int slabs = arch::divide_up(p.problem.D, kDepth), groups = arch::divide_up(p.problem.L, kUnits);
     const Work work{p.problem.bags, p.first_slot, p.last_slot};
     initialize(shared);
-    const int warpgroup = arch::warp_index() / 4;
+    const int warpgroup = arch::uniform_warp_index() / 4;
     if (warpgroup == 0) {
       arch::lower_registers<kLoadRegisters>();
       load<CHANNELS_FIRST>(p.maps, work, slabs, groups, groups, shared);

@@ -31,7 +31,7 @@ struct PoolProducts {
     const int slabs = arch::divide_up(p.problem.D, kDepth);
     const Work work{p.problem.bags, 0, slot_count(p.problem.bags)};
     init_stages([&] { init_rows(shared); });
-    const int warp = arch::warp_index(), warpgroup = warp / 4;
+    const int warp = arch::uniform_warp_index(), warpgroup = warp / 4;
     if (warpgroup == 0) {
       if (warp < kWarpgroups && arch::elect_one()) load_rows<CHANNELS_FIRST>(p.h, work, slabs, 1, warp, shared);
     } else {

@@ -31,10 +31,10 @@ struct PoolRows {
     GemmShared& shared = *reinterpret_cast<GemmShared*>(memory);
     const Work work{p.problem.bags, p.first_slot, p.last_slot};
     initialize(shared);
-    const int warpgroup = arch::warp_index() / 4;
+    const int warp = arch::uniform_warp_index(), warpgroup = warp / 4;
     if (warpgroup == 0) {
       arch::lower_registers<kLoadRegisters>();
-      if (arch::warp_index() == 0 && arch::elect_one()) load(p, work, shared);
+      if (warp == 0 && arch::elect_one()) load(p, work, shared);
     } else {
       arch::raise_registers<kMultiplyRegisters>();
       multiply(p, work, warpgroup - 1, shared);

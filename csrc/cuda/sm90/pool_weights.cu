@@ -36,10 +36,10 @@ struct PoolWeights {
   ERCN_DEVICE static void run(const Params& p, unsigned char* memory) {
     GemmShared& shared = *reinterpret_cast<GemmShared*>(memory);
     initialize(shared);
-    const int warpgroup = arch::warp_index() / 4;
+    const int warp = arch::uniform_warp_index(), warpgroup = warp / 4;
     if (warpgroup == 0) {
       arch::lower_registers<kLoadRegisters>();
-      if (arch::warp_index() == 0 && arch::elect_one()) load(p, shared);
+      if (warp == 0 && arch::elect_one()) load(p, shared);
     } else {
       arch::raise_registers<kMultiplyRegisters>();
       multiply(p, warpgroup - 1, shared);

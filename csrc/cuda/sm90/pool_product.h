@@ -93,6 +93,7 @@ ERCN_DEVICE void load_weights(const ProductMaps& maps, const Work& work, int sla
   for (int64_t slot = work.begin(); slot < work.end; slot += work.step()) {
     if (work.is_empty(slot)) continue;
     for (int group = 0; group < groups; ++group) {
+#pragma unroll 1  // few registers are left to this thread
       for (int i = 0; i < slabs; ++i) {
         const int d = slab_at(slabs, group, i) * kDepth;
         unsigned char* to = shared.weights[ring.index];
@@ -115,6 +116,7 @@ ERCN_DEVICE void load_rows(
     if (segment.rows == 0) continue;
     const Box box = box_of(work.bags, segment);
     for (int pass = 0; pass < passes; ++pass) {
+#pragma unroll 1
       for (int i = 0; i < slabs; ++i) {
         if (!is_loaded(pass, i)) continue;
         const int slab = slab_at(slabs, pass, i), place = slab % kRowSlabs;
@@ -131,8 +133,8 @@ ERCN_DEVICE void load_rows(
 template <bool CHANNELS_FIRST>
 ERCN_DEVICE void load(
     const ProductMaps& maps, const Work& work, int slabs, int groups, int passes, ProductShared& shared) {
-  const int warp = arch::warp_index();
-  if (warp > kWarpgroups || arch::lane_index() != 0) return;
+  const int warp = arch::uniform_warp_index();
+  if (warp > kWarpgroups || !arch::elect_one()) return;
   if (warp == 0) {
     load_weights(maps, work, slabs, groups, shared);
   } else {

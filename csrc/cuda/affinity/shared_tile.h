@@ -23,7 +23,7 @@ ERCN_DEVICE void copy_rows(unsigned char* tile, const unsigned char* from, int64
   from += row * stride + byte;
 #pragma unroll
   for (int i = 0; i < ROWS / kAtOnce; ++i) {
-    arch::cp_async<16>(tile + i * kAtOnce * kRowBytes, from + i * kAtOnce * stride, true);
+    arch::cp_async(tile + i * kAtOnce * kRowBytes, from + i * kAtOnce * stride);
   }
 }
 

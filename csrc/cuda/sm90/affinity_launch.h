@@ -51,15 +51,14 @@ void backward(const BackwardCall& call, const arch::Stream& stream);
 template <typename Element>
 arch::TensorMap tensor_map(const Features& x, int box_pixels) {
   return arch::make_tensor_map<Element, 3>(
-      x.data, {x.dim, x.pixels, x.batch}, {2 * x.stride_n, 2 * x.stride_b}, {kChunk, box_pixels, 1},
-      arch::Swizzle::k128);
+      x.data, {x.dim, x.pixels, x.batch}, {2 * x.stride_n, 2 * x.stride_b}, {kChunk, box_pixels, 1});
 }
 
 template <typename Element>
 arch::TensorMap tensor_map(const Rows& x, int box_rows) {
   const int64_t row = 2 * x.padded_pixels;
   return arch::make_tensor_map<Element, 3>(
-      x.data, {x.padded_pixels, x.rows, x.batch}, {row, x.rows * row}, {kChunk, box_rows, 1}, arch::Swizzle::k128);
+      x.data, {x.padded_pixels, x.rows, x.batch}, {row, x.rows * row}, {kChunk, box_rows, 1});
 }
 
 // run(D, P) as constants.

@@ -10,7 +10,7 @@ void launch_pack(const Map& feat, unsigned char* packed, const Sizes& sizes, con
   using Kernel = PackFeatures<Element, ROUND>;
   const typename Kernel::Params params{
       static_cast<const Element*>(feat.data), packed, feat.stride_b, feat.stride_c, feat.stride_n, sizes.pixels,
-      sizes.padded, static_cast<int>(sizes.dim), sizes.chunks};
+      sizes.padded, sizes.dim, sizes.chunks};
   const int64_t blocks = sizes.padded / Kernel::kPixels * sizes.chunks * sizes.batch;
   arch::launch<Kernel>(params, {grid_size(blocks)}, Kernel::kShared, stream);
 }
@@ -19,8 +19,7 @@ template <MapForm FORM>
 void launch_pack_map(const Map& map, void* packed, const Sizes& sizes, const arch::Stream& stream) {
   using Kernel = PackMap<FORM>;
   const typename Kernel::Params params{
-      map, packed, sizes.pixels, sizes.padded, static_cast<int>(sizes.channels),
-      static_cast<int>(sizes.padded_channels)};
+      map, packed, sizes.pixels, sizes.padded, sizes.channels, sizes.padded_channels};
   const int64_t runs = arch::divide_up<int64_t>(sizes.padded, Kernel::kThreads * Kernel::kPixels);
   arch::launch<Kernel>(params, {grid_size(runs * sizes.padded_channels * sizes.batch)}, 0, stream);
 }

@@ -3,8 +3,7 @@
 //   W_ij = 1[T_ij > 0] (V_i·G_j + G_i·V_j),   grad_feat_i = Σ_j W_ij F_j,   grad_value_i = Σ_j A_ij G_j
 // Each warp has 16 rows. V and G are fp32, and their products TF32. Tensor cores add with truncation, so what a tile of
 // columns gives is added to the total in fp32.
-#include <arch/launch.h>
-
+#include "affinity/launch.h"
 #include "affinity/shared_tile.h"
 
 namespace ercn::affinity {
@@ -13,15 +12,7 @@ namespace ercn::affinity {
 template <typename Precision, int CHUNKS>
 struct Backward {
   using Element = typename Precision::Element;
-  struct Params {
-    const unsigned char* feat;  // [B, padded pixels, chunks, 128 bytes]
-    const float *value, *grad;  // [B, padded channels, padded pixels]
-    float* grad_value;          // [slabs, B, C, N], or null
-    float* grad_feat_parts;     // [blocks of channels, slabs, B, D, N], or null:
-    Element* grad_feat;         // [B, D, N]
-    int64_t pixels, padded;
-    int batch, dim, chunks, channels, padded_channels, slabs, slab_tiles;
-  };
+  using Params = BackwardParams;
   static constexpr int kThreads = affinity::kThreads, kMinBlocks = 1;
   static constexpr int kN = kBackwardColumns / 8, kC = kChannels / 8;
   static constexpr int kDepth = kRowBytes / sizeof(Element), kD = kDepth / 8;  // features of a chunk, tiles of 8
@@ -110,7 +101,8 @@ struct Backward {
         float* to = p.grad_feat_parts + (part * p.batch + b) * p.dim * p.pixels;
         store(to, grad_feat[chunk], d0, p.dim, row0 + warp_row, p.pixels);
       } else {
-        store(p.grad_feat + b * p.dim * p.pixels, grad_feat[chunk], d0, p.dim, row0 + warp_row, p.pixels);
+        Element* to = static_cast<Element*>(p.grad_feat) + b * p.dim * p.pixels;
+        store(to, grad_feat[chunk], d0, p.dim, row0 + warp_row, p.pixels);
       }
     }
   }

@@ -2,11 +2,11 @@
 
 namespace ercn::affinity {
 
-void backward_bf16(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream) {
-  if (sizes.chunks <= 1) return run_backward<BFloat16, 1>(operands, sizes, slabs, stream);
-  if (sizes.chunks <= 2) return run_backward<BFloat16, 2>(operands, sizes, slabs, stream);
-  if (sizes.chunks <= 3) return run_backward<BFloat16, 3>(operands, sizes, slabs, stream);
-  run_backward<BFloat16, 4>(operands, sizes, slabs, stream);
+void backward_bf16(const BackwardParams& p, const arch::Stream& stream) {
+  if (p.chunks <= 1) return run_backward<BFloat16, 1>(p, stream);
+  if (p.chunks <= 2) return run_backward<BFloat16, 2>(p, stream);
+  if (p.chunks <= 3) return run_backward<BFloat16, 3>(p, stream);
+  run_backward<BFloat16, 4>(p, stream);
 }
 
 }  // namespace ercn::affinity

@@ -2,9 +2,9 @@
 
 namespace ercn::affinity {
 
-void backward_fp16(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream) {
-  if (sizes.chunks <= 2) return run_backward<Float16, 2>(operands, sizes, slabs, stream);
-  run_backward<Float16, 4>(operands, sizes, slabs, stream);
+void backward_fp16(const BackwardParams& p, const arch::Stream& stream) {
+  if (p.chunks <= 2) return run_backward<Float16, 2>(p, stream);
+  run_backward<Float16, 4>(p, stream);
 }
 
 }  // namespace ercn::affinity

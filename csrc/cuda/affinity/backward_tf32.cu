@@ -2,11 +2,11 @@
 
 namespace ercn::affinity {
 
-void backward_tf32(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream) {
-  if (sizes.chunks <= 2) return run_backward<TensorFloat32, 2>(operands, sizes, slabs, stream);
-  if (sizes.chunks <= 4) return run_backward<TensorFloat32, 4>(operands, sizes, slabs, stream);
-  if (sizes.chunks <= 6) return run_backward<TensorFloat32, 6>(operands, sizes, slabs, stream);
-  run_backward<TensorFloat32, 8>(operands, sizes, slabs, stream);
+void backward_tf32(const BackwardParams& p, const arch::Stream& stream) {
+  if (p.chunks <= 2) return run_backward<TensorFloat32, 2>(p, stream);
+  if (p.chunks <= 4) return run_backward<TensorFloat32, 4>(p, stream);
+  if (p.chunks <= 6) return run_backward<TensorFloat32, 6>(p, stream);
+  run_backward<TensorFloat32, 8>(p, stream);
 }
 
 }  // namespace ercn::affinity

@@ -1,22 +1,14 @@
 #pragma once
 // Generic forward: out_i = Σ_j A_ij V_j for the 128 rows i of a block, over one slab of columns j. Each warp has 32
 // rows. Tensor cores add with truncation, so the sums of a tile of columns are added to the total in fp32.
-#include <arch/launch.h>
-
+#include "affinity/launch.h"
 #include "affinity/shared_tile.h"
 
 namespace ercn::affinity {
 
 template <typename Precision>
 struct Forward {
-  struct Params {
-    const unsigned char* feat;   // [B, padded pixels, chunks, 128 bytes]
-    const unsigned char* terms;  // [B, 2, padded channels, padded pixels] bf16, or exact [B, padded channels, …] fp32
-    float* out;                  // [slabs, B, C, N]
-    int64_t pixels, padded;
-    int batch, chunks, channels, padded_channels, slabs, slab_tiles, term_tiles;
-    bool resident;
-  };
+  using Params = ForwardParams;
   static constexpr int kThreads = affinity::kThreads, kMinBlocks = 2;
   static constexpr int kM = kForwardRows / kWarps / 16, kN = kForwardColumns / 8, kC = kChannels / 8;
 

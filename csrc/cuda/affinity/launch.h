@@ -10,7 +10,6 @@
 
 namespace ercn::affinity {
 
-enum class Mode { bf16, fp16, tf32, fp32 };  // precision.h says what each is
 // How a map is packed: two planes of bf16 terms, whose sum is x to 16 bits; fp32; fp32 rounded to TF32.
 enum class MapForm { terms, whole, round };
 
@@ -47,26 +46,30 @@ void pack_map(const Map& map, MapForm form, void* packed, const Sizes& sizes, co
 void sum_slabs(
     const float* parts, int slabs, void* out, Float type, int64_t count, const arch::Stream& stream);
 
-struct ForwardOperands {
-  const unsigned char *feat, *terms;
-  float* out;  // [slabs, B, C, N]
+struct ForwardParams {
+  const unsigned char* feat;   // [B, padded pixels, chunks, 128 bytes]
+  const unsigned char* terms;  // [B, 2, padded channels, padded pixels] bf16, or exact [B, padded channels, …] fp32
+  float* out;                  // [slabs, B, C, N]
+  int64_t pixels, padded;
+  int batch, chunks, channels, padded_channels, slabs, slab_tiles, term_tiles;
+  bool resident;
 };
 
-void forward(
-    Mode mode, const ForwardOperands& operands, const Sizes& sizes, Slabs slabs, ForwardShared shared,
-    const arch::Stream& stream);
+void forward(const ForwardParams& p, Float type, bool exact, int shared_bytes, const arch::Stream& stream);
 
-struct BackwardOperands {
-  const unsigned char* feat;
-  const float *value, *grad;
-  float* grad_value;       // [slabs, B, C, N], or null
-  float* grad_feat_parts;  // [blocks of channels, slabs, B, D, N], or null:
-  void* grad_feat;         // [B, D, N]
+struct BackwardParams {
+  const unsigned char* feat;  // [B, padded pixels, chunks, 128 bytes]
+  const float *value, *grad;  // [B, padded channels, padded pixels]
+  float* grad_value;          // [slabs, B, C, N], or null
+  float* grad_feat_parts;     // [blocks of channels, slabs, B, D, N], or null:
+  void* grad_feat;            // [B, D, N] of feat's type
+  int64_t pixels, padded;
+  int batch, dim, chunks, channels, padded_channels, slabs, slab_tiles;
 };
 
-void backward_bf16(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream);
-void backward_fp16(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream);
-void backward_tf32(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream);
-void backward_fp32(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream);
+void backward_bf16(const BackwardParams& p, const arch::Stream& stream);
+void backward_fp16(const BackwardParams& p, const arch::Stream& stream);
+void backward_tf32(const BackwardParams& p, const arch::Stream& stream);
+void backward_fp32(const BackwardParams& p, const arch::Stream& stream);
 
 }  // namespace ercn::affinity

@@ -52,7 +52,7 @@ Tensor forward(const Tensor& value, const Tensor& feat, bool exact) {
   if (cut.count > 1) parts = empty(value, {cut.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
   const ForwardParams params{
       data<unsigned char>(packed), data<unsigned char>(terms), mutable_data<float>(parts), sizes, cut, shared};
-  forward(type_of(feat), exact, params, stream);
+  forward(params, type_of(feat), exact, stream);
   if (cut.count > 1) sum_slabs(parts, cut.count, out, stream);
   return out;
 }
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> backward(
       data<unsigned char>(packed), data<float>(packed_value), data<float>(packed_grad),
       need_value ? mutable_data<float>(sums_value) : nullptr, whole_feat ? nullptr : mutable_data<float>(sums_feat),
       grad_feat.mutable_data_ptr(), sizes, cut};
-  backward(type_of(feat), exact, params, stream);
+  backward(params, type_of(feat), exact, stream);
   if (!whole_feat) sum_slabs(sums_feat, feat_parts, grad_feat, stream);
   if (need_value && !whole_value) sum_slabs(sums_value, cut.count, grad_value, stream);
   return {grad_value, grad_feat};

@@ -18,7 +18,7 @@ void run(const BackwardParams& params, const arch::Stream& stream) {
 
 }  // namespace
 
-void backward(Float type, bool exact, const BackwardParams& params, const arch::Stream& stream) {
+void backward(const BackwardParams& params, Float type, bool exact, const arch::Stream& stream) {
   if (type == Float::bf16) return run<BFloat16, 1, 2, 3, 4>(params, stream);
   if (type == Float::fp16) return run<Float16, 2, 4>(params, stream);
   exact ? run<Float32, 2, 4, 6>(params, stream) : run<TensorFloat32, 2, 4, 6, 8>(params, stream);

@@ -2,7 +2,7 @@
 
 namespace ercn::affinity {
 
-void forward(Float type, bool exact, const ForwardParams& params, const arch::Stream& stream) {
+void forward(const ForwardParams& params, Float type, bool exact, const arch::Stream& stream) {
   const Sizes& sizes = params.sizes;
   const int64_t blocks = arch::divide_up<int64_t>(sizes.pixels, kForwardRows) * (sizes.padded_channels / kChannels) *
                          sizes.batch * params.slabs.count;

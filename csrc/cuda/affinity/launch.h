@@ -66,7 +66,7 @@ struct BackwardParams {
 };
 
 // For features of this type; exact: products of fp32 to fp32's accuracy.
-void forward(Float type, bool exact, const ForwardParams& params, const arch::Stream& stream);
-void backward(Float type, bool exact, const BackwardParams& params, const arch::Stream& stream);
+void forward(const ForwardParams& params, Float type, bool exact, const arch::Stream& stream);
+void backward(const BackwardParams& params, Float type, bool exact, const arch::Stream& stream);
 
 }  // namespace ercn::affinity

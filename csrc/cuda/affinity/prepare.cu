@@ -24,23 +24,11 @@ void launch_pack_map(const Map& map, void* packed, const Sizes& sizes, const arc
   arch::launch<Kernel>(params, {grid_size(runs * sizes.padded_channels * sizes.batch)}, 0, stream);
 }
 
-template <typename Element>
-void launch_sum(const float* parts, int slabs, void* out, int64_t count, const arch::Stream& stream) {
-  using Kernel = SumSlabs<Element>;
-  const int blocks = grid_size(arch::divide_up<int64_t>(count, Kernel::kBlock));
-  arch::launch<Kernel>({parts, static_cast<Element*>(out), count, slabs}, {blocks}, 0, stream);
-}
-
 }  // namespace
 
 void pack_features(const Map& feat, bool round, unsigned char* packed, const Sizes& sizes, const arch::Stream& stream) {
-  switch (feat.type) {
-    case Float::bf16: return launch_pack<arch::bf16, false>(feat, packed, sizes, stream);
-    case Float::fp16: return launch_pack<arch::fp16, false>(feat, packed, sizes, stream);
-    case Float::fp32:
-      return round ? launch_pack<float, true>(feat, packed, sizes, stream)
-                   : launch_pack<float, false>(feat, packed, sizes, stream);
-  }
+  if (feat.type == Float::fp32 && round) return launch_pack<float, true>(feat, packed, sizes, stream);
+  with_element(feat.type, [&](auto element) { launch_pack<decltype(element), false>(feat, packed, sizes, stream); });
 }
 
 void pack_map(const Map& map, MapForm form, void* packed, const Sizes& sizes, const arch::Stream& stream) {
@@ -53,11 +41,12 @@ void pack_map(const Map& map, MapForm form, void* packed, const Sizes& sizes, co
 
 void sum_slabs(
     const float* parts, int slabs, void* out, Float type, int64_t count, const arch::Stream& stream) {
-  switch (type) {
-    case Float::bf16: return launch_sum<arch::bf16>(parts, slabs, out, count, stream);
-    case Float::fp16: return launch_sum<arch::fp16>(parts, slabs, out, count, stream);
-    case Float::fp32: return launch_sum<float>(parts, slabs, out, count, stream);
-  }
+  with_element(type, [&](auto element) {
+    using Element = decltype(element);
+    using Kernel = SumSlabs<Element>;
+    const int blocks = grid_size(arch::divide_up<int64_t>(count, Kernel::kBlock));
+    arch::launch<Kernel>({parts, static_cast<Element*>(out), count, slabs}, {blocks}, 0, stream);
+  });
 }
 
 }  // namespace ercn::affinity

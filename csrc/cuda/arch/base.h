@@ -22,8 +22,9 @@ struct Grid {
 
 ERCN_DEVICE int thread_index() { return threadIdx.x; }
 ERCN_DEVICE int lane_index() { return threadIdx.x % 32; }
-// The same in all lanes, as far as the compiler is concerned.
-ERCN_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+ERCN_DEVICE int warp_index() { return threadIdx.x / 32; }
+// warp_index() of which the compiler knows that a warp branches by it as one. By all lanes of a warp.
+ERCN_DEVICE int uniform_warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 ERCN_DEVICE Grid block_index() {
   return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
 }
@@ -38,22 +39,11 @@ ERCN_DEVICE void sync_warp() { __syncwarp(); }
 ERCN_DEVICE void named_barrier(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-ERCN_DEVICE void named_barrier_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
 
 // For 32-bit types, by all lanes of a warp.
 template <typename T>
 ERCN_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-template <typename T>
-ERCN_DEVICE T shuffle_down(T value, int delta) {
-  return __shfl_down_sync(0xffffffffu, value, delta);
-}
-template <typename T>
-ERCN_DEVICE T shuffle(T value, int lane) {
-  return __shfl_sync(0xffffffffu, value, lane);
 }
 ERCN_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 

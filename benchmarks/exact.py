@@ -12,7 +12,7 @@ What is no integer is a multiple of one power of two; results in half precision 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,6 +74,14 @@ def expected_affinity(
     if g is not None:
         results |= {"grad_value": products[:, channels:].to(value.dtype), "grad_feat": grad_feat.to(feat.dtype)}
     return results
+
+
+def found_affinity(op: Callable, value: Tensor, feat: Tensor, grad_out: Tensor | None = None) -> dict[str, Tensor]:
+    """What ``op(value, feat)`` gives, in the names of ``expected_affinity``."""
+    leaves = [x.detach().requires_grad_(grad_out is not None) for x in (value, feat)]
+    out = op(*leaves)
+    grads = {} if grad_out is None else zip(("grad_value", "grad_feat"), torch.autograd.grad(out, leaves, grad_out))
+    return {"out": out.detach(), **dict(grads)}
 
 
 @dataclass(frozen=True)
@@ -217,6 +225,17 @@ def expected_pool(p: Pool) -> dict[str, Tensor | None]:
         f"grad_{name}": None if x is None else x.to(p.h.dtype) for name, x in zip(POOL_INPUTS, grads, strict=True)
     }
     return {"pooled": pooled.to(p.h.dtype), "scores": scores.to(p.grad_scores.dtype), **narrow}
+
+
+def found_pool(op: Callable, p: Pool) -> dict[str, Tensor | None]:
+    """What ``op(*inputs, mask=mask, cu_seqlens=cu_seqlens)`` gives, in the names of ``expected_pool``."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in p.inputs]
+    outputs = op(*leaves, mask=p.mask, cu_seqlens=p.cu_seqlens)
+    upstream = (p.grad_pooled, p.grad_scores)
+    grads = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], upstream))
+    names = (f"grad_{name}" for name in POOL_INPUTS)
+    found = {name: None if leaf is None else next(grads) for name, leaf in zip(names, leaves, strict=True)}
+    return {"pooled": outputs[0].detach(), "scores": outputs[1].detach(), **found}
 
 
 def differences(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> str | None:

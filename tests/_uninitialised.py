@@ -29,13 +29,13 @@ def from_python(allocate):
     return wrapper
 
 
-def from_cpp(operator):
-    """A compiled operator, for which torch fills what it allocates, on any device, and malloc too."""
+def from_cpp(call):
+    """OpOverloadPacket.__call__: for a compiled operator of ours, torch fills what it allocates, and malloc too."""
 
-    @functools.wraps(operator)
-    def wrapper(*args):
-        with _filled():
-            return operator(*args)
+    @functools.wraps(call)
+    def wrapper(self, *args, **kwargs):
+        with _filled() if self._qualified_op_name.startswith("ercn_native::") else contextlib.nullcontext():
+            return call(self, *args, **kwargs)
 
     return wrapper
 
@@ -51,8 +51,3 @@ def _filled():
     finally:
         mallopt(M_PERTURB, 0)
         torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def native_operators() -> list[str]:
-    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
-    return [name.partition(".")[0] for namespace, _, name in names if namespace == "ercn_native"]

@@ -22,12 +22,12 @@ Tensor scratch(const Tensor& like) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ercn_unwritten, m) {
-  m.def("output(Tensor like) -> Tensor");
-  m.def("scratch(Tensor like) -> Tensor");
+STABLE_TORCH_LIBRARY_FRAGMENT(ercn_native, m) {
+  m.def("unwritten_output(Tensor like) -> Tensor");
+  m.def("unwritten_scratch(Tensor like) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ercn_unwritten, CompositeExplicitAutograd, m) {
-  m.impl("output", TORCH_BOX(&output));
-  m.impl("scratch", TORCH_BOX(&scratch));
+STABLE_TORCH_LIBRARY_IMPL(ercn_native, CompositeExplicitAutograd, m) {
+  m.impl("unwritten_output", TORCH_BOX(&output));
+  m.impl("unwritten_scratch", TORCH_BOX(&scratch));
 }

@@ -84,6 +84,14 @@ def load_operators() -> None:
     torch.ops.load_library(operators())
 
 
+def launches() -> dict[str, int]:
+    """Of every emulated kernel in this process."""
+    report = ctypes.CDLL(str(operators())).ercn_launches
+    report.restype = ctypes.c_char_p
+    lines = (line.rpartition(" ") for line in report().decode().splitlines())
+    return {f"cuda {name}": int(count) for name, _, count in lines}
+
+
 def caller(built: Path) -> Callable[..., str | None]:
     """call(name, *arguments) of a library's function that returns what failed; tensors go as their addresses."""
     loaded = ctypes.CDLL(str(built))

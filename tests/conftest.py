@@ -6,9 +6,19 @@ alone.
 
 import pytest
 import torch
+from _coverage import GpuCoverage
 from _uninitialised import ALLOCATORS, from_cpp, from_python
 
 from ercn.ops import triton
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu-coverage", action="store_true", help="fail where a kernel of this GPU was never launched")
+
+
+def pytest_configure(config):
+    if config.getoption("--gpu-coverage"):
+        config.pluginmanager.register(GpuCoverage())
 
 
 def pytest_collection_modifyitems(items):

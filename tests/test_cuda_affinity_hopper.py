@@ -9,7 +9,8 @@ import pytest
 import torch
 from _cuda import HOPPER as DEVICE
 from _cuda import marks, operators
-from _ops import assert_within_budget, error, layouts, randn
+from _ops import assert_within_budget, error, finite_parts, layouts, randn
+from test_affinity import by_formula
 
 pytestmark = marks(DEVICE)
 
@@ -189,9 +190,11 @@ def test_nan_and_inf_stay_where_torch_has_them(ops, where, bad):
     tensors[where][0, 1, 7] = bad
     value, feat, grad = tensors["value"].float(), tensors["feat"].bfloat16(), tensors["grad"].float()
     ours = forward(ops, value, feat), *backward(ops, grad, value, feat)
-    theirs = dense(value, feat.float()), *gradients(grad, value, feat.float())
-    for a, e in zip(ours, theirs):
-        assert torch.equal(a.isfinite(), e.isfinite())
+    for a, e in zip(ours, by_formula(grad, value, feat.float())):
+        a = a.cpu()
+        if where == "feat":  # Inf times a value's high term and its low one is NaN where their signs differ
+            a = torch.where(a.isnan() & ~e.isfinite(), e, a)
+        finite_parts(a, e)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

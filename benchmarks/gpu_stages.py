@@ -1,0 +1,418 @@
+"""The stages of the GPU check: ``python -m ercn.benchmarks.gpu_stages NAME --out FOLDER …``, each in a process of its own.
+
+A stage writes what it finds at once, ends by itself when its seconds are over, and says what it left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ercn.benchmarks import gpu_pack
+from ercn.benchmarks.gpu_check import BAD, REFUSED, RESULTS, ROOT, record, rows
+
+SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
+WORKERS = 12
+TESTS = ("test_exact.py", "test_gpu_ops.py", "test_triton_ops.py", "test_cuda_affinity_hopper.py",
+         "test_cuda_pool_hopper.py")  # fmt: skip
+HARDWARE = ("test_gpu_hardware.py",)
+ROUNDS = 30
+TOOLS = ("memcheck", "racecheck", "synccheck")
+# One case of every kernel that has barriers or addresses of its own.
+SANITIZED = (
+    r"^affinity.*(sm90(_dense)?, bfloat16, D 192, C 22|sm90, float16, D 256, C 7|generic, (bfloat16|float32)|triton.*"
+    r"bfloat16)|^pool.*(sm90|generic|triton), bfloat16, (rows|masked)"
+)
+PROFILED = {"forward": "affinity forward, sm90, bfloat16, D 192, C 22",
+            "backward": "affinity backward, sm90, bfloat16, D 192, C 22"}  # fmt: skip
+CANDIDATES = 24  # of every kernel's tile sizes
+TUNED = (("triangle", 192), ("backward", 192), ("forward", 64), ("pool", 0), ("row_grad", 0), ("weight_grad", 0))
+# Rows of the README, most important first.
+BENCH = (
+    r"affinity/(forward|backward)/bfloat16/b1-c22-d192-128x128",
+    r"mil/(forward|backward)/bfloat16/dense-n65536-d1024-l256-k1",
+    r"affinity/(forward|backward)/bfloat16/b1-c22-d(64|256)-128x128",
+    r"model/forward_backward/bfloat16/resnet50-b1-1024px",
+    r"affinity/.*/bfloat16/b1-c22-d192-(56x56|256x256)",
+    r"mil/.*/bfloat16/(dense-n8192-d1024-l256-k1|ragged-.*|map-.*)",
+    r"affinity/.*/(tf32|float32)/b1-c22-d192-128x128",
+    r"affinity/.*|mil/.*|model/.*",
+)
+LEFT_OUT = ("compile", "blockwise", "sdpa")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage is given. earlier: rows of a run whose failures come first."""
+
+    out: Path
+    seconds: float
+    only: str
+    begun: float
+    earlier: list[dict[str, Any]]
+
+    def left(self) -> float:
+        return self.begun + self.seconds - time.monotonic()
+
+    def record(self, kind: str, **values: Any) -> None:
+        record(self.out, kind, **values)
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        return rows(self.out / RESULTS, kind)
+
+    @property
+    def device(self) -> str:
+        """As the environment's stage found it."""
+        return next((row["device"] for row in self.rows("environment")), "cpu")
+
+    def smoked(self) -> list[dict[str, Any]]:
+        """Smoke rows of this run, or of the earlier one."""
+        return self.rows("smoke") or [row for row in self.earlier if row["kind"] == "smoke"]
+
+
+def libraries(run: Run) -> None:
+    """Unpack them; where they do not load, build them here."""
+    if reason := gpu_pack.refusal():
+        print(reason)
+        sys.exit(REFUSED)
+    print(gpu_pack.unpack())
+    reason = gpu_pack.load()
+    if reason is not None and shutil.which("nvcc"):
+        run.record("note", text=f"the libraries did not load ({reason}) and were built here")
+        gpu_pack.build()
+        reason = gpu_pack.load()
+    if reason is not None:
+        sys.exit(f"the libraries do not load: {reason}")
+
+
+def environment(run: Run) -> None:
+    """Versions and the GPU; every operator is registered, and the CPU's compute."""
+    import torch
+
+    from ercn.benchmarks.environment import environment as describe
+    from ercn.ops import _extension, backends, gated_attention_pool, relu_affinity
+
+    if shutil.which("nvidia-smi"):
+        subprocess.run(["nvidia-smi"], check=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run.record("environment", device=device, **{k: v for k, v in describe(device).items() if k != "device"})
+    for row in backends():
+        run.record("backend", name=row.name, reason=row.reason)
+    for name in ("_C", "_cuda"):
+        if reason := _extension.load(name):
+            sys.exit(reason)
+    ops = ("relu_affinity", "relu_affinity_backward", "gated_attention_pool", "gated_attention_pool_backward")
+    for op in ops:
+        getattr(torch.ops.ercn_native, f"{op}_cuda")
+        getattr(torch.ops.ercn, op)
+    x = torch.eye(4).unsqueeze(0)
+    assert torch.equal(relu_affinity(x, x, backend="cpu"), x)
+    pooled, scores = gated_attention_pool(x, torch.eye(4), None, torch.eye(4), None, torch.ones(1, 4), None)
+    assert torch.allclose(pooled, torch.full((1, 1, 4), 0.25)) and scores.shape == (1, 1, 4)
+    print(f"{len(ops)} operators are registered for every device, and the CPU's compute")
+
+
+def smoke(run: Run) -> None:
+    from ercn.benchmarks import gpu_smoke
+
+    gpu_smoke.smoke(gpu_smoke.groups(run.only), run.device, run.seconds, run.record)
+
+
+def tests(run: Run) -> None:
+    """Exact and budget tests, in parallel, but for what hung or took its process down in the smoke stage."""
+    gone = {(row["op"], row["kernels"]) for row in run.smoked() if row["status"] in ("killed", "crashed")}
+    left_out = [_keywords(op, kernels) for op, kernels in sorted(gone)]
+    if left_out:
+        run.record("note", text=f"tests left out, since the kernels hang or crash: {', '.join(left_out)}")
+    _pytest(run, TESTS, " and ".join(f"not ({words})" for words in left_out))
+
+
+def _keywords(op: str, kernels: str) -> str:
+    """pytest's expression for the tests of an op that run these kernels."""
+    if kernels.startswith("triton"):
+        return f"triton and {op}"
+    return f"(cuda or hopper) and {op}"
+
+
+def hardware(run: Run) -> None:
+    _pytest(run, HARDWARE, "", timeout=90)
+
+
+def failures(run: Run) -> None:
+    """What failed earlier, again: each smoke case alone, and the tests, whose traces are in the log."""
+    from ercn.benchmarks import gpu_smoke
+
+    bad = [row for row in run.earlier if row.get("status") in BAD]
+    names = {row["name"] for row in bad if row["kind"] == "smoke"}
+    again = [group for group in gpu_smoke.groups() if group.name in names]
+    gpu_smoke.smoke(again, run.device, run.left() / 2, run.record, side_by_side=1)
+    if ids := [row["name"] for row in bad if row["kind"] == "test"]:
+        _pytest(run, ids, "", trace="long")
+
+
+def _pytest(run: Run, files: Iterable[str], words: str, timeout: int = 30, trace: str = "short") -> None:
+    """Every result goes to the records as it is known; a test that hangs takes its worker down, and only that."""
+    import pytest
+    from _pytest.config import Config
+
+    chosen = [str(ROOT / "tests" / file) if "::" not in file else file for file in files]
+    chosen = [path for path in chosen if Path(path.partition("::")[0]).exists()]
+    command = ["-q", "-p", "no:cacheprovider", f"--tb={trace}", "--maxfail=60", *chosen]
+    command += ["-m", "gpu"] if run.device == "cuda" else ["-m", "not slow"]
+    command += ["-k", words] if words else []
+    command += ["--timeout", str(timeout), "--timeout-method", "thread"]
+    command += ["-n", str(min(WORKERS, max(1, (os.cpu_count() or 1) - 2))), "--max-worker-restart", "40"]
+
+    class Recorder:
+        def pytest_configure(self, config: Config) -> None:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                status = {"passed": "passed", "skipped": "skipped"}.get(report.outcome, "failed")
+                reason = "" if status == "passed" else _last_words(report)
+                run.record("test", name=report.nodeid, status=status, seconds=round(report.duration, 2), reason=reason)
+
+        def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+            if report.failed:
+                run.record("test", name=report.nodeid, status="failed", seconds=0, reason=_last_words(report))
+
+    code = pytest.main(command, plugins=[Recorder()])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        sys.exit(f"pytest ended with {code!r}")
+
+
+def _last_words(report: Any) -> str:
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2][-300:]
+    lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ") or "Error" in line]
+    return " ".join(" ".join(lines[-3:]).split())[:300]
+
+
+def timing(run: Run) -> None:
+    """The headline: our kernels, the one product that plain torch cannot avoid, and a copy, in turns."""
+    import torch
+
+    from ercn.benchmarks import timing as clock
+    from ercn.benchmarks.cases import AffinityCase, PoolCase
+    from ercn.benchmarks.variants import inputs_of, variants
+
+    cases: list[Any] = []
+    for way in ("forward", "backward"):
+        cases += [AffinityCase(1, 21, dim, 128, way, "bfloat16") for dim in (192, 64, 256)]
+        cases += [PoolCase(65536, *shape, 1, direction=way, dtype="bfloat16") for shape in ((1024, 256), (512, 128))]
+    cases.sort(key=lambda case: case.shape not in (cases[0].shape, cases[3].shape))
+    device = run.device
+    for case in cases if device == "cuda" else [case.tiny() for case in cases[:2]]:
+        if run.left() < 5:
+            run.record("time", case=case.id, status="not done", reason="out of time")
+            continue
+        inputs = inputs_of(case, device)
+        also = ("generic", "sm90_dense") if device == "cuda" else ()
+        wanted = [v for v in variants(case, device, also=also) if v.role == "ercn" or v.name == case.baseline]
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        runners: dict[str, Callable[[], object]] = {"copy": _copy(device)}
+        for variant in wanted:
+            reason = variant.obstacle(case, inputs) or _not_to_be_timed(run, case, variant.name)
+            try:
+                if reason is None and variant.name != "ercn-reference":
+                    runners[variant.name] = _replayed(partial(variant.make, case, inputs), stream)
+            except Exception as error:  # noqa: BLE001 - one variant must not end the others
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if reason is not None:
+                run.record("time", case=case.id, variant=variant.name, status="not done", reason=reason)
+        samples = clock.interleave(runners, device, seconds=0, min_rounds=ROUNDS if device == "cuda" else 3)
+        for name, own in samples.items():
+            median, low, high = clock.summary(own)
+            ratio = clock.paired_ratio(own, samples[case.baseline])[0]
+            values = {"median_ms": median, "p20_ms": low, "p80_ms": high, "ratio": ratio, "baseline": case.baseline}
+            run.record("time", case=case.id, variant=name, status="passed", **values)
+        del runners
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    if device == "cuda":
+        from ercn import _cuda
+
+        for kernel in _cuda.kernel_attributes():
+            run.record("kernel", **kernel)
+
+
+def _copy(device: str) -> Callable[[], object]:
+    import torch
+
+    source = torch.ones(COPIED // 4 if device == "cuda" else 1024, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+COPIED = 1 << 28  # bytes; as many are read as written
+
+
+def _replayed(make: Callable[[], Callable[[], object]], stream: Any) -> Callable[[], object]:
+    """One call as a CUDA graph; on the CPU the call itself. What a backward needs is made on the captured stream."""
+    import torch
+
+    if stream is None:
+        call = make()
+        call()
+        return call
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call = make()
+        for _ in range(2):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = call()
+
+    def replay(kept: Any = kept) -> None:
+        graph.replay()
+
+    return replay
+
+
+def _not_to_be_timed(run: Run, case: Any, variant: str) -> str | None:
+    """The smoke case that forbids it: of the same op, direction, kernels and dtype, and of the affinity the same D."""
+    name, _, setting = variant.partition("@")
+    kernels = {"ercn-cuda": (setting or "sm90",), "ercn-triton": ("triton", "triton_triangle")}.get(name, ())
+    op = {"affinity": "affinity", "mil": "pool"}[case.op]
+    for row in run.smoked():
+        same = (row["op"], row["direction"], row["dtype"]) == (op, case.direction, case.dtype)
+        near = op == "pool" or row["dim"] == case.dim or row["kernels"] not in ("sm90", "sm90_dense")
+        if same and near and row["kernels"] in kernels and row["status"] in BAD:
+            return f"in the smoke stage {row['name']}, N {row['size']} was {row['status']}"
+    return None
+
+
+def sanitizers(run: Run) -> None:
+    """The tools side by side, each on small smoke cases in one process."""
+    if shutil.which("compute-sanitizer") is None:
+        run.record("note", text="compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
+        return
+    bad = {row["name"] for row in run.smoked() if row["status"] in ("killed", "crashed")}
+    only = f"^(?!{'|'.join(map(re.escape, sorted(bad)))})(?=.*)" if bad else ""
+    command = [*SCRIPT, "case", f"{only}({run.only or SANITIZED})", "--device", run.device]
+    logs = {tool: run.out / f"{tool}.txt" for tool in TOOLS}
+    running = {}
+    for tool, log in logs.items():
+        with open(log, "w") as stream:
+            running[tool] = subprocess.Popen(
+                ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--error-exitcode", "9", *command],
+                stdout=stream, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+    for tool, process in running.items():
+        try:
+            code = process.wait(max(1.0, run.left() - 2))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = None
+        text = logs[tool].read_text(errors="replace")
+        done = re.findall(r"^(.*): (?:passed|wrong|failed)", text, re.MULTILINE)
+        errors = re.findall(r"^=+ (.*(?:Invalid|Error:|Warning:|Race|Barrier).*)$", text, re.MULTILINE)
+        status = {0: "passed", None: "out of time"}.get(code, "failed")
+        run.record("sanitizer", name=tool, status=status, cases=done, errors=sorted(set(errors))[:20])
+
+
+def tuning(run: Run) -> None:
+    """Few tile sizes of every Triton kernel, spread over all; the fastest are for a person to look at."""
+    if run.device != "cuda":
+        run.record("note", text="tuning needs a GPU")
+        return
+    import torch
+
+    from ercn.kernels import configs, tune
+
+    arch = configs.family(configs.arch(torch.device("cuda", torch.cuda.current_device())))
+    for kernel, dim in TUNED:
+        every = list(tune.candidates(kernel, "half", dim))
+        chosen = every[:: max(1, len(every) // CANDIDATES)][:CANDIDATES]
+        chosen = [configs.rows(arch, kernel, torch.bfloat16)[dim], *chosen]
+        tried: list[tuple[int, ...]] = []
+
+        def within_time(rows: list[tuple[int, ...]], tried: list[tuple[int, ...]] = tried) -> Iterator[Any]:
+            for row in rows:
+                if run.left() < 4:
+                    return
+                tried.append(row)
+                yield row
+
+        best = tune.fastest(arch, kernel, "half", dim, within_time(chosen))
+        run.record("tuning", kernel=kernel, dim=dim, best=best, tried=len(tried), of=len(chosen), shipped=chosen[0])
+
+
+def bench(run: Run) -> None:
+    """Rows of ``ercn bench`` in order of importance, without the baselines that take longest."""
+    from ercn.benchmarks.cases import registry
+    from ercn.benchmarks.config import BenchConfig
+    from ercn.benchmarks.run import measure_cases
+
+    device = run.device
+    if device == "cpu":
+        config = BenchConfig(device=device, quick=True, memory=False, without=",".join(LEFT_OUT))
+        cases = [case.tiny() for op in ("affinity", "mil") for case in registry(op, device)[:1]]
+    else:
+        config = BenchConfig(device=device, also="generic,sm90_dense", seconds=1.0, without=",".join(LEFT_OUT))
+        every = [case for op in ("affinity", "mil", "model") for case in registry(op, device)]
+        cases = [case for pattern in BENCH for case in every if re.fullmatch(pattern, case.id)]
+    config = replace(config, save=str(run.out / "bench.json"))
+    measure_cases(config, list(dict.fromkeys(cases)), device)
+
+
+def profile(run: Run) -> None:
+    """Everything that Nsight Compute knows of the headline's kernels."""
+    if shutil.which("ncu") is None:
+        run.record("note", text="ncu is not on PATH; it comes with the CUDA toolkit")
+        return
+    for way, case in PROFILED.items():
+        log = run.out / f"profile_{way}.txt"
+        kernel = {"forward": "regex:Forward", "backward": "regex:Backward"}[way]
+        command = ["ncu", "--set", "full", "--page", "details", "--clock-control", "none", "-k", kernel, "-c", "1",
+                   *SCRIPT, "case", f"^{re.escape(case)}$", "--device", run.device, "--pixels", "4096"]  # fmt: skip
+        status, reason = "not done", "out of time"
+        if run.left() > 8:
+            with open(log, "w") as stream:
+                try:
+                    code = subprocess.run(command, stdout=stream, stderr=stream, timeout=run.left() - 2).returncode
+                    status, reason = "failed" if code else "passed", f"exit code {code}"
+                except subprocess.TimeoutExpired:
+                    pass
+        run.record("profile", name=way, status=status, reason=reason)
+
+
+def report(run: Run) -> None:
+    from ercn.benchmarks import gpu_report
+
+    (run.out / "report.md").write_text(gpu_report.render(rows(run.out / RESULTS)))
+
+
+STAGES = {function.__name__: function for function in (
+    libraries, environment, smoke, tests, timing, failures, hardware, sanitizers, tuning, bench, profile, report,
+)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--failed", type=Path)
+    options = parser.parse_args()
+    earlier = rows(options.failed) if options.failed else []
+    STAGES[options.stage](Run(options.out, options.seconds, options.only, time.monotonic(), earlier))
+
+
+if __name__ == "__main__":
+    main()

@@ -84,8 +84,9 @@ ERCN_DEVICE float round_tf32(float x) {
 
 namespace detail {
 
-// x with a relative error of `error`, up or down by its bits.
+// x with a relative error of `error`, up or down by its bits; powers of two are exact, as the device's are.
 ERCN_DEVICE float disturbed(float x, float error) {
+  if ((float_bits(x) & 0x7fffff) == 0) return x;
   return float_bits(x) >> 3 & 1 ? x * (1 + error) : x * (1 - error);
 }
 ERCN_DEVICE float flushed(float x) {

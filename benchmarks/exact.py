@@ -1,0 +1,257 @@
+"""Inputs whose results every kernel must give bit for bit: all sums are of small integers, exact in any order.
+
+Affinity: F, V, G in {-1, 0, 1}. T and A are integers of at most 256, which bfloat16 holds, W is at most 2C, and every
+sum stays below 2^24, which float32 holds.
+
+Pool: V h + b_V and U h + b_U are multiples of 128, so tanh is -1, 0 or 1 and σ is 0, 1/2 or 1. The attention of a bag
+and head is one instance, whose score leads by 128 or more (e^-128 is 0 in float32), or it is uniform over a power of
+two of instances. For float64, which knows e^-128, it is 1024 instead.
+
+What is no integer is a multiple of one power of two; results in half precision are rounded once, from float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 26  # of T, in a block of the affinity's expected results: 256 MB
+POOL_INPUTS = ("h", "v_weight", "v_bias", "u_weight", "u_bias", "w_weight", "w_bias")
+
+
+def _signs(generator: torch.Generator, *shape: int, density: float = 2 / 3) -> Tensor:
+    """-1 and 1, each with a probability of density / 2, and 0."""
+    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    return (uniform < density / 2).float() - (uniform >= 1 - density / 2).float()
+
+
+def affinity(
+    batch: int,
+    channels: int,
+    dim: int,
+    pixels: int,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    value_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """value [B, C, N] in value_dtype, feat [B, D, N] in dtype, grad_out [B, C, N] in the dtype of the op's output."""
+    generator = torch.Generator(device).manual_seed(seed)
+    feat = _signs(generator, batch, dim, pixels, density=128 / max(dim, 192))
+    value, grad_out = (_signs(generator, batch, channels, pixels) for _ in range(2))
+    if channels > 128 or dim > 256 and feat.abs().sum(1).max() > 256:
+        raise ValueError("bfloat16 does not hold every integer above 256, which T or W would have")
+    wide = torch.float64 if torch.float64 in (dtype, value_dtype) else torch.float32
+    return value.to(value_dtype), feat.to(dtype), grad_out.to(wide)
+
+
+@torch.no_grad()
+def expected_affinity(
+    value: Tensor, feat: Tensor, grad_out: Tensor | None = None
+) -> dict[str, Tensor]:
+    """out, and for a grad_out grad_value and grad_feat, of relu_affinity.
+
+    In float32 whatever the precision of its products is: T has factors of 2 bits, V·A and G·A of 9, F·W of 9.
+    """
+    v, f = value.float(), feat.float()
+    g = None if grad_out is None else grad_out.float()
+    maps = v if g is None else torch.cat([v, g], dim=1)
+    products, grad_feat = torch.empty_like(maps), torch.empty_like(f)
+    for image in range(len(f)):
+        for columns in torch.arange(f.shape[2], device=f.device).split(max(1, BLOCK_ELEMENTS // max(1, f.shape[2]))):
+            t = f[image].mT @ f[image][:, columns]  # [N, columns]
+            if g is not None:
+                w = v[image].mT @ g[image][:, columns] + g[image].mT @ v[image][:, columns]
+                grad_feat[image][:, columns] = f[image] @ w.mul_(t > 0)
+            products[image][:, columns] = maps[image] @ t.relu_()
+    channels = value.shape[1]
+    out_dtype = torch.float64 if torch.float64 in (value.dtype, feat.dtype) else torch.float32
+    results = {"out": products[:, :channels].to(out_dtype)}
+    if g is not None:
+        results |= {"grad_value": products[:, channels:].to(value.dtype), "grad_feat": grad_feat.to(feat.dtype)}
+    return results
+
+
+def found_affinity(op: Callable, value: Tensor, feat: Tensor, grad_out: Tensor | None = None) -> dict[str, Tensor]:
+    """What ``op(value, feat)`` gives, in the names of ``expected_affinity``."""
+    leaves = [x.detach().requires_grad_(grad_out is not None) for x in (value, feat)]
+    out = op(*leaves)
+    grads = {} if grad_out is None else zip(("grad_value", "grad_feat"), torch.autograd.grad(out, leaves, grad_out))
+    return {"out": out.detach(), **dict(grads)}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Arguments of gated_attention_pool, and the gradients of its outputs."""
+
+    h: Tensor
+    v_weight: Tensor
+    v_bias: Tensor | None
+    u_weight: Tensor | None
+    u_bias: Tensor | None
+    w_weight: Tensor
+    w_bias: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    grad_pooled: Tensor
+    grad_scores: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """The seven that have gradients, as gated_attention_pool takes them."""
+        return tuple(getattr(self, name) for name in POOL_INPUTS)
+
+
+def _bags(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """For each bag the rows of h.view(-1, D) that are real instances."""
+    if cu_seqlens is not None:
+        return [torch.arange(a, b, device=h.device) for a, b in pairwise(cu_seqlens.tolist())]
+    rows = torch.arange(h.shape[0] * h.shape[1], device=h.device).view(h.shape[:2])
+    return [x if mask is None else x[keep] for x, keep in zip(rows, rows if mask is None else mask)]
+
+
+def pool(
+    instances: int | list[int],
+    dim: int,
+    hidden: int,
+    heads: int,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    attention: str = "one_hot",
+    bags: int = 1,
+    layout: str = "rows",
+    gated: bool = True,
+    bias: bool = True,
+    mask: Tensor | None = None,
+) -> Pool:
+    """Arguments and upstream gradients whose attention is "one_hot" or "uniform".
+
+    instances: of each of ``bags`` bags, h being [B, N, D]; or the lengths of ragged bags, h being [T, D].
+    layout: "rows", or "channels_first", where h is the view of a channels-first map.
+    mask: [B, N] bool, True = real; masked instances hold NaN.
+
+    Uniform attention wants powers of two: as many real instances in each bag, or none.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    scale = 1024.0 if dtype == torch.float64 else 128.0
+    ragged = not isinstance(instances, int)
+    shape = (sum(instances),) if ragged else (bags, instances)
+    lengths = torch.tensor([0, *instances], device=device).cumsum(0) if ragged else None
+    h = _signs(generator, *shape, dim)
+    flat = h.view(-1, dim)
+    v, u = (scale * _signs(generator, hidden, dim) for _ in range(2))
+    v_bias, u_bias = (scale * _signs(generator, hidden) for _ in range(2))
+    w, w_bias = _signs(generator, heads, hidden), _signs(generator, heads)
+    grad_pooled = _signs(generator, len(lengths) - 1 if ragged else bags, heads, dim)
+    grad_scores = _signs(generator, *((heads, *shape) if ragged else (bags, heads, instances))) / 64
+    members = _bags(h, mask, lengths)
+    if attention == "one_hot":
+        # A unit of each head is active at one instance of a bag only, by a channel that is 0 at all others.
+        units, channels = (torch.randperm(k, generator=generator, device=device)[:heads] for k in (hidden, dim))
+        lead = 2 * (2 * w.abs().sum(1).max() + scale)
+        v[units], u[units], v_bias[units], u_bias[units], w[:, units] = 0, 0, 0, 0, 0
+        v[units, channels] = scale
+        w[torch.arange(heads, device=device), units] = torch.exp2(torch.log2(lead).ceil())
+        flat[:, channels] = 0
+        for bag in members:
+            if len(bag) > 0:  # the last instance for the first head
+                at = torch.randint(len(bag), (heads,), generator=generator, device=device)
+                at[0] = len(bag) - 1
+                flat[bag[at], channels] = 1
+    elif attention == "uniform":
+        w.zero_()
+        # ĝ·h adds up to 0 over a bag, without a mean of 0: a channel is another one rolled, with the opposite gradient.
+        grad_pooled[..., 1::2] = -grad_pooled[..., : dim - 1 : 2]
+        grad_pooled[..., dim - dim % 2 :] = 0
+        for i, bag in enumerate(members):
+            if len(bag) & len(bag) - 1:
+                raise ValueError(f"a bag has {len(bag)} real instances, not a power of two")
+            flat[bag, 1::2] = flat[bag.roll(1), : dim - 1 : 2]
+            (grad_scores[:, bag] if ragged else grad_scores[i]).mul_(64 / max(1, len(bag)))
+    else:
+        raise ValueError(f"attention must be one_hot or uniform; got {attention!r}")
+    if mask is not None:
+        h.masked_fill_(~mask.unsqueeze(-1), float("nan"))
+    h = h.to(dtype)
+    if layout == "channels_first":
+        h = h.mT.contiguous().mT
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = (v, v_bias if bias else None, u if gated else None, u_bias if gated and bias else None, w)
+    weights = (None if x is None else x.to(dtype) for x in (*weights, w_bias if bias else None))
+    return Pool(h, *weights, mask, lengths, grad_pooled.to(dtype), grad_scores.to(wide))
+
+
+@torch.no_grad()
+def expected_pool(p: Pool) -> dict[str, Tensor | None]:
+    """pooled, scores, grad_h … grad_w_bias: by the signs of V h + b_V and U h + b_U, and by the largest scores."""
+    h, v, v_bias, u, u_bias, w, w_bias = (None if x is None else x.double() for x in p.inputs)
+    heads, dim = len(w), h.shape[-1]
+    flat = h.reshape(-1, dim)
+    upstream = p.grad_scores.double()
+    upstream = upstream if p.cu_seqlens is not None else upstream.transpose(0, 1).flatten(1)  # [K, rows]
+    scores = flat.new_full((heads, len(flat)), float("-inf"))
+    pooled = flat.new_zeros(p.grad_pooled.shape)
+    grads = [None if x is None else torch.zeros_like(x) for x in (flat, v, v_bias, u, u_bias, w, w_bias)]
+    for i, bag in enumerate(_bags(h, p.mask, p.cu_seqlens)):
+        if len(bag) == 0:
+            continue
+        x, grad = flat[bag], p.grad_pooled[i].double()  # [n, D], [K, D]
+        t = (x @ v.mT + (0 if v_bias is None else v_bias)).sign()
+        s = None if u is None else ((x @ u.mT + (0 if u_bias is None else u_bias)).sign() + 1) / 2
+        gate = t if s is None else t * s
+        score = w @ gate.mT + (0 if w_bias is None else w_bias[:, None])  # [K, n]
+        best = (score == score.amax(1, keepdim=True)).double()
+        attention = best / best.sum(1, keepdim=True)
+        scores[:, bag], pooled[i] = score, attention @ x
+        q = grad @ x.mT
+        ds = attention * (q - (attention * q).sum(1, keepdim=True)) + upstream[:, bag]
+        dg = ds.mT @ w
+        dv = dg * (1 - t * t) * (1 if s is None else s)
+        du = None if s is None else dg * t * s * (1 - s)
+        grads[0][bag] = attention.mT @ grad + dv @ v + (0 if u is None else du @ u)
+        sums = (dv.mT @ x, dv.sum(0), None if s is None else du.mT @ x, None if s is None else du.sum(0))
+        for total, part in zip(grads[1:], (*sums, ds @ gate, ds.sum(1)), strict=True):
+            if total is not None:
+                total += part
+    if p.cu_seqlens is None:
+        scores = scores.view(heads, *h.shape[:2]).transpose(0, 1)
+    grads[0] = grads[0].view(h.shape)
+    narrow = {
+        f"grad_{name}": None if x is None else x.to(p.h.dtype) for name, x in zip(POOL_INPUTS, grads, strict=True)
+    }
+    return {"pooled": pooled.to(p.h.dtype), "scores": scores.to(p.grad_scores.dtype), **narrow}
+
+
+def found_pool(op: Callable, p: Pool) -> dict[str, Tensor | None]:
+    """What ``op(*inputs, mask=mask, cu_seqlens=cu_seqlens)`` gives, in the names of ``expected_pool``."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in p.inputs]
+    outputs = op(*leaves, mask=p.mask, cu_seqlens=p.cu_seqlens)
+    upstream = (p.grad_pooled, p.grad_scores)
+    grads = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], upstream))
+    names = (f"grad_{name}" for name in POOL_INPUTS)
+    found = {name: None if leaf is None else next(grads) for name, leaf in zip(names, leaves, strict=True)}
+    return {"pooled": outputs[0].detach(), "scores": outputs[1].detach(), **found}
+
+
+def differences(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> str | None:
+    """None where all of ``expected`` was found, bit for bit but for the sign of 0; else what differs, and where."""
+    sentences = []
+    for name, right in expected.items():
+        got = found[name]
+        if right is None or got is None:
+            if right is not got:
+                sentences.append(f"{name} is {'absent' if got is None else 'there'}, and should not be")
+        elif got.shape != right.shape or got.dtype != right.dtype:
+            kinds = (f"{x.dtype} {list(x.shape)}" for x in (got, right))
+            sentences.append("{} is {}, not {}".format(name, *kinds))
+        elif not torch.equal(got, right):
+            at = (got != right).nonzero()
+            few = [(index, got[tuple(index)].item(), right[tuple(index)].item()) for index in at[:3].tolist()]
+            listed = ", ".join(f"{a} instead of {b} at {index}" for index, a, b in few)
+            sentences.append(f"{len(at)} of {got.numel()} elements of {name} differ: {listed}")
+    return "; ".join(sentences) or None

@@ -1,0 +1,156 @@
+"""The CPU kernels, and the reference, on inputs whose results are exact: every bit of every output and gradient."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from test_affinity import dense as dense_affinity
+from test_attention_pool import dense as dense_pool
+
+from ercn.benchmarks.exact import (
+    affinity,
+    differences,
+    expected_affinity,
+    expected_pool,
+    found_affinity,
+    found_pool,
+    pool,
+)
+from ercn.ops import _extension, gated_attention_pool, relu_affinity
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+BACKENDS = ["reference"]
+if _extension.load() is None:
+    from ercn import _C
+
+    BACKENDS += [f"cpu {isa}" for isa in _C.cpu_isas()]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    name, _, isa = request.param.partition(" ")
+    monkeypatch.setenv("ERCN_CPU_ISA", isa)
+    return name
+
+
+def check_affinity(backend, *sizes, gradients=True, **kinds):
+    value, feat, grad = affinity(*sizes, **kinds)
+    arguments = (value, feat, grad if gradients else None)
+    found = found_affinity(functools.partial(relu_affinity, backend=backend), *arguments)
+    assert differences(found, expected_affinity(*arguments)) is None
+
+
+def check_pool(backend, *sizes, **kinds):
+    p = pool(*sizes, **kinds)
+    found = found_pool(functools.partial(gated_attention_pool, backend=backend), p)
+    assert differences(found, expected_pool(p)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_affinity(backend, dtype):
+    check_affinity(backend, 1, 22, 64, 56**2, dtype=dtype)
+    check_affinity(backend, 2, 5, 192, 259, dtype=dtype)
+    check_affinity(backend, 1, 3, 512, 131, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_affinity_of_half_precision_maps(backend, dtype):
+    check_affinity(backend, 2, 22, 64, 259, dtype=dtype, value_dtype=dtype)
+
+
+best = pytest.mark.parametrize("backend", BACKENDS[-1:], indirect=True)
+
+
+@best
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_affinity_at_sizes_of_use(backend, dtype):
+    check_affinity(backend, 1, 22, 64, 96**2, dtype=dtype)
+    for n in (128**2, 128**2 + 3):
+        check_affinity(backend, 1, 22, 64, n, dtype=dtype, gradients=False)
+
+
+def real_instances(*counts, of):
+    """A mask [B, of] with as many real instances in each bag, at every second place and from the end on."""
+    order = [*range(of - 1, -1, -2), *range(of - 2, -1, -2)]
+    mask = torch.zeros(len(counts), of, dtype=torch.bool)
+    for row, count in zip(mask, counts):
+        row[order[:count]] = True
+    return mask
+
+
+BAGS = {
+    "rows": dict(instances=64, bags=3),
+    "channels_first": dict(instances=256, bags=2, layout="channels_first"),
+    "ragged": dict(instances=[0, 128, 1, 64, 0, 2]),
+    "masked": dict(instances=135, mask=real_instances(64, 0, 128, 1, of=135), bags=4),
+    "masked_channels_first": dict(
+        instances=136, mask=real_instances(128, 32, of=136), bags=2, layout="channels_first"
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", BAGS)
+def test_pool(backend, kind, dtype):
+    for attention in ("one_hot", "uniform"):
+        check_pool(backend, dim=65, hidden=40, heads=3, dtype=dtype, attention=attention, **BAGS[kind])
+        check_pool(backend, dim=32, hidden=17, heads=1, dtype=dtype, attention=attention, gated=False, **BAGS[kind])
+    check_pool(backend, dim=48, hidden=9, heads=2, dtype=dtype, bias=False, **BAGS[kind])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [56, 96])
+def test_pool_at_sizes_of_use(backend, side, dtype):
+    check_pool(backend, side**2, 64, 128, 1, dtype, layout="channels_first")
+
+
+@best
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pool_of_many_instances(backend, dtype):
+    check_pool(backend, 128**2 + 3, 256, 128, 2, dtype)
+    check_pool(backend, 128**2, 256, 128, 2, dtype, attention="uniform")
+
+
+def test_expected_results_are_those_of_plain_torch():
+    arguments = affinity(2, 5, 20, 70, torch.float64, value_dtype=torch.float64)
+    assert differences(found_affinity(dense_affinity, *arguments), expected_affinity(*arguments)) is None
+    for kinds in (dict(attention="one_hot"), dict(attention="uniform"), dict(gated=False, bias=False)):
+        p = pool(64, 33, 20, 2, torch.float64, bags=2, **kinds)
+        found = found_pool(lambda *inputs, mask, cu_seqlens: dense_pool(*inputs), p)
+        assert differences(found, expected_pool(p)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_instance_leads_and_every_gradient_shows_it(dtype):
+    p = pool([1000, 0, 500], 64, 48, 3, dtype)
+    expected = expected_pool(p)
+    for scores in expected["scores"].double().split([1000, 500], dim=1):
+        first, second = scores.topk(2).values.unbind(1)
+        assert (first - second >= (1024 if dtype == torch.float64 else 128)).all()
+    assert all(x.isfinite().all() and (x != 0).float().mean() > 0.4 for x in expected.values())
+    means = expected_pool(pool([1024], 64, 48, 3, dtype, attention="uniform"))
+    for name in ("pooled", "scores", "grad_h", "grad_w_weight", "grad_w_bias"):
+        assert (means[name] != 0).float().mean() > 0.3, name
+
+
+def test_differences_say_what_and_where():
+    right = {"out": torch.zeros(2, 3), "grad": None}
+    assert differences({"out": -torch.zeros(2, 3), "grad": None}, right) is None
+    wrong = torch.tensor([[0.0, 0.0, float("nan")], [0.0, 2.0, 0.0]])
+    sentence = "2 of 6 elements of out differ: nan instead of 0.0 at [0, 2], 2.0 instead of 0.0 at [1, 1]"
+    assert differences({"out": wrong, "grad": wrong}, right) == f"{sentence}; grad is there, and should not be"
+    assert differences({"out": wrong.half(), "grad": None}, right).startswith("out is torch.float16 [2, 3], not")
+
+
+def test_inputs_that_would_not_be_exact_are_refused():
+    with pytest.raises(ValueError, match="does not hold every integer above 256"):
+        affinity(1, 129, 4, 4, torch.float32)
+    with pytest.raises(ValueError, match="3 real instances, not a power of two"):
+        pool(3, 4, 4, 1, torch.float32, attention="uniform")
+    with pytest.raises(ValueError, match="one_hot or uniform"):
+        pool(4, 4, 4, 1, torch.float32, attention="sparse")

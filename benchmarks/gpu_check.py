@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,8 @@ def run_stage(stage: Stage, arguments: Sequence[str], deadline: float, out: Path
     limit = min(stage.seconds, deadline - start - stage.kept)
     status, reason = "not done", f"{deadline - start:.0f} s were left, of which {stage.kept:.0f} are kept for others"
     if limit >= LEAST_S:
-        module = ["-m", "ercn.benchmarks.gpu_stages", *arguments, "--seconds", f"{limit - 1:.1f}"]
+        until = start + limit - LEAST_S / 2  # it ends by itself, or is killed
+        module = ["-m", "ercn.benchmarks.gpu_stages", *arguments, "--until", str(until)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         with open(out / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"\n=== {stage.name}, at most {limit:.0f} s\n")

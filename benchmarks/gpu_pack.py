@@ -74,7 +74,8 @@ def pack(python: str) -> int:
 
 
 def _commit() -> str:
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "describe", "--always", "--dirty"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return told.stdout.strip()
 
 
@@ -105,7 +106,7 @@ def unpack() -> str:
 
 def load() -> str | None:
     """None where both libraries load in a process of their own, else what it said."""
-    told = subprocess.run([sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True)
+    told = subprocess.run([sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True, check=False)
     print(told.stdout + told.stderr, flush=True)
     return None if told.returncode == 0 else (told.stderr.strip() or "nothing").splitlines()[-1]
 

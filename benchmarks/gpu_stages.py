@@ -1,6 +1,6 @@
-"""The stages of the GPU check: ``python -m ercn.benchmarks.gpu_stages NAME --out FOLDER …``, each in a process of its own.
+"""The stages of the GPU check, each run as ``python -m ercn.benchmarks.gpu_stages NAME --out FOLDER --until CLOCK``.
 
-A stage writes what it finds at once, ends by itself when its seconds are over, and says what it left out.
+A stage writes what it finds at once, ends by itself when its time is over, and says what it left out.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from ercn.benchmarks.gpu_check import BAD, REFUSED, RESULTS, ROOT, record, rows
 
 SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
 WORKERS = 12
-TESTS = ("test_exact.py", "test_gpu_ops.py", "test_triton_ops.py", "test_cuda_affinity_hopper.py",
+TESTS = ("test_gpu_exact.py", "test_gpu_ops.py", "test_triton_ops.py", "test_cuda_affinity_hopper.py",
          "test_cuda_pool_hopper.py")  # fmt: skip
 HARDWARE = ("test_gpu_hardware.py",)
+STOPPING_S = 2.0  # for pytest to end
 ROUNDS = 30
 TOOLS = ("memcheck", "racecheck", "synccheck")
 # One case of every kernel that has barriers or addresses of its own.
@@ -49,21 +51,23 @@ BENCH = (
     r"affinity/.*/(tf32|float32)/b1-c22-d192-128x128",
     r"affinity/.*|mil/.*|model/.*",
 )
+COPIED = {"cuda": 1 << 28, "cpu": 1 << 20}  # bytes; as many are written as read
 LEFT_OUT = ("compile", "blockwise", "sdpa")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage is given. earlier: rows of a run whose failures come first."""
+    """What every stage is given. until: on time.monotonic's clock, which processes share. earlier: rows of a run whose
+    failures come first.
+    """
 
     out: Path
-    seconds: float
+    until: float
     only: str
-    begun: float
     earlier: list[dict[str, Any]]
 
     def left(self) -> float:
-        return self.begun + self.seconds - time.monotonic()
+        return self.until - time.monotonic()
 
     def record(self, kind: str, **values: Any) -> None:
         record(self.out, kind, **values)
@@ -126,7 +130,7 @@ def environment(run: Run) -> None:
 def smoke(run: Run) -> None:
     from ercn.benchmarks import gpu_smoke
 
-    gpu_smoke.smoke(gpu_smoke.groups(run.only), run.device, run.seconds, run.record)
+    gpu_smoke.smoke(gpu_smoke.groups(run.only), run.device, run.left(), run.record)
 
 
 def tests(run: Run) -> None:
@@ -135,14 +139,19 @@ def tests(run: Run) -> None:
     left_out = [_keywords(op, kernels) for op, kernels in sorted(gone)]
     if left_out:
         run.record("note", text=f"tests left out, since the kernels hang or crash: {', '.join(left_out)}")
+    if any("sm90" in kernels for _, kernels in gone):
+        os.environ["ERCN_CUDA_KERNELS"] = "generic"  # of tests that do not choose themselves
     _pytest(run, TESTS, " and ".join(f"not ({words})" for words in left_out))
 
 
 def _keywords(op: str, kernels: str) -> str:
     """pytest's expression for the tests of an op that run these kernels."""
-    if kernels.startswith("triton"):
-        return f"triton and {op}"
-    return f"(cuda or hopper) and {op}"
+    words = {
+        "generic": "generic or cuda and not hopper and not sm90",
+        "sm90": "hopper or sm90",
+        "sm90_dense": "sm90_dense",
+    }
+    return f"{op} and ({words.get(kernels, 'triton')})"
 
 
 def hardware(run: Run) -> None:
@@ -164,32 +173,39 @@ def failures(run: Run) -> None:
 def _pytest(run: Run, files: Iterable[str], words: str, timeout: int = 30, trace: str = "short") -> None:
     """Every result goes to the records as it is known; a test that hangs takes its worker down, and only that."""
     import pytest
-    from _pytest.config import Config
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     chosen = [str(ROOT / "tests" / file) if "::" not in file else file for file in files]
     chosen = [path for path in chosen if Path(path.partition("::")[0]).exists()]
     command = ["-q", "-p", "no:cacheprovider", f"--tb={trace}", "--maxfail=60", *chosen]
     command += ["-m", "gpu"] if run.device == "cuda" else ["-m", "not slow"]
     command += ["-k", words] if words else []
-    command += ["--timeout", str(timeout), "--timeout-method", "thread"]
-    command += ["-n", str(min(WORKERS, max(1, (os.cpu_count() or 1) - 2))), "--max-worker-restart", "40"]
+    if find_spec("pytest_timeout"):
+        command += ["--timeout", str(timeout), "--timeout-method", "thread"]
+    if find_spec("xdist") and run.device == "cuda":
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--max-worker-restart", "40"]
 
     class Recorder:
-        def pytest_configure(self, config: Config) -> None:
-            os.environ.setdefault("OMP_NUM_THREADS", "1")
+        def pytest_sessionstart(self, session: pytest.Session) -> None:
+            self.session = session
 
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             if report.when == "call" or report.outcome != "passed":
                 status = {"passed": "passed", "skipped": "skipped"}.get(report.outcome, "failed")
                 reason = "" if status == "passed" else _last_words(report)
                 run.record("test", name=report.nodeid, status=status, seconds=round(report.duration, 2), reason=reason)
+            if run.left() < STOPPING_S and not self.session.shouldstop:
+                self.session.shouldstop = "out of time"
+                run.record("test", name="the rest", status="not run", reason="out of time")
 
         def pytest_collectreport(self, report: pytest.CollectReport) -> None:
             if report.failed:
                 run.record("test", name=report.nodeid, status="failed", seconds=0, reason=_last_words(report))
 
     code = pytest.main(command, plugins=[Recorder()])
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+    known = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED,
+             pytest.ExitCode.INTERRUPTED)  # fmt: skip
+    if code not in known:
         sys.exit(f"pytest ended with {code!r}")
 
 
@@ -208,13 +224,12 @@ def timing(run: Run) -> None:
     from ercn.benchmarks.cases import AffinityCase, PoolCase
     from ercn.benchmarks.variants import inputs_of, variants
 
-    cases: list[Any] = []
-    for way in ("forward", "backward"):
-        cases += [AffinityCase(1, 21, dim, 128, way, "bfloat16") for dim in (192, 64, 256)]
-        cases += [PoolCase(65536, *shape, 1, direction=way, dtype="bfloat16") for shape in ((1024, 256), (512, 128))]
-    cases.sort(key=lambda case: case.shape not in (cases[0].shape, cases[3].shape))
+    wide, narrow, *more = [AffinityCase(1, 21, dim, 128, dtype="bfloat16") for dim in (192, 64, 256)]
+    large, small = (PoolCase(65536, dim, hidden, 1, dtype="bfloat16") for dim, hidden in ((1024, 256), (512, 128)))
+    ways = ("forward", "backward")
+    cases = [replace(case, direction=way) for case in (wide, large, narrow, *more, small) for way in ways]
     device = run.device
-    for case in cases if device == "cuda" else [case.tiny() for case in cases[:2]]:
+    for case in cases if device == "cuda" else [case.tiny() for case in cases[:3]]:
         if run.left() < 5:
             run.record("time", case=case.id, status="not done", reason="out of time")
             continue
@@ -237,6 +252,7 @@ def timing(run: Run) -> None:
             median, low, high = clock.summary(own)
             ratio = clock.paired_ratio(own, samples[case.baseline])[0]
             values = {"median_ms": median, "p20_ms": low, "p80_ms": high, "ratio": ratio, "baseline": case.baseline}
+            values |= {"bytes": 2 * COPIED[device]} if name == "copy" else {}
             run.record("time", case=case.id, variant=name, status="passed", **values)
         del runners
         if device == "cuda":
@@ -251,12 +267,9 @@ def timing(run: Run) -> None:
 def _copy(device: str) -> Callable[[], object]:
     import torch
 
-    source = torch.ones(COPIED // 4 if device == "cuda" else 1024, device=device)
+    source = torch.ones(COPIED[device] // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
-
-
-COPIED = 1 << 28  # bytes; as many are read as written
 
 
 def _replayed(make: Callable[[], Callable[[], object]], stream: Any) -> Callable[[], object]:
@@ -382,12 +395,9 @@ def profile(run: Run) -> None:
                    *SCRIPT, "case", f"^{re.escape(case)}$", "--device", run.device, "--pixels", "4096"]  # fmt: skip
         status, reason = "not done", "out of time"
         if run.left() > 8:
-            with open(log, "w") as stream:
-                try:
-                    code = subprocess.run(command, stdout=stream, stderr=stream, timeout=run.left() - 2).returncode
-                    status, reason = "failed" if code else "passed", f"exit code {code}"
-                except subprocess.TimeoutExpired:
-                    pass
+            with open(log, "w") as stream, contextlib.suppress(subprocess.TimeoutExpired):
+                done = subprocess.run(command, stdout=stream, stderr=stream, timeout=run.left() - 2, check=False)
+                status, reason = "failed" if done.returncode else "passed", f"exit code {done.returncode}"
         run.record("profile", name=way, status=status, reason=reason)
 
 
@@ -406,12 +416,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--until", type=float, required=True)
     parser.add_argument("--only", default="")
     parser.add_argument("--failed", type=Path)
     options = parser.parse_args()
     earlier = rows(options.failed) if options.failed else []
-    STAGES[options.stage](Run(options.out, options.seconds, options.only, time.monotonic(), earlier))
+    STAGES[options.stage](Run(options.out, options.until, options.only, earlier))
+    sys.stdout.flush()
+    os._exit(0)  # taking torch and a GPU's context down takes seconds that nobody has
 
 
 if __name__ == "__main__":

@@ -332,6 +332,8 @@ def sanitizers(run: Run) -> None:
             process.kill()
             code = None
         text = logs[tool].read_text(errors="replace")
+        logs[tool].unlink()
+        print(f"--- {tool}\n{text}")
         done = re.findall(r"^(.*): (?:passed|wrong|failed)", text, re.MULTILINE)
         errors = re.findall(r"^=+ (.*(?:Invalid|Error:|Warning:|Race|Barrier).*)$", text, re.MULTILINE)
         status = {0: "passed", None: "out of time"}.get(code, "failed")
@@ -381,6 +383,7 @@ def bench(run: Run) -> None:
         cases = [case for pattern in BENCH for case in every if re.fullmatch(pattern, case.id)]
     config = replace(config, save=str(run.out / "bench.json"))
     measure_cases(config, list(dict.fromkeys(cases)), device)
+    (run.out / "bench.csv").unlink()  # few files come back; the JSON holds all of it
 
 
 def profile(run: Run) -> None:

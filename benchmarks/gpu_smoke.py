@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ercn.benchmarks import exact
 from ercn.benchmarks.cases import DTYPES
+from ercn.ops import _extension
 
 SILENT_S = {"cuda": 15.0, "cpu": 60.0}  # without a word for so long, a process hangs
 SIDE_BY_SIDE = min(6, os.cpu_count() or 1)
@@ -237,6 +238,9 @@ def smoke(
 ) -> None:
     """Runs every group; ``done(kind, **values)`` gets a row for every size, and what a process launched."""
     emulate()
+    _extension.load("_cuda")
+    import_module("ercn.kernels.affinity")
+    import_module("ercn.kernels.attention_pool")
     context = multiprocessing.get_context("fork")
     deadline, waiting = time.monotonic() + seconds, list(found)
     running: dict[Connection, Running] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -15,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ WORKERS = 12
 TESTS = ("test_gpu_exact.py", "test_gpu_ops.py", "test_triton_ops.py", "test_cuda_affinity_hopper.py",
          "test_cuda_pool_hopper.py")  # fmt: skip
 HARDWARE = ("test_gpu_hardware.py",)
+DEVICE = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
 STOPPING_S = 2.0  # for pytest to end
 ROUNDS = 30
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -75,10 +76,15 @@ class Run:
     def rows(self, kind: str) -> list[dict[str, Any]]:
         return rows(self.out / RESULTS, kind)
 
-    @property
+    @functools.cached_property
     def device(self) -> str:
-        """As the environment's stage found it."""
-        return next((row["device"] for row in self.rows("environment")), "cpu")
+        """cuda or cpu: as the environment's stage found it, else asked in another process, since this one may have to
+        fork before it touches the GPU.
+        """
+        for row in self.rows("environment"):
+            return row["device"]
+        told = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, check=True)
+        return told.stdout.strip()
 
     def smoked(self) -> list[dict[str, Any]]:
         """Smoke rows of this run, or of the earlier one."""
@@ -109,8 +115,7 @@ def environment(run: Run) -> None:
 
     if shutil.which("nvidia-smi"):
         subprocess.run(["nvidia-smi"], check=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    run.record("environment", device=device, **{k: v for k, v in describe(device).items() if k != "device"})
+    run.record("environment", **describe("cuda" if torch.cuda.is_available() else "cpu"))
     for row in backends():
         run.record("backend", name=row.name, reason=row.reason)
     for name in ("_C", "_cuda"):
@@ -234,7 +239,7 @@ def timing(run: Run) -> None:
             run.record("time", case=case.id, status="not done", reason="out of time")
             continue
         inputs = inputs_of(case, device)
-        also = ("generic", "sm90_dense") if device == "cuda" else ()
+        also = ("generic", "sm90_dense")[: 2 if case.op == "affinity" else 1] if device == "cuda" else ()
         wanted = [v for v in variants(case, device, also=also) if v.role == "ercn" or v.name == case.baseline]
         stream = torch.cuda.Stream() if device == "cuda" else None
         runners: dict[str, Callable[[], object]] = {"copy": _copy(device)}
@@ -242,7 +247,7 @@ def timing(run: Run) -> None:
             reason = variant.obstacle(case, inputs) or _not_to_be_timed(run, case, variant.name)
             try:
                 if reason is None and variant.name != "ercn-reference":
-                    runners[variant.name] = _replayed(partial(variant.make, case, inputs), stream)
+                    runners[variant.name] = _replayed(functools.partial(variant.make, case, inputs), stream)
             except Exception as error:  # noqa: BLE001 - one variant must not end the others
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if reason is not None:
@@ -394,7 +399,8 @@ def profile(run: Run) -> None:
     for way, case in PROFILED.items():
         log = run.out / f"profile_{way}.txt"
         kernel = {"forward": "regex:Forward", "backward": "regex:Backward"}[way]
-        command = ["ncu", "--set", "full", "--page", "details", "--clock-control", "none", "-k", kernel, "-c", "1",
+        command = ["ncu", "--set", "full", "--page", "details", "--clock-control", "none", "-c", "1",
+                   "--kernel-name-base", "demangled", "-k", kernel,
                    *SCRIPT, "case", f"^{re.escape(case)}$", "--device", run.device, "--pixels", "4096"]  # fmt: skip
         status, reason = "not done", "out of time"
         if run.left() > 8:

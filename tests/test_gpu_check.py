@@ -204,7 +204,7 @@ def test_all_of_it_here(tmp_path):
     _, rows, stages, log = check(
         "first",
         tmp_path / "first",
-        "--seconds=400",
+        "--seconds=900",
         "--only=^affinity (forward|backward), (sm90|generic), bfloat16, D (64|192), C (7|22)$|^pool f.*triton, float16",
         words="gpu_exact and hopper and 64-7-torch.bfloat16",
     )
@@ -224,7 +224,7 @@ def test_all_of_it_here(tmp_path):
     _, rows, stages, log = check(
         "next",
         tmp_path / "next",
-        "--seconds=600",
+        "--seconds=1200",
         f"--failed={failed}",
         "--only=^affinity forward, sm90, bfloat16, D 64, C 7$",
         words="no such test",

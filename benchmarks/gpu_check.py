@@ -162,7 +162,8 @@ def run_stage(stage: Stage, arguments: Sequence[str], deadline: float, out: Path
     if limit >= LEAST_S:
         until = start + limit - LEAST_S / 2  # it ends by itself, or is killed
         module = ["-m", "ercn.benchmarks.gpu_stages", *arguments, "--until", str(until)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         with open(out / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"\n=== {stage.name}, at most {limit:.0f} s\n")
             log.flush()

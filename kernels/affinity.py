@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ercn.kernels import configs
-from ercn.kernels._tiles import dot, dot_terms, narrow, split, transpose
+from ercn.kernels._tiles import accumulate, dot, dot_terms, factor, narrow, rounded, split, transpose
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def streamed_products(
     for d0 in range(0, D, BLOCK_D):
         f_i = load_feat(feat, n_i, d0, N, D, stride_d, stride_n, BLOCK_D, EVEN_D)
         f_j = load_feat(feat, n_j, d0, N, D, stride_d, stride_n, BLOCK_D, EVEN_D)
-        t = dot(tl.trans(f_i), f_j, t, PRECISION)
+        t = accumulate(t, (tl.trans(f_i),), (f_j,), PRECISION)
     return t
 
 
@@ -155,7 +155,7 @@ def forward_kernel(
                 t = streamed_products(
                     feat, n_i, n_j, N, D, stride_d, stride_n, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
                 )
-            sums = sums + (dot_terms(split(relu(t), A_TERMS, FULL), v_j, acc[r], PRECISION),)
+            sums = sums + (accumulate(acc[r], split(relu(t), A_TERMS, FULL), v_j, PRECISION),)
         acc = sums
 
     c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -177,7 +177,7 @@ def forward_kernel(
                         feat, n_i, n_j, N, D, stride_d, stride_n, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
                     )
                 a = split(relu(t), A_TERMS, FULL)
-                sums = sums + (dot_terms(a, v_j, acc[r], PRECISION),)
+                sums = sums + (accumulate(acc[r], a, v_j, PRECISION),)
                 back = dot_terms(transpose(a), v_rows[r], back, PRECISION)
             acc = sums
             tl.store(p_mirrored + n_j[:, None], back, mask=(n_j < N)[:, None] & (c < C)[None, :])
@@ -269,14 +269,14 @@ def backward_kernel(
             if BLOCKS_C > 1:
                 v_i = load_terms(value, n_i, N, i, CP, V_TERMS, BLOCK_C)
                 g_i = load_terms(grad, n_i, N, i, CP, G_TERMS, BLOCK_C)
+            if NEED_VALUE:
+                acc_value = accumulate(acc_value, split(relu(t), A_TERMS, FULL), g_j, PRECISION)
             w = dot_terms(v_i, transpose(g_j), w, PRECISION)
             w = dot_terms(g_i, transpose(v_j), w, PRECISION)
-        if NEED_VALUE:
-            acc_value = dot_terms(split(relu(t), A_TERMS, FULL), g_j, acc_value, PRECISION)
-        w = narrow(tl.where(t <= 0, 0.0, w), W_DTYPE)  # T = NaN passes the gradient on, as in torch
+        w = factor(tl.where(t <= 0, 0.0, w), W_DTYPE, PRECISION)  # T = NaN passes the gradient on, as in torch
         sums = ()
         for i in tl.static_range(CHUNKS):
-            sums = sums + (dot(w, tl.trans(f_j[i]).to(W_DTYPE), acc[i], PRECISION),)
+            sums = sums + (accumulate(acc[i], (w,), (tl.trans(f_j[i]).to(W_DTYPE),), PRECISION),)
         acc = sums
 
     part = i_split.to(tl.int64) * batch + i_b
@@ -348,6 +348,7 @@ def relu_affinity(value: Tensor, feat: Tensor, plan: configs.ForwardPlan | None 
     arch = configs.arch(feat.device)
     plan = plan or configs.forward_plan(batch, channels, dim, n, feat.dtype, arch)
     precision = configs.precision(feat.dtype, arch)
+    feat = rounded(feat, precision.dot)
     terms = _terms(value, precision)
     constants = forward_constants(channels, dim, terms.shape[1], plan, precision)
     group, padded = plan.config.group, terms.shape[3]
@@ -389,6 +390,7 @@ def relu_affinity_backward(
     arch = configs.arch(feat.device)
     plan = plan or configs.backward_plan(batch, dim, n, feat.dtype, arch)
     precision = configs.precision(feat.dtype, arch)
+    feat = rounded(feat, precision.dot)
     v, g = _terms(value, precision), _terms(grad_out, precision)
     constants = backward_constants(channels, dim, need_value, (v.shape[1], g.shape[1]), plan, precision)
     fused = constants["NEED_VALUE"]

@@ -13,7 +13,7 @@ def nearest(x, DROP: tl.constexpr):
     """float32 x rounded to nearest even without its last DROP bits; NaN is the one NaN that survives truncation."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + ((1 << (DROP - 1)) - 1) + ((bits >> DROP) & 1)) & -(1 << DROP)
-    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), float("nan"))
+    return tl.where(tl.abs(x) <= float("inf"), rounded.to(tl.float32, bitcast=True), float("nan"))
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def factor(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x as a factor of products in dtype; float32 is rounded to TF32 where PRECISION is that: the hardware truncates."""
+    """x as a factor of products in dtype; float32 is rounded to TF32 where PRECISION says so: hardware truncates."""
     if PRECISION == "tf32" and x.dtype == tl.float32 and dtype == tl.float32:
         x = nearest(x, 13)
     return narrow(x, dtype)

@@ -221,7 +221,7 @@ def backward_kernel(
     stride_b, stride_d, stride_n,
     NEED_VALUE: tl.constexpr, RESIDENT: tl.constexpr, CHUNKS: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCKS_C: tl.constexpr, V_TERMS: tl.constexpr, G_TERMS: tl.constexpr, A_TERMS: tl.constexpr,
-    FULL: tl.constexpr, PRECISION: tl.constexpr, W_DTYPE: tl.constexpr,
+    FULL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of grad_feat (CHUNKS·BLOCK_D of its channels) and grad_value over one slab of columns.
@@ -273,10 +273,11 @@ def backward_kernel(
                 acc_value = accumulate(acc_value, split(relu(t), A_TERMS, FULL), g_j, PRECISION)
             w = dot_terms(v_i, transpose(g_j), w, PRECISION)
             w = dot_terms(g_i, transpose(v_j), w, PRECISION)
-        w = factor(tl.where(t <= 0, 0.0, w), W_DTYPE, PRECISION)  # T = NaN passes the gradient on, as in torch
+        w = tl.where(t <= 0, 0.0, w)  # T = NaN passes the gradient on, as in torch
+        w = factor(w, feat.dtype.element_ty, PRECISION)
         sums = ()
         for i in tl.static_range(CHUNKS):
-            sums = sums + (accumulate(acc[i], (w,), (tl.trans(f_j[i]).to(W_DTYPE),), PRECISION),)
+            sums = sums + (accumulate(acc[i], (w,), (tl.trans(f_j[i]),), PRECISION),)
         acc = sums
 
     part = i_split.to(tl.int64) * batch + i_b
@@ -333,9 +334,8 @@ def backward_constants(
         "NEED_VALUE": need_value and resident and blocks_c == 1, "RESIDENT": resident, "CHUNKS": chunks,
         "EVEN_D": dim % (chunks * config.block_d) == 0, "BLOCKS_C": blocks_c,
         "V_TERMS": terms[0], "G_TERMS": terms[1], "A_TERMS": precision.a_terms, "FULL": precision.full,
-        "PRECISION": precision.dot, "W_DTYPE": tl.bfloat16 if precision.product_dtype == torch.bfloat16 else tl.float32,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "BLOCK_C": block_c,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "PRECISION": precision.dot, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d,
+        "BLOCK_C": block_c, "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
 
 
@@ -388,9 +388,9 @@ def relu_affinity_backward(
     if batch * channels * n * dim == 0:
         return grad_value.zero_(), grad_feat.zero_()
     arch = configs.arch(feat.device)
-    plan = plan or configs.backward_plan(batch, dim, n, feat.dtype, arch)
     precision = configs.precision(feat.dtype, arch)
-    feat = rounded(feat, precision.dot)
+    plan = plan or configs.backward_plan(batch, dim, n, precision.product_dtype, arch)
+    factors = rounded(feat.to(precision.product_dtype), precision.dot)
     v, g = _terms(value, precision), _terms(grad_out, precision)
     constants = backward_constants(channels, dim, need_value, (v.shape[1], g.shape[1]), plan, precision)
     fused = constants["NEED_VALUE"]
@@ -403,8 +403,8 @@ def relu_affinity_backward(
         part_value = grad_value.new_empty(plan.slabs, *value.shape, dtype=torch.float32)
     blocks = triton.cdiv(n, constants["BLOCK_M"]) * triton.cdiv(dim, constants["CHUNKS"] * constants["BLOCK_D"])
     backward_kernel[(batch * blocks * plan.slabs,)](
-        feat, v, g, part_value, part_feat, batch, channels, dim, n, plan.slabs, plan.slab, v.shape[3],
-        *feat.stride(), **constants,
+        factors, v, g, part_value, part_feat, batch, channels, dim, n, plan.slabs, plan.slab, v.shape[3],
+        *factors.stride(), **constants,
     )  # fmt: skip
     if not whole:
         grad_feat = part_feat.sum(dim=0).to(feat.dtype)

@@ -140,6 +140,7 @@ def pool(
     generator = torch.Generator(device).manual_seed(seed)
     scale = 1024.0 if dtype == torch.float64 else 128.0
     ragged = not isinstance(instances, int)
+    mask = None if mask is None else mask.to(device)
     shape = (sum(instances),) if ragged else (bags, instances)
     lengths = torch.tensor([0, *instances], device=device).cumsum(0) if ragged else None
     h = _signs(generator, *shape, dim)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+TRITON = ROOT / "build" / "gpu_pack" / "triton"  # its cache, which the pack fills
 RESULTS = "results.jsonl"
 LEAST_S = 3.0  # with less left a stage is not begun
 KILLED_S = 5.0  # a killed process may hang in the driver for longer; nobody waits for it
@@ -163,7 +164,7 @@ def run_stage(stage: Stage, arguments: Sequence[str], deadline: float, out: Path
         until = start + limit - LEAST_S / 2  # it ends by itself, or is killed
         module = ["-m", "ercn.benchmarks.gpu_stages", *arguments, "--until", str(until)]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(TRITON)}
         with open(out / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"\n=== {stage.name}, at most {limit:.0f} s\n")
             log.flush()

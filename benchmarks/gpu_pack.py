@@ -1,7 +1,8 @@
 """build/gpu_pack: the compiled libraries for another machine's Python, to be carried beside the tracked files.
 
 It holds both libraries (the objects of the build here linked anew, since of all files only the Python modules' depend
-on Python), CUTLASS's headers for a build there should they not load, and manifest.json, which says what it was made of.
+on Python), CUTLASS's headers for a build there should they not load, the smoke cases' Triton kernels as Triton's cache
+holds them, and manifest.json, which says what it was made of.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from ercn.benchmarks.gpu_check import ROOT, TRITON
+
 PACK = ROOT / "build" / "gpu_pack"
 ARCH = "9.0a"
 MODULES = ("_C", "_cuda")
@@ -27,6 +29,7 @@ DESCRIBE = (
     "import json, sysconfig, torch; print(json.dumps({'python': sysconfig.get_python_version(), "
     "'suffix': sysconfig.get_config_var('EXT_SUFFIX'), 'torch': torch.__version__, 'cuda': torch.version.cuda}))"
 )
+COMPILE = "from ercn.benchmarks import gpu_smoke; gpu_smoke.compile_ahead('sm_90')"
 LOAD = "import torch; from ercn import _C, _cuda; print(len(_cuda.kernels()), 'kernels in', _cuda.__file__)"
 
 
@@ -63,6 +66,7 @@ def pack(python: str) -> int:
         with tarfile.open(PACK / "libraries.tar.xz", "w:xz", preset=3) as archive:
             for name in [*names, "_build.json"]:
                 archive.add(Path(folder, "ercn", name), name)
+    compile_triton(python)
     with tarfile.open(PACK / "cutlass.tar.xz", "w:xz", preset=3) as archive:
         for name in ("cute", "cutlass"):
             archive.add(toolchain.cutlass() / name, f"include/{name}")
@@ -71,6 +75,23 @@ def pack(python: str) -> int:
     for path in sorted(PACK.iterdir()):
         print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 2**20:.1f} MiB")
     return 0
+
+
+def compile_triton(python: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": folder}
+        environment |= {"TRITON_STORE_BINARY_ONLY": "1", "TRITON_INTERPRET": "0"}
+        subprocess.run([python, "-c", COMPILE], cwd=ROOT, env=environment, check=True)
+        with tarfile.open(PACK / "triton.tar.xz", "w:xz", preset=3) as archive:
+            archive.add(folder, ".")
+
+
+def unpack_triton() -> None:
+    with tarfile.open(PACK / "triton.tar.xz") as archive:
+        archive.extractall(TRITON, filter="data")
+    for group in TRITON.glob("*/__grp__*.json"):  # of a kernel's files, by absolute paths
+        paths = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.with_name(name)) for name in paths}}))
 
 
 def _commit() -> str:
@@ -101,6 +122,7 @@ def unpack() -> str:
         return f"the pack is for Python {held['python']}; the libraries are those of this checkout"
     with tarfile.open(PACK / "libraries.tar.xz") as archive:
         archive.extractall(ROOT / "ercn", filter="data")
+    unpack_triton()
     return f"unpacked the libraries of commit {held['commit']}, linked with torch {held['torch']}"
 
 

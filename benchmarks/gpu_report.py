@@ -119,12 +119,11 @@ def _kernels(rows: list[Row]) -> str:
 
 
 def _never_launched(of: dict[str, list[Row]]) -> str:
-    """Of the kernels that the library names: what no smoke case, no test and no timing has launched."""
-    kernels = of.get("kernel", [])
+    """What no smoke case, no test and no timing has launched."""
+    known = {name for row in of.get("kernels", []) for name in row["names"]}
     seen = {name for row in of.get("launched", []) for name in row["names"]}
-    seen |= {row["name"] for row in kernels if row["launches"] > 0}
-    never = sorted({row["name"] for row in kernels} - seen)
-    return "\n".join(f"- {name}" for name in never) or ("Every kernel was launched." if kernels else "")
+    seen |= {row["name"] for row in of.get("kernel", []) if row["launches"] > 0}
+    return "\n".join(f"- {name}" for name in sorted(known - seen)) or ("Nothing." if known else "")
 
 
 def _sanitizers(rows: list[Row]) -> str:

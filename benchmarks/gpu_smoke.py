@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -190,8 +191,20 @@ def in_backward(call: Callable[[], Any], device: str) -> Any:
 def emulate() -> None:
     """Under ERCN_CUDA_EMULATED=1 the backend ``cuda`` is the tests' emulator."""
     if os.environ.get("ERCN_CUDA_EMULATED") == "1":
-        sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-        import_module("_cuda_emulator").become_backend()
+        _of_tests("_cuda_emulator").become_backend()
+
+
+def _of_tests(name: str) -> ModuleType:
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    return import_module(name)
+
+
+def compile_ahead(arch: str) -> None:
+    """Fill Triton's cache with what the cases' first sizes launch on ``arch``, without a GPU."""
+    with _of_tests("_triton_aot").recording(arch):
+        for group in groups("triton"):
+            with settings(group):
+                make(group, SIZES["cuda"][0], "meta").call()
 
 
 def run_here(only: str, device: str, pixels: int) -> int:
@@ -207,19 +220,13 @@ def run_here(only: str, device: str, pixels: int) -> int:
 
 
 def _process(group: Group, sizes: tuple[int, ...], device: str, pipe: Connection) -> None:
-    for size in sizes:
-        pipe.send(("begins", size))
-        pipe.send(("ends", run(group, size, device)))
-    pipe.send(("launched", launched(device)))
+    from ercn import _cuda, kernels
 
-
-def launched(device: str) -> list[str]:
-    """Kernels of ercn._cuda that this process has launched."""
-    if device != "cuda":
-        return []
-    from ercn import _cuda
-
-    return [kernel["name"] for kernel in _cuda.kernels() if kernel["launches"] > 0]
+    with kernels.counting_launches() as counts:
+        for size in sizes:
+            pipe.send(("begins", size))
+            pipe.send(("ends", run(group, size, device)))
+    pipe.send(("launched", [*counts, *(kernel["name"] for kernel in _cuda.kernels() if kernel["launches"] > 0)]))
 
 
 @dataclass

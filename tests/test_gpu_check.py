@@ -146,6 +146,25 @@ def test_a_pack_of_other_sources_is_refused(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == gpu_check.REFUSED and "pack again" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_triton_kernels_travel(tmp_path, monkeypatch):
+    """Compiled by another process for another folder, they are found by what a launch here would look for."""
+    triton = pytest.importorskip("triton")
+    group = gpu_smoke.groups("^affinity forward, triton, bfloat16")
+    one = "gpu_smoke.groups = lambda only, every=gpu_smoke.groups: every('^affinity forward, triton, bfloat16'); "
+    monkeypatch.setattr(gpu_pack, "COMPILE", gpu_pack.COMPILE.replace("gpu_smoke; ", f"gpu_smoke; {one}"))
+    monkeypatch.setattr(gpu_pack, "PACK", tmp_path)
+    monkeypatch.setattr(gpu_pack, "TRITON", tmp_path / "triton")
+    gpu_pack.compile_triton(sys.executable)
+    gpu_pack.unpack_triton()
+    found = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(gpu_smoke, "groups", lambda only: group)
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **what: found.append(what["cache_hit"]))
+    gpu_smoke.compile_ahead("sm_90")
+    assert len(found) >= 2 and all(found)
+
+
 def test_time_is_kept_for_later_stages_and_nobody_waits_for_a_stage(tmp_path):
     stage = gpu_check.Stage("smoke", 70, kept=60)
     assert gpu_check.run_stage(stage, ["smoke"], time.monotonic() + 61, tmp_path) == "not done"
@@ -170,10 +189,10 @@ def test_a_report_names_what_is_bad_and_what_was_never_launched():
         [
             smoked(gpu_smoke.groups()[0], status="killed"),
             {"kind": "test", "name": "tests/test_x.py::test_y", "status": "failed", "reason": "E  3 != 4"},
+            {"kind": "kernels", "names": ["Forward", "Backward", "Prepare"]},
             {"kind": "launched", "names": ["Forward"], "by": "smoke"},
             {**kernel, "name": "Forward", "launches": 0},
             {**kernel, "name": "Backward", "launches": 2},
-            {**kernel, "name": "Prepare", "launches": 0},
             {**time_of, "variant": "t_gemm", "median_ms": 0.2, "ratio": 1.0},
             {**time_of, "variant": "copy", "median_ms": 0.2, "ratio": 1.0, "bytes": 6e8},
             {**time_of, "variant": "ercn-cuda", "median_ms": 0.15, "ratio": 0.75},
@@ -227,7 +246,7 @@ def test_all_of_it_here(tmp_path):
         "--seconds=1200",
         f"--failed={failed}",
         "--only=^affinity forward, sm90, bfloat16, D 64, C 7$",
-        words="no such test",
+        words="nothing",
         path=str(tools),
     )
     assert set(stages.values()) == {"done"} and len(stages) == 9, log

@@ -40,6 +40,7 @@ SANITIZED = (
 )
 PROFILED = {"forward": "affinity forward, sm90, bfloat16, D 192, C 22",
             "backward": "affinity backward, sm90, bfloat16, D 192, C 22"}  # fmt: skip
+PIXELS = {"cuda": 4096, "cpu": 16}
 CANDIDATES = 24  # of every kernel's tile sizes
 TUNED = (("triangle", 192), ("backward", 192), ("forward", 64), ("pool", 0), ("row_grad", 0), ("weight_grad", 0))
 # Rows of the README, most important first.
@@ -430,7 +431,7 @@ def profile(run: Run) -> None:
         kernel = {"forward": "regex:Forward", "backward": "regex:Backward"}[way]
         command = ["ncu", "--set", "full", "--page", "details", "--clock-control", "none", "-c", "1",
                    "--kernel-name-base", "demangled", "-k", kernel,
-                   *SCRIPT, "case", f"^{re.escape(case)}$", "--device", run.device, "--pixels", "4096"]  # fmt: skip
+                   *SCRIPT, "case", f"^{re.escape(case)}$", "--device", run.device, "--pixels", str(PIXELS[run.device])]
         status, reason = "not done", "out of time"
         if run.left() > 8:
             with open(log, "w") as stream, contextlib.suppress(subprocess.TimeoutExpired):

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ercn.benchmarks.gpu_check import BAD
-
 Row = dict[str, Any]
+BAD = ("failed", "wrong", "killed", "crashed", "not run", "out of time", "not done", "refused")  # a row's status
 VARIANTS = ("ercn-cuda", "ercn-cuda@sm90_dense", "ercn-cuda@generic", "ercn-triton", "ercn-cpu")
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ercn.benchmarks import gpu_pack
-from ercn.benchmarks.gpu_check import BAD, REFUSED, RESULTS, ROOT, record, rows
+from ercn.benchmarks.gpu_check import REFUSED, RESULTS, ROOT, record, rows
+from ercn.benchmarks.gpu_report import BAD
 
 SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
 WORKERS = 12
@@ -440,14 +441,8 @@ def profile(run: Run) -> None:
         run.record("profile", name=way, status=status, reason=reason)
 
 
-def report(run: Run) -> None:
-    from ercn.benchmarks import gpu_report
-
-    (run.out / "report.md").write_text(gpu_report.render(rows(run.out / RESULTS)))
-
-
 STAGES = {function.__name__: function for function in (
-    libraries, environment, smoke, tests, timing, failures, hardware, sanitizers, tuning, bench, profile, report,
+    libraries, environment, smoke, tests, timing, failures, hardware, sanitizers, tuning, bench, profile,
 )}  # fmt: skip
 
 

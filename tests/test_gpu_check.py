@@ -227,7 +227,7 @@ def test_all_of_it_here(tmp_path):
         "--only=^affinity (forward|backward), sm90, bfloat16, D 64, C (7|22)$|^affinity f.*triton, float16",
         words="gpu_exact and hopper and 64-7-torch.bfloat16",
     )
-    assert stages == dict.fromkeys(("libraries", "environment", "smoke", "tests", "timing", "report"), "done"), log
+    assert stages == dict.fromkeys(("libraries", "environment", "smoke", "tests", "timing"), "done"), log
     ends = [row["status"] for row in rows if row["kind"] == "smoke"]
     assert ends == ["passed"] * 5, log
     assert any(row["kind"] == "time" and row["variant"] == "ercn-cpu" for row in rows)
@@ -249,7 +249,7 @@ def test_all_of_it_here(tmp_path):
         words="nothing",
         path=str(tools),
     )
-    assert set(stages.values()) == {"done"} and len(stages) == 9, log
+    assert set(stages.values()) == {"done"} and len(stages) == 8, log
     of = {kind: [row for row in rows if row["kind"] == kind] for kind in ("smoke", "sanitizer", "profile", "note")}
     assert [(row["name"], row["status"]) for row in of["smoke"]] == [(group.name, "passed")]
     assert [(row["name"], row["status"], len(row["cases"])) for row in of["sanitizer"]] == [
@@ -269,6 +269,6 @@ def test_out_of_time_leaves_whole_files(tmp_path):
     options = "--seconds=8", "--stages=smoke,tests,timing"
     result, rows, stages, log = check("first", tmp_path / "first", *options, words="gpu_exact")
     assert result.returncode == 1 and rows, log
-    assert set(stages) == {"smoke", "tests", "timing", "report"}
+    assert set(stages) == {"smoke", "tests", "timing"}
     assert stages["smoke"] == stages["timing"] == "not done" != stages["tests"]
     assert "**not done**" in (tmp_path / "first" / "report.md").read_text()

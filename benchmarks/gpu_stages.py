@@ -31,6 +31,7 @@ TESTS = ("test_gpu_exact.py", "test_gpu_ops.py", "test_triton_ops.py", "test_cud
          "test_cuda_pool_hopper.py")  # fmt: skip
 HARDWARE = ("test_gpu_hardware.py",)
 DEVICE = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
+LOST = ("killed", "crashed")  # with its process
 STOPPING_S = 2.0  # for pytest to end
 ROUNDS = 30
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -147,7 +148,7 @@ def smoke(run: Run) -> None:
 
 def tests(run: Run) -> None:
     """Exact and budget tests, in parallel, but for what hung or took its process down in the smoke stage."""
-    gone = {(row["op"], row["kernels"]) for row in run.smoked() if row["status"] in ("killed", "crashed")}
+    gone = {(row["op"], row["kernels"]) for row in run.smoked() if row["status"] in LOST}
     left_out = [_keywords(op, kernels) for op, kernels in sorted(gone)]
     if left_out:
         run.record("note", text=f"tests left out, since the kernels hang or crash: {', '.join(left_out)}")
@@ -340,7 +341,7 @@ def _not_to_be_timed(run: Run, case: Any, variant: str) -> str | None:
     for row in run.smoked():
         same = (row["op"], row["direction"], row["dtype"]) == (op, case.direction, case.dtype)
         near = op == "pool" or row["dim"] == case.dim or row["kernels"] not in ("sm90", "sm90_dense")
-        if same and near and row["kernels"] in kernels and row["status"] in BAD:
+        if same and near and row["kernels"] in kernels and row["status"] in (*LOST, "failed", "wrong"):
             return f"in the smoke stage {row['name']}, N {row['size']} was {row['status']}"
     return None
 
@@ -350,7 +351,7 @@ def sanitizers(run: Run) -> None:
     if shutil.which("compute-sanitizer") is None:
         run.record("note", text="compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
         return
-    bad = {row["name"] for row in run.smoked() if row["status"] in ("killed", "crashed")}
+    bad = {row["name"] for row in run.smoked() if row["status"] in LOST}
     only = f"^(?!{'|'.join(map(re.escape, sorted(bad)))})(?=.*)" if bad else ""
     command = [*SCRIPT, "case", f"{only}({run.only or SANITIZED})", "--device", run.device]
     logs = {tool: run.out / f"{tool}.txt" for tool in TOOLS}

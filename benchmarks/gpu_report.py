@@ -131,6 +131,6 @@ def _sanitizers(rows: list[Row]) -> str:
 
 
 def _tuning(rows: list[Row]) -> str:
-    cells = [(row["kernel"], row["dim"] or "any", f"{row['tried']} of {row['of']}", row["shipped"], row["best"])
+    cells = [(row["kernel"], row["dim"] or "any", row["tried"], row["shipped"], row["best"])
              for row in rows]  # fmt: skip
     return table(("kernel", "D", "tried", "shipped", "fastest"), cells) if cells else ""

@@ -220,13 +220,18 @@ def run_here(only: str, device: str, pixels: int) -> int:
 
 
 def _process(group: Group, sizes: tuple[int, ...], device: str, pipe: Connection) -> None:
-    from ercn import _cuda, kernels
+    from ercn import kernels
 
     with kernels.counting_launches() as counts:
         for size in sizes:
             pipe.send(("begins", size))
             pipe.send(("ends", run(group, size, device)))
-    pipe.send(("launched", [*counts, *(kernel["name"] for kernel in _cuda.kernels() if kernel["launches"] > 0)]))
+    names = list(counts)
+    if _extension.load("_cuda") is None:
+        from ercn import _cuda
+
+        names += [kernel["name"] for kernel in _cuda.kernels() if kernel["launches"] > 0]
+    pipe.send(("launched", names))
 
 
 @dataclass

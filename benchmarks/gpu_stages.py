@@ -27,9 +27,9 @@ from ercn.benchmarks.gpu_report import BAD
 
 SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
 WORKERS = 12
-TESTS = ("test_gpu_exact.py", "test_gpu_ops.py", "test_triton_ops.py", "test_cuda_affinity_hopper.py",
-         "test_cuda_pool_hopper.py")  # fmt: skip
-HARDWARE = ("test_gpu_hardware.py",)
+TESTS = ("tests/test_gpu_exact.py", "tests/test_gpu_ops.py", "tests/test_triton_ops.py",
+         "tests/test_cuda_affinity_hopper.py", "tests/test_cuda_pool_hopper.py")  # fmt: skip
+HARDWARE = ("tests/test_gpu_hardware.py",)
 DEVICE = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
 LOST = ("killed", "crashed")  # with its process
 STOPPING_S = 2.0  # for pytest to end
@@ -179,8 +179,7 @@ def failures(run: Run) -> None:
     names = {row["name"] for row in bad if row["kind"] == "smoke"}
     again = [group for group in gpu_smoke.groups() if group.name in names]
     gpu_smoke.smoke(again, run.device, run.left() / 2, run.record, side_by_side=1)
-    if ids := [row["name"] for row in bad if row["kind"] == "test"]:
-        _pytest(run, ids, "", trace="long")
+    _pytest(run, [row["name"] for row in bad if row["kind"] == "test"], "", trace="long")
 
 
 def _pytest(run: Run, files: Iterable[str], words: str, timeout: int = 30, trace: str = "short") -> None:
@@ -188,8 +187,9 @@ def _pytest(run: Run, files: Iterable[str], words: str, timeout: int = 30, trace
     import pytest
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    chosen = [str(ROOT / "tests" / file) if "::" not in file else file for file in files]
-    chosen = [path for path in chosen if Path(path.partition("::")[0]).exists()]
+    chosen = [file for file in files if (ROOT / file.partition("::")[0]).is_file()]
+    if not chosen:
+        return
     command = ["-q", "-p", "no:cacheprovider", f"--tb={trace}", "--maxfail=60", *chosen]
     command += ["-m", "gpu"] if run.device == "cuda" else ["-m", "not slow"]
     command += ["-k", words] if words else []
@@ -236,6 +236,7 @@ def timing(run: Run) -> None:
     from ercn.benchmarks import timing as clock
     from ercn.benchmarks.cases import AffinityCase, PoolCase
     from ercn.benchmarks.variants import inputs_of, variants
+    from ercn.ops import cuda
 
     device = run.device
     shapes: list[Any] = [AffinityCase(1, 21, 64, 4), PoolCase(20, 64, 64, 1)]
@@ -272,7 +273,7 @@ def timing(run: Run) -> None:
         del runners
         if device == "cuda":
             torch.cuda.empty_cache()
-    if device == "cuda":
+    if cuda.unavailable() is None:
         from ercn import _cuda
 
         for kernel in _cuda.kernel_attributes():
@@ -290,12 +291,17 @@ def _compile(run: Run, cases: list[Any]) -> None:
             if variant.backend == "triton" and not variant.obstacle(case, inputs):
                 variant.make(case, inputs)()
 
-    fork = multiprocessing.get_context("fork")
     wanted = [case for case in cases if not _not_to_be_timed(run, case, "ercn-triton")]
-    processes = [fork.Process(target=once, args=(case,), daemon=True) for case in wanted]
+    _side_by_side([functools.partial(once, case) for case in wanted], run.left() / 3)
+
+
+def _side_by_side(calls: list[Callable[[], object]], seconds: float) -> None:
+    """Each in a fork of this process, which must not have touched the GPU; killed when the seconds are over."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=call, daemon=True) for call in calls]
+    until = time.monotonic() + seconds
     for process in processes:
         process.start()
-    until = time.monotonic() + run.left() / 3
     for process in processes:
         process.join(max(0.0, until - time.monotonic()))
         process.kill()
@@ -364,7 +370,7 @@ def sanitizers(run: Run) -> None:
             )  # fmt: skip
     for tool, process in running.items():
         try:
-            code = process.wait(max(1.0, run.left() - 2))
+            code = process.wait(max(0.1, run.left() - 2))
         except subprocess.TimeoutExpired:
             process.kill()
             code = None
@@ -386,22 +392,19 @@ def tuning(run: Run) -> None:
 
     from ercn.kernels import configs, tune
 
-    arch = configs.family(configs.arch(torch.device("cuda", torch.cuda.current_device())))
-    for kernel, dim in TUNED:
-        every = list(tune.candidates(kernel, "half", dim))
-        chosen = every[:: max(1, len(every) // CANDIDATES)][:CANDIDATES]
-        chosen = [configs.rows(arch, kernel, torch.bfloat16)[dim], *chosen]
-        tried: list[tuple[int, ...]] = []
+    def try_rows(part: slice) -> Iterator[dict[str, Any]]:
+        arch = configs.family(configs.arch(torch.device("cuda", torch.cuda.current_device())))
+        for kernel, dim in TUNED:
+            every = list(tune.candidates(kernel, "half", dim))
+            rows = [configs.rows(arch, kernel, torch.bfloat16)[dim], *every[:: -(-len(every) // CANDIDATES)]]
+            if run.left() > 5:
+                best = tune.fastest(arch, kernel, "half", dim, rows[part])
+                yield {"kernel": kernel, "dim": dim, "best": best, "tried": len(rows), "shipped": rows[0]}
 
-        def within_time(rows: list[tuple[int, ...]], tried: list[tuple[int, ...]] = tried) -> Iterator[Any]:
-            for row in rows:
-                if run.left() < 4:
-                    return
-                tried.append(row)
-                yield row
-
-        best = tune.fastest(arch, kernel, "half", dim, within_time(chosen))
-        run.record("tuning", kernel=kernel, dim=dim, best=best, tried=len(tried), of=len(chosen), shipped=chosen[0])
+    compiling = [functools.partial(list, try_rows(slice(i, None, WORKERS))) for i in range(WORKERS)]
+    _side_by_side(compiling, run.left() / 2)
+    for row in try_rows(slice(None)):
+        run.record("tuning", **row)
 
 
 def bench(run: Run) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ercn.benchmarks import gpu_check, gpu_pack, gpu_report, gpu_smoke, gpu_stages
 
@@ -134,6 +135,28 @@ def test_keywords_choose_tests_of_the_kernels(op):
         assert not words.evaluate(lambda word: word in "test_gpu_exact.py test_other[cuda sm90 generic triton]")
 
 
+def test_tile_sizes_are_tried_in_turn_and_compiled_beside_each_other(tmp_path, monkeypatch):
+    from ercn.kernels import configs, tune
+
+    def fastest(arch, kernel, kind, dim, rows):
+        with open(tmp_path / "tried", "a") as stream:
+            stream.write(f"{kernel} {rows}\n")
+        return rows[-1] if rows else None
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(configs, "arch", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "fastest", fastest)
+    monkeypatch.setattr(gpu_stages.Run, "device", "cuda")
+    monkeypatch.setattr(gpu_stages, "TUNED", gpu_stages.TUNED[:2])
+    monkeypatch.setattr(gpu_stages, "WORKERS", 3)
+    gpu_stages.tuning(a_run(tmp_path))
+    rows = gpu_check.rows(tmp_path / gpu_check.RESULTS)
+    assert [(row["kernel"], row["dim"]) for row in rows] == list(gpu_stages.TUNED)
+    assert all(10 <= row["tried"] <= gpu_stages.CANDIDATES + 1 and row["best"] != row["shipped"] for row in rows)
+    tried = (tmp_path / "tried").read_text().splitlines()
+    assert len(tried) == (3 + 1) * 2 and len(max(tried, key=len)) > 2 * len(tried[0])
+
+
 def test_a_pack_of_other_sources_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_pack, "PACK", tmp_path)
     assert gpu_pack.refusal() is None and "there is no" in gpu_pack.unpack()
@@ -233,7 +256,8 @@ def test_all_of_it_here(tmp_path):
     assert any(row["kind"] == "time" and row["variant"] == "ercn-cpu" for row in rows)
     failed = tmp_path / "failed.jsonl"
     group = gpu_smoke.groups("^pool forward, sm90, bfloat16, rows")[0]
-    failed.write_text(json.dumps(smoked(group, status="killed")) + "\n")
+    rest = {"kind": "test", "name": "the rest", "status": "not run"}
+    failed.write_text(f"{json.dumps(smoked(group, status='killed'))}\n{json.dumps(rest)}\n")
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("compute-sanitizer", "ncu"):  # what they run is run

@@ -15,6 +15,7 @@ class BenchConfig:
     dtype: only this one. also: settings, separated by commas, in which our compiled backend takes turns with itself. On
     the CPU: one_thread, the instruction sets portable, avx2 and avx512, and float32 (on float32 copies of the inputs);
     on a GPU: the cuda backend's kernels generic and sm90_dense.
+    without: variants to leave out, separated by commas, such as compile,blockwise.
     filter: only cases whose id contains a match of this regular expression.
     quick: a few small cases, few rounds. full: every registered case instead of the standard ones.
     seconds: of rounds per case. rounds: at least so many per case. threads: of torch on the CPU, 0 leaves torch's own
@@ -29,6 +30,7 @@ class BenchConfig:
     direction: Literal["forward", "backward", "forward_backward", "all"] = "all"
     dtype: Literal["float32", "tf32", "bfloat16", "float16", "all"] = "all"
     also: str = ""
+    without: str = ""
     filter: str = ""
     quick: bool = False
     full: bool = False

@@ -1,167 +1,201 @@
-"""One command for a machine with a GPU and no network: build, test, sanitize, measure, in stages with time budgets.
+"""Checks and measures a checkout on a bare machine with one GPU, no network and a few minutes, in order of importance.
 
-    python benchmarks/gpu_check.py --out benchmarks/results/h100 --bench 1800
+    python benchmarks/gpu_check.py pack --python PYTHON               # where there is a compiler: makes build/gpu_pack
+    python3 benchmarks/gpu_check.py first --seconds 200 --out OUT     # on the machine with the GPU
 
-Every stage has an option of its name that gives its seconds; 0 leaves it out. A stage that fails or runs out of time
-does not stop the next ones, and a benchmark that is cut keeps its finished rows. The folder holds a log per stage, the
-results, plots, and summary.json; the exit code is 1 where a stage failed. Without a GPU the GPU stages are skipped.
-Needs torch, the packages of pyproject's build-system table, pytest and hypothesis. What is absent besides costs what
-needs it: without timm the network's rows, without nvidia-ml-py the telemetry, without matplotlib the plots.
+PYTHON has the Python and torch versions of the machine with the GPU, which needs the tracked files and build/gpu_pack
+(ignored by git, so a tool that copies a checkout must be told to carry it) and nothing installed but torch and pytest.
+As time is left, there: ``next --seconds 400 --failed OUT/results.jsonl --out OUT2``; afterwards, anywhere: ``report
+OUT OUT2`` prints the rows for README and docs.
+
+Every stage is a process of its own and ends when its time is up. What it finds is a line in OUT/results.jsonl at once,
+what it prints is in OUT/log.txt; OUT/report.md is the report of both. A kernel that hangs, fails or gives a wrong
+result in the smoke stage is not timed; one that hangs or takes its process down is left out of the tests as well.
+Without a GPU all of it runs on the CPU at toy sizes: the CUDA kernels emulated where ERCN_CUDA_EMULATED=1, else their
+cases are only made; the Triton kernels where TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+if __package__:
+    from ercn.benchmarks import gpu_report
+else:  # a script imports nothing of ercn, whose kernels may be what does not load
+    import gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = sys.executable
-GRACE_S = 30.0  # between the interrupt and the kill of a stage out of time
-NO_TESTS = 5  # pytest's exit code
-# The operators' tests alone: others need the training extra before they can be collected.
-OPERATORS = ("affinity", "attention", "backends", "cpu", "cuda", "gpu", "triton")
-TESTS = [p.as_posix() for p in sorted((ROOT / "tests").glob("test_*.py")) if p.stem.split("_")[1] in OPERATORS]
-SMALL = (PYTHON, "-m", "ercn", "doctor", "--selftest")
-# Every path of the CUDA kernels once, small enough for a sanitizer.
-SANITIZED = (PYTHON, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu_ops.py", "-k",
-             "cuda and (within_budget or ragged or masked)")  # fmt: skip
+TRITON = ROOT / "build" / "gpu_pack" / "triton"  # its cache, which the pack fills
+RESULTS = "results.jsonl"
+LEAST_S = 3.0  # with less left a stage is not begun
+KILLED_S = 5.0  # a killed process may hang in the driver for longer; nobody waits for it
 
 
 @dataclass(frozen=True)
 class Stage:
-    """command: {out} stands for the results folder. needs: "" or "gpu", or "sanitizer" for a GPU and that tool."""
+    """seconds: at most. kept: what it leaves for the stages after it. Both are for the usual time, and go with it."""
 
     name: str
-    seconds: int
-    command: tuple[str, ...]
-    needs: str = ""
+    seconds: float
+    kept: float = 0.0
 
 
-STAGES = (
-    Stage("build", 1200, (PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e",
-                          ".")),
-    Stage("doctor", 120, SMALL),
-    Stage("tests_cpu", 900, (PYTHON, "-m", "pytest", "-q", "-m", "not slow and not gpu", *TESTS)),
-    Stage("tests_gpu", 900, (PYTHON, "-m", "pytest", "-q", "-m", "gpu", *TESTS), "gpu"),
-    *(Stage(tool, 600, ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *SANITIZED), "sanitizer")
-      for tool in ("memcheck", "racecheck", "synccheck")),
-    Stage("bench_cpu", 300, (PYTHON, "-m", "ercn", "bench", "--device", "cpu", "--quick", "--save", "{out}/cpu.json")),
-    Stage("bench", 1200, (PYTHON, "-m", "ercn", "bench", "--device", "cuda", "--save", "{out}/cuda.json"), "gpu"),
-    Stage("bench_kernels", 600, (PYTHON, "-m", "ercn", "bench", "--device", "cuda", "--backend", "cuda", "--also",
-                                 "generic,sm90_dense", "--save", "{out}/cuda_kernels.json"), "gpu"),
-    Stage("plots", 120, (PYTHON, "-m", "ercn", "bench", "plot", "{out}/cpu.json", "--out", "{out}/plots_cpu")),
-    Stage("plots_gpu", 120, (PYTHON, "-m", "ercn", "bench", "plot", "{out}/cuda.json", "--out", "{out}/plots"), "gpu"),
-)  # fmt: skip
-
-
-@dataclass
-class Outcome:
-    """status: passed, failed, out of time or skipped."""
-
-    stage: str
-    status: str
-    seconds: float = 0.0
-    reason: str = ""
-    command: str = ""
+USUAL_S = {"first": 200.0, "next": 400.0}
+FIRST = (
+    Stage("libraries", 150),
+    Stage("environment", 40),
+    Stage("smoke", 70, kept=60),
+    Stage("tests", 90, kept=45),
+    Stage("timing", 60, kept=2),
+)
+NEXT = (
+    Stage("libraries", 150),
+    Stage("environment", 40),
+    Stage("failures", 60),
+    Stage("hardware", 120),
+    Stage("sanitizers", 60),
+    Stage("tuning", 60),
+    Stage("bench", 120),
+    Stage("profile", 60),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    for name in ("kernels", "benchmarks"):  # the package's folders that lie beside it; an installation maps them
+        with contextlib.suppress(FileExistsError):
+            (ROOT / "ercn" / name).symlink_to(f"../{name}", target_is_directory=True)
+    if options.command in ("first", "next"):
+        return check(options)
+    if options.command == "report":
+        print(gpu_report.render([row for folder in options.folders for row in rows(folder / RESULTS)]), end="")
+        return 0
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks")]
+    if options.command == "pack":
+        from ercn.benchmarks import gpu_pack
+
+        return gpu_pack.pack(options.python)
+    from ercn.benchmarks import gpu_smoke
+
+    return gpu_smoke.run_here(options.only, options.device, options.pixels)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder of results (%(default)s)")
-    for stage in STAGES:
-        text = f"seconds for this stage, 0 leaves it out ({stage.seconds})"
-        parser.add_argument(f"--{stage.name}", type=int, default=stage.seconds, metavar="S", help=text)
-    options = vars(parser.parse_args(argv))
-    out = options["out"].resolve()
+    commands = parser.add_subparsers(dest="command", required=True)
+    pack = commands.add_parser("pack", help="build the libraries for another Python into build/gpu_pack")
+    pack.add_argument("--python", default=sys.executable, help="interpreter to build for (this one)")
+    for name, stages in (("first", FIRST), ("next", NEXT)):
+        every = ",".join(stage.name for stage in stages)
+        command = commands.add_parser(name, help=every)
+        command.add_argument("--seconds", type=float, default=USUAL_S[name], help="for all of it (%(default)s)")
+        command.add_argument("--out", type=Path, default=Path(f"runs/gpu_check/{name}"), help="folder (%(default)s)")
+        command.add_argument("--stages", default=every, help="only these (%(default)s)")
+        command.add_argument("--only", default="", help="smoke cases whose name this regular expression finds")
+        command.add_argument("--failed", type=Path, help="results.jsonl of an earlier run; its failures come first")
+    case = commands.add_parser("case", help="run smoke cases in this process, for a debugger or a profiler")
+    case.add_argument("only", help="regular expression that the case's name matches")
+    case.add_argument("--device", default="cuda")
+    case.add_argument("--pixels", type=int, default=0, help="one size, of so many pixels or instances")
+    report = commands.add_parser("report", help="Markdown of the results in folders")
+    report.add_argument("folders", type=Path, nargs="+")
+    return parser
+
+
+def record(out: Path, kind: str, **values: Any) -> None:
+    """One line of results, on the disk when this returns."""
+    with open(out / RESULTS, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"kind": kind, **values}) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def rows(path: Path, kind: str = "") -> list[dict[str, Any]]:
+    """Lines of results, of one kind; a last line that was cut is left out."""
+    found = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+    return [row for row in found if kind in ("", row["kind"])]
+
+
+def check(options: argparse.Namespace) -> int:
+    """Exit code 0 where everything that was asked for was done and passed, 2 where it cannot begin."""
+    deadline = time.monotonic() + options.seconds
+    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for stage in STAGES:
-        outcomes.append(run_stage(stage, options[stage.name], out))
-        last = outcomes[-1]
-        print(f"{last.stage:<10} {last.status:<12} {last.seconds:7.1f} s  {last.reason}", flush=True)
-        summary = {"python": sys.version.split()[0], "gpu": gpu_name(), "stages": [asdict(o) for o in outcomes]}
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return int(any(o.status in ("failed", "out of time") for o in outcomes))
+    (out / RESULTS).unlink(missing_ok=True)
+    (out / "log.txt").write_text("")
+    failed = ["--failed", str(options.failed.resolve())] if options.failed else []
+    record(out, "run", command=options.command, seconds=options.seconds)
+    scale = options.seconds / USUAL_S[options.command]
+    for stage in FIRST if options.command == "first" else NEXT:
+        if stage.name not in options.stages.split(","):
+            continue
+        stage = Stage(stage.name, scale * stage.seconds, scale * stage.kept)
+        arguments = [stage.name, "--out", str(out), "--only", options.only, *failed]
+        status = run_stage(stage, arguments, deadline, out)
+        (out / "report.md").write_text(gpu_report.render(rows(out / RESULTS)), encoding="utf-8")
+        if status == "refused":
+            return 2
+    return int(any(row.get("status") in gpu_report.BAD for row in rows(out / RESULTS)))
 
 
-def gpu_name() -> str | None:
-    import torch
+def run_stage(stage: Stage, arguments: Sequence[str], deadline: float, out: Path) -> str:
+    """Its status: done, failed, refused, out of time, or not done where too little time was left."""
+    start = time.monotonic()
+    limit = min(stage.seconds, deadline - start - stage.kept)
+    status, reason = "not done", f"{deadline - start:.0f} s were left, of which {stage.kept:.0f} are kept for others"
+    if limit >= LEAST_S:
+        until = start + limit - LEAST_S / 2  # it ends by itself, or is killed
+        module = ["-m", "ercn.benchmarks.gpu_stages", *arguments, "--until", str(until)]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(TRITON)}
+        with open(out / "log.txt", "a", encoding="utf-8") as log:
+            log.write(f"\n=== {stage.name}, at most {limit:.0f} s\n")
+            log.flush()
+            code = _wait(limit, [sys.executable, *module], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        status = {0: "done", None: "out of time", REFUSED: "refused"}.get(code, "failed")
+        reason = "" if status == "done" else f"exit code {code}; {last_line(out / 'log.txt')}"
+    seconds = round(time.monotonic() - start, 1)
+    record(out, "stage", name=stage.name, status=status, seconds=seconds, reason=reason)
+    print(f"{stage.name:<12} {status:<12} {seconds:6.1f} s  {reason}", flush=True)
+    return status
 
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+REFUSED = 3  # exit code
 
 
-def obstacle(stage: Stage, seconds: int) -> str | None:
-    if seconds <= 0:
-        return "left out by its option"
-    if stage.needs and gpu_name() is None:
-        return "torch finds no GPU"
-    if stage.needs == "sanitizer" and shutil.which("compute-sanitizer") is None:
-        return "compute-sanitizer is not on PATH; it comes with the CUDA toolkit"
+def _wait(seconds: float, command: Sequence[str], **options: Any) -> int | None:
+    """The exit code, None where it and what it started had to be killed."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(KILLED_S)
     return None
 
 
-def run_stage(stage: Stage, seconds: int, out: Path) -> Outcome:
-    """Runs it in the source tree, its output in OUT/<stage>.log; out of time it is interrupted, then killed."""
-    if reason := obstacle(stage, seconds):
-        return Outcome(stage.name, "skipped", reason=reason)
-    command = [part.replace("{out}", str(out)) for part in stage.command]
-    start, log = time.monotonic(), out / f"{stage.name}.log"
-    environment = os.environ | {"ERCN_BUILD": os.environ.get("ERCN_BUILD", "cuda")}
-    with open(log, "w", encoding="utf-8") as stream:
-        try:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # A background shell ignores SIGINT, and a child would inherit that. There are no threads here.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-            )
-        except OSError as error:
-            return Outcome(stage.name, "failed", reason=str(error), command=" ".join(command))
-        late = _wait(process, seconds)
-    outcome = Outcome(stage.name, "passed", time.monotonic() - start, command=" ".join(command))
-    if late:
-        outcome.status, outcome.reason = "out of time", f"stopped after {seconds} s; see {log.name}"
-    elif process.returncode == NO_TESTS and "pytest" in command:
-        outcome.status, outcome.reason = "skipped", "no test carries the marker"
-    elif process.returncode != 0:
-        outcome.status, outcome.reason = "failed", f"exit code {process.returncode}; {log.name} ends: {_last_line(log)}"
-    return outcome
-
-
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][-200:] if lines else "(nothing)"
-
-
-def _wait(process: subprocess.Popen, seconds: float) -> bool:
-    """True where the process had to be stopped. The interrupt lets a benchmark write what it has."""
-    try:
-        process.wait(seconds)
-        return False
-    except subprocess.TimeoutExpired:
-        pass
-    for sign, patience in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
-        break
-    process.wait()
-    return True
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
             print(case.id)
         return {"rows": []}
     with _threads(config.threads):
-        return _run(config, cases, device)
+        return measure_cases(config, cases, device)
 
 
 def select(config: BenchConfig, device: str) -> list[Case]:
@@ -76,7 +76,11 @@ def select(config: BenchConfig, device: str) -> list[Case]:
 
 
 def settings(config: BenchConfig) -> list[str]:
-    return [name.strip() for name in config.also.split(",") if name.strip()]
+    return _names(config.also)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _device(name: str) -> str:
@@ -99,7 +103,8 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(config: BenchConfig, cases: list[Case], device: str) -> dict[str, Any]:
+def measure_cases(config: BenchConfig, cases: list[Case], device: str) -> dict[str, Any]:
+    """``run`` for cases in an order of one's own."""
     timing.keep_freed_memory()
     shown, values = screen(), environment(device)
     shown.note(f"{machine(values)}; torch {values['packages']['torch']}; {len(cases)} cases")
@@ -155,7 +160,7 @@ def _prepare(case: Case, inputs: Inputs, device: str, config: BenchConfig, refus
     fitting: list[Variant] = []
     held = 0.0
     table = variants(case, device, config.backend, settings(config))
-    for variant in table:
+    for variant in (v for v in table if v.name not in _names(config.without)):
         reason = variant.obstacle(case, inputs)
         needed = variant.bytes(case) + variant.held(case)
         if reason is None:

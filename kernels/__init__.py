@@ -1,1 +1,51 @@
 """Triton kernels, their launchers and tile configs. Nothing in this package registers an operator."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+
+
+def _kernels() -> Iterator[tuple[ModuleType, str, object]]:
+    """Every kernel: its module, its name there, itself."""
+    for info in iter_modules(__path__):
+        module = import_module(f"{__name__}.{info.name}")
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel") and value.fn.__module__ == module.__name__:
+                yield module, name, value
+
+
+def _full_name(module: ModuleType, name: str) -> str:
+    return f"{module.__name__.removeprefix(__name__ + '.')}.{name}"
+
+
+def kernels() -> list[str]:
+    """Names of all kernels: "affinity.forward_kernel" and so on."""
+    return sorted(_full_name(module, name) for module, name, _ in _kernels())
+
+
+@contextlib.contextmanager
+def counting_launches() -> Iterator[Counter[str]]:
+    """Within the block every launch of a kernel is counted under its name, compiled or interpreted."""
+    counts: Counter[str] = Counter()
+
+    class Counted:
+        def __init__(self, name: str, kernel: object):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            counts[self.name] += 1
+            return self.kernel[grid]
+
+    found = list(_kernels())
+    for module, name, kernel in found:
+        setattr(module, name, Counted(_full_name(module, name), kernel))
+    try:
+        yield counts
+    finally:
+        for module, name, kernel in found:
+            setattr(module, name, kernel)

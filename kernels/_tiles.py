@@ -1,5 +1,6 @@
-"""What every kernel shares: rounding, products with a stated precision, factors split in two terms."""
+"""What every kernel shares: rounding, products with a stated precision, long sums, factors split in two terms."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -8,22 +9,56 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def nearest(x, DROP: tl.constexpr):
+    """float32 x rounded to nearest even without its last DROP bits; NaN is the one NaN that survives truncation."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + ((1 << (DROP - 1)) - 1) + ((bits >> DROP) & 1)) & -(1 << DROP)
+    return tl.where(tl.abs(x) <= float("inf"), rounded.to(tl.float32, bitcast=True), float("nan"))
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 x rounded to dtype, to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = tl.where(tl.abs(x) <= float("inf"), rounded.to(tl.float32, bitcast=True), x)
+    """x rounded to dtype, to nearest even."""
+    if INTERPRETED and x.dtype == tl.float32 and dtype == tl.bfloat16:
+        x = nearest(x, 16)
     return x.to(dtype)
+
+
+@triton.jit
+def factor(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x as a factor of products in dtype; float32 is rounded to TF32 where PRECISION says so: hardware truncates."""
+    if PRECISION == "tf32" and x.dtype == tl.float32 and dtype == tl.float32:
+        x = nearest(x, 13)
+    return narrow(x, dtype)
+
+
+@triton.jit
+def round_kernel(x, out, size, BLOCK: tl.constexpr):
+    """out = x in TF32, for float32 tensors of the same dense layout."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, factor(tl.load(x + i, mask=i < size), tl.float32, "tf32"), mask=i < size)
+
+
+def rounded(x: torch.Tensor, precision: str) -> torch.Tensor:
+    """x as a factor of products: rounded once, in memory, where they are TF32."""
+    if precision != "tf32" or x.dtype != torch.float32 or x.numel() == 0:
+        return x
+    out = torch.empty_like(x)
+    if out.stride() != x.stride():  # x has gaps
+        x = out.copy_(x)
+    round_kernel[(triton.cdiv(x.numel(), 1024),)](x, out, x.numel(), BLOCK=1024)
+    return out
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b in float32. PRECISION is that of float32 factors; half-precision factors are multiplied exactly."""
+    FACTORS: tl.constexpr = PRECISION if a.dtype == tl.float32 else "ieee"
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    # A limit on imprecise sums keeps the compiler from folding the addition in ``accumulate`` into the product.
+    return tl.dot(a, b, acc, input_precision=FACTORS, max_num_imprecise_acc=1)
 
 
 @triton.jit
@@ -48,6 +83,12 @@ def dot_terms(a, b, acc, PRECISION: tl.constexpr):
     if len(a) == 2:
         acc = dot(a[1], b[0], acc, PRECISION)
     return acc
+
+
+@triton.jit
+def accumulate(total, a, b, PRECISION: tl.constexpr):
+    """total + a·b for one step of a long sum: added in float32, since tensor cores truncate what they add to."""
+    return total + dot_terms(a, b, tl.zeros_like(total), PRECISION)
 
 
 @triton.jit

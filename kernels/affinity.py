@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ercn.kernels import configs
-from ercn.kernels._tiles import dot, dot_terms, narrow, split, transpose
+from ercn.kernels._tiles import accumulate, dot, dot_terms, factor, narrow, rounded, split, transpose
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def streamed_products(
     for d0 in range(0, D, BLOCK_D):
         f_i = load_feat(feat, n_i, d0, N, D, stride_d, stride_n, BLOCK_D, EVEN_D)
         f_j = load_feat(feat, n_j, d0, N, D, stride_d, stride_n, BLOCK_D, EVEN_D)
-        t = dot(tl.trans(f_i), f_j, t, PRECISION)
+        t = accumulate(t, (tl.trans(f_i),), (f_j,), PRECISION)
     return t
 
 
@@ -155,7 +155,7 @@ def forward_kernel(
                 t = streamed_products(
                     feat, n_i, n_j, N, D, stride_d, stride_n, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
                 )
-            sums = sums + (dot_terms(split(relu(t), A_TERMS, FULL), v_j, acc[r], PRECISION),)
+            sums = sums + (accumulate(acc[r], split(relu(t), A_TERMS, FULL), v_j, PRECISION),)
         acc = sums
 
     c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -177,7 +177,7 @@ def forward_kernel(
                         feat, n_i, n_j, N, D, stride_d, stride_n, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
                     )
                 a = split(relu(t), A_TERMS, FULL)
-                sums = sums + (dot_terms(a, v_j, acc[r], PRECISION),)
+                sums = sums + (accumulate(acc[r], a, v_j, PRECISION),)
                 back = dot_terms(transpose(a), v_rows[r], back, PRECISION)
             acc = sums
             tl.store(p_mirrored + n_j[:, None], back, mask=(n_j < N)[:, None] & (c < C)[None, :])
@@ -221,7 +221,7 @@ def backward_kernel(
     stride_b, stride_d, stride_n,
     NEED_VALUE: tl.constexpr, RESIDENT: tl.constexpr, CHUNKS: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCKS_C: tl.constexpr, V_TERMS: tl.constexpr, G_TERMS: tl.constexpr, A_TERMS: tl.constexpr,
-    FULL: tl.constexpr, PRECISION: tl.constexpr, W_DTYPE: tl.constexpr,
+    FULL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of grad_feat (CHUNKS·BLOCK_D of its channels) and grad_value over one slab of columns.
@@ -269,14 +269,15 @@ def backward_kernel(
             if BLOCKS_C > 1:
                 v_i = load_terms(value, n_i, N, i, CP, V_TERMS, BLOCK_C)
                 g_i = load_terms(grad, n_i, N, i, CP, G_TERMS, BLOCK_C)
+            if NEED_VALUE:
+                acc_value = accumulate(acc_value, split(relu(t), A_TERMS, FULL), g_j, PRECISION)
             w = dot_terms(v_i, transpose(g_j), w, PRECISION)
             w = dot_terms(g_i, transpose(v_j), w, PRECISION)
-        if NEED_VALUE:
-            acc_value = dot_terms(split(relu(t), A_TERMS, FULL), g_j, acc_value, PRECISION)
-        w = narrow(tl.where(t <= 0, 0.0, w), W_DTYPE)  # T = NaN passes the gradient on, as in torch
+        w = tl.where(t <= 0, 0.0, w)  # T = NaN passes the gradient on, as in torch
+        w = factor(w, feat.dtype.element_ty, PRECISION)
         sums = ()
         for i in tl.static_range(CHUNKS):
-            sums = sums + (dot(w, tl.trans(f_j[i]).to(W_DTYPE), acc[i], PRECISION),)
+            sums = sums + (accumulate(acc[i], (w,), (tl.trans(f_j[i]),), PRECISION),)
         acc = sums
 
     part = i_split.to(tl.int64) * batch + i_b
@@ -333,9 +334,8 @@ def backward_constants(
         "NEED_VALUE": need_value and resident and blocks_c == 1, "RESIDENT": resident, "CHUNKS": chunks,
         "EVEN_D": dim % (chunks * config.block_d) == 0, "BLOCKS_C": blocks_c,
         "V_TERMS": terms[0], "G_TERMS": terms[1], "A_TERMS": precision.a_terms, "FULL": precision.full,
-        "PRECISION": precision.dot, "W_DTYPE": tl.bfloat16 if precision.product_dtype == torch.bfloat16 else tl.float32,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "BLOCK_C": block_c,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "PRECISION": precision.dot, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d,
+        "BLOCK_C": block_c, "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
 
 
@@ -348,6 +348,7 @@ def relu_affinity(value: Tensor, feat: Tensor, plan: configs.ForwardPlan | None 
     arch = configs.arch(feat.device)
     plan = plan or configs.forward_plan(batch, channels, dim, n, feat.dtype, arch)
     precision = configs.precision(feat.dtype, arch)
+    feat = rounded(feat, precision.dot)
     terms = _terms(value, precision)
     constants = forward_constants(channels, dim, terms.shape[1], plan, precision)
     group, padded = plan.config.group, terms.shape[3]
@@ -387,8 +388,9 @@ def relu_affinity_backward(
     if batch * channels * n * dim == 0:
         return grad_value.zero_(), grad_feat.zero_()
     arch = configs.arch(feat.device)
-    plan = plan or configs.backward_plan(batch, dim, n, feat.dtype, arch)
     precision = configs.precision(feat.dtype, arch)
+    plan = plan or configs.backward_plan(batch, dim, n, precision.product_dtype, arch)
+    factors = rounded(feat.to(precision.product_dtype), precision.dot)
     v, g = _terms(value, precision), _terms(grad_out, precision)
     constants = backward_constants(channels, dim, need_value, (v.shape[1], g.shape[1]), plan, precision)
     fused = constants["NEED_VALUE"]
@@ -401,8 +403,8 @@ def relu_affinity_backward(
         part_value = grad_value.new_empty(plan.slabs, *value.shape, dtype=torch.float32)
     blocks = triton.cdiv(n, constants["BLOCK_M"]) * triton.cdiv(dim, constants["CHUNKS"] * constants["BLOCK_D"])
     backward_kernel[(batch * blocks * plan.slabs,)](
-        feat, v, g, part_value, part_feat, batch, channels, dim, n, plan.slabs, plan.slab, v.shape[3],
-        *feat.stride(), **constants,
+        factors, v, g, part_value, part_feat, batch, channels, dim, n, plan.slabs, plan.slab, v.shape[3],
+        *factors.stride(), **constants,
     )  # fmt: skip
     if not whole:
         grad_feat = part_feat.sum(dim=0).to(feat.dtype)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ercn.kernels import configs
-from ercn.kernels._tiles import dot, dot_terms, narrow, split
+from ercn.kernels._tiles import accumulate, dot, dot_terms, factor, narrow, rounded, split
 
 
 @triton.jit
@@ -109,10 +109,10 @@ def branches(
     u = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        x = load_rows(h, offsets, rows, d, D, stride_d)
-        v = dot(x, load_weight(v_weight, unit, L, d, D), v, PRECISION)
+        x = (factor(load_rows(h, offsets, rows, d, D, stride_d), h.dtype.element_ty, PRECISION),)
+        v = accumulate(v, x, (load_weight(v_weight, unit, L, d, D),), PRECISION)
         if GATED:
-            u = dot(x, load_weight(u_weight, unit, L, d, D), u, PRECISION)
+            u = accumulate(u, x, (load_weight(u_weight, unit, L, d, D),), PRECISION)
     if V_BIAS:
         v += tl.load(v_bias + unit, mask=unit < L, other=0.0).to(tl.float32)[None, :]
     if U_BIAS:
@@ -165,7 +165,7 @@ def forward_kernel(
             GATED, V_BIAS, U_BIAS, PRECISION, BLOCK_M, BLOCK_L, BLOCK_D,
         )  # fmt: skip
         w = tl.trans(load_heads(w_weight, k, K, unit, L))
-        s = dot_terms(split(t * gate, 2, FULL), split(w, TERMS, FULL), s, EXACT)
+        s = accumulate(s, split(t * gate, 2, FULL), split(w, TERMS, FULL), EXACT)
     if W_BIAS:
         s += tl.load(w_bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     s = tl.where(real[:, None], s, -float("inf"))
@@ -265,7 +265,8 @@ def pooled_grad_kernel(
             d = d0 + tl.arange(0, BLOCK_D)
             x = load_rows(h, offsets, inside, d, D, stride_d)
             p_grad = grad_pooled + ((bag.to(tl.int64) * K + k)[None, :] * D + d[:, None])
-            q = dot(x, tl.load(p_grad, mask=(d < D)[:, None] & (k < K)[None, :], other=0.0), q, EXACT)
+            g = tl.load(p_grad, mask=(d < D)[:, None] & (k < K)[None, :], other=0.0)
+            q = accumulate(q, (x,), (g,), EXACT)
         tl.store(products + at, q, mask=belongs[:, None] & (k < K)[None, :])
         largest, e = softmax_parts(s, inside)
         slot = (tile + bag).to(tl.int64) * K + k
@@ -370,9 +371,9 @@ def branch_grad_kernel(
         i_r = (r - first_tile * BLOCK_M).to(tl.int64)
         at = i_r[:, None] * width + unit[None, :]
         held = (r < T)[:, None] & (unit < L)[None, :]
-        tl.store(grad_branches + at, narrow(dt, grad_branches.dtype.element_ty), mask=held)
+        tl.store(grad_branches + at, factor(dt, grad_branches.dtype.element_ty, PRECISION), mask=held)
         if GATED:
-            tl.store(grad_branches + (at + L), narrow(du, grad_branches.dtype.element_ty), mask=held)
+            tl.store(grad_branches + (at + L), factor(du, grad_branches.dtype.element_ty, PRECISION), mask=held)
     if NEED_BIAS:
         p_bias = part_bias + tile.to(tl.int64) * width + unit
         tl.store(p_bias, tl.sum(dt, axis=0), mask=unit < L)
@@ -410,7 +411,7 @@ def row_grad_kernel(
             weight = u_weight if branch else v_weight
             p_weight = weight + (unit.to(tl.int64)[:, None] * D + d[None, :])
             w = tl.load(p_weight, mask=(unit < L)[:, None] & (d < D)[None, :], other=0.0)
-            acc = dot(dp, w.to(grad_branches.dtype.element_ty), acc, PRECISION)
+            acc = accumulate(acc, (dp,), (w.to(grad_branches.dtype.element_ty),), PRECISION)
     if HAS_POOLED:
         k = tl.arange(0, BLOCK_K)
         end = tl.minimum(row0 + BLOCK_M, last_row)
@@ -423,7 +424,7 @@ def row_grad_kernel(
             a = tl.load(attention + at, mask=inside[:, None] & (k < K)[None, :], other=0.0)
             p_grad = grad_pooled + ((bag.to(tl.int64) * K + k)[:, None] * D + d[None, :])
             g = tl.load(p_grad, mask=(k < K)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-            acc = dot_terms(split(a, 2, FULL), split(g, TERMS, FULL), acc, EXACT)
+            acc = accumulate(acc, split(a, 2, FULL), split(g, TERMS, FULL), EXACT)
             bag += 1
             start = after
     p_h = grad_h + (r.to(tl.int64)[:, None] * D + d[None, :])
@@ -457,7 +458,8 @@ def weight_grad_kernel(
         dp = tl.load(p_branches, mask=(r < last_row)[:, None] & (unit < units)[None, :], other=0.0)
         rows = real_rows(mask, r, last_row, N, stride_mb, stride_mn, MASKED)
         x = load_rows(h, row_offsets(r, N, stride_b, stride_n, RAGGED), rows, d, D, stride_d)
-        acc = dot(tl.trans(dp), x.to(grad_branches.dtype.element_ty), acc, PRECISION)
+        x = factor(x, grad_branches.dtype.element_ty, PRECISION)
+        acc = accumulate(acc, (tl.trans(dp),), (x,), PRECISION)
     tl.store(p_parts, acc, mask=held)
 
 
@@ -519,6 +521,7 @@ def gated_attention_pool(
     config = configs.pool_config(dim, h.dtype, arch)
     precision, narrow_constants = _precisions(h, arch)
     weights = _contiguous(v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    weights[0], weights[2] = (None if x is None else rounded(x, precision.dot) for x in (weights[0], weights[2]))
     tiles = triton.cdiv(bags.rows, config.block_m)
     slots = tiles + bags.count
     maxima, sums = torch.empty(2, slots, heads, dtype=torch.float32, device=h.device)
@@ -592,6 +595,7 @@ def gated_attention_pool_backward(
     config = configs.pool_config(dim, h.dtype, arch)
     precision, narrow_constants = _precisions(h, arch)
     v_weight, v_bias, u_weight, u_bias, w_weight = _contiguous(v_weight, v_bias, u_weight, u_bias, w_weight)
+    v_weight, u_weight = (None if x is None else rounded(x, precision.dot) for x in (v_weight, u_weight))
     scores = scores.contiguous()
     grad_pooled = None if grad_pooled is None else grad_pooled.to(h.dtype).contiguous()
     grad_scores = None if grad_scores is None else grad_scores.contiguous()

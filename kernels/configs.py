@@ -98,9 +98,10 @@ class Precision:
 def precision(dtype: torch.dtype, arch: str) -> Precision:
     """float32 follows ``torch.get_float32_matmul_precision()``; float16's range is too small for gradients."""
     if dtype == torch.bfloat16:
-        return Precision(False, "tf32", 1, torch.bfloat16)
+        return Precision(False, "ieee", 1, torch.bfloat16)
     full = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return Precision(full, exact(arch) if full else "tf32", 2, torch.float32)
+    fast = "ieee" if arch.startswith("gfx") and arch != "gfx942" else "tf32"  # AMD has TF32 in CDNA 3 alone
+    return Precision(full, exact(arch) if full else fast, 2, torch.float32)
 
 
 def exact(arch: str) -> str:

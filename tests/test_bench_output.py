@@ -1,6 +1,5 @@
-"""Plots, the README's section, telemetry and the GPU check, on small result files."""
+"""Plots, the README's section, and telemetry, on small result files."""
 
-import importlib.util
 import json
 import sys
 import types
@@ -214,64 +213,3 @@ def test_telemetry_without_a_driver_says_so(nvml):
 def test_telemetry_without_the_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "pip install 'ercn[bench]'" in Telemetry("cuda").reason
-
-
-@pytest.fixture(scope="module")
-def gpu_check():
-    """As a script is loaded: by its path, before ercn is built."""
-    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "benchmarks" / "gpu_check.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["gpu_check"]
-
-
-def stage(gpu_check, name, code, seconds=60, needs=""):
-    return gpu_check.Stage(name, seconds, (sys.executable, "-c", code), needs)
-
-
-def test_a_failed_stage_does_not_stop_the_next(gpu_check, monkeypatch, tmp_path, capsys):
-    stages = (
-        stage(gpu_check, "bad", "print('why'); raise SystemExit(3)"),
-        stage(gpu_check, "late", "import time; time.sleep(60)", seconds=1),
-        stage(gpu_check, "gpu", "raise SystemExit(4)", needs="gpu"),
-        stage(gpu_check, "off", "raise SystemExit(4)"),
-        gpu_check.Stage("absent", 5, ("no-such-program",)),
-        stage(gpu_check, "good", "open(r'{out}/made.txt', 'w').write('x')"),
-    )
-    monkeypatch.setattr(gpu_check, "STAGES", stages)
-    monkeypatch.setattr(gpu_check, "gpu_name", lambda: None)
-    assert gpu_check.main(["--out", str(tmp_path), "--off", "0"]) == 1
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    states = {entry["stage"]: entry["status"] for entry in summary["stages"]}
-    assert states == {"bad": "failed", "late": "out of time", "gpu": "skipped", "off": "skipped", "absent": "failed",
-                      "good": "passed"}  # fmt: skip
-    assert (tmp_path / "made.txt").exists() and (tmp_path / "bad.log").read_text() == "why\n"
-    assert summary["stages"][0]["reason"] == "exit code 3; bad.log ends: why"
-    assert "torch finds no GPU" in capsys.readouterr().out
-
-
-def test_a_stage_out_of_time_may_finish_its_files(gpu_check, tmp_path):
-    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(r'{out}/kept', 'w').write('rows')"
-    outcome = gpu_check.run_stage(stage(gpu_check, "late", code), 2, tmp_path)
-    assert outcome.status == "out of time" and outcome.seconds < 20
-    assert (tmp_path / "kept").read_text() == "rows"
-
-
-def test_no_test_with_the_marker_is_not_a_failure(gpu_check, tmp_path):
-    (tmp_path / "test_none.py").write_text("")
-    command = (sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", str(tmp_path))
-    outcome = gpu_check.run_stage(gpu_check.Stage("tests", 60, command), 60, tmp_path)
-    assert outcome.status == "skipped" and "no test carries the marker" in outcome.reason
-
-
-@pytest.mark.slow
-def test_the_cpu_stages_run_here(gpu_check, tmp_path):
-    names = [s.name for s in gpu_check.STAGES]
-    assert names[0] == "build" and {"tests_gpu", "memcheck", "racecheck", "bench"} <= set(names)
-    # The build would replace the extension that other tests are using, and the CPU tests are running already.
-    assert gpu_check.main(["--out", str(tmp_path), "--build", "0", "--tests_cpu", "0"]) == 0
-    states = {e["stage"]: e["status"] for e in json.loads((tmp_path / "summary.json").read_text())["stages"]}
-    assert states["doctor"] == states["bench_cpu"] == states["plots"] == "passed"
-    assert results.load(tmp_path / "cpu.json")["rows"] and (tmp_path / "plots_cpu" / "roofline.svg").exists()

@@ -96,6 +96,11 @@ def test_settings_take_turns_with_the_cpu_backend():
     assert not any("@" in name for row in rows.values() for name in row.get("ratios", ()))
 
 
+def test_variants_can_be_left_out():
+    rows = measured(CASE, replace(QUICK, without="compile, blockwise"))
+    assert rows["eager"]["status"] == "ok" and not {"compile", "blockwise"} & set(rows)
+
+
 def test_settings_hold_while_a_call_runs_and_no_longer(monkeypatch):
     seen = []
 

@@ -51,11 +51,13 @@ def run_affinity(arch: str, kernel: str, dtype: torch.dtype, dim: int, layout: s
     feat = meta(1, dim or STREAMED, PIXELS, dtype=dtype)
     if layout == "channels_last":
         feat = meta(1, PIXELS, dim or STREAMED, dtype=dtype).mT
-    value, row = meta(1, CHANNELS, PIXELS, dtype=torch.float32), configs.row(arch, kernel, dtype, dim or STREAMED)
+    value = meta(1, CHANNELS, PIXELS, dtype=torch.float32)
     if kernel == "backward":
+        row = configs.row(arch, kernel, configs.precision(dtype, arch).product_dtype, dim or STREAMED)
         plan = configs.BackwardPlan(configs.BackwardConfig(*row), 1, PIXELS)
         affinity.relu_affinity_backward(value, value, feat, True, plan)
     else:
+        row = configs.row(arch, kernel, dtype, dim or STREAMED)
         band = PIXELS if kernel == "triangle" else 0
         affinity.relu_affinity(value, feat, configs.ForwardPlan(configs.ForwardConfig(*row), 1, PIXELS, band))
 

@@ -1,0 +1,307 @@
+"""Smoke cases of the GPU check: every kernel on exact inputs, each in a process of its own that is killed if it hangs.
+
+The processes are forks of one that has imported everything and has not touched the GPU, so each costs a context and no
+import. What a kernel must give is in ``exact``; memory that it allocates holds NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ercn.benchmarks import exact
+from ercn.benchmarks.cases import DTYPES
+from ercn.ops import _extension
+
+SILENT_S = {"cuda": 15.0, "cpu": 60.0}  # without a word for so long, a process hangs
+SIDE_BY_SIDE = min(6, os.cpu_count() or 1)
+SIZES = {"cuda": (300, 128, 1027, 1), "cpu": (70,)}  # pixels or instances of a bag
+HALVES = ("bfloat16", "float16")
+LAYOUTS = ("rows", "channels_first", "ragged", "masked")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sizes of one kernel, which run one after the other in one process.
+
+    kernels: generic, sm90 or sm90_dense of the backend ``cuda``; triton, or triton_triangle.
+    channels: C of the affinity. layout: of the pool's instances. hidden: L of the pool, heads: K.
+    """
+
+    op: str
+    direction: str
+    kernels: str
+    dtype: str
+    dim: int
+    channels: int = 0
+    layout: str = ""
+    hidden: int = 0
+    heads: int = 1
+
+    @property
+    def name(self) -> str:
+        shape = f"D {self.dim}, C {self.channels}" if self.op == "affinity" else f"{self.layout}, D {self.dim}"
+        return f"{self.op} {self.direction}, {self.kernels}, {self.dtype}, {shape}"
+
+    @property
+    def backend(self) -> str:
+        return "triton" if self.kernels.startswith("triton") else "cuda"
+
+
+def groups(only: str = "") -> list[Group]:
+    """The headline first, then what is most likely to hang: Hopper's, generic CUDA, Triton."""
+    found = [Group("affinity", "forward", "sm90", "bfloat16", 192, 22)]
+    for layout in LAYOUTS:
+        found += [Group("pool", way, "sm90", "bfloat16", 128, layout=layout, hidden=128, heads=2)
+                  for way in ("forward", "backward")]  # fmt: skip
+    for channels in (22, 7, 30):  # padded to 24, 8 and 32
+        for dim in (192, 64, 128, 256):
+            for dtype in HALVES:
+                found += [Group("affinity", "forward", kernels, dtype, dim, channels)
+                          for kernels in ("sm90", "sm90_dense")]  # fmt: skip
+                found.append(Group("affinity", "backward", "sm90", dtype, dim, channels))
+    for kernels in ("sm90", "generic", "triton"):
+        for dtype in HALVES if kernels == "sm90" else DTYPES:
+            for way in ("forward", "backward"):
+                if kernels != "sm90":
+                    found.append(Group("affinity", way, kernels, dtype, 192, 22))
+                if kernels == "triton" and way == "forward":
+                    found.append(Group("affinity", way, "triton_triangle", dtype, 192, 22))
+                for layout in LAYOUTS if dtype == "bfloat16" else ("rows",):
+                    found.append(Group("pool", way, kernels, dtype, 128, layout=layout, hidden=128, heads=2))
+    return [group for group in dict.fromkeys(found) if re.search(only, group.name)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a launcher, and the results that it must have."""
+
+    call: Callable[[], Any]
+    names: tuple[str, ...]
+    expected: Mapping[str, Tensor | None]
+
+
+def make(group: Group, size: int, device: str) -> Case:
+    """Inputs and results are made on the CPU, so that the kernels' own are the first launches on the GPU."""
+    launcher = import_module(f"ercn.ops.{group.backend}")
+    suffix = "_backward" if group.direction == "backward" else ""
+    dtype = DTYPES[group.dtype]
+
+    def there(*tensors: Tensor | None) -> list[Tensor | None]:
+        return [None if x is None else x.to(device) for x in tensors]
+
+    if group.op == "affinity":
+        value, feat, grad = exact.affinity(2, group.channels, group.dim, size, dtype)
+        expected = exact.expected_affinity(value, feat, grad)
+        names = ("grad_value", "grad_feat") if suffix else ("out",)
+        arguments = [*there(grad, value, feat), True] if suffix else there(value, feat)
+        op = "relu_affinity"
+    else:
+        bags: Any = [0, size, 1, size // 2] if group.layout == "ragged" else size
+        mask = (torch.arange(size) % 3 > 0).expand(2, size) if group.layout == "masked" else None
+        layout = group.layout if group.layout == "channels_first" else "rows"
+        if layout == "channels_first":
+            bags = size + -size % 8  # a channel's instances are multiples of 16 bytes
+        p = exact.pool(bags, group.dim, group.hidden, group.heads, dtype, bags=2, layout=layout, mask=mask)
+        expected = exact.expected_pool(p)
+        arguments = there(*p.inputs, p.mask, p.cu_seqlens)
+        names = ("pooled", "scores")
+        if suffix:
+            outputs = there(expected["pooled"], expected["scores"])
+            arguments = [*there(p.grad_pooled, p.grad_scores), *arguments, *outputs, [True] * len(p.inputs)]
+            names = tuple(f"grad_{name}" for name in exact.POOL_INPUTS)
+        op = "gated_attention_pool"
+    return Case(lambda: getattr(launcher, op + suffix)(*arguments), names, {name: expected[name] for name in names})
+
+
+def run(group: Group, size: int, device: str) -> tuple[str, str]:
+    """("passed" or "wrong" or "failed", why)."""
+    try:
+        case = make(group, size, device)
+        if group.backend == "cuda" and device == "cpu" and os.environ.get("ERCN_CUDA_EMULATED") != "1":
+            return "only made", "no GPU, and ERCN_CUDA_EMULATED is not 1"
+        with settings(group), uninitialised_is_nan():
+            found = case.call() if group.direction == "forward" else in_backward(case.call, device)
+        found = dict(zip(case.names, found if isinstance(found, tuple) else (found,), strict=True))
+        found = {name: None if case.expected[name] is None else x.cpu() for name, x in found.items()}
+        reason = exact.differences(found, case.expected)
+        return ("passed", "") if reason is None else ("wrong", reason)
+    except Exception as error:  # noqa: BLE001 - whatever a kernel raises is its result
+        traceback.print_exc()
+        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextlib.contextmanager
+def settings(group: Group) -> Iterator[None]:
+    """This process runs the group's kernels and no others."""
+    os.environ["ERCN_CUDA_KERNELS"] = group.kernels if group.backend == "cuda" else ""
+    torch.set_float32_matmul_precision("high" if group.dtype == "tf32" else "highest")
+    if group.backend == "triton" and group.op == "affinity":
+        from ercn.kernels import configs
+
+        triangle = group.kernels == "triton_triangle"
+        configs.use_triangle = lambda *_: triangle
+    yield
+
+
+@contextlib.contextmanager
+def uninitialised_is_nan() -> Iterator[None]:
+    """Memory that C++ and Triton's launchers allocate holds NaN: what is left unwritten shows."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def in_backward(call: Callable[[], Any], device: str) -> Any:
+    """The call's result on the thread where autograd runs backwards, which is new and has not used the GPU."""
+    results = []
+
+    class Call(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            results.append(call())
+            return grad
+
+    Call.apply(torch.ones(1, device=device, requires_grad=True)).sum().backward()
+    return results[0]
+
+
+def emulate() -> None:
+    """Under ERCN_CUDA_EMULATED=1 the backend ``cuda`` is the tests' emulator."""
+    if os.environ.get("ERCN_CUDA_EMULATED") == "1":
+        _of_tests("_cuda_emulator").become_backend()
+
+
+def _of_tests(name: str) -> ModuleType:
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    return import_module(name)
+
+
+def compile_ahead(arch: str) -> None:
+    """Fill Triton's cache with what the cases' first sizes launch on ``arch``, without a GPU."""
+    with _of_tests("_triton_aot").recording(arch):
+        for group in groups("triton"):
+            with settings(group):
+                make(group, SIZES["cuda"][0], "meta").call()
+
+
+def run_here(only: str, device: str, pixels: int) -> int:
+    """The groups of that name in this process, at small sizes or one of ``pixels``; 1 where one does not pass."""
+    emulate()
+    bad = 0
+    for group in groups(only):
+        for size in (pixels,) if pixels else SIZES["cpu"]:
+            status, reason = run(group, size, device)
+            print(f"{group.name}, N {size}: {status} {reason}", flush=True)
+            bad |= status in ("wrong", "failed")
+    return int(bad)
+
+
+def _process(group: Group, sizes: tuple[int, ...], device: str, pipe: Connection) -> None:
+    from ercn import kernels
+
+    with kernels.counting_launches() as counts:
+        for size in sizes:
+            pipe.send(("begins", size))
+            pipe.send(("ends", run(group, size, device)))
+    names = list(counts)
+    if _extension.load("_cuda") is None:
+        from ercn import _cuda
+
+        names += [kernel["name"] for kernel in _cuda.kernels() if kernel["launches"] > 0]
+    pipe.send(("launched", names))
+
+
+@dataclass
+class Running:
+    """A group's process: the sizes that are left, the one at work (None: none yet), and when it last said a word."""
+
+    group: Group
+    process: multiprocessing.Process
+    left: list[int]
+    size: int | None
+    heard: float
+
+
+def smoke(
+    found: list[Group], device: str, seconds: float, done: Callable[..., None], side_by_side: int = SIDE_BY_SIDE
+) -> None:
+    """Runs every group; ``done(kind, **values)`` gets a row for every size, and what a process launched."""
+    emulate()
+    _extension.load("_cuda")
+    import_module("ercn.kernels.affinity")
+    import_module("ercn.kernels.attention_pool")
+    context = multiprocessing.get_context("fork")
+    deadline, waiting = time.monotonic() + seconds, list(found)
+    running: dict[Connection, Running] = {}
+
+    def finish(pipe: Connection, status: str, reason: str) -> None:
+        """The process is gone, or is to go: what it left is named."""
+        entry = running.pop(pipe)
+        entry.process.kill()
+        if entry.size is None and entry.left:
+            entry.size = entry.left.pop(0)
+        if entry.size is not None:
+            row(entry.group, entry.size, status, reason, time.monotonic() - entry.heard)
+        for size in entry.left:
+            row(entry.group, size, "not run", f"after N {entry.size}, which was {status}")
+        pipe.close()
+
+    def row(group: Group, size: int, status: str, reason: str, took: float = 0.0) -> None:
+        what = {name: getattr(group, name) for name in ("op", "direction", "kernels", "dtype", "dim")}
+        done("smoke", name=group.name, size=size, status=status, reason=reason, seconds=round(took, 2), **what)
+
+    while (running or waiting) and time.monotonic() < deadline:
+        while waiting and len(running) < side_by_side:
+            group, (here, there) = waiting.pop(0), context.Pipe(duplex=False)
+            process = context.Process(target=_process, args=(group, SIZES[device], device, there), daemon=True)
+            process.start()
+            there.close()
+            running[here] = Running(group, process, list(SIZES[device]), None, time.monotonic())
+        for pipe in wait(list(running), timeout=0.2):
+            entry = running[pipe]
+            try:
+                word, value = pipe.recv()
+            except EOFError:
+                entry.process.join(1)
+                finish(pipe, "crashed", f"its process ended with exit code {entry.process.exitcode}")
+                continue
+            if word == "begins":
+                entry.size = value
+                entry.left.remove(value)
+            elif word == "ends":
+                row(entry.group, entry.size, *value, time.monotonic() - entry.heard)
+                entry.size = None
+            else:
+                done("launched", names=value, by=entry.group.name)
+            entry.heard = time.monotonic()
+        for pipe, entry in list(running.items()):
+            if time.monotonic() - entry.heard > SILENT_S[device]:
+                finish(pipe, "killed", f"no word for {SILENT_S[device]:.0f} s")
+    for pipe in list(running):
+        finish(pipe, "not run", "out of time")
+    for group in waiting:
+        for size in SIZES[device]:
+            row(group, size, "not run", "out of time")

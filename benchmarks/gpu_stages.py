@@ -1,0 +1,468 @@
+"""The stages of the GPU check, each run as ``python -m ercn.benchmarks.gpu_stages NAME --out FOLDER --until CLOCK``.
+
+A stage writes what it finds at once, ends by itself when its time is over, and says what it left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ercn.benchmarks import gpu_pack
+from ercn.benchmarks.gpu_check import REFUSED, RESULTS, ROOT, record, rows
+from ercn.benchmarks.gpu_report import BAD
+
+SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
+WORKERS = 12
+TESTS = ("tests/test_gpu_exact.py", "tests/test_gpu_ops.py", "tests/test_triton_ops.py",
+         "tests/test_cuda_affinity_hopper.py", "tests/test_cuda_pool_hopper.py")  # fmt: skip
+HARDWARE = ("tests/test_gpu_hardware.py",)
+DEVICE = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
+LOST = ("killed", "crashed")  # with its process
+STOPPING_S = 2.0  # for pytest to end
+ROUNDS = 30
+TOOLS = ("memcheck", "racecheck", "synccheck")
+# One case of every kernel that has barriers or addresses of its own.
+SANITIZED = (
+    r"^affinity.*(sm90(_dense)?, bfloat16, D 192, C 22|sm90, float16, D 256, C 7|generic, (bfloat16|float32)|triton.*"
+    r"bfloat16)|^pool.*(sm90|generic|triton), bfloat16, (rows|masked)"
+)
+PROFILED = {"forward": "affinity forward, sm90, bfloat16, D 192, C 22",
+            "backward": "affinity backward, sm90, bfloat16, D 192, C 22"}  # fmt: skip
+PIXELS = {"cuda": 4096, "cpu": 16}
+CANDIDATES = 24  # of every kernel's tile sizes
+TUNED = (("triangle", 192), ("backward", 192), ("forward", 64), ("pool", 0), ("row_grad", 0), ("weight_grad", 0))
+# Rows of the README, most important first.
+BENCH = (
+    r"affinity/(forward|backward)/bfloat16/b1-c22-d192-128x128",
+    r"mil/(forward|backward)/bfloat16/dense-n65536-d1024-l256-k1",
+    r"affinity/(forward|backward)/bfloat16/b1-c22-d(64|256)-128x128",
+    r"model/forward_backward/bfloat16/resnet50-b1-1024px",
+    r"affinity/.*/bfloat16/b1-c22-d192-(56x56|256x256)",
+    r"mil/.*/bfloat16/(dense-n8192-d1024-l256-k1|ragged-.*|map-.*)",
+    r"affinity/.*/(tf32|float32)/b1-c22-d192-128x128",
+    r".*",
+)
+COPIED = {"cuda": 1 << 28, "cpu": 1 << 20}  # bytes; as many are written as read
+LEFT_OUT = ("compile", "blockwise", "sdpa")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage is given. until: on time.monotonic's clock, which processes share. earlier: rows of a run whose
+    failures come first.
+    """
+
+    out: Path
+    until: float
+    only: str
+    earlier: list[dict[str, Any]]
+
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+    def record(self, kind: str, **values: Any) -> None:
+        record(self.out, kind, **values)
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        return rows(self.out / RESULTS, kind)
+
+    @functools.cached_property
+    def device(self) -> str:
+        """cuda or cpu: as the environment's stage found it, else asked in another process, since this one may have to
+        fork before it touches the GPU.
+        """
+        for row in self.rows("environment"):
+            return row["device"]
+        told = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, check=True)
+        return told.stdout.strip()
+
+    def smoked(self) -> list[dict[str, Any]]:
+        """Smoke rows of this run, or of the earlier one."""
+        return self.rows("smoke") or [row for row in self.earlier if row["kind"] == "smoke"]
+
+
+def libraries(run: Run) -> None:
+    """Unpack them; where they do not load, build them here."""
+    if reason := gpu_pack.refusal():
+        print(reason)
+        sys.exit(REFUSED)
+    print(gpu_pack.unpack())
+    reason = gpu_pack.load()
+    if reason is not None and shutil.which("nvcc"):
+        run.record("note", text=f"the libraries did not load ({reason}) and were built here")
+        gpu_pack.build()
+        reason = gpu_pack.load()
+    if reason is not None:
+        sys.exit(f"the libraries do not load: {reason}")
+
+
+def environment(run: Run) -> None:
+    """Versions and the GPU; every operator is registered, and the CPU's compute."""
+    import torch
+
+    from ercn import kernels
+    from ercn.benchmarks.environment import environment as describe
+    from ercn.ops import _extension, backends, gated_attention_pool, relu_affinity
+
+    if shutil.which("nvidia-smi"):
+        subprocess.run(["nvidia-smi"], check=False)
+    run.record("environment", **describe("cuda" if torch.cuda.is_available() else "cpu"))
+    for row in backends():
+        run.record("backend", name=row.name, reason=row.reason)
+    for name in ("_C", "_cuda"):
+        if reason := _extension.load(name):
+            sys.exit(reason)
+    from ercn import _cuda
+
+    run.record("kernels", names=[*kernels.kernels(), *(kernel["name"] for kernel in _cuda.kernels())])
+    ops = ("relu_affinity", "relu_affinity_backward", "gated_attention_pool", "gated_attention_pool_backward")
+    for op in ops:
+        getattr(torch.ops.ercn_native, f"{op}_cuda")
+        getattr(torch.ops.ercn, op)
+    x = torch.eye(4).unsqueeze(0)
+    assert torch.equal(relu_affinity(x, x, backend="cpu"), x)
+    pooled, scores = gated_attention_pool(x, torch.eye(4), None, torch.eye(4), None, torch.ones(1, 4), None)
+    assert torch.allclose(pooled, torch.full((1, 1, 4), 0.25)) and scores.shape == (1, 1, 4)
+    print(f"{len(ops)} operators are registered for every device, and the CPU's compute")
+
+
+def smoke(run: Run) -> None:
+    from ercn.benchmarks import gpu_smoke
+
+    gpu_smoke.smoke(gpu_smoke.groups(run.only), run.device, run.left(), run.record)
+
+
+def tests(run: Run) -> None:
+    """Exact and budget tests, in parallel, but for what hung or took its process down in the smoke stage."""
+    gone = {(row["op"], row["kernels"]) for row in run.smoked() if row["status"] in LOST}
+    left_out = [_keywords(op, kernels) for op, kernels in sorted(gone)]
+    if left_out:
+        run.record("note", text=f"tests left out, since the kernels hang or crash: {', '.join(left_out)}")
+    if any("sm90" in kernels for _, kernels in gone):
+        os.environ["ERCN_CUDA_KERNELS"] = "generic"  # of tests that do not choose themselves
+    _pytest(run, TESTS, " and ".join(f"not ({words})" for words in left_out))
+
+
+def _keywords(op: str, kernels: str) -> str:
+    """pytest's expression for the tests of an op that run these kernels."""
+    words = {
+        "generic": "generic or cuda and not hopper and not sm90",
+        "sm90": "hopper or sm90",
+        "sm90_dense": "sm90_dense",
+    }
+    return f"{op} and ({words.get(kernels, 'triton')})"
+
+
+def hardware(run: Run) -> None:
+    _pytest(run, HARDWARE, "", timeout=90)
+
+
+def failures(run: Run) -> None:
+    """What failed earlier, again: each smoke case alone, and the tests, whose traces are in the log."""
+    from ercn.benchmarks import gpu_smoke
+
+    bad = [row for row in run.earlier if row.get("status") in BAD]
+    names = {row["name"] for row in bad if row["kind"] == "smoke"}
+    again = [group for group in gpu_smoke.groups() if group.name in names]
+    gpu_smoke.smoke(again, run.device, run.left() / 2, run.record, side_by_side=1)
+    _pytest(run, [row["name"] for row in bad if row["kind"] == "test"], "", trace="long")
+
+
+def _pytest(run: Run, files: Iterable[str], words: str, timeout: int = 30, trace: str = "short") -> None:
+    """Every result goes to the records as it is known; a test that hangs takes its worker down, and only that."""
+    import pytest
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    chosen = [file for file in files if (ROOT / file.partition("::")[0]).is_file()]
+    if not chosen:
+        return
+    command = ["-q", "-p", "no:cacheprovider", f"--tb={trace}", "--maxfail=60", *chosen]
+    command += ["-m", "gpu"] if run.device == "cuda" else ["-m", "not slow"]
+    command += ["-k", words] if words else []
+    if find_spec("pytest_timeout"):
+        command += ["--timeout", str(timeout), "--timeout-method", "thread"]
+    if find_spec("xdist") and run.device == "cuda":
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--max-worker-restart", "40"]
+
+    class Recorder:
+        def pytest_sessionstart(self, session: pytest.Session) -> None:
+            self.session = session
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                status = {"passed": "passed", "skipped": "skipped"}.get(report.outcome, "failed")
+                reason = "" if status == "passed" else _last_words(report)
+                run.record("test", name=report.nodeid, status=status, seconds=round(report.duration, 2), reason=reason)
+            if run.left() < STOPPING_S and not self.session.shouldstop:
+                self.session.shouldstop = "out of time"
+                run.record("test", name="the rest", status="not run", reason="out of time")
+
+        def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+            if report.failed:
+                run.record("test", name=report.nodeid, status="failed", seconds=0, reason=_last_words(report))
+
+    code = pytest.main(command, plugins=[Recorder()])
+    known = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED,
+             pytest.ExitCode.INTERRUPTED)  # fmt: skip
+    if code not in known:
+        sys.exit(f"pytest ended with {code!r}")
+
+
+def _last_words(report: Any) -> str:
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2][-300:]
+    lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ") or "Error" in line]
+    return " ".join(" ".join(lines[-3:]).split())[:300]
+
+
+def timing(run: Run) -> None:
+    """The headline: our kernels, the one product that plain torch cannot avoid, and a copy, in turns."""
+    import torch
+
+    from ercn.benchmarks import timing as clock
+    from ercn.benchmarks.cases import AffinityCase, PoolCase
+    from ercn.benchmarks.variants import inputs_of, variants
+    from ercn.ops import cuda
+
+    device = run.device
+    shapes: list[Any] = [AffinityCase(1, 21, 64, 4), PoolCase(20, 64, 64, 1)]
+    if device == "cuda":
+        wide, *others = (AffinityCase(1, 21, dim, 128) for dim in (192, 64, 256))
+        shapes = [wide, PoolCase(65536, 1024, 256, 1), *others, PoolCase(65536, 512, 128, 1)]
+    cases = [replace(case, direction=way, dtype="bfloat16") for case in shapes for way in ("forward", "backward")]
+    _compile(run, cases)
+    for case in cases:
+        if run.left() < 5:
+            run.record("time", case=case.id, status="not done", reason="out of time")
+            continue
+        inputs = inputs_of(case, device)
+        also = ("generic", "sm90_dense")[: 2 if case.op == "affinity" else 1] if device == "cuda" else ()
+        wanted = [v for v in variants(case, device, also=also) if v.role == "ercn" or v.name == case.baseline]
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        runners: dict[str, Callable[[], object]] = {"copy": _copy(device)}
+        for variant in wanted:
+            reason = variant.obstacle(case, inputs) or _not_to_be_timed(run, case, variant.name)
+            try:
+                if reason is None and variant.name != "ercn-reference":
+                    runners[variant.name] = _replayed(functools.partial(variant.make, case, inputs), stream)
+            except Exception as error:  # noqa: BLE001 - one variant must not end the others
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if reason is not None:
+                run.record("time", case=case.id, variant=variant.name, status="not done", reason=reason)
+        samples = clock.interleave(runners, device, seconds=0, min_rounds=ROUNDS if device == "cuda" else 3)
+        for name, own in samples.items():
+            median, low, high = clock.summary(own)
+            ratio = clock.paired_ratio(own, samples[case.baseline])[0]
+            values = {"median_ms": median, "p20_ms": low, "p80_ms": high, "ratio": ratio, "baseline": case.baseline}
+            values |= {"bytes": 2 * COPIED[device]} if name == "copy" else {}
+            run.record("time", case=case.id, variant=name, status="passed", **values)
+        del runners
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    if cuda.unavailable() is None:
+        from ercn import _cuda
+
+        for kernel in _cuda.kernel_attributes():
+            run.record("kernel", **kernel)
+
+
+def _compile(run: Run, cases: list[Any]) -> None:
+    """What Triton compiles for the cases, in a process for each, so that the cache has it."""
+
+    def once(case: Any) -> None:
+        from ercn.benchmarks.variants import inputs_of, variants
+
+        inputs = inputs_of(case, run.device)
+        for variant in variants(case, run.device, "triton"):
+            if variant.backend == "triton" and not variant.obstacle(case, inputs):
+                variant.make(case, inputs)()
+
+    wanted = [case for case in cases if not _not_to_be_timed(run, case, "ercn-triton")]
+    _side_by_side([functools.partial(once, case) for case in wanted], run.left() / 3)
+
+
+def _side_by_side(calls: list[Callable[[], object]], seconds: float) -> None:
+    """Each in a fork of this process, which must not have touched the GPU; killed when the seconds are over."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=call, daemon=True) for call in calls]
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        process.kill()
+
+
+def _copy(device: str) -> Callable[[], object]:
+    import torch
+
+    source = torch.ones(COPIED[device] // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _replayed(make: Callable[[], Callable[[], object]], stream: Any) -> Callable[[], object]:
+    """One call as a CUDA graph; on the CPU the call itself. What a backward needs is made on the captured stream."""
+    import torch
+
+    if stream is None:
+        call = make()
+        call()
+        return call
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call = make()
+        for _ in range(2):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = call()
+
+    def replay(kept: Any = kept) -> None:
+        graph.replay()
+
+    return replay
+
+
+def _not_to_be_timed(run: Run, case: Any, variant: str) -> str | None:
+    """The smoke case that forbids it: of the same op, direction, kernels and dtype, and of the affinity the same D."""
+    name, _, setting = variant.partition("@")
+    kernels = {"ercn-cuda": (setting or "sm90",), "ercn-triton": ("triton", "triton_triangle")}.get(name, ())
+    op = {"affinity": "affinity", "mil": "pool"}[case.op]
+    for row in run.smoked():
+        same = (row["op"], row["direction"], row["dtype"]) == (op, case.direction, case.dtype)
+        near = op == "pool" or row["dim"] == case.dim or row["kernels"] not in ("sm90", "sm90_dense")
+        if same and near and row["kernels"] in kernels and row["status"] in (*LOST, "failed", "wrong"):
+            return f"in the smoke stage {row['name']}, N {row['size']} was {row['status']}"
+    return None
+
+
+def sanitizers(run: Run) -> None:
+    """The tools side by side, each on small smoke cases in one process."""
+    if shutil.which("compute-sanitizer") is None:
+        run.record("note", text="compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
+        return
+    bad = {row["name"] for row in run.smoked() if row["status"] in LOST}
+    only = f"^(?!{'|'.join(map(re.escape, sorted(bad)))})(?=.*)" if bad else ""
+    command = [*SCRIPT, "case", f"{only}({run.only or SANITIZED})", "--device", run.device]
+    logs = {tool: run.out / f"{tool}.txt" for tool in TOOLS}
+    running = {}
+    for tool, log in logs.items():
+        with open(log, "w") as stream:
+            running[tool] = subprocess.Popen(
+                ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--error-exitcode", "9", *command],
+                stdout=stream, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+    for tool, process in running.items():
+        try:
+            code = process.wait(max(0.1, run.left() - 2))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = None
+        text = logs[tool].read_text(errors="replace")
+        logs[tool].unlink()
+        print(f"--- {tool}\n{text}")
+        done = re.findall(r"^(.*): (?:passed|wrong|failed)", text, re.MULTILINE)
+        errors = re.findall(r"^=+ (.*(?:Invalid|Error:|Warning:|Race|Barrier).*)$", text, re.MULTILINE)
+        status = {0: "passed", None: "out of time"}.get(code, "failed")
+        run.record("sanitizer", name=tool, status=status, cases=done, errors=sorted(set(errors))[:20])
+
+
+def tuning(run: Run) -> None:
+    """Few tile sizes of every Triton kernel, spread over all; the fastest are for a person to look at."""
+    if run.device != "cuda":
+        run.record("note", text="tuning needs a GPU")
+        return
+    import torch
+
+    from ercn.kernels import configs, tune
+
+    def try_rows(part: slice) -> Iterator[dict[str, Any]]:
+        arch = configs.family(configs.arch(torch.device("cuda", torch.cuda.current_device())))
+        for kernel, dim in TUNED:
+            every = list(tune.candidates(kernel, "half", dim))
+            rows = [configs.rows(arch, kernel, torch.bfloat16)[dim], *every[:: -(-len(every) // CANDIDATES)]]
+            if run.left() > 5:
+                best = tune.fastest(arch, kernel, "half", dim, rows[part])
+                yield {"kernel": kernel, "dim": dim, "best": best, "tried": len(rows), "shipped": rows[0]}
+
+    compiling = [functools.partial(list, try_rows(slice(i, None, WORKERS))) for i in range(WORKERS)]
+    _side_by_side(compiling, run.left() / 2)
+    for row in try_rows(slice(None)):
+        run.record("tuning", **row)
+
+
+def bench(run: Run) -> None:
+    """Rows of ``ercn bench`` in order of importance, without the baselines that take longest."""
+    from ercn.benchmarks.cases import AffinityCase, PoolCase, suite
+    from ercn.benchmarks.config import BenchConfig
+    from ercn.benchmarks.run import measure_cases
+
+    device = run.device
+    if device == "cpu":
+        config = BenchConfig(device=device, quick=True, memory=False, without=",".join(LEFT_OUT))
+        cases = [AffinityCase(1, 5, 8, 4), PoolCase(20, 8, 8, 1)]
+    else:
+        config = BenchConfig(device=device, also="generic,sm90_dense", seconds=1.0, without=",".join(LEFT_OUT))
+        every = suite("all", device, "standard")
+        cases = [case for pattern in BENCH for case in every if re.fullmatch(pattern, case.id)]
+    config = replace(config, save=str(run.out / "bench.json"))
+    measure_cases(config, list(dict.fromkeys(cases)), device)
+    (run.out / "bench.csv").unlink()  # few files come back; the JSON holds all of it
+
+
+def profile(run: Run) -> None:
+    """Everything that Nsight Compute knows of the headline's kernels."""
+    if shutil.which("ncu") is None:
+        run.record("note", text="ncu is not on PATH; it comes with the CUDA toolkit")
+        return
+    for way, case in PROFILED.items():
+        log = run.out / f"profile_{way}.txt"
+        kernel = {"forward": "regex:Forward", "backward": "regex:Backward"}[way]
+        command = ["ncu", "--set", "full", "--page", "details", "--clock-control", "none", "-c", "1",
+                   "--kernel-name-base", "demangled", "-k", kernel,
+                   *SCRIPT, "case", f"^{re.escape(case)}$", "--device", run.device, "--pixels", str(PIXELS[run.device])]
+        status, reason = "not done", "out of time"
+        if run.left() > 8:
+            with open(log, "w") as stream, contextlib.suppress(subprocess.TimeoutExpired):
+                done = subprocess.run(command, stdout=stream, stderr=stream, timeout=run.left() - 2, check=False)
+                status, reason = "failed" if done.returncode else "passed", f"exit code {done.returncode}"
+        run.record("profile", name=way, status=status, reason=reason)
+
+
+STAGES = {function.__name__: function for function in (
+    libraries, environment, smoke, tests, timing, failures, hardware, sanitizers, tuning, bench, profile,
+)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--until", type=float, required=True)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--failed", type=Path)
+    options = parser.parse_args()
+    earlier = rows(options.failed) if options.failed else []
+    STAGES[options.stage](Run(options.out, options.until, options.only, earlier))
+    sys.stdout.flush()
+    os._exit(0)  # taking torch and a GPU's context down takes seconds that nobody has
+
+
+if __name__ == "__main__":
+    main()

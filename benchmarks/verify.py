@@ -1,6 +1,6 @@
 """Is a variant's output right? Its error against float64, beside the error of the eager version in the same dtype.
 
-The rule for ours is that of the operators' tests (``ercn.ops._budget``), of whole tensors instead of channels.
+The rule for ours is that of the operators' tests (``ercn.ops._budget``), of whole tensors.
 Baselines are not ours to repair and may add n terms in any order: √n ulps of float32 more, what a running sum of n
 terms of one sign may lose (the roundings are as good as random: Higham and Mary 2019, doi 10.1137/18M1226312).
 torch.compile needs it on the CPU: it adds the N rows of relu(FᵀF) one after the other where eager adds in pairs. At N
@@ -50,7 +50,7 @@ class Judge:
         if [x.shape for x in outputs] != [x.shape for x in self.exact]:
             return float("inf")
         largest = max(e.abs().max().item() for e in self.exact)
-        return max(_budget.error(a.flatten(), e.flatten(), largest) for a, e in zip(outputs, self.exact))
+        return max(_budget.error(a, e, largest=largest) for a, e in zip(outputs, self.exact))
 
     def verdict(self, variant: Variant) -> Verdict:
         error = self.error if variant.name == self.name else self._error(variant)

@@ -42,9 +42,9 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
-def assert_within_budget(actual, plain, exact) -> None:
+def assert_within_budget(actual, plain, exact, channels: bool = False) -> None:
     """actual is as near to exact (float64) as plain torch in the same dtype, as the budget counts it."""
-    assert error(actual, exact) <= allowed(error(plain, exact), actual.dtype)
+    assert error(actual, exact, channels) <= allowed(error(plain, exact, channels), actual.dtype)
 
 
 def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:

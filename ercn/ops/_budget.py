@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 
-def error(actual: Tensor, exact: Tensor, largest: float = 0.0) -> float:
-    """Largest error, that of each channel relative to the channel's largest exact value; inf where one is NaN.
+def error(actual: Tensor, exact: Tensor, channels: bool = False, largest: float = 0.0) -> float:
+    """Largest error relative to the largest exact value; inf where one is NaN.
 
-    A channel is what lies along the last dimension, the pixels of a map [B, C, N] or [B, C, H, W] as the inputs of a
-    weight's row [L, D]. One below 1e-6 of ``largest`` is 0 in exact arithmetic, as is the gradient of b_w where only
-    pooled has one: it is measured by ``largest``.
+    channels: each channel of maps [B, C, N] or [B, C, H, W] is relative to its own largest value. For the affinity,
+    whose channels do not mix; in the pool all do, and a row of a gradient is small where its sums cancel.
+    largest: of all results of a call. A tensor below 1e-6 of it is 0 in exact arithmetic, as is the gradient of b_w
+    where only pooled has one, and is measured by it.
     """
     if exact.numel() == 0:
         return 0.0
-    start = 2 if exact.dim() == 4 else -1
+    start = 2 if channels else 0
     errors, scale = (x.flatten(start).abs().amax(-1) for x in (actual.double() - exact, exact))
     scale = torch.where(scale < 1e-6 * largest, largest, scale).clamp_min(1e-300)
     return (errors / scale).nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()

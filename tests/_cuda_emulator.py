@@ -72,11 +72,15 @@ def operators_with(name: str, sources: list[Path], flags: tuple[str, ...] = (), 
     return library(name, sources, flags, links)
 
 
-def operators() -> Path:
-    """csrc/cuda as torch.ops.ercn_emulated.*, for tensors on the CPU."""
+def operator_sources() -> list[Path]:
     without = ("bindings.cpp", "stream.cpp")  # of Python and of the driver
     sources = [*sorted(DEVICE.rglob("*.cu")), *(p for p in sorted(DEVICE.glob("*.cpp")) if p.name not in without)]
-    return operators_with("operators", [*sources, *EMULATOR.glob("operators.cpp")])
+    return [*sources, EMULATOR / "operators.cpp"]
+
+
+def operators() -> Path:
+    """csrc/cuda as torch.ops.ercn_emulated.*, for tensors on the CPU."""
+    return operators_with("operators", operator_sources())
 
 
 @functools.cache

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+EXACT = TESTS / "test_gpu_exact.py"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["", "generic"], ids=["best", "generic"])
 def test_operators_emulated(kernels):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--durations=5"]
-    chosen = ["-k", "within_budget or half_precision_maps"] if kernels else []
+    files = [TESTS / "test_gpu_ops.py"]
+    chosen = ["-k", "within_budget or half_precision_maps", *files] if kernels else ["--gpu-coverage", EXACT, *files]
     environment = os.environ | {"ERCN_CUDA_EMULATED": "1", "OMP_NUM_THREADS": "1", "ERCN_CUDA_KERNELS": kernels}
     result = subprocess.run(
-        [*command, *chosen, TESTS / "test_gpu_ops.py"],
+        [*command, *chosen],
         cwd=TESTS.parent,
         env=environment,
         capture_output=True,

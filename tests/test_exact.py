@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +154,11 @@ def test_inputs_that_would_not_be_exact_are_refused():
         pool(3, 4, 4, 1, torch.float32, attention="uniform")
     with pytest.raises(ValueError, match="one_hot or uniform"):
         pool(4, 4, 4, 1, torch.float32, attention="sparse")
+
+
+def test_a_backward_from_known_outputs():
+    """What test_gpu_hardware.py runs in a process of its own."""
+    for backend in {name.split()[0] for name in BACKENDS}:
+        command = [sys.executable, Path(__file__).with_name("first_backward.py"), backend, "cpu"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.stdout == "None\n", result.stdout + result.stderr

@@ -26,9 +26,12 @@ HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 # 64 to 256 channels have kernels or tables of their own; 100 and 300 go by the general ones.
 AFFINITY = list(itertools.product([64, 100, 128, 192, 256, 300], DTYPES))
+TF32 = [64, 128, 192, 256]
 POOL = list(itertools.product(BAGS, DTYPES))
+MANY = DTYPES  # more segments of 64 instances than are added by one thread
 if triton.INTERPRETED:  # minutes for all of them
     AFFINITY = list(zip([192, 64, 300], DTYPES))
+    TF32, MANY = TF32[:1], DTYPES[:1]
     POOL = list(zip(BAGS, itertools.cycle(DTYPES)))
 
 
@@ -53,8 +56,9 @@ def test_affinity(backend, dim, dtype):
     check_affinity(backend, 1, 22, dim, 131, dtype=dtype, device=DEVICE)
 
 
-def test_affinity_in_tf32(backend, tf32):
-    check_affinity(backend, 1, 22, 64, 131, dtype=torch.float32, device=DEVICE)
+@pytest.mark.parametrize("dim", TF32)
+def test_affinity_in_tf32(backend, dim, tf32):
+    check_affinity(backend, 1, 22, dim, 67, dtype=torch.float32, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -71,6 +75,12 @@ def test_pool(backend, kind, dtype):
 
 def test_pool_in_tf32(backend, tf32):
     check_pool(backend, [0, 65], 72, 40, 3, dtype=torch.float32, device=DEVICE)
+    check_pool(backend, 68, 72, 40, 3, dtype=torch.float32, device=DEVICE, layout="channels_first")
+
+
+@pytest.mark.parametrize("dtype", MANY, ids=str)
+def test_pool_of_many_instances(backend, dtype):
+    check_pool(backend, 33 * 64 + 1, 8, 8, 1, dtype=dtype, device=DEVICE)
 
 
 if HOPPER:
@@ -84,8 +94,9 @@ if HOPPER:
         check_affinity(backend, 1, channels, dim, 259, dtype=dtype, device=DEVICE)
 
     @forward_kernels
-    def test_affinity_of_hopper_with_blocks_of_channels(backend):
-        check_affinity(backend, 2, 70, 64, 131, dtype=torch.bfloat16, value_dtype=torch.bfloat16, device=DEVICE)
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    def test_affinity_of_hopper_with_blocks_of_channels(backend, dtype):
+        check_affinity(backend, 2, 70, 64, 131, dtype=dtype, value_dtype=dtype, device=DEVICE)
 
     @pytest.mark.parametrize("backend", ["cuda sm90"], indirect=True)
     @pytest.mark.parametrize("dtype", HALVES, ids=str)

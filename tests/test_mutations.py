@@ -21,12 +21,15 @@ COPY = _cuda_emulator.BUILD / "mutations" / "cuda"
 
 # Compiled anew, of the Hopper affinity for D = 64 and at most 24 channels only; other objects are those of all kernels.
 SOURCES = ["sm90/affinity.cu", "sm90/affinity_forward.cu", "affinity/prepare.cu"]
-SIZES = "sm90/affinity_launch.h", (
-    "if (padded_channels == 8) return run(d, std::integral_constant<int, 8>());",
-    "return run(d, std::integral_constant<int, 32>());",
-    "if (dim == 128) return with_channels(std::integral_constant<int, 128>());",
-    "if (dim == 192) return with_channels(std::integral_constant<int, 192>());",
-    "return with_channels(std::integral_constant<int, 256>());",
+SIZES = (
+    "sm90/affinity_launch.h",
+    (
+        "if (padded_channels == 8) return run(d, std::integral_constant<int, 8>());",
+        "return run(d, std::integral_constant<int, 32>());",
+        "if (dim == 128) return with_channels(std::integral_constant<int, 128>());",
+        "if (dim == 192) return with_channels(std::integral_constant<int, 192>());",
+        "return with_channels(std::integral_constant<int, 256>());",
+    ),
 )
 
 
@@ -57,9 +60,7 @@ MUTATIONS = {
         "for (int k = 0; k < 2 - (g > 0); ++k)"
         " add(sum, p.mirrored + mirrored_offset(s, p.width, p.rows, p.block_channels, from, b, c, n));",
     ),
-    "a block's barrier removed": Mutation(
-        "sm90/affinity_combine.h", "arch::sync_threads();", "", "backward"
-    ),
+    "a block's barrier removed": Mutation("sm90/affinity_combine.h", "arch::sync_threads();", "", "backward"),
     "the barrier before A is written removed": Mutation(
         "sm90/affinity_forward.h", "arch::named_barrier(1, kConsumers * kWarpgroup);", ""
     ),
@@ -74,15 +75,18 @@ MUTATIONS = {
         "shared + Tiles::kTermColumns + (terms.index + 1) % Tiles::kTermStages * Tiles::kTermBytes",
     ),
     "a wait for products removed": Mutation("sm90/affinity_forward.h", "if (r > 0) arch::wgmma_wait<1>();", ""),
-    "TF32 words not rounded": Mutation(
-        "affinity/prepare.h", "arch::round_tf32(x)", "x", "tf32"
+    "the warp's index by a shuffle of all lanes, under a branch": Mutation(
+        "sm90/affinity_epilogue.h", "arch::warp_index() % 4 * 16", "arch::uniform_warp_index() % 4 * 16"
     ),
+    "TF32 words not rounded": Mutation("affinity/prepare.h", "arch::round_tf32(x)", "x", "tf32"),
 }
 
 
 def mutated_sources() -> list[Path]:
     """The sources that are compiled anew, in a copy of csrc/cuda that holds every mutation."""
-    texts = {str(p.relative_to(_cuda_emulator.DEVICE)): p.read_text() for p in _cuda_emulator.DEVICE.rglob("*.*")}
+    # arch/ is the emulator's own.
+    files = [path for path in _cuda_emulator.DEVICE.rglob("*.*") if path.parent.name != "arch"]
+    texts = {str(path.relative_to(_cuda_emulator.DEVICE)): path.read_text() for path in files}
 
     def replace(file, right, wrong):
         assert texts[file].count(right) == 1, f"{file} does not have {right!r} once"
@@ -93,12 +97,13 @@ def mutated_sources() -> list[Path]:
     for number, mutation in enumerate(MUTATIONS.values(), 1):
         replace(mutation.file, mutation.right, mutation.switched(number))
     for path, text in texts.items():
-        if path.startswith("arch/"):  # the emulator's own
-            continue
         copy = COPY / path
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists() or copy.read_text() != text:  # what did not change is not compiled again
             copy.write_text(text)
+    for copy in COPY.rglob("*.*"):
+        if str(copy.relative_to(COPY)) not in texts:
+            copy.unlink()
     return [COPY / source for source in SOURCES]
 
 
@@ -106,10 +111,11 @@ def mutated_sources() -> list[Path]:
 def found() -> dict[int, str | None]:
     """What the checks say of each mutation, by its number; 0 is none."""
     sources = mutated_sources()
-    names = {_cuda_emulator.object_name(source) for source in (*sources, _cuda_emulator.EMULATOR / "emulator.cpp")}
-    others = [path for path in _cuda_emulator.operators().parent.glob("*.o") if path.name not in names]
+    anew = set(map(_cuda_emulator.object_name, sources))
+    names = [name for name in map(_cuda_emulator.object_name, _cuda_emulator.operator_sources()) if name not in anew]
+    folder = _cuda_emulator.operators().parent
     flags = (f"-include{TESTS / 'cuda_emulator' / 'mutation.h'}", f"-I{COPY}")
-    built = _cuda_emulator.operators_with("mutated", sources, flags, tuple(map(str, others)))
+    built = _cuda_emulator.operators_with("mutated", sources, flags, tuple(str(folder / name) for name in names))
     checks = [(number, mutation.check) for number, mutation in enumerate(MUTATIONS.values(), 1)]
     checks = [*((0, check) for check in sorted({check for _, check in checks})), *checks]
     command = [sys.executable, TESTS / "mutation_case.py", built, json.dumps(checks)]

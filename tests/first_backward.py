@@ -1,0 +1,41 @@
+"""first_backward.py BACKEND DEVICE: this process's first call of the backend is the pool's backward, from autograd.
+
+On a GPU autograd runs it in a thread of its own, which has had no part in any CUDA call of ours. Prints what differs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import ercn.ops  # noqa: F401  (registers the operators)
+from ercn.benchmarks.exact import POOL_INPUTS, differences, expected_pool, pool
+
+
+def main(backend: str, device: str) -> None:
+    p = pool(264, 64, 64, 2, torch.bfloat16, device)
+    expected = expected_pool(p)
+
+    class Known(torch.autograd.Function):
+        """Outputs as they are known to be."""
+
+        @staticmethod
+        def forward(ctx, *inputs):
+            return expected["pooled"].clone(), expected["scores"].clone()
+
+        @staticmethod
+        def backward(ctx, *grads):
+            outputs = expected["pooled"], expected["scores"]
+            return torch.ops.ercn.gated_attention_pool_backward(
+                *grads, *p.inputs, None, None, *outputs, [True] * len(p.inputs), backend
+            )
+
+    leaves = [x.detach().requires_grad_() for x in p.inputs]
+    grads = torch.autograd.grad(Known.apply(*leaves), leaves, (p.grad_pooled, p.grad_scores))
+    found = {f"grad_{name}": grad for name, grad in zip(POOL_INPUTS, grads)}
+    print(differences(found, {name: expected[name] for name in found}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -26,6 +26,10 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-attributes", "-DERCN_EMULATED"]
 
 
+def object_name(source: Path) -> str:
+    return f"{source.parent.name}-{source.stem}.o"
+
+
 def library(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> Path:
     """build/cuda_emulator/NAME.so of the sources and the emulator; files that did not change are not compiled again."""
     if shutil.which(CXX.split()[0]) is None:
@@ -35,7 +39,7 @@ def library(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: 
     linker = shlex.join([*shlex.split(CXX), "-shared", *extra])
     folder = BUILD / "-".join([name, *(flag.strip("-").replace("=", "_") for flag in extra)])
     sources = [EMULATOR / "emulator.cpp", *sources]
-    objects = {folder / f"{source.parent.name}-{source.stem}.o": source for source in sources}
+    objects = {folder / object_name(source): source for source in sources}
     built = folder / f"{name}.so"
     rules = [
         "rule compile",
@@ -59,17 +63,33 @@ def library(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: 
     return built
 
 
-@functools.cache
-def load_operators() -> None:
-    """Registers csrc/cuda as torch.ops.ercn_emulated.*, for tensors on the CPU."""
+def operators_with(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> Path:
+    """A library of sources that need torch's headers, and the emulator."""
+    root = Path(torch.__file__).parent
+    flags += (f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}")
+    flags += ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DERCN_SM90=1")
+    links += (f"-L{root / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}")
+    return library(name, sources, flags, links)
+
+
+def operators() -> Path:
+    """csrc/cuda as torch.ops.ercn_emulated.*, for tensors on the CPU."""
     without = ("bindings.cpp", "stream.cpp")  # of Python and of the driver
     sources = [*sorted(DEVICE.rglob("*.cu")), *(p for p in sorted(DEVICE.glob("*.cpp")) if p.name not in without)]
-    sources += EMULATOR.glob("operators.cpp")
-    root = Path(torch.__file__).parent
-    flags = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DERCN_SM90=1"]
-    links = [f"-L{root / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"]
-    torch.ops.load_library(library("operators", sources, tuple(flags), tuple(links)))
+    return operators_with("operators", [*sources, *EMULATOR.glob("operators.cpp")])
+
+
+@functools.cache
+def load_operators() -> None:
+    torch.ops.load_library(operators())
+
+
+def launches() -> dict[str, int]:
+    """Of every emulated kernel in this process."""
+    report = ctypes.CDLL(str(operators())).ercn_launches
+    report.restype = ctypes.c_char_p
+    lines = (line.rpartition(" ") for line in report().decode().splitlines())
+    return {f"cuda {name}": int(count) for name, _, count in lines}
 
 
 def caller(built: Path) -> Callable[..., str | None]:

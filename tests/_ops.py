@@ -75,3 +75,10 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
         "offset": offset[1:].view(x.shape),
         "expanded": x[:1].expand_as(x),
     }
+
+
+def finite_parts(actual: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both, with 0 for what is not finite: NaN, Inf and -Inf must stand where exact has them."""
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(actual), kind(exact)), kind.__name__
+    return tuple(x.nan_to_num(0, 0, 0) for x in (actual, exact))

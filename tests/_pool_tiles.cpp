@@ -1,6 +1,7 @@
 // csrc/cuda/sm90/pool_tiles.h for ctypes.
 #include "sm90/pool_tiles.h"
 
+using namespace ercn;
 using namespace ercn::sm90;
 
 extern "C" {
@@ -9,8 +10,6 @@ int slab(int slabs, int pass, int i) { return slab_at(slabs, pass, i); }
 bool loaded(int pass, int i) { return is_loaded(pass, i); }
 bool released(int slabs, int pass, int last_pass, int i) { return is_released(slabs, pass, last_pass, i); }
 int row_slabs() { return kRowSlabs; }
-
-int64_t chunk(int64_t L, int64_t cache_bytes) { return chunk_slots(L, cache_bytes); }
 
 void shares(bool need_v, bool need_u, int L, int D, int64_t slots, int multiprocessors, int* to) {
   const WeightShares shares = weight_shares(need_v, need_u, L, D, slots, multiprocessors);

@@ -31,6 +31,8 @@ int64_t row(Bags bags, int64_t slot, int64_t stride_b, int64_t stride_n) {
   return row_offset(bags, segment_at(bags, slot), stride_b, stride_n);
 }
 
+int64_t chunk(int64_t bytes, int64_t cache_bytes) { return chunk_slots(bytes, cache_bytes); }
+
 void share(int64_t count, int64_t parts, int64_t part, int64_t* to) {
   const Range range = share_of(count, parts, part);
   to[0] = range.begin, to[1] = range.end;

@@ -1,32 +1,24 @@
-"""Memory that ercn allocates without initialising holds NaN in every test, so that an output left unwritten fails.
+"""Memory that ercn allocates without initialising is filled in every test, so that an output left unwritten fails.
 
 Files with slow tests begin first: a file goes to one process as a whole, and a long one that began last would run
 alone.
 """
 
-import functools
-import sys
-
 import pytest
 import torch
+from _coverage import GpuCoverage
+from _uninitialised import ALLOCATORS, from_cpp, from_python
 
 from ercn.ops import triton
 
-ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu-coverage", action="store_true", help="fail where a kernel of this GPU was never launched")
 
 
-def fill_with_nan(allocate):
-    @functools.wraps(allocate)
-    def wrapper(*args, **kwargs):
-        tensor = allocate(*args, **kwargs)
-        if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or not tensor.is_floating_point():
-            return tensor
-        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "ercn":
-            with torch.no_grad():
-                tensor.fill_(float("nan"))
-        return tensor
-
-    return wrapper
+def pytest_configure(config):
+    if config.getoption("--gpu-coverage"):
+        config.pluginmanager.register(GpuCoverage())
 
 
 def pytest_collection_modifyitems(items):
@@ -38,7 +30,9 @@ def pytest_collection_modifyitems(items):
 def uninitialised_memory_is_nan():
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ALLOCATORS:
-            patch.setattr(owner, name, fill_with_nan(getattr(owner, name)))
+            patch.setattr(owner, name, from_python(getattr(owner, name)))
+        packet = torch._ops.OpOverloadPacket
+        patch.setattr(packet, "__call__", from_cpp(packet.__call__))
         yield
 
 

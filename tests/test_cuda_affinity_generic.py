@@ -1,4 +1,4 @@
-"""The generic affinity kernels of the CUDA backend: tile arithmetic, and emulated what test_gpu_ops.py leaves out."""
+"""The generic affinity kernels of the CUDA backend: tile arithmetic, and what test_gpu_ops.py leaves out of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from _cuda_emulator import load_operators
+from _cuda import DEVICE, marks, operators
 from _ops import assert_within_budget, layouts, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_affinity import dense, gradients, off_kink
 
+pytestmark = marks(DEVICE)
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = [99 << 10, 163 << 10, 227 << 10]  # shared memory of sm_86 and sm_89, sm_80, sm_90
 
@@ -78,15 +79,23 @@ def test_chunks_hold_every_feature(tiles):
 
 @pytest.fixture(scope="module")
 def ops():
-    load_operators()
-    return torch.ops.ercn_emulated
+    return operators(DEVICE)
+
+
+def forward(ops, value, feat, exact=False, kernels="generic"):
+    return ops.relu_affinity_cuda(value.to(DEVICE), feat.to(DEVICE), exact, kernels).cpu()
+
+
+def backward(ops, grad, value, feat, exact=False):
+    tensors = (x.to(DEVICE) for x in (grad, value, feat))
+    return tuple(x.cpu() for x in ops.relu_affinity_backward_cuda(*tensors, True, exact, "generic"))
 
 
 def check(ops, b, c, d, n, dtype, exact=False):
     value, grad, feat = randn(b, c, n, seed=1), randn(b, c, n, seed=2), off_kink(b, d, n).to(dtype).double()
-    ours = ops.relu_affinity_cuda(value.float(), feat.to(dtype), exact, "generic")
+    ours = forward(ops, value.float(), feat.to(dtype), exact)
     assert_within_budget(ours, dense(value.to(dtype), feat.to(dtype)), dense(value, feat))
-    ours = ops.relu_affinity_backward_cuda(grad.float(), value.float(), feat.to(dtype), True, exact, "generic")
+    ours = backward(ops, grad.float(), value.float(), feat.to(dtype), exact)
     plain, truth = (gradients(dense, *(x.to(cast) for x in (grad, value, feat))) for cast in (dtype, torch.float64))
     for mine, torchs, judge in zip(ours, plain, truth):
         assert_within_budget(mine, torchs, judge)
@@ -123,23 +132,23 @@ def test_slabs_of_many_columns(ops):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["channels_last", "strided", "offset", "expanded"])
 def test_layouts_give_the_same_bits(ops, layout):
-    value, feat, grad = (randn(2, k, 75, seed=k, dtype=torch.bfloat16) for k in (3, 70, 4))
+    value, feat, grad = (randn(2, k, 75, seed=k, dtype=torch.bfloat16).to(DEVICE) for k in (3, 70, 4))
     if layout == "expanded":
         value, feat, grad = (x[:1].expand_as(x) for x in (value, feat, grad))
     grad = grad[:, :3]
     near, far = ((value, feat, grad), tuple(layouts(x)[layout] for x in (value, feat, grad)))
     results = []
     for v, f, g in ([x.contiguous() for x in near], far):
-        out = ops.relu_affinity_cuda(v, f, False, "generic")
-        results.append((out, *ops.relu_affinity_backward_cuda(g, v, f, True, False, "generic")))
+        results.append((forward(ops, v, f), *backward(ops, g, v, f)))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_what_is_named_and_cannot_run_says_why(ops):
     x = torch.ones(1, 2, 9)
-    with pytest.raises(RuntimeError, match="the sm90 kernels cannot run relu_affinity: they take"):
-        ops.relu_affinity_cuda(x, x, False, "sm90")
+    with pytest.raises(RuntimeError, match="the sm90 kernels cannot run relu_affinity: they "):
+        forward(ops, x, x, kernels="sm90")
     with pytest.raises(RuntimeError, match="kernels are generic, sm90 and sm90_dense; got fast"):
-        ops.relu_affinity_cuda(x, x, False, "fast")
-    with pytest.raises(RuntimeError, match="at most 384 features of this dtype on this device; got 400"):
-        ops.relu_affinity_backward_cuda(x, x, torch.ones(1, 400, 9), True, False, "generic")
+        forward(ops, x, x, kernels="fast")
+    most = 384 if DEVICE == "cpu" else r"\d+"
+    with pytest.raises(RuntimeError, match=f"at most {most} features of this dtype on this device"):
+        backward(ops, x, x, torch.ones(1, 400, 9))

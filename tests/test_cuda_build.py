@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -54,6 +57,38 @@ def test_attributes_need_a_device():
         _cuda.kernel_attributes()
 
 
+RUNTIME = """
+#include <cstring>
+static int calls = 0, pending = 0;
+extern "C" int cudaGetLastError() { return pending = 0; }
+extern "C" int cudaFuncGetAttributes(void* attributes, const void*) {
+  if (pending) return pending;
+  std::memset(attributes, 0, 40);
+  return pending = calls++ % 2 ? 98 : 0;
+}
+"""
+
+
+@built
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_kernels_without_code_for_the_device_are_told_as_absent(tmp_path):
+    """On a runtime that has no code for every other kernel, and keeps an error until it is asked for."""
+    (tmp_path / "runtime.cpp").write_text(RUNTIME)
+    shim = tmp_path / "runtime.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", shim, tmp_path / "runtime.cpp"], check=True)
+    code = "import json, torch; from ercn import _cuda; print(json.dumps(_cuda.kernel_attributes()))"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, env=os.environ | {"LD_PRELOAD": str(shim)}, capture_output=True, text=True, check=True
+    )
+    records = json.loads(result.stdout)
+    assert all("registers" in kernel and "absent" not in kernel for kernel in records[::2])
+    assert all("registers" not in kernel and "function" in kernel["absent"] for kernel in records[1::2])
+    from ercn import _cuda
+
+    assert [kernel["name"] for kernel in records] == [kernel["name"] for kernel in _cuda.kernels()]
+
+
 @built
 def test_only_the_stable_abi_is_used():
     from ercn import _cuda
@@ -63,6 +98,7 @@ def test_only_the_stable_abi_is_used():
     listing = ["nm", "--dynamic", "--undefined-only", "--demangle", _cuda.__file__]
     symbols = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
     assert "aoti_torch_get_current_cuda_stream" in symbols
+    assert "cudaSetDevice" in symbols  # autograd's thread has no context otherwise, which tensor maps need
     assert not [line for line in symbols.splitlines() if "at::" in line or "c10::" in line or "torch::" in line]
     # The driver's functions are asked for at run time: there may be no driver.
     assert not re.search(r"\bcu[A-Z]\w+", symbols)
@@ -157,6 +193,15 @@ def test_nothing_is_in_local_memory():
     for f in functions():
         assert f.resources["STACK"] == 0 and f.resources["LOCAL"] == 0, f"{f.name} sm_{f.arch}: {f.resources}"
         assert not [line for line in f.sass if re.search(r"\b(STL|LDL)\b", line)], f"{f.name} sm_{f.arch} spills"
+
+
+@built
+@pytest.mark.slow
+def test_no_warp_waits_for_lanes_that_took_another_branch():
+    """A shuffle, vote or barrier of a whole warp where lanes may have parted: BRA.DIV to a WARPSYNC.COLLECTIVE."""
+    for f in functions():
+        found = [line for line in f.sass if "WARPSYNC.COLLECTIVE" in line or "BRA.DIV" in line]
+        assert not found, f"{f.name} sm_{f.arch}: {found[0]}"
 
 
 @built

@@ -143,6 +143,28 @@ def test_bulk_copy(probes):
     assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("by_shuffle", [False, True], ids=["by_thread", "by_shuffle"])
+def test_shuffle_where_lanes_have_parted_is_named(by_shuffle):
+    """Where the triangle stores mirrored sums, only lanes whose channel exists ask for their warp's index.
+
+    by_shuffle compiles the kernel with an index that all lanes shuffle for, which is undefined there.
+    """
+    flags = ("-DERCN_INDEX_BY_SHUFFLE",) if by_shuffle else ()
+    name = "probes_affinity_by_shuffle" if by_shuffle else "probes_affinity"
+    triangle = caller(library(name, [EMULATOR / "probes_affinity.cpp"], flags))
+    feat, terms = randn(384, 64, dtype=torch.bfloat16), randn(48, 384, dtype=torch.bfloat16)
+    direct, mirrored = torch.full((2, 24, 256), torch.nan), torch.full((2, 22, 128), torch.nan)
+    failure = triangle("affinity_triangle", feat, terms, 384, 22, direct, mirrored)
+    if by_shuffle:
+        assert "whose other lanes are in" in failure and "uniform_warp_index" in failure
+        return
+    assert failure is None
+    a = torch.relu(feat.float() @ feat.float().mT).bfloat16().float()
+    value = terms[:24].float() + terms[24:].float()
+    torch.testing.assert_close(direct[0], value @ a[:, :256], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(mirrored[0], value[:22, :256] @ a[:256, 256:], rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.slow
 def test_layouts_are_those_of_cute():
     """Fragments of mma and wgmma and swizzled operands: CuTe has them from the same documents, written by others."""

@@ -9,11 +9,11 @@ import itertools
 
 import pytest
 import torch
-from _cuda_pool import DEVICE, pool_with
+from _cuda import DEVICE, marks, pool_with
 from _ops import assert_within_budget, error, randn
 from test_attention_pool import dense, gradients, inputs, leaf
 
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = marks(DEVICE)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -4,53 +4,20 @@ from __future__ import annotations
 
 import itertools
 
-import _cuda_emulator
 import pytest
 import torch
-from _ops import assert_within_budget, randn
+from _cuda import HOPPER as DEVICE
+from _cuda import marks, pool_with
+from _ops import assert_within_budget, finite_parts, randn
 from test_attention_pool import dense, inputs, leaf
 
-from ercn.ops import cuda
-
-HOPPER = cuda.unavailable() is None and torch.cuda.get_device_capability() == (9, 0)
-DEVICE = "cuda" if HOPPER else "cpu"
-pytestmark = [pytest.mark.gpu] if HOPPER else []
+pytestmark = marks(DEVICE)
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def operators():
-    """Functions of one namespace: ercn_native on a GPU, ercn_emulated else."""
-    if HOPPER:
-        return torch.ops.ercn_native
-    _cuda_emulator.load_operators()
-    return torch.ops.ercn_emulated
-
-
-@pytest.fixture
-def pool(operators):
-    class Pool(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, mask, cu_seqlens, *arguments):
-            pooled, scores = operators.gated_attention_pool_cuda(*arguments, mask, cu_seqlens, False, "sm90")
-            ctx.save_for_backward(*arguments, mask, cu_seqlens, pooled, scores)
-            ctx.set_materialize_grads(False)
-            return pooled, scores
-
-        @staticmethod
-        def backward(ctx, grad_pooled, grad_scores):
-            needs = ctx.needs_input_grad[2:]
-            wanted = sum(need << i for i, need in enumerate(needs))
-            grads = operators.gated_attention_pool_backward_cuda(
-                grad_pooled, grad_scores, *ctx.saved_tensors, wanted, False, "sm90"
-            )
-            assert all(need or g.numel() == 0 for need, g in zip(needs, grads))
-            return None, None, *(g if need else None for need, g in zip(needs, grads))
-
-    def function(*arguments, mask=None, cu_seqlens=None):
-        return Pool.apply(mask, cu_seqlens, *arguments)
-
-    return function
+@pytest.fixture(scope="module")
+def pool():
+    return pool_with("sm90", exact=False, device=DEVICE)
 
 
 def by_bag(h, *weights, cu_seqlens):
@@ -231,7 +198,7 @@ def test_nan_and_inf_propagate(pool, bad):
     arguments = here(inputs(2, 70, 64, 64, 3, dtype=BF16))
     arguments[0][1, 2, 3] = bad
     for mine, theirs in zip(pool(*arguments), dense(*arguments)):
-        assert torch.equal(mine.isnan(), theirs.isnan()) and torch.equal(mine.isinf(), theirs.isinf())
+        finite_parts(mine, theirs)
 
 
 def test_what_they_do_not_take(pool):

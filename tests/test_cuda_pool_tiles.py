@@ -24,7 +24,6 @@ def native(tmp_path_factory):
     subprocess.run([*command, "-I", ROOT / "csrc" / "cuda", source, "-o", built], check=True)
     library = ctypes.CDLL(str(built))
     library.loaded.restype = library.released.restype = ctypes.c_bool
-    library.chunk.restype = ctypes.c_int64
     return library
 
 
@@ -48,14 +47,6 @@ def test_slabs_are_where_they_are_looked_for(native, passes):
                     free[slab % ring] = True
                     del held[slab % ring]
         assert not queue and not held
-
-
-def test_chunks_are_pairs_that_fit_a_third_of_the_cache(native):
-    for hidden, cache in itertools.product((64, 128, 192, 512, 4096), (1 << 20, 50 << 20, 60 << 20)):
-        slots = native.chunk(ctypes.c_int64(hidden), ctypes.c_int64(cache))
-        per_slot = 64 * 2 * hidden * 2
-        assert slots >= 2 and slots % 2 == 0
-        assert slots == 2 or slots * per_slot <= cache // 3 < (slots + 2) * per_slot
 
 
 def test_shares_of_weights_cover_the_outputs(native):

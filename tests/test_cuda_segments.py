@@ -31,7 +31,7 @@ def native(tmp_path_factory):
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover"]
     subprocess.run([*command, "-I", ROOT / "csrc" / "cuda", source, "-o", built], check=True)
     library = ctypes.CDLL(str(built))
-    for name in ("slots", "score", "row"):
+    for name in ("slots", "score", "row", "chunk"):
         getattr(library, name).restype = ctypes.c_int64
     return library
 
@@ -142,3 +142,17 @@ def test_shares_exhaustively(native):
             end = found[1]
             sizes.add(int(found[1] - found[0]))
         assert end == count and max(sizes) - min(sizes) <= 1
+
+
+def test_chunks_are_pairs_that_fit_a_third_of_the_cache(native):
+    """And short enough that tensor cores, which cut 2^-25 off a sum of one sign at every 16 rows, stay below fp16."""
+    for columns, element_bytes, cache in itertools.product(
+        (0, 128, 256, 1024, 8192), (2, 4), (1 << 20, 50 << 20, 126 << 20)
+    ):
+        per_slot = SEGMENT_ROWS * columns * element_bytes
+        slots = native.chunk(ctypes.c_int64(per_slot), ctypes.c_int64(cache))
+        assert slots >= 2 and slots % 2 == 0 and slots * SEGMENT_ROWS / 16 * 2**-25 < 2**-12 / 3
+        if slots > 2:
+            assert slots * per_slot <= cache // 3
+        if slots < 512:
+            assert cache // 3 < (slots + 2) * per_slot

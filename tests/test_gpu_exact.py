@@ -59,7 +59,7 @@ def test_affinity_in_tf32(backend, tf32):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_affinity_of_half_precision_maps_and_blocks_of_channels(backend, dtype):
-    check_affinity(backend, 2, 70, 64, 67, dtype=dtype, value_dtype=dtype, device=DEVICE)
+    check_affinity(backend, 2, 70, 64, 35, dtype=dtype, value_dtype=dtype, device=DEVICE)
 
 
 @pytest.mark.parametrize("kind, dtype", POOL, ids=str)

@@ -78,13 +78,13 @@ std::tuple<Tensor, Tensor> gated_attention_pool(
     const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
     const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, bool exact,
     std::string kernels) {
-  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens};
+  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, exact};
   check(in);
   [[maybe_unused]] const bool hopper = use_sm90(kernels, in);
 #if ERCN_SM90
   if (hopper) return sm90::pool_forward(in);
 #endif
-  return pool::forward(in, exact);
+  return pool::forward(in);
 }
 
 Gradients gated_attention_pool_backward(
@@ -92,7 +92,7 @@ Gradients gated_attention_pool_backward(
     const Optional& v_bias, const Optional& u_weight, const Optional& u_bias, const Tensor& w_weight,
     const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, const Tensor& pooled,
     const Tensor& scores, int64_t needs, bool exact, std::string kernels) {
-  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens};
+  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, exact};
   check(in);
   const auto matches = [](const Optional& x, const Tensor& like) {
     bool same = !x || (on_device(*x) && x->scalar_type() == like.scalar_type() && x->dim() == like.dim());
@@ -115,7 +115,7 @@ Gradients gated_attention_pool_backward(
 #if ERCN_SM90
   if (hopper) return sm90::pool_backward(grad_pooled, grad_scores, in, scores, needs);
 #endif
-  return pool::backward(grad_pooled, grad_scores, in, scores, needs, exact);
+  return pool::backward(grad_pooled, grad_scores, in, scores, needs);
 }
 
 }  // namespace

@@ -27,33 +27,39 @@ py::dict build_info() {
   return info;
 }
 
+py::dict described(const ercn::KernelRecord& record) {
+  py::dict kernel;
+  kernel["name"] = record.name;
+  kernel["launches"] = record.launches.load();
+  kernel["threads"] = record.threads.load();
+  kernel["dynamic_shared_bytes"] = record.shared.load();
+  return kernel;
+}
+
 py::list kernels() {
   py::list all;
-  for (const ercn::KernelRecord* record : ercn::kernel_records()) {
-    py::dict kernel;
-    kernel["name"] = record->name;
-    kernel["launches"] = record->launches.load();
-    kernel["threads"] = record->threads.load();
-    kernel["dynamic_shared_bytes"] = record->shared.load();
-    all.append(kernel);
-  }
+  for (const ercn::KernelRecord* record : ercn::kernel_records()) all.append(described(*record));
   return all;
 }
 
-// Of the current device; every kernel must have been launched for its occupancy to be known.
+// Of the current device; every kernel must have been launched for its occupancy to be known. What is compiled for
+// another architecture alone, as Hopper's kernels are, has no attributes but "absent", the reason.
 py::list kernel_attributes() {
   py::list all;
   for (const ercn::KernelRecord* record : ercn::kernel_records()) {
+    py::dict kernel = described(*record);
+    all.append(kernel);
     cudaFuncAttributes found;
-    check(cudaFuncGetAttributes(&found, record->function));
-    py::dict kernel;
-    kernel["name"] = record->name;
-    kernel["launches"] = record->launches.load();
-    kernel["threads"] = record->threads.load();
+    const cudaError_t error = cudaFuncGetAttributes(&found, record->function);
+    if (error == cudaErrorInvalidDeviceFunction || error == cudaErrorNoKernelImageForDevice) {
+      cudaGetLastError();  // else the next launch is blamed for it
+      kernel["absent"] = cudaGetErrorString(error);
+      continue;
+    }
+    check(error);
     kernel["registers"] = found.numRegs;
     kernel["local_bytes"] = found.localSizeBytes;
     kernel["static_shared_bytes"] = found.sharedSizeBytes;
-    kernel["dynamic_shared_bytes"] = record->shared.load();
     kernel["max_threads"] = found.maxThreadsPerBlock;
     kernel["binary_version"] = found.binaryVersion;
     if (record->launches > 0) {
@@ -61,7 +67,6 @@ py::list kernel_attributes() {
       check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, record->function, record->threads, record->shared));
       kernel["blocks_per_multiprocessor"] = blocks;
     }
-    all.append(kernel);
   }
   return all;
 }
@@ -73,5 +78,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("build_info", &build_info, "CUDA runtime, compute capabilities and flags that it was built with.");
   m.def("kernels", &kernels, "Every kernel: name, launches so far, and threads and shared memory of the last launch.");
   m.def("kernel_attributes", &kernel_attributes,
-        "kernels() with registers, local memory and occupancy on the current device; RuntimeError without a device.");
+        "kernels() with registers, local memory and occupancy on the current device, or with the reason why a kernel is "
+        "absent there; RuntimeError without a device.");
 }

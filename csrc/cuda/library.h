@@ -10,6 +10,8 @@
 #include <limits>
 #include <vector>
 
+#include "precision.h"
+
 #ifdef ERCN_EMULATED
 #define ERCN_LIBRARY ercn_emulated
 #define ERCN_DISPATCH_KEY CPU
@@ -31,6 +33,11 @@ inline bool on_device(const Tensor& tensor) {
 #else
   return tensor.is_cuda();
 #endif
+}
+
+inline Float type_of(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  return type == ScalarType::BFloat16 ? Float::bf16 : type == ScalarType::Half ? Float::fp16 : Float::fp32;
 }
 
 // Uninitialised memory on `like`'s device; the emulator fills it with NaN, so that what is left unwritten shows.

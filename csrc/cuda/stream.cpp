@@ -31,6 +31,9 @@ Stream::Stream(int device) : device_(device) {
   DeviceGuardHandle guard;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard));
   guard_ = guard;
+  // The guard asks for the device only where another one is current. A thread that has made no call of the runtime yet,
+  // as autograd's may be, then has no context, and the driver encodes no tensor map.
+  check(cudaSetDevice(device), __FILE__, __LINE__);
   void* stream;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   stream_ = static_cast<cudaStream_t>(stream);

@@ -65,6 +65,7 @@ struct Machine {
   std::vector<Thread*> ready;
   std::string failure;
   std::mt19937_64 random;
+  uint64_t lagging = 0;  // warp
   const std::function<void(unsigned char*)>* body = nullptr;
   unsigned char* stacks = nullptr;
 #ifdef __SANITIZE_ADDRESS__
@@ -169,6 +170,17 @@ std::string left_open(const Block& block) {
   return "";
 }
 
+// Any ready thread, but hardly ever of the warp that lags; another one does after some time.
+size_t draw(const std::vector<Thread*>& ready) {
+  std::mt19937_64& random = machine->random;
+  if (random() % 1024 == 0) machine->lagging = random() % machine->block.warps.size();
+  size_t drawn = random() % ready.size();
+  for (int i = 0; i < 8 && static_cast<uint64_t>(ready[drawn]->index / kWarp) == machine->lagging; ++i) {
+    drawn = random() % ready.size();
+  }
+  return drawn;
+}
+
 void run_block(Coordinates index, Coordinates grid, int threads, unsigned char* shared, int shared_bytes) {
   Block& b = machine->block;
   b = Block{index, grid, shared, shared_bytes, std::vector<unsigned char>(shared_bytes, kPoison), {}, {}, {}, {}, {}};
@@ -195,7 +207,7 @@ void run_block(Coordinates index, Coordinates grid, int threads, unsigned char* 
     } else if (ready.empty()) {
       machine->failure = deadlock();
     } else {
-      std::swap(ready[machine->random() % ready.size()], ready.back());
+      std::swap(ready[draw(ready)], ready.back());
       Thread& next = *ready.back();
       ready.pop_back();
       next.ready = false;

@@ -1,8 +1,11 @@
-// Operators for tests, beside those of csrc/cuda: the emulator's seed, and limits that calls do not reach.
+// For tests, beside the operators of csrc/cuda: the emulator's seed, limits that calls do not reach, what was launched.
 #include <torch/csrc/stable/library.h>
+
+#include <string>
 
 #include "emulator.h"
 #include "library.h"
+#include "registry.h"
 #include "sm90/affinity.h"
 
 namespace {
@@ -14,6 +17,16 @@ ercn::Tensor relu_affinity_bands(const ercn::Tensor& value, const ercn::Tensor& 
 }
 
 }  // namespace
+
+// A line of every kernel: its name and how often it was launched.
+extern "C" __attribute__((visibility("default"))) const char* ercn_launches() {
+  static std::string lines;
+  lines.clear();
+  for (const ercn::KernelRecord* record : ercn::kernel_records()) {
+    lines += record->name + ' ' + std::to_string(record->launches) + '\n';
+  }
+  return lines.c_str();
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ercn_emulated, m) {
   m.def("set_seed(int seed) -> ()");

@@ -13,11 +13,6 @@ Mode mode_of(const Tensor& feat, bool exact) {
   }
 }
 
-Float type_of(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  return type == ScalarType::Float ? Float::fp32 : type == ScalarType::BFloat16 ? Float::bf16 : Float::fp16;
-}
-
 void sum_slabs(const Tensor& parts, int64_t slabs, const Tensor& out, const arch::Stream& stream) {
   affinity::sum_slabs(
       data<float>(parts), static_cast<int>(slabs), out.mutable_data_ptr(), type_of(out), out.numel(), stream);

@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "affinity/map.h"
 #include "affinity/tiles.h"
+#include "map.h"
 
 namespace ercn::affinity {
 

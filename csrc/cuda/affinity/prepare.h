@@ -1,7 +1,7 @@
 #pragma once
 // The operands of the affinity kernels as they copy them: features pixel-major, maps channel-major, padded with zeros.
 #include "affinity/launch.h"
-#include "affinity/precision.h"
+#include "terms.h"
 
 namespace ercn::affinity {
 

@@ -3,8 +3,8 @@
 #include <arch/async.h>
 #include <arch/mma.h>
 
-#include "affinity/precision.h"
 #include "affinity/tiles.h"
+#include "terms.h"
 
 namespace ercn::affinity {
 

@@ -22,8 +22,9 @@ struct Grid {
 
 ERCN_DEVICE int thread_index() { return threadIdx.x; }
 ERCN_DEVICE int lane_index() { return threadIdx.x % 32; }
-// The same in all lanes, as far as the compiler is concerned.
-ERCN_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+ERCN_DEVICE int warp_index() { return threadIdx.x / 32; }
+// warp_index() of which the compiler knows that a warp branches by it as one. By all lanes of a warp.
+ERCN_DEVICE int uniform_warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 ERCN_DEVICE Grid block_index() {
   return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
 }

@@ -1,6 +1,4 @@
 // One block: a segment, 128 columns at a time.
-#include "pool/branch.h"
-
 #include "pool/projection.h"
 
 namespace ercn::pool {
@@ -9,13 +7,8 @@ namespace {
 template <typename Precision, bool CHANNELS_FIRST>
 struct PoolBranch {
   using Element = typename Precision::Element;
+  using Params = PackedParams<BranchParams>;
   static constexpr int kThreads = 128, kMinBlocks = 2;
-  struct Params {
-    Problem problem;
-    Packed<Element> weights;
-    Branch<Element> of;
-    bool gated, vector;
-  };
   static constexpr int kPitch = kColumns + 8;  // of P in shared memory: no bank is met twice
   struct Shared {
     union {
@@ -28,33 +21,23 @@ struct PoolBranch {
 
   ERCN_DEVICE static void run(const Params& p, unsigned char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const int64_t slot = p.of.first_slot + arch::block_index().x;
+    const int64_t slot = p.first_slot + arch::block_index().x;
     const Segment segment = segment_at(p.problem.bags, slot);
-    if (segment.rows == 0) return write_zeros(p, slot);
-    if (arch::warp_index() < kSegmentRows / 32) {
+    if (segment.rows == 0) return;
+    if (arch::uniform_warp_index() < kSegmentRows / 32) {
       const uint32_t real = arch::ballot(is_real(p.problem, segment, arch::thread_index()));
       if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
     }
-    const Instances<Element> h(p.problem, segment, p.vector);
-    const int groups = column_count({p.problem.L, p.gated}) / kColumns;
+    const Instances<Element> h(p.problem, segment);
+    const int groups = column_count(columns_of(p.problem)) / kColumns;
     for (int group = 0; group < groups; ++group) {
       Sums sums;
-      project<Precision, CHANNELS_FIRST>(sums, h, p.weights, group, shared.stages);
-      if (p.gated) {
+      project<Precision, CHANNELS_FIRST>(sums, h, p.packed, group, shared.stages);
+      if (p.problem.gated) {
         finish<true>(p, segment, slot, sums, group, shared);
       } else {
         finish<false>(p, segment, slot, sums, group, shared);
       }
-    }
-  }
-
-  ERCN_DEVICE static void write_zeros(const Params& p, int64_t slot) {
-    const int64_t L = p.problem.L, heads = p.problem.K * L, biases = (p.gated ? 2 : 1) * L;
-    for (int64_t i = arch::thread_index(); p.of.part_heads != nullptr && i < heads; i += kThreads) {
-      p.of.part_heads[slot * heads + i] = 0;
-    }
-    for (int64_t i = arch::thread_index(); p.of.part_biases != nullptr && i < biases; i += kThreads) {
-      p.of.part_biases[slot * biases + i] = 0;
     }
   }
 
@@ -78,7 +61,7 @@ struct PoolBranch {
     const int unit = arch::thread_index() % kUnits, begin = arch::thread_index() / kUnits * kRows, end = begin + kRows;
     const int column = GATED ? unit / 32 * 64 + unit % 32 : unit;
     const bool exists = first + unit < L;
-    const float* biases = p.weights.biases + group * kColumns + column;
+    const float* biases = p.packed.biases + group * kColumns + column;
     const float v_bias = biases[0], u_bias = GATED ? biases[32] : 0;
     for (int row = begin; row < end; ++row) {
       // Where a row is not real h may be anything, and a unit that does not exist is NaN where h is infinite.
@@ -88,29 +71,28 @@ struct PoolBranch {
       at[0] = real ? on.t : 0;
       if constexpr (GATED) at[32] = real ? on.gate : 0;
     }
-    if (p.of.part_heads != nullptr) {
+    if (p.part_heads != nullptr) {
       for (int k = 0; k < K; ++k) {
-        const float* ds = p.of.score_grad + score_offset(p.problem.bags, segment, k, K);
+        const float* ds = p.score_grad + score_offset(p.problem.bags, segment, k, K);
         float sum = 0;
         for (int row = begin; row < end; ++row) {
           const float* at = &shared.products[row][column];
           sum += at_row(ds, segment, row) * (GATED ? at[0] * at[32] : at[0]);
         }
-        add_column<GATED>(sum, p.of.part_heads + (slot * K + k) * L + first, exists, shared);
+        add_column<GATED>(sum, p.part_heads + (slot * K + k) * L + first, exists, shared);
       }
     }
 
     const int64_t pitch = column_count({L, GATED});
-    const float scale = p.of.scale == nullptr ? 1 : p.of.scale[0];
-    Element* to = p.of.branch_grads == nullptr ? nullptr
-                                               : p.of.branch_grads + (slot - p.of.first_slot) * kSegmentRows * pitch +
-                                                     group * kColumns + column;
+    const float scale = p.scale == nullptr ? 1 : p.scale[0];
+    Element* to = static_cast<Element*>(p.branch_grads);
+    if (to != nullptr) to += (slot - p.first_slot) * kSegmentRows * pitch + group * kColumns + column;
     float dt_sum = 0, ds_sum = 0;
     for (int row = begin; row < end; ++row) {
       float dg = 0;
       for (int k = 0; k < K; ++k) {
-        const float* ds = p.of.score_grad + score_offset(p.problem.bags, segment, k, K);
-        dg += at_row(ds, segment, row) * p.weights.heads[int64_t{k} * units + first + unit];
+        const float* ds = p.score_grad + score_offset(p.problem.bags, segment, k, K);
+        dg += at_row(ds, segment, row) * p.packed.heads[int64_t{k} * units + first + unit];
       }
       const float *at = &shared.products[row][column], t = at[0], s = GATED ? at[32] : 1;
       const float dt = dg * s * (1 - t * t), dsigma = dg * t * s * (1 - s);
@@ -120,8 +102,8 @@ struct PoolBranch {
       to[row * pitch] = arch::from_float<Element>(scale * dt);
       if constexpr (GATED) to[row * pitch + 32] = arch::from_float<Element>(scale * dsigma);
     }
-    if (p.of.part_biases != nullptr) {
-      float* sums_to = p.of.part_biases + slot * kBranches * L + first;
+    if (p.part_biases != nullptr) {
+      float* sums_to = p.part_biases + slot * kBranches * L + first;
       add_column<GATED>(dt_sum, sums_to, exists, shared);
       if constexpr (GATED) add_column<GATED>(ds_sum, sums_to + L, exists, shared);
     }
@@ -148,36 +130,10 @@ struct PoolBranch {
   }
 };
 
-template <typename Precision, bool CHANNELS_FIRST>
-void run(
-    const Problem& problem, const Packed<typename Precision::Element>& weights,
-    const Branch<typename Precision::Element>& of, bool gated, bool vector, const arch::Stream& stream) {
-  using Kernel = PoolBranch<Precision, CHANNELS_FIRST>;
-  const arch::Grid grid{static_cast<int>(of.last_slot - of.first_slot)};
-  arch::launch<Kernel>({problem, weights, of, gated, vector}, grid, sizeof(typename Kernel::Shared), stream);
-}
-
 }  // namespace
 
-template <typename Precision>
-void branch(
-    const Problem& problem, const Packed<typename Precision::Element>& weights,
-    const Branch<typename Precision::Element>& of, bool gated, const arch::Stream& stream) {
-  const Layout layout = layout_of(problem, sizeof(typename Precision::Element));
-  if (layout.channels_first) {
-    run<Precision, true>(problem, weights, of, gated, layout.vector, stream);
-  } else {
-    run<Precision, false>(problem, weights, of, gated, layout.vector, stream);
-  }
+void branch(const PackedParams<BranchParams>& p, const arch::Stream& stream) {
+  launch<PoolBranch>(p, {static_cast<int>(p.last_slot - p.first_slot)}, stream);
 }
-
-template void branch<affinity::BFloat16>(
-    const Problem&, const Packed<arch::bf16>&, const Branch<arch::bf16>&, bool, const arch::Stream&);
-template void branch<affinity::Float16>(
-    const Problem&, const Packed<arch::fp16>&, const Branch<arch::fp16>&, bool, const arch::Stream&);
-template void branch<affinity::TensorFloat32>(
-    const Problem&, const Packed<float>&, const Branch<float>&, bool, const arch::Stream&);
-template void branch<affinity::Float32>(
-    const Problem&, const Packed<float>&, const Branch<float>&, bool, const arch::Stream&);
 
 }  // namespace ercn::pool

@@ -1,6 +1,6 @@
-#include "pool/column_sums.h"
-
 #include <arch/convert.h>
+
+#include "pool/steps.h"
 
 namespace ercn::pool {
 namespace {
@@ -8,11 +8,7 @@ namespace {
 // One block: COLUMNS columns, and LANES threads for each that take every LANES-th row.
 template <typename Element, int COLUMNS, int LANES>
 struct ColumnSums {
-  struct Params {
-    const float* parts;
-    int64_t rows, stride, columns;
-    Element* to;
-  };
+  using Params = ColumnSumsParams;
   static constexpr int kThreads = COLUMNS * LANES, kMinBlocks = 1;
   struct Shared {
     float sums[LANES][COLUMNS];
@@ -31,37 +27,24 @@ struct ColumnSums {
       arch::sync_threads();
       if (lane < half) shared.sums[lane][i] += shared.sums[lane + half][i];
     }
-    if (lane == 0 && column < p.columns) p.to[column] = arch::from_float<Element>(shared.sums[0][i]);
+    if (lane > 0 || column >= p.columns) return;
+    static_cast<Element*>(p.to)[column] = arch::from_float<Element>(shared.sums[0][i]);
   }
 };
 
-template <typename Kernel>
-void launch(const typename Kernel::Params& p, int columns, const arch::Stream& stream) {
-  const int64_t blocks = arch::divide_up<int64_t>(p.columns, columns);
-  arch::launch<Kernel>(p, {static_cast<int>(blocks)}, sizeof(typename Kernel::Shared), stream);
-}
-
-// Shares of weights are few rows of many columns; segments are many rows of few.
-template <typename Element>
-void sum_as(
-    const float* parts, int64_t rows, int64_t stride, int64_t columns, void* to, const arch::Stream& stream) {
-  constexpr int kFew = 32;
-  const auto with = [&](auto kernel, int across) {
-    launch<decltype(kernel)>({parts, rows, stride, columns, static_cast<Element*>(to)}, across, stream);
-  };
-  rows <= kFew ? with(ColumnSums<Element, 256, 1>(), 256) : with(ColumnSums<Element, 32, 16>(), 32);
-}
-
 }  // namespace
 
-void column_sums(
-    const float* parts, int64_t rows, int64_t stride, int64_t columns, void* to, Type type,
-    const arch::Stream& stream) {
-  switch (type) {
-    case Type::kFloat: return sum_as<float>(parts, rows, stride, columns, to, stream);
-    case Type::kBf16: return sum_as<arch::bf16>(parts, rows, stride, columns, to, stream);
-    case Type::kFp16: return sum_as<arch::fp16>(parts, rows, stride, columns, to, stream);
-  }
+void column_sums(const ColumnSumsParams& p, const arch::Stream& stream) {
+  const auto with = [&](auto kernel, int columns) {
+    using Kernel = decltype(kernel);
+    const int64_t blocks = arch::divide_up<int64_t>(p.columns, columns);
+    arch::launch<Kernel>(p, {static_cast<int>(blocks)}, sizeof(typename Kernel::Shared), stream);
+  };
+  with_element(p.type, [&](auto element) {
+    using Element = decltype(element);
+    constexpr int kFew = 32;  // shares of weights are few rows of many columns; segments are many rows of few
+    p.rows <= kFew ? with(ColumnSums<Element, 256, 1>(), 256) : with(ColumnSums<Element, 32, 16>(), 32);
+  });
 }
 
 }  // namespace ercn::pool

@@ -1,9 +1,8 @@
 // One block: a segment and up to kHeads heads.
-#include "pool/dots.h"
-
 #include <cmath>
 
 #include "pool/instances.h"
+#include "pool/kernels.h"
 #include "pool/reduce.h"
 #include "pool/softmax.h"
 #include "pool/streaming.h"
@@ -14,12 +13,8 @@ namespace {
 template <typename Element, bool CHANNELS_FIRST>
 struct PoolDots {
   using Streams = Streaming<Element, CHANNELS_FIRST>;
+  using Params = ProductsParams;
   static constexpr int kThreads = Streams::kThreads, kMinBlocks = 2, kHeads = Streams::kHeads;
-  struct Params {
-    Problem problem;
-    Dots of;
-    bool vector;
-  };
   struct Shared {
     float products[Streams::kWarps][kHeads][kSegmentRows];
     uint32_t real[kSegmentRows / 32];
@@ -32,16 +27,15 @@ struct PoolDots {
     const int first = arch::block_index().y * kHeads, heads = problem.K - first < kHeads ? problem.K - first : kHeads;
     const Segment segment = segment_at(problem.bags, slot);
     if (segment.rows == 0) return;
-    if (arch::warp_index() < kSegmentRows / 32) {
+    if (arch::uniform_warp_index() < kSegmentRows / 32) {
       const uint32_t real = arch::ballot(is_real(problem, segment, arch::thread_index()));
       if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
     }
-    const Instances<Element> h(problem, segment, p.vector);
-    const Element* grad =
-        static_cast<const Element*>(p.of.grad_pooled) + (segment.bag * problem.K + first) * problem.D;
+    const Instances<Element> h(problem, segment);
+    const Element* grad = static_cast<const Element*>(p.grad_pooled) + (segment.bag * problem.K + first) * problem.D;
     Streams::dot_channels(h, grad, heads, shared.products);
     arch::sync_threads();
-    const int k = arch::warp_index();
+    const int k = arch::uniform_warp_index();
     if (k < heads) weigh(p, segment, slot, first + k, shared.products, k, shared.real);
   }
 
@@ -57,9 +51,9 @@ struct PoolDots {
     for (int half = 0; half < 2; ++half) {
       const int row = half * 32 + lane;
       const bool is_real = real[half] >> lane & 1;
-      s[half] = is_real ? p.of.scores[at + row] : -INFINITY;
+      s[half] = is_real ? p.scores[at + row] : -INFINITY;
       q[half] = is_real ? Streams::total(products, k, row) : 0;
-      if (row < segment.rows) p.of.products[at + row] = q[half];
+      if (row < segment.rows) p.products[at + row] = q[half];
       largest = fmaxf(largest, s[half]);
     }
     largest = reduce_warp<Max>(largest);
@@ -72,33 +66,25 @@ struct PoolDots {
     sum = reduce_warp<Add>(sum);
     weighted = reduce_warp<Add>(weighted);
     if (lane > 0) return;
-    p.of.parts.largest[slot * p.problem.K + head] = largest;
-    p.of.parts.sum[slot * p.problem.K + head] = sum;
-    p.of.weighted[slot * p.problem.K + head] = weighted;
+    p.parts.largest[slot * p.problem.K + head] = largest;
+    p.parts.sum[slot * p.problem.K + head] = sum;
+    p.weighted[slot * p.problem.K + head] = weighted;
   }
 };
 
-template <typename Element, bool CHANNELS_FIRST>
-void run(const Problem& problem, const Dots& of, bool vector, const arch::Stream& stream) {
-  using Kernel = PoolDots<Element, CHANNELS_FIRST>;
-  const arch::Grid grid{static_cast<int>(slot_count(problem.bags)), arch::divide_up(problem.K, Kernel::kHeads)};
-  arch::launch<Kernel>({problem, of, vector}, grid, sizeof(typename Kernel::Shared), stream);
-}
-
 }  // namespace
 
-template <typename Element>
-void dots(const Problem& problem, const Dots& of, const arch::Stream& stream) {
-  const Layout layout = layout_of(problem, sizeof(Element));
-  if (layout.channels_first) {
-    run<Element, true>(problem, of, layout.vector, stream);
-  } else {
-    run<Element, false>(problem, of, layout.vector, stream);
-  }
+void dots(const ProductsParams& p, const arch::Stream& stream) {
+  const auto start = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    const int slots = static_cast<int>(slot_count(p.problem.bags));
+    arch::launch<Kernel>(
+        p, {slots, arch::divide_up(p.problem.K, Kernel::kHeads)}, sizeof(typename Kernel::Shared), stream);
+  };
+  with_element(p.problem.type, [&](auto element) {
+    using Element = decltype(element);
+    p.problem.channels_first ? start(PoolDots<Element, true>()) : start(PoolDots<Element, false>());
+  });
 }
-
-template void dots<float>(const Problem&, const Dots&, const arch::Stream&);
-template void dots<arch::bf16>(const Problem&, const Dots&, const arch::Stream&);
-template void dots<arch::fp16>(const Problem&, const Dots&, const arch::Stream&);
 
 }  // namespace ercn::pool

@@ -1,7 +1,5 @@
 // One block: a segment and up to kHeads heads. Scores from the projections, 128 columns at a time, then the softmax of
 // the segment, and Σ e h from the cache.
-#include "pool/forward.h"
-
 #include <cmath>
 
 #include "pool/projection.h"
@@ -11,17 +9,14 @@
 namespace ercn::pool {
 namespace {
 
+constexpr int kHeads = 8;  // of a block
+
 template <typename Precision, bool CHANNELS_FIRST>
 struct PoolForward {
   using Element = typename Precision::Element;
-  static constexpr int kThreads = 128, kMinBlocks = 2, kWarps = kThreads / 32, kHeads = 8;
+  using Params = PackedParams<ForwardParams>;
   using Streams = Streaming<Element, CHANNELS_FIRST>;
-  struct Params {
-    Problem problem;
-    Packed<Element> weights;
-    Forward to;
-    bool gated, vector;
-  };
+  static constexpr int kThreads = 128, kMinBlocks = 2, kWarps = kThreads / 32;
   struct Shared {
     union {
       unsigned char stages[Projection<Precision, CHANNELS_FIRST>::kBytes];
@@ -38,32 +33,32 @@ struct PoolForward {
     const int first = arch::block_index().y * kHeads, heads = problem.K - first < kHeads ? problem.K - first : kHeads;
     const Segment segment = segment_at(problem.bags, slot);
     if (segment.rows == 0) return;
-    const Instances<Element> h(problem, segment, p.vector);
+    const Instances<Element> h(problem, segment);
 
     for (int i = arch::thread_index(); i < 2 * kHeads * kSegmentRows; i += kThreads) (&shared.scores[0][0][0])[i] = 0;
-    if (arch::warp_index() < kSegmentRows / 32) {
+    if (arch::uniform_warp_index() < kSegmentRows / 32) {
       const uint32_t real = arch::ballot(is_real(problem, segment, arch::thread_index()));
       if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
     }
-    const int groups = column_count({problem.L, p.gated}) / kColumns;
+    const int groups = column_count(columns_of(problem)) / kColumns;
     for (int group = 0; group < groups; ++group) {
       Sums sums;
-      project<Precision, CHANNELS_FIRST>(sums, h, p.weights, group, shared.stages);
-      if (p.gated) {
+      project<Precision, CHANNELS_FIRST>(sums, h, p.packed, group, shared.stages);
+      if (problem.gated) {
         add_scores<true>(p, sums, group, first, heads, shared);
       } else {
         add_scores<false>(p, sums, group, first, heads, shared);
       }
     }
     arch::sync_threads();
-    for (int k = arch::warp_index(); k < heads; k += kWarps) {
+    for (int k = arch::uniform_warp_index(); k < heads; k += kWarps) {
       softmax(p, segment, slot, first + k, shared.scores, k, shared.real);
     }
     arch::sync_threads();
     const uint64_t real = shared.real[0] | static_cast<uint64_t>(shared.real[1]) << 32;
     const int64_t width = pooled_width(problem.D);
     Streams::sum_rows(
-        h, real, shared.scores[0], heads, p.to.parts.pooled + (slot * problem.K + first) * width, width,
+        h, real, shared.scores[0], heads, p.parts.pooled + (slot * problem.K + first) * width, width,
         shared.streaming);
   }
 
@@ -81,12 +76,12 @@ struct PoolForward {
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const Activations on = activations_at<GATED>(sums, p.weights.biases, columns, group, m, n, i);
+          const Activations on = activations_at<GATED>(sums, p.packed.biases, columns, group, m, n, i);
           gated[n][i] = on.t * on.gate;
         }
       }
       for (int k = 0; k < heads; ++k) {
-        const float* w = p.weights.heads + int64_t{first + k} * units;
+        const float* w = p.packed.heads + int64_t{first + k} * units;
         float scores[2] = {};
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
@@ -109,8 +104,9 @@ struct PoolForward {
       const Params& p, const Segment& segment, int64_t slot, int head, float (&scores)[2][kHeads][kSegmentRows], int k,
       const uint32_t (&real)[kSegmentRows / 32]) {
     const int lane = arch::lane_index();
-    const float bias = p.to.w_bias == nullptr ? 0 : arch::to_float(static_cast<const Element*>(p.to.w_bias)[head]);
-    float* to = p.to.scores + score_offset(p.problem.bags, segment, head, p.problem.K);
+    const Element* w_bias = static_cast<const Element*>(p.problem.w_bias);
+    const float bias = w_bias == nullptr ? 0 : arch::to_float(w_bias[head]);
+    float* to = p.scores + score_offset(p.problem.bags, segment, head, p.problem.K);
     float s[2], largest = -INFINITY, sum = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -129,42 +125,18 @@ struct PoolForward {
     }
     sum = reduce_warp<Add>(sum);
     if (lane == 0) {
-      p.to.parts.largest[slot * p.problem.K + head] = largest;
-      p.to.parts.sum[slot * p.problem.K + head] = sum;
+      p.parts.largest[slot * p.problem.K + head] = largest;
+      p.parts.sum[slot * p.problem.K + head] = sum;
     }
   }
 };
 
-template <typename Precision, bool CHANNELS_FIRST>
-void run(
-    const Problem& problem, const Packed<typename Precision::Element>& weights, const Forward& to, bool gated,
-    bool vector, const arch::Stream& stream) {
-  using Kernel = PoolForward<Precision, CHANNELS_FIRST>;
-  const arch::Grid grid{static_cast<int>(slot_count(problem.bags)), arch::divide_up(problem.K, Kernel::kHeads)};
-  arch::launch<Kernel>({problem, weights, to, gated, vector}, grid, sizeof(typename Kernel::Shared), stream);
-}
-
 }  // namespace
 
-template <typename Precision>
-void forward(
-    const Problem& problem, const Packed<typename Precision::Element>& weights, const Forward& to, bool gated,
-    const arch::Stream& stream) {
-  const Layout layout = layout_of(problem, sizeof(typename Precision::Element));
-  if (layout.channels_first) {
-    run<Precision, true>(problem, weights, to, gated, layout.vector, stream);
-  } else {
-    run<Precision, false>(problem, weights, to, gated, layout.vector, stream);
-  }
+void forward(const PackedParams<ForwardParams>& p, const arch::Stream& stream) {
+  const Problem& problem = p.problem;
+  launch<PoolForward>(
+      p, {static_cast<int>(slot_count(problem.bags)), arch::divide_up(problem.K, kHeads)}, stream);
 }
-
-template void forward<affinity::BFloat16>(
-    const Problem&, const Packed<arch::bf16>&, const Forward&, bool, const arch::Stream&);
-template void forward<affinity::Float16>(
-    const Problem&, const Packed<arch::fp16>&, const Forward&, bool, const arch::Stream&);
-template void forward<affinity::TensorFloat32>(
-    const Problem&, const Packed<float>&, const Forward&, bool, const arch::Stream&);
-template void forward<affinity::Float32>(
-    const Problem&, const Packed<float>&, const Forward&, bool, const arch::Stream&);
 
 }  // namespace ercn::pool

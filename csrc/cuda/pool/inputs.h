@@ -2,7 +2,6 @@
 // The operator's tensors as the kernels see them.
 #include <optional>
 #include <tuple>
-#include <utility>
 
 #include "library.h"
 #include "pool/problem.h"
@@ -16,12 +15,8 @@ struct Inputs {
   const Optional &v_bias, &u_weight, &u_bias;
   const Tensor& w_weight;
   const Optional &w_bias, &mask, &cu_seqlens;
+  bool exact;  // fp32 products to fp32's accuracy, not TF32's
 };
-
-inline Type type_of(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  return type == ScalarType::BFloat16 ? Type::kBf16 : type == ScalarType::Half ? Type::kFp16 : Type::kFloat;
-}
 
 // x, or a copy of it that is contiguous and begins at a multiple of 16 bytes.
 inline Tensor aligned(const Tensor& x) {
@@ -30,7 +25,7 @@ inline Tensor aligned(const Tensor& x) {
 }
 inline Optional aligned(const Optional& x) { return x ? Optional(aligned(*x)) : std::nullopt; }
 
-// Holds the aligned weights and offsets that its problem and weights point to.
+// Holds the aligned weights and offsets that its problem points to.
 class Operands {
  public:
   explicit Operands(const Inputs& in)
@@ -44,7 +39,7 @@ class Operands {
     const Tensor& h = in.h;
     const bool ragged = cu_seqlens_.has_value();
     Problem& p = problem;
-    p.bags.cu_seqlens = ragged ? cu_seqlens_->const_data_ptr() : nullptr;
+    p.bags.cu_seqlens = data(cu_seqlens_);
     p.bags.wide = ragged && cu_seqlens_->scalar_type() == ScalarType::Long;
     p.bags.count = ragged ? cu_seqlens_->size(0) - 1 : h.size(0);
     p.bags.n = ragged ? 0 : h.size(1);
@@ -52,6 +47,9 @@ class Operands {
     p.D = static_cast<int>(h.size(h.dim() - 1));
     p.L = static_cast<int>(v_.size(0));
     p.K = static_cast<int>(w_.size(0));
+    p.type = type_of(h);
+    p.gated = u_.has_value();
+    p.exact = in.exact;
     p.h = h.const_data_ptr();
     p.h_b = ragged ? 0 : h.stride(0);
     p.h_n = h.stride(h.dim() - 2);
@@ -59,15 +57,23 @@ class Operands {
     p.mask = in.mask ? static_cast<const bool*>(in.mask->const_data_ptr()) : nullptr;
     p.mask_b = in.mask ? in.mask->stride(0) : 0;
     p.mask_n = in.mask ? in.mask->stride(1) : 0;
-    weights = {data(v_), data(v_bias_), data(u_), data(u_bias_), data(w_), data(w_bias_)};
+    p.v = v_.const_data_ptr(), p.v_bias = data(v_bias_);
+    p.u = data(u_), p.u_bias = data(u_bias_);
+    p.w = w_.const_data_ptr(), p.w_bias = data(w_bias_);
+
+    // Channels first is for maps whose rows can be read 16 bytes at a time; any other strides are read as rows, an
+    // element at a time where not `vector`.
+    const auto is_aligned = [&](int64_t stride) { return stride * h.element_size() % 16 == 0; };
+    const bool start = reinterpret_cast<uintptr_t>(p.h) % 16 == 0 && (ragged || p.bags.count == 1 || is_aligned(p.h_b));
+    p.channels_first = p.h_d != 1 && p.h_n == 1 && !ragged && start && is_aligned(p.h_d);
+    p.vector = p.channels_first ||
+               ((p.h_d == 1 || p.D == 1) && start && (h.size(h.dim() - 2) <= 1 || is_aligned(p.h_n)));
   }
   Operands(const Operands&) = delete;
 
   Problem problem;
-  Weights weights;
 
  private:
-  static const void* data(const Tensor& x) { return x.const_data_ptr(); }
   static const void* data(const Optional& x) { return x ? x->const_data_ptr() : nullptr; }
 
   const Tensor v_, w_;

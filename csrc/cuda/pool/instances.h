@@ -1,27 +1,12 @@
 #pragma once
 // The instances of a segment as the generic kernels read them: rows of channels, or channels of rows (feature maps).
 #include <arch/convert.h>
+#include <arch/launch.h>
 
 #include "pool/problem.h"
 #include "pool/product.h"
 
 namespace ercn::pool {
-
-// How h lies in memory, known on the host. Channels-first is for maps whose rows can be read 16 bytes at a time; any
-// other strides are read as rows, an element at a time where not `vector`.
-struct Layout {
-  bool channels_first, vector;
-};
-
-inline Layout layout_of(const Problem& p, int64_t element_bytes) {
-  const auto is_aligned = [&](int64_t stride) { return stride * element_bytes % 16 == 0; };
-  const bool ragged = p.bags.cu_seqlens != nullptr;
-  const bool bags = ragged || p.bags.count == 1 || is_aligned(p.h_b);
-  const bool start = reinterpret_cast<uintptr_t>(p.h) % 16 == 0;
-  const int64_t rows = ragged ? p.bags.rows : p.bags.n;
-  if (p.h_d != 1 && p.h_n == 1 && !ragged && bags && start && is_aligned(p.h_d)) return {true, true};
-  return {false, (p.h_d == 1 || p.D == 1) && bags && start && (rows <= 1 || is_aligned(p.h_n))};
-}
 
 template <typename Element>
 struct Instances {
@@ -30,13 +15,13 @@ struct Instances {
   int rows, D;
   bool vector;
 
-  ERCN_DEVICE Instances(const Problem& p, const Segment& segment, bool vector)
+  ERCN_DEVICE Instances(const Problem& p, const Segment& segment)
       : first(static_cast<const Element*>(p.h) + row_offset(p.bags, segment, p.h_b, p.h_n)),
         h_n(p.h_n),
         h_d(p.h_d),
         rows(segment.rows),
         D(p.D),
-        vector(vector) {}
+        vector(p.vector) {}
 
   // From row `row` and channel `d` on, as rows or as channels.
   ERCN_DEVICE Runs<Element> as_rows(int row, int d, int channels) const {
@@ -66,6 +51,19 @@ ERCN_DEVICE void read(float (&x)[N], const Element* from, int64_t step, int coun
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = i < count ? arch::to_float(from[i * step]) : 0.0f;
   }
+}
+
+// Starts Kernel<Precision, CHANNELS_FIRST> as the problem has it.
+template <template <typename, bool> class Kernel, typename Params>
+void launch(const Params& p, arch::Grid grid, const arch::Stream& stream) {
+  const auto start = [&](auto kernel) {
+    using Chosen = decltype(kernel);
+    arch::launch<Chosen>(p, grid, sizeof(typename Chosen::Shared), stream);
+  };
+  with_precision(p.problem.type, p.problem.exact, [&](auto precision) {
+    using Precision = decltype(precision);
+    p.problem.channels_first ? start(Kernel<Precision, true>()) : start(Kernel<Precision, false>());
+  });
 }
 
 }  // namespace ercn::pool

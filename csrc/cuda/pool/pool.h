@@ -6,13 +6,11 @@
 
 namespace ercn::pool {
 
-// pooled [B, K, D] in h's type and scores [B, K, N] or [K, T] in fp32; exact: fp32 products to fp32's accuracy, not
-// TF32's.
-std::tuple<Tensor, Tensor> forward(const Inputs& in, bool exact);
+// pooled [B, K, D] in h's type and scores [B, K, N] or [K, T] in fp32.
+std::tuple<Tensor, Tensor> forward(const Inputs& in);
 
-// Gradients in h's type of what `needs` asks for, a bit each; the others are empty.
+// Gradients in h's type of what `needs` asks for, a bit each; the others are empty. pooled is not needed: scores are.
 Gradients backward(
-    const Optional& grad_pooled, const Optional& grad_scores, const Inputs& in, const Tensor& scores, int64_t needs,
-    bool exact);
+    const Optional& grad_pooled, const Optional& grad_scores, const Inputs& in, const Tensor& scores, int64_t needs);
 
 }  // namespace ercn::pool

@@ -6,7 +6,8 @@
 
 #include <type_traits>
 
-#include "affinity/precision.h"
+#include "precision.h"
+#include "terms.h"
 
 namespace ercn::pool {
 
@@ -204,8 +205,8 @@ struct Product {
   };
   // As TF32 and what that loses, if the product is to be exact.
   template <int N>
-  struct Split : affinity::Terms<N> {
-    ERCN_DEVICE void set(int i, uint32_t bits) { affinity::Terms<N>::set(i, arch::float_of(bits)); }
+  struct Split : Terms<N> {
+    ERCN_DEVICE void set(int i, uint32_t bits) { Terms<N>::set(i, arch::float_of(bits)); }
   };
   template <int N>
   using Factor = std::conditional_t<Precision::kExact, Split<N>, Rounded<N>>;

@@ -1,7 +1,7 @@
 #pragma once
 // P = [V|U] h of one segment, 128 columns at a time, and both branches of a unit from it.
 #include "pool/instances.h"
-#include "pool/packed.h"
+#include "pool/kernels.h"
 #include "pool/softmax.h"
 
 namespace ercn::pool {
@@ -28,11 +28,12 @@ struct ProjectionSource {
 // sums of columns `group` · kColumns ….
 template <typename Precision, bool CHANNELS_FIRST>
 ERCN_DEVICE void project(
-    Sums& sums, const Instances<typename Precision::Element>& h, const Packed<typename Precision::Element>& weights,
-    int group, unsigned char* stages) {
+    Sums& sums, const Instances<typename Precision::Element>& h, const Packed& weights, int group,
+    unsigned char* stages) {
   using Element = typename Precision::Element;
+  const Element* projections = static_cast<const Element*>(weights.projections);
   const ProjectionSource<Element, CHANNELS_FIRST> source{
-      h, weights.projections + int64_t{group} * kColumns * weights.depth, weights.depth};
+      h, projections + int64_t{group} * kColumns * weights.depth, weights.depth};
   Projection<Precision, CHANNELS_FIRST>::run(sums, weights.depth / source.kDepth, source, stages);
 }
 

@@ -25,8 +25,8 @@ ERCN_DEVICE float reduce_warp(float x) {
 // The result in every thread; scratch: THREADS / 32 floats of shared memory.
 template <typename Operation, int THREADS>
 ERCN_DEVICE float reduce_block(float x, float* scratch) {
-  x = reduce_warp<Operation>(x);
   arch::sync_threads();  // scratch may still be read by a reduction before this one
+  x = reduce_warp<Operation>(x);
   if (arch::lane_index() == 0) scratch[arch::warp_index()] = x;
   arch::sync_threads();
   x = scratch[0];

@@ -1,26 +1,21 @@
-#include "pool/score_gradient.h"
-
 #include "pool/reduce.h"
 #include "pool/softmax.h"
+#include "pool/steps.h"
 
 namespace ercn::pool {
 namespace {
 
 // One block: kSlots segments, a thread for each row.
 struct ScoreGradientKernel {
-  struct Params {
-    Problem problem;
-    ScoreGradient of;
-  };
+  using Params = ScoreGradientParams;
   static constexpr int kSlots = 4, kThreads = kSlots * kSegmentRows, kMinBlocks = 1, kWarps = kSegmentRows / 32;
   struct Shared {
     float sums[kSlots][kWarps];
   };
 
-  ERCN_DEVICE static void run(const Params& params, unsigned char* memory) {
+  ERCN_DEVICE static void run(const Params& of, unsigned char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Problem& p = params.problem;
-    const ScoreGradient& of = params.of;
+    const Problem& p = of.problem;
     const int own = arch::thread_index() / kSegmentRows, i = arch::thread_index() % kSegmentRows, warp = i / 32;
     const int64_t slot = int64_t{arch::block_index().x} * kSlots + own;
     const bool exists = slot < slot_count(p.bags);
@@ -64,10 +59,9 @@ struct ScoreGradientKernel {
 
 }  // namespace
 
-void score_gradient(const Problem& problem, const ScoreGradient& of, const arch::Stream& stream) {
-  const int64_t blocks = arch::divide_up<int64_t>(slot_count(problem.bags), ScoreGradientKernel::kSlots);
-  arch::launch<ScoreGradientKernel>(
-      {problem, of}, {static_cast<int>(blocks)}, sizeof(ScoreGradientKernel::Shared), stream);
+void score_gradient(const ScoreGradientParams& p, const arch::Stream& stream) {
+  const int64_t blocks = arch::divide_up<int64_t>(slot_count(p.problem.bags), ScoreGradientKernel::kSlots);
+  arch::launch<ScoreGradientKernel>(p, {static_cast<int>(blocks)}, sizeof(ScoreGradientKernel::Shared), stream);
 }
 
 }  // namespace ercn::pool

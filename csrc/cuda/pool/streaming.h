@@ -158,8 +158,8 @@ struct Streaming {
   ERCN_DEVICE static void sum_rows_of_channels(
       const Instances<Element>& h, uint64_t real, const float (*e)[kSegmentRows], int heads, float* to, int64_t width) {
     const int lane = arch::lane_index(), row = lane % kLanes * kVector;
-    for (int span = arch::warp_index() * kSets; span < h.D; span += kWarps * kSets) {
-      const int d = span + lane / kLanes;
+    for (int span = 0; span < h.D; span += kWarps * kSets) {  // the same for all lanes, which shuffle
+      const int d = span + arch::warp_index() * kSets + lane / kLanes;
       float x[kVector], sums[kHeads] = {};
       read(x, h.first + row * h.h_n + d * h.h_d, h.h_n, d < h.D ? h.rows - row : 0, h.vector);
 #pragma unroll

@@ -7,6 +7,11 @@
 //   4. grad_feat_i += W_ij F_jᵀ, W rounded to 16 bits in registers
 // W is symmetric, so the one product F·W is all of the gradient. Nothing is atomic. Steps 3 and 4 take 64 columns at a
 // time, which leaves registers for the gradients of 192 features; a tile's last step 4 runs on under the next one's T.
+//
+// Tensor cores add with truncation: each of a sum's N / 16 steps loses at most a unit of fp32's last place, half of one
+// on average, towards 0. A tile of grad_value is therefore added to the total in fp32. For grad_feat there are no
+// registers for that; a sum that grows evenly loses about N / 16 · 2^-25 of itself, 3e-5 with 16,384 pixels and 1.2e-4
+// with 65,536, where rounding to its type takes up to 2^-9 (bf16) or 2^-11 (fp16).
 #include <arch/convert.h>
 #include <arch/hopper.h>
 #include <arch/wgmma.h>
@@ -23,26 +28,29 @@ struct Backward {
   static constexpr int kThreads = kBlockThreads, kMinBlocks = 1;
   static constexpr int kTerms = Tiles::kTerms, kColumns = Tiles::kColumns;
   static constexpr int kSteps = kColumns / 16, kPartSteps = kChunk / 16;  // of wgmma, where K runs over columns
+  // Whether registers hold a tile's grad_value beside W: all sums, A, and W before it is rounded.
+  static constexpr bool kValueBesideWeights = D / 2 + 2 * P + 4 * kSteps + kChunk / 2 <= 208;
 
   ERCN_DEVICE static void run(const Params& params, unsigned char* shared) {
     auto& barriers = *reinterpret_cast<BackwardBarriers<Tiles>*>(shared + Tiles::kBarriers);
     barriers.init();
     const int64_t begin = params.schedule.begin(arch::block_index().x);
     const int tiles = static_cast<int>(params.schedule.begin(arch::block_index().x + 1) - begin);
-    if (arch::warp_index() / 4 == kConsumers) {
+    const int warp = arch::uniform_warp_index();
+    if (warp / 4 == kConsumers) {
       arch::lower_registers<kRegistersProducer>();
-      if (arch::warp_index() % 4 == 0 && arch::elect_one()) {
+      if (warp % 4 == 0 && arch::elect_one()) {
         BackwardLoads<Tiles, P>::run(params, shared, barriers, begin, tiles);
       }
     } else {
       arch::raise_registers<kRegistersConsumer>();
-      compute(params, shared, barriers, begin, tiles);
+      compute(params, shared, barriers, begin, tiles, warp / 4);
     }
   }
 
   ERCN_DEVICE static void compute(
-      const Params& params, unsigned char* shared, BackwardBarriers<Tiles>& barriers, int64_t begin, int tiles) {
-    const int warpgroup = arch::warp_index() / 4;
+      const Params& params, unsigned char* shared, BackwardBarriers<Tiles>& barriers, int64_t begin, int tiles,
+      int warpgroup) {
     Ring<1> rows{&barriers.rows};
     Ring<Tiles::kStages> columns{barriers.feat};
     Ring<Tiles::kStages> used = columns;  // the first stage that is not released
@@ -61,18 +69,25 @@ struct Backward {
           used.stage().release();
           used.advance();
         }
-        if (params.value_sums != nullptr) add_value(grad_value, a, stage + Tiles::kTerm);
+        float value[P];
+        if (params.value_sums != nullptr) {
+          multiply_value(value, a, stage + Tiles::kTerm);
+          if (!kValueBesideWeights) {
+            arch::wgmma_wait<0>();
+            add(grad_value, value);
+          }
+        }
 #pragma unroll
         for (int part = 0; part < kColumns / kChunk; ++part) {
           uint32_t w[kPartSteps][4];
           weights(w, a, part, shared, stage + Tiles::kPair, warpgroup);
+          if (kValueBesideWeights && part == 0 && params.value_sums != nullptr) add(grad_value, value);
           add_feat(grad_feat, w, stage + Tiles::kFeat + part * kChunk * kRowBytes);
         }
         columns.advance();
       }
       arch::wgmma_wait<0>();
       arch::pin(grad_feat);
-      arch::pin(grad_value);
       used.stage().release();
       used.advance();
       rows.stage().release();
@@ -112,13 +127,13 @@ struct Backward {
     }
   }
 
-  // grad_value_i += A_ij G_jᵀ
-  ERCN_DEVICE static void add_value(float (&sums)[P], const uint32_t (&a)[kSteps][4], const unsigned char* terms) {
+  // A_ij G_jᵀ of one tile
+  ERCN_DEVICE static void multiply_value(float (&sums)[P], const uint32_t (&a)[kSteps][4], const unsigned char* terms) {
     arch::wgmma_fence();
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const int at = s / kPartSteps * Tiles::kMapBytes + s % kPartSteps * kStepColumns;
-      arch::wgmma<Element, kTerms, arch::Major::kK>(sums, a[s], arch::advance(arch::operand_k(terms), at), true);
+      arch::wgmma<Element, kTerms, arch::Major::kK>(sums, a[s], arch::advance(arch::operand_k(terms), at), s > 0);
     }
     arch::wgmma_commit();
   }

@@ -1,9 +1,17 @@
 #pragma once
-// Accumulators of wgmma to device memory. Lane l of a warp has columns 8 q + 2 (l % 4) + {0, 1} of rows l / 4 and
+// Accumulators of wgmma, added and to device memory. Lane l of a warp has columns 8 q + 2 (l % 4) + {0, 1} of rows l / 4 and
 // l / 4 + 8 of its 16 rows, in d[4 q + {0, 1}] and d[4 q + 2 + {0, 1}]; a warp's store fills whole 32-byte sectors.
-#include <arch/base.h>
+#include <arch/wgmma.h>
 
 namespace ercn::sm90::affinity {
+
+// total += sums, which have been waited for.
+template <int COUNT>
+ERCN_DEVICE void add(float (&total)[COUNT], float (&sums)[COUNT]) {
+  arch::pin(sums);
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) total[i] += sums[i];
+}
 
 // A lane's first row of a warpgroup's 64.
 ERCN_DEVICE int own_row() { return arch::warp_index() % 4 * 16 + arch::lane_index() / 4; }

@@ -5,7 +5,8 @@
 //   2. rounds relu(T) to 16 bits in registers, where it is wgmma's left factor: out_i += A_ij V_jᵀ;
 //   3. right of the group's own square, also writes A to shared memory, whose transpose is the left factor of the
 //      mirrored sums of its 64 columns, Σ_i A_ij V_iᵀ over all rows of the group. They go to device memory, once.
-// The two terms of V are 2 P columns of one product; their sums are added in fp32 at the end.
+// The two terms of V are 2 P columns of one product; their sums are added in fp32 at the end. Tensor cores add with
+// truncation, so a tile's sums are added to the total in fp32 too.
 #include <arch/convert.h>
 #include <arch/hopper.h>
 #include <arch/wgmma.h>
@@ -28,20 +29,21 @@ struct Forward {
     barriers.init();
     const int64_t begin = params.schedule.begin(arch::block_index().x);
     const int tiles = static_cast<int>(params.schedule.begin(arch::block_index().x + 1) - begin);
-    if (arch::warp_index() / 4 == kConsumers) {
+    const int warp = arch::uniform_warp_index();
+    if (warp / 4 == kConsumers) {
       arch::lower_registers<kRegistersProducer>();
-      if (arch::warp_index() % 4 == 0 && arch::elect_one()) {
+      if (warp % 4 == 0 && arch::elect_one()) {
         ForwardLoads<Tiles>::run(params, shared, barriers, begin, tiles);
       }
     } else {
       arch::raise_registers<kRegistersConsumer>();
-      compute(params, shared, barriers, begin, tiles);
+      compute(params, shared, barriers, begin, tiles, warp / 4);
     }
   }
 
   ERCN_DEVICE static void compute(
-      const Params& params, unsigned char* shared, ForwardBarriers<Tiles>& barriers, int64_t begin, int tiles) {
-    const int warpgroup = arch::warp_index() / 4;
+      const Params& params, unsigned char* shared, ForwardBarriers<Tiles>& barriers, int64_t begin, int tiles,
+      int warpgroup) {
     Ring<1> rows{&barriers.rows};
     Ring<Tiles::kTermStages> terms{barriers.terms};
     Ring<Tiles::kStages> feat{barriers.feat};
@@ -120,11 +122,12 @@ struct Forward {
   // out_i += A_ij V_jᵀ
   ERCN_DEVICE static void direct_sums(
       float (&out)[kRowTiles][P], const uint32_t (&a)[kRowTiles][kSteps][4], const unsigned char* column_terms) {
+    float sums[kRowTiles][P];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) add_direct(out[r], a[r], column_terms);
+    for (int r = 0; r < kRowTiles; ++r) multiply(sums[r], a[r], column_terms);
     arch::wgmma_wait<0>();
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) arch::pin(out[r]);
+    for (int r = 0; r < kRowTiles; ++r) add(out[r], sums[r]);
   }
 
   // The same, and back_j = Σ A_ij V_iᵀ over the group's rows, for this warpgroup's 64 columns. While one row tile's
@@ -134,9 +137,14 @@ struct Forward {
       const unsigned char* column_terms, unsigned char* shared, int warpgroup) {
     unsigned char* const affinity = shared + Tiles::kAffinity;  // [columns / 64][rows, 64 columns]
     const arch::Operand columns = arch::operand_mn(affinity + warpgroup * kPixels * kRowBytes, 0);
+    float sums[P];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      add_direct(out[r], a[r], column_terms);
+      if (r > 0) {
+        arch::wgmma_wait<1>();  // for the direct sums of the row tile before
+        add(out[r - 1], sums);
+      }
+      multiply(sums, a[r], column_terms);
       if (r > 0) arch::wgmma_wait<1>();                // this warpgroup has read the row tile before
       arch::named_barrier(1, kConsumers * kWarpgroup);  // and the other too
       write_affinities(affinity, a[r], warpgroup);
@@ -152,18 +160,17 @@ struct Forward {
       arch::wgmma_commit();
     }
     arch::wgmma_wait<0>();
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) arch::pin(out[r]);
+    add(out[kRowTiles - 1], sums);
     arch::pin(back);
   }
 
-  ERCN_DEVICE static void add_direct(
-      float (&out)[P], const uint32_t (&a)[kSteps][4], const unsigned char* column_terms) {
-    arch::pin(out);
+  // sums = A_ij V_jᵀ of one tile
+  ERCN_DEVICE static void multiply(
+      float (&sums)[P], const uint32_t (&a)[kSteps][4], const unsigned char* column_terms) {
     arch::wgmma_fence();
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      arch::wgmma<Element, kTerms, arch::Major::kK>(out, a[s], term_step(column_terms, s), true);
+      arch::wgmma<Element, kTerms, arch::Major::kK>(sums, a[s], term_step(column_terms, s), s > 0);
     }
     arch::wgmma_commit();
   }

@@ -6,8 +6,8 @@
 #include <arch/base.h>
 #include <arch/convert.h>
 
-#include "affinity/map.h"
-#include "affinity/precision.h"
+#include "map.h"
+#include "terms.h"
 
 namespace ercn::sm90::affinity {
 
@@ -119,7 +119,7 @@ struct Terms {
       float x = real && n0 + i < p.pixels ? read(job.map, b, channel, n0 + i) : 0.f;
       x = scaled(x, exponent);
       high[i] = arch::to_float(arch::from_float<Element>(x));
-      low[i] = ercn::affinity::rest(x, high[i]);
+      low[i] = rest(x, high[i]);
     }
     const int64_t row = static_cast<int64_t>(b) * job.rows + job.row + c;
     Element* to = static_cast<Element*>(job.terms) + row * p.padded_pixels + n0;

@@ -22,7 +22,7 @@ struct PoolBranch {
     const int slabs = arch::divide_up(p.problem.D, kDepth), groups = arch::divide_up(p.problem.L, kUnits);
     const Work work{p.problem.bags, p.first_slot, p.last_slot};
     initialize(shared);
-    const int warpgroup = arch::warp_index() / 4;
+    const int warpgroup = arch::uniform_warp_index() / 4;
     if (warpgroup == 0) {
       arch::lower_registers<kLoadRegisters>();
       load<CHANNELS_FIRST>(p.maps, work, slabs, groups, groups, shared);
@@ -60,7 +60,7 @@ struct PoolBranch {
         activations(p, first, blocks, place, real, sums);
         if (p.part_heads != nullptr) sum_heads(p, slot, first, blocks, place, ds, sums, own, shared);
         gradients(p, first, blocks, place, ds, sums);
-        if (p.part_bias != nullptr) sum_biases(p, slot, first, blocks, place, sums, own, shared);
+        if (p.part_biases != nullptr) sum_biases(p, slot, first, blocks, place, sums, own, shared);
         if (p.branch_grads != nullptr) store(p, slot, first, blocks, place, sums);
       }
     }
@@ -72,8 +72,8 @@ struct PoolBranch {
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
       if (j >= blocks) break;
-      const Pair v = load_pair<Element>(p.weights.v_bias, first + place.column(j));
-      const Pair u = load_pair<Element>(p.weights.u_bias, first + place.column(j));
+      const Pair v = load_pair<Element>(p.problem.v_bias, first + place.column(j));
+      const Pair u = load_pair<Element>(p.problem.u_bias, first + place.column(j));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const pool::Activations on = pool::activate(sums[4 * j + i] + v.x[i % 2], sums[kGate + 4 * j + i] + u.x[i % 2]);
@@ -94,7 +94,7 @@ struct PoolBranch {
 #pragma unroll
       for (int k = 0; k < kMaxHeads; ++k) {
         if (k >= p.problem.K) break;
-        const Pair w = load_pair<Element>(p.weights.w, int64_t{k} * p.problem.L + first + place.column(j));
+        const Pair w = load_pair<Element>(p.problem.w, int64_t{k} * p.problem.L + first + place.column(j));
         for (int i = 0; i < 4; ++i) dg[i] += ds[i / 2][k] * w.x[i % 2];
       }
 #pragma unroll
@@ -134,7 +134,7 @@ struct PoolBranch {
         const int at = branch * kGate + i / 2 * 4 + i % 2;
         columns[i] = sums[at] + sums[at + 2];
       }
-      sum_columns(columns, place, p.part_bias + (slot * 2 + branch) * p.problem.L + first, 8 * blocks, own, shared);
+      sum_columns(columns, place, p.part_biases + (slot * 2 + branch) * p.problem.L + first, 8 * blocks, own, shared);
     }
   }
 
@@ -200,16 +200,8 @@ struct PoolBranch {
 
 }  // namespace
 
-void pool_branch(const BranchParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
-  const int64_t pairs = arch::divide_up<int64_t>(p.last_slot - p.first_slot, kWarpgroups);
-  const arch::Grid grid{static_cast<int>(std::min<int64_t>(pairs, stream.multiprocessors()))};
-  if (type == pool::Type::kBf16) {
-    channels_first ? arch::launch<PoolBranch<arch::bf16, true>>(p, grid, sizeof(ProductShared), stream)
-                   : arch::launch<PoolBranch<arch::bf16, false>>(p, grid, sizeof(ProductShared), stream);
-  } else {
-    channels_first ? arch::launch<PoolBranch<arch::fp16, true>>(p, grid, sizeof(ProductShared), stream)
-                   : arch::launch<PoolBranch<arch::fp16, false>>(p, grid, sizeof(ProductShared), stream);
-  }
+void pool_branch(const BranchParams& p, const arch::Stream& stream) {
+  launch_pairs<PoolBranch>(p, p.last_slot - p.first_slot, sizeof(ProductShared), stream);
 }
 
 }  // namespace ercn::sm90

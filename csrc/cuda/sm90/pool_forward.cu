@@ -19,7 +19,7 @@ struct PoolForward {
     const int slabs = arch::divide_up(p.problem.D, kDepth), groups = arch::divide_up(p.problem.L, kUnits);
     const Work work{p.problem.bags, 0, slot_count(p.problem.bags)};
     initialize(shared);
-    const int warpgroup = arch::warp_index() / 4;
+    const int warpgroup = arch::uniform_warp_index() / 4;
     if (warpgroup == 0) {
       arch::lower_registers<kLoadRegisters>();
       load<CHANNELS_FIRST>(p.maps, work, slabs, groups, groups + 1, shared);
@@ -62,8 +62,8 @@ struct PoolForward {
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
       if (8 * j >= units) break;
-      const Pair v = load_pair<Element>(p.weights.v_bias, first + place.column(j));
-      const Pair u = load_pair<Element>(p.weights.u_bias, first + place.column(j));
+      const Pair v = load_pair<Element>(p.problem.v_bias, first + place.column(j));
+      const Pair u = load_pair<Element>(p.problem.u_bias, first + place.column(j));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         sums[4 * j + i] = pool::gated(sums[4 * j + i] + v.x[i % 2], sums[4 * (kBlocks + j) + i] + u.x[i % 2]);
@@ -75,7 +75,7 @@ struct PoolForward {
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j) {
         if (8 * j >= units) break;
-        const Pair w = load_pair<Element>(p.weights.w, int64_t{k} * p.problem.L + first + place.column(j));
+        const Pair w = load_pair<Element>(p.problem.w, int64_t{k} * p.problem.L + first + place.column(j));
         for (int r = 0; r < 2; ++r) {
           scores[r][k] += sums[4 * j + 2 * r] * w.x[0];
           scores[r][k] += sums[4 * j + 2 * r + 1] * w.x[1];
@@ -96,7 +96,7 @@ struct PoolForward {
 #pragma unroll
     for (int k = 0; k < kMaxHeads; ++k) {
       if (k >= K) break;
-      const Element* w_bias = static_cast<const Element*>(p.weights.w_bias);
+      const Element* w_bias = static_cast<const Element*>(p.problem.w_bias);
       const float bias = w_bias == nullptr ? 0 : arch::to_float(w_bias[k]);
       float* to = p.scores + score_offset(p.problem.bags, segment, k, K);
       for (int r = 0; r < 2; ++r) {
@@ -193,16 +193,8 @@ struct PoolForward {
 
 }  // namespace
 
-void pool_forward(const ForwardParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
-  const int64_t pairs = arch::divide_up<int64_t>(slot_count(p.problem.bags), kWarpgroups);
-  const arch::Grid grid{static_cast<int>(std::min<int64_t>(pairs, stream.multiprocessors()))};
-  if (type == pool::Type::kBf16) {
-    channels_first ? arch::launch<PoolForward<arch::bf16, true>>(p, grid, sizeof(ProductShared), stream)
-                   : arch::launch<PoolForward<arch::bf16, false>>(p, grid, sizeof(ProductShared), stream);
-  } else {
-    channels_first ? arch::launch<PoolForward<arch::fp16, true>>(p, grid, sizeof(ProductShared), stream)
-                   : arch::launch<PoolForward<arch::fp16, false>>(p, grid, sizeof(ProductShared), stream);
-  }
+void pool_forward(const ForwardParams& p, const arch::Stream& stream) {
+  launch_pairs<PoolForward>(p, slot_count(p.problem.bags), sizeof(ProductShared), stream);
 }
 
 }  // namespace ercn::sm90

@@ -14,7 +14,7 @@ namespace {
 struct ProductsShared {
   unsigned char rows[kWarpgroups][kRowSlabs][kSlabBytes];
   float exchange[kWarpgroups][3][4][kMaxHeads];
-  arch::Barrier rows_full[kWarpgroups][kRowSlabs], rows_empty[kWarpgroups][kRowSlabs];
+  Stage row_stages[kWarpgroups][kRowSlabs];
 };
 constexpr int kGradAt = arch::round_up<int>(sizeof(ProductsShared), 1024), kGradBytes = 1024;
 
@@ -30,12 +30,8 @@ struct PoolProducts {
     ProductsShared& shared = *reinterpret_cast<ProductsShared*>(memory);
     const int slabs = arch::divide_up(p.problem.D, kDepth);
     const Work work{p.problem.bags, 0, slot_count(p.problem.bags)};
-    if (arch::thread_index() == 0) {
-      initialize_rows(shared);
-      arch::fence_barrier_init();
-    }
-    arch::sync_threads();
-    const int warp = arch::warp_index(), warpgroup = warp / 4;
+    init_stages([&] { init_rows(shared); });
+    const int warp = arch::uniform_warp_index(), warpgroup = warp / 4;
     if (warpgroup == 0) {
       if (warp < kWarpgroups && arch::elect_one()) load_rows<CHANNELS_FIRST>(p.h, work, slabs, 1, warp, shared);
     } else {
@@ -48,7 +44,8 @@ struct PoolProducts {
       const Params& p, const Work& work, int slabs, int own, unsigned char* grad, ProductsShared& shared) {
     constexpr Major kRows = CHANNELS_FIRST ? Major::kMN : Major::kK;
     const Place place;
-    Phases full(0);
+    Stage* const stages = shared.row_stages[own];
+    Phases full{0};
     int64_t bag = -1;
     for (int64_t slot = work.begin() + own; slot < work.end; slot += work.step()) {
       const Segment segment = work.at(slot);
@@ -62,7 +59,7 @@ struct PoolProducts {
       float q[4];
       for (int i = 0; i < slabs; ++i) {
         const int at = i % kRowSlabs;
-        full.wait(shared.rows_full[own], at);
+        full.wait(stages[at].full, at);
         const arch::Operand rows = operand<kRows>(shared.rows[own][at]), g = operand<Major::kK>(grad + i * kGradBytes);
         arch::pin(q);
         arch::wgmma_fence();
@@ -73,17 +70,13 @@ struct PoolProducts {
         }
         arch::wgmma_commit();
         arch::wgmma_wait<1>();
-        if (i > 0) release(shared.rows_empty[own], (i - 1) % kRowSlabs);
+        if (i > 0) stages[(i - 1) % kRowSlabs].release();
       }
       arch::wgmma_wait<0>();
       arch::pin(q);
-      release(shared.rows_empty[own], (slabs - 1) % kRowSlabs);
+      stages[(slabs - 1) % kRowSlabs].release();
       statistics(p, slot, segment, place, q, own, shared.exchange[own]);
     }
-  }
-
-  ERCN_DEVICE static void release(arch::Barrier* empty, int at) {
-    if (arch::lane_index() == 0) arch::barrier_arrive(empty + at);
   }
 
   // By a warpgroup.
@@ -151,22 +144,11 @@ struct PoolProducts {
   }
 };
 
-template <typename Element, bool CHANNELS_FIRST>
-void launch_as(const ProductsParams& p, const arch::Stream& stream) {
-  const int64_t pairs = arch::divide_up<int64_t>(slot_count(p.problem.bags), kWarpgroups);
-  const arch::Grid grid{static_cast<int>(std::min<int64_t>(pairs, stream.multiprocessors()))};
-  arch::launch<PoolProducts<Element, CHANNELS_FIRST>>(
-      p, grid, shared_bytes(arch::divide_up(p.problem.D, kDepth)), stream);
-}
-
 }  // namespace
 
-void pool_products(const ProductsParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
-  if (type == pool::Type::kBf16) {
-    channels_first ? launch_as<arch::bf16, true>(p, stream) : launch_as<arch::bf16, false>(p, stream);
-  } else {
-    channels_first ? launch_as<arch::fp16, true>(p, stream) : launch_as<arch::fp16, false>(p, stream);
-  }
+void pool_products(const ProductsParams& p, const arch::Stream& stream) {
+  const int slabs = arch::divide_up(p.problem.D, kDepth);
+  launch_pairs<PoolProducts>(p, slot_count(p.problem.bags), shared_bytes(slabs), stream);
 }
 
 }  // namespace ercn::sm90

@@ -18,7 +18,7 @@ struct PoolRows {
     int64_t slot;
     int d;
   };
-  ERCN_DEVICE static int64_t items(const Params& p) {
+  ERCN_HOST_DEVICE static int64_t items(const Params& p) {
     const int64_t pairs = arch::divide_up<int64_t>(p.last_slot - p.first_slot, kWarpgroups);
     return pairs * arch::divide_up(p.problem.D, kGemmColumns);
   }
@@ -31,10 +31,10 @@ struct PoolRows {
     GemmShared& shared = *reinterpret_cast<GemmShared*>(memory);
     const Work work{p.problem.bags, p.first_slot, p.last_slot};
     initialize(shared);
-    const int warpgroup = arch::warp_index() / 4;
+    const int warp = arch::uniform_warp_index(), warpgroup = warp / 4;
     if (warpgroup == 0) {
       arch::lower_registers<kLoadRegisters>();
-      if (arch::warp_index() == 0 && arch::elect_one()) load(p, work, shared);
+      if (warp == 0 && arch::elect_one()) load(p, work, shared);
     } else {
       arch::raise_registers<kMultiplyRegisters>();
       multiply(p, work, warpgroup - 1, shared);
@@ -42,19 +42,20 @@ struct PoolRows {
   }
 
   ERCN_DEVICE static void load(const Params& p, const Work& work, GemmShared& shared) {
-    GemmLoader loader(shared);
+    Ring<kGemmStages> ring{shared.stages};
     for (int64_t i = arch::block_index().x; i < items(p); i += arch::grid_blocks().x) {
       const Item at = item(p, i);
       if (work.is_empty(at.slot)) continue;
       const int row = static_cast<int>(at.slot - p.first_slot) * kSegmentRows;
       for (int unit = 0; unit < 2 * p.problem.L; unit += kDepth) {
         const bool gate = unit >= p.problem.L;
-        loader.next([&](GemmShared::Stage& stage, arch::Barrier* full) {
+        GemmShared::Tiles& tiles = shared.tiles[ring.index];
+        ring.load(sizeof tiles, [&](arch::Barrier* full) {
           for (int own = 0; own < kWarpgroups; ++own) {
-            arch::tma_load(stage.a[own], p.branch_grads, full, unit, row + own * kSegmentRows);
+            arch::tma_load(tiles.a[own], p.branch_grads, full, unit, row + own * kSegmentRows);
           }
           for (int c = 0; c < kGemmColumns / kDepth; ++c) {
-            arch::tma_load(stage.b[c], gate ? p.u : p.v, full, at.d + c * kDepth, gate ? unit - p.problem.L : unit);
+            arch::tma_load(tiles.b[c], gate ? p.u : p.v, full, at.d + c * kDepth, gate ? unit - p.problem.L : unit);
           }
         });
       }
@@ -125,19 +126,14 @@ struct PoolRows {
   }
 };
 
-template <typename Element>
-void launch_as(const RowsParams& p, const arch::Stream& stream) {
-  using Kernel = PoolRows<Element>;
-  const int64_t pairs = arch::divide_up<int64_t>(p.last_slot - p.first_slot, kWarpgroups);
-  const int64_t items = pairs * arch::divide_up(p.problem.D, kGemmColumns);
-  const arch::Grid grid{static_cast<int>(std::min<int64_t>(items, stream.multiprocessors()))};
-  arch::launch<Kernel>(p, grid, sizeof(GemmShared), stream);
-}
-
 }  // namespace
 
-void pool_rows(const RowsParams& p, pool::Type type, const arch::Stream& stream) {
-  type == pool::Type::kBf16 ? launch_as<arch::bf16>(p, stream) : launch_as<arch::fp16>(p, stream);
+void pool_rows(const RowsParams& p, const arch::Stream& stream) {
+  with_half(p.problem.type, [&](auto element) {
+    using Kernel = PoolRows<decltype(element)>;
+    const int64_t blocks = std::min<int64_t>(Kernel::items(p), stream.multiprocessors());
+    arch::launch<Kernel>(p, {static_cast<int>(blocks)}, sizeof(GemmShared), stream);
+  });
 }
 
 }  // namespace ercn::sm90

@@ -33,19 +33,7 @@ ERCN_HOST_DEVICE constexpr bool is_released(int slabs, int pass, int last_pass, 
 // Outputs of a block of the backward's products: 64 rows for each warpgroup, and
 constexpr int kGemmColumns = 256;
 
-// Segments whose dP, 2 L elements of 2 bytes a row, are held at a time, in pairs: a third of the L2 cache, where they
-// stay.
-ERCN_HOST_DEVICE constexpr int64_t chunk_slots(int64_t L, int64_t cache_bytes) {
-  const int64_t slots = cache_bytes / 3 / (kSegmentRows * 2 * L * 2) / kWarpgroups * kWarpgroups;
-  return slots < kWarpgroups ? kWarpgroups : slots;
-}
-
-// How dPᵀ h is cut: columns first_unit … of dP, in `blocks` blocks of outputs, and a chunk's segments in `splits`
-// shares so that about every multiprocessor has a block.
-struct WeightShares {
-  int first_unit, units, blocks, splits;
-};
-
+// Shares so that about every multiprocessor has a block.
 ERCN_HOST_DEVICE constexpr WeightShares weight_shares(
     bool need_v, bool need_u, int L, int D, int64_t slots, int multiprocessors) {
   const int units = (need_v ? L : 0) + (need_u ? L : 0);

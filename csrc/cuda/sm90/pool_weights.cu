@@ -36,10 +36,10 @@ struct PoolWeights {
   ERCN_DEVICE static void run(const Params& p, unsigned char* memory) {
     GemmShared& shared = *reinterpret_cast<GemmShared*>(memory);
     initialize(shared);
-    const int warpgroup = arch::warp_index() / 4;
+    const int warp = arch::uniform_warp_index(), warpgroup = warp / 4;
     if (warpgroup == 0) {
       arch::lower_registers<kLoadRegisters>();
-      if (arch::warp_index() == 0 && arch::elect_one()) load(p, shared);
+      if (warp == 0 && arch::elect_one()) load(p, shared);
     } else {
       arch::raise_registers<kMultiplyRegisters>();
       multiply(p, warpgroup - 1, shared);
@@ -49,17 +49,18 @@ struct PoolWeights {
   ERCN_DEVICE static void load(const Params& p, GemmShared& shared) {
     const Item at = item(p);
     const Bags& bags = p.problem.bags;
-    GemmLoader loader(shared);
+    Ring<kGemmStages> ring{shared.stages};
     for (int64_t slot = at.slots.begin; slot < at.slots.end; ++slot) {
       if (real_rows(p, slot) == 0) continue;
       const Box box = box_of(bags, segment_at(bags, slot));
       const int row = static_cast<int>(slot - p.first_slot) * kSegmentRows;
-      loader.next([&](GemmShared::Stage& stage, arch::Barrier* full) {
+      GemmShared::Tiles& tiles = shared.tiles[ring.index];
+      ring.load(sizeof tiles, [&](arch::Barrier* full) {
         for (int own = 0; own < kWarpgroups; ++own) {
-          arch::tma_load(stage.a[own], p.branch_grads, full, at.unit + own * kDepth, row);
+          arch::tma_load(tiles.a[own], p.branch_grads, full, at.unit + own * kDepth, row);
         }
         for (int c = 0; c < kGemmColumns / kDepth; ++c) {
-          load_slab<CHANNELS_FIRST>(stage.b[c], p.h, full, box, at.d + c * kDepth);
+          load_slab<CHANNELS_FIRST>(tiles.b[c], p.h, full, box, at.d + c * kDepth);
         }
       });
     }
@@ -73,9 +74,9 @@ struct PoolWeights {
     for (int64_t slot = at.slots.begin; slot < at.slots.end; ++slot) {
       const uint64_t real = real_rows(p, slot);
       if (real == 0) continue;
-      GemmShared::Stage& stage = multiplier.wait();
+      GemmShared::Tiles& tiles = multiplier.wait();
       if (real != ~uint64_t{0}) {
-        clear(stage, real);
+        clear(tiles, real);
         arch::fence_proxy_async();
         arch::named_barrier(1, kWarpgroups * 128);
       }
@@ -87,15 +88,15 @@ struct PoolWeights {
   }
 
   // 0 · NaN is NaN: what h holds in rows that are not real must not meet their dP of 0.
-  ERCN_DEVICE static void clear(GemmShared::Stage& stage, uint64_t real) {
+  ERCN_DEVICE static void clear(GemmShared::Tiles& tiles, uint64_t real) {
     const int thread = arch::thread_index() - 128;
     if (CHANNELS_FIRST) {
       for (int row = 0; row < kSegmentRows; ++row) {
         if (real >> row & 1) continue;
-        *reinterpret_cast<Element*>(stage.b[0] + swizzled(thread, 2 * row)) = {};
+        *reinterpret_cast<Element*>(tiles.b[0] + swizzled(thread, 2 * row)) = {};
       }
     } else if (const int row = thread % kSegmentRows; (real >> row & 1) == 0) {
-      for (int i = 0; i < 128; i += 16) arch::store_16(stage.b[thread / kSegmentRows] + row * 128 + i, {});
+      for (int i = 0; i < 128; i += 16) arch::store_16(tiles.b[thread / kSegmentRows] + row * 128 + i, {});
     }
   }
 
@@ -140,15 +141,8 @@ struct PoolWeights {
 
 }  // namespace
 
-void pool_weights(const WeightsParams& p, pool::Type type, bool channels_first, const arch::Stream& stream) {
-  const arch::Grid grid{p.shares.blocks * p.shares.splits};
-  if (type == pool::Type::kBf16) {
-    channels_first ? arch::launch<PoolWeights<arch::bf16, true>>(p, grid, sizeof(GemmShared), stream)
-                   : arch::launch<PoolWeights<arch::bf16, false>>(p, grid, sizeof(GemmShared), stream);
-  } else {
-    channels_first ? arch::launch<PoolWeights<arch::fp16, true>>(p, grid, sizeof(GemmShared), stream)
-                   : arch::launch<PoolWeights<arch::fp16, false>>(p, grid, sizeof(GemmShared), stream);
-  }
+void pool_weights(const WeightsParams& p, const arch::Stream& stream) {
+  launch<PoolWeights>(p, p.shares.blocks * p.shares.splits, sizeof(GemmShared), stream);
 }
 
 }  // namespace ercn::sm90

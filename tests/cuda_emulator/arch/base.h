@@ -10,7 +10,7 @@
 #include <arch/elements.h>
 #include <arch/host_device.h>
 
-#include "../emulator.h"
+#include "emulator.h"
 
 #define ERCN_DEVICE inline
 
@@ -25,6 +25,11 @@ struct Grid {
 ERCN_DEVICE int thread_index() { return emulator::thread().index; }
 ERCN_DEVICE int lane_index() { return thread_index() % 32; }
 ERCN_DEVICE int warp_index() { return thread_index() / 32; }
+ERCN_DEVICE int uniform_warp_index() {
+  int nothing = 0;
+  emulator::meet("uniform_warp_index", nothing, [](int**) {});
+  return thread_index() / 32;
+}
 ERCN_DEVICE Grid block_index() {
   const emulator::Coordinates& at = emulator::block().index;
   return {at.x, at.y, at.z};

@@ -1,28 +1,37 @@
-"""The pool of the CUDA backend with its kernels chosen: on a GPU, or emulated in this very process."""
+"""The CUDA backend's operators with their kernels chosen: on a GPU that has them, or emulated in this very process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import _cuda_emulator
+import pytest
 import torch
 
 from ercn.ops import cuda
 
 DEVICE = "cuda" if cuda.unavailable() is None else "cpu"
+HOPPER = DEVICE if DEVICE == "cpu" or torch.cuda.get_device_capability() == (9, 0) else "cpu"  # of the sm90 kernels
 
 
-def operators():
-    """The namespace of the operators: ercn_native on a GPU, else ercn_emulated."""
-    if DEVICE == "cuda":
+def marks(device: str) -> list[pytest.MarkDecorator]:
+    """Of tests whose tensors are on this device."""
+    return [pytest.mark.gpu] if device == "cuda" else []
+
+
+def operators(device: str):
+    """The namespace of the operators that take this device's tensors: ercn_native, or ercn_emulated."""
+    if device == "cuda":
         return torch.ops.ercn_native
     _cuda_emulator.load_operators()
     return torch.ops.ercn_emulated
 
 
-def pool_with(kernels: str, exact: bool = True) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def pool_with(
+    kernels: str, exact: bool = True, device: str = DEVICE
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The operator by the kernels named, of its seven tensors, mask and cu_seqlens; exact: to float32's accuracy."""
-    ops = operators()
+    ops = operators(device)
 
     class Pool(torch.autograd.Function):
         @staticmethod

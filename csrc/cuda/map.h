@@ -1,13 +1,12 @@
 #pragma once
 // A tensor [B, C, N] of any strides and floating dtype, as kernels read it.
-#include <arch/base.h>
 #include <arch/convert.h>
 
 #include <cstdint>
 
-namespace ercn {
+#include "precision.h"
 
-enum class Float { fp32, bf16, fp16 };
+namespace ercn {
 
 struct Map {
   const void* data;

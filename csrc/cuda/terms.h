@@ -1,41 +1,9 @@
 #pragma once
-// How products are formed for features of one dtype. T = FᵀF is taken in fp32 sums of exact 16-bit products, or in
-// TF32.
-//   kTerms   bf16 terms of A where it meets value, which always has two: 16 bits of it count
-//   kExact   fp32 accuracy: every factor is a TF32 term and the rest, and three of their products are added
-#include <arch/base.h>
+// fp32 as a shorter number and the rest, and products of such terms.
 #include <arch/convert.h>
 #include <arch/mma.h>
 
-namespace ercn::affinity {
-
-struct BFloat16 {
-  using Element = arch::bf16;
-  using Product = arch::bf16;
-  static constexpr int kTerms = 1;
-  static constexpr bool kExact = false;
-};
-
-struct Float16 {
-  using Element = arch::fp16;
-  using Product = arch::fp16;
-  static constexpr int kTerms = 2;
-  static constexpr bool kExact = false;
-};
-
-struct TensorFloat32 {
-  using Element = float;
-  using Product = arch::tf32;
-  static constexpr int kTerms = 2;
-  static constexpr bool kExact = false;
-};
-
-struct Float32 {
-  using Element = float;
-  using Product = arch::tf32;
-  static constexpr int kTerms = 0;
-  static constexpr bool kExact = true;
-};
+namespace ercn {
 
 ERCN_DEVICE bool finite(float x) { return (arch::float_bits(x) & 0x7f800000) != 0x7f800000; }
 
@@ -82,4 +50,4 @@ ERCN_DEVICE void mma_fp32(float (&d)[4], const float (&a)[4], const float (&b)[2
   }
 }
 
-}  // namespace ercn::affinity
+}  // namespace ercn

@@ -1,0 +1,77 @@
+"""--gpu-coverage: a run of the GPU tests fails that leaves a kernel of this GPU unlaunched. With xdist too."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+
+import pytest
+
+
+class GpuCoverage:
+    def __init__(self):
+        self.launches: dict[str, int] = {}
+        self.counting = contextlib.ExitStack()
+        self.of_triton: Counter[str] = Counter()
+
+    def pytest_sessionstart(self, session):
+        from ercn.ops import triton
+
+        if not _distributes(session.config) and triton.unavailable() is None:
+            from ercn import kernels
+
+            self.of_triton = self.counting.enter_context(kernels.counting_launches())
+
+    def pytest_sessionfinish(self, session):
+        if not _distributes(session.config):
+            self.counting.close()
+            self._add(_launches(self.of_triton))
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["launches"] = self.launches
+        elif self.never() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        self._add(getattr(node, "workeroutput", {}).get("launches", {}))
+
+    def pytest_terminal_summary(self, terminalreporter):
+        never = self.never()
+        terminalreporter.section("GPU coverage")
+        terminalreporter.line(f"{len(self.launches) - len(never)} of {len(self.launches)} kernels were launched")
+        for name in never:
+            terminalreporter.line(f"never launched: {name}")
+
+    def never(self) -> list[str]:
+        return [name for name, count in sorted(self.launches.items()) if count == 0] or (
+            [] if self.launches else ["any kernel: no GPU backend can be used"]
+        )
+
+    def _add(self, launches: dict[str, int]) -> None:
+        for name, count in launches.items():
+            self.launches[name] = self.launches.get(name, 0) + count
+
+
+def _distributes(config) -> bool:
+    """Whether this process hands the tests to xdist's workers."""
+    return config.pluginmanager.hasplugin("dsession")
+
+
+def _launches(of_triton: Counter[str]) -> dict[str, int]:
+    """Of every kernel that can run here, in this process."""
+    import _cuda_emulator
+    from _gpu_backends import BACKENDS, EMULATED
+
+    launches = {}
+    if "triton" in BACKENDS:
+        from ercn import kernels
+
+        launches |= {f"triton {name}": of_triton[name] for name in kernels.kernels()}
+    if "cuda" in BACKENDS and EMULATED:
+        launches |= _cuda_emulator.launches()
+    elif "cuda" in BACKENDS:
+        from ercn import _cuda
+
+        attributes = (kernel for kernel in _cuda.kernel_attributes() if "absent" not in kernel)
+        launches |= {f"cuda {kernel['name']}": kernel["launches"] for kernel in attributes}
+    return launches

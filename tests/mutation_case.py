@@ -1,0 +1,62 @@
+"""Runs the checks of test_mutations.py: mutation_case.py LIBRARY '[[number, check], …]'; prints [number, sentence]."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import sys
+
+import torch
+
+from ercn.benchmarks import exact
+
+SEEDS = 3  # orders of threads and blocks
+
+
+def affinity(ops, kernels: str, gradients: bool) -> str | None:
+    value, feat, grad = exact.affinity(1, 22, 64, 2 * 128 * 3 + 3, torch.bfloat16)
+    found = {"out": ops.relu_affinity_cuda(value, feat, False, kernels)}
+    if gradients:
+        found["grad_value"], found["grad_feat"] = ops.relu_affinity_backward_cuda(
+            grad, value, feat, True, False, kernels
+        )
+    expected = exact.expected_affinity(value, feat, grad)
+    return exact.differences(found, {name: expected[name] for name in found})
+
+
+def tf32(ops) -> str | None:
+    """One feature of 1 + 7/8 unit of TF32, which is 1 + 1 unit: A is its square to 11 bits, and out the sum of 16."""
+    unit = 2.0**-10
+    out = ops.relu_affinity_cuda(torch.ones(1, 1, 16), torch.full((1, 1, 16), 1 + 7 / 8 * unit), False, "generic")
+    right = 16 * (1 + unit) ** 2
+    off = (out / right - 1).abs().max().item()
+    return None if off < unit / 4 else f"TF32 words are off by {off:.1e}"
+
+
+CHECKS = {
+    "forward": functools.partial(affinity, kernels="sm90", gradients=False),
+    "backward": functools.partial(affinity, kernels="sm90", gradients=True),
+    "tf32": tf32,
+}
+
+
+def main(library: str, cases: str) -> None:
+    torch.ops.load_library(library)
+    mutation = ctypes.c_int.in_dll(ctypes.CDLL(library), "ercn_mutation")
+    for number, check in json.loads(cases):
+        mutation.value = number
+        sentence = None
+        for seed in range(SEEDS):
+            torch.ops.ercn_emulated.set_seed(seed)
+            try:
+                sentence = CHECKS[check](torch.ops.ercn_emulated)
+            except RuntimeError as error:  # what the emulator says of a kernel that the device would not survive
+                sentence = str(error).splitlines()[0]
+            if sentence is not None:
+                break
+        print(json.dumps([number, sentence]), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -101,8 +101,10 @@ def _commit() -> str:
 
 
 def manifest() -> dict[str, Any]:
+    """Of the pack where there is one for this Python, else empty."""
     path = PACK / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    held = json.loads(path.read_text()) if path.exists() else {}
+    return held if held.get("suffix") == sysconfig.get_config_var("EXT_SUFFIX") else {}
 
 
 def refusal() -> str | None:
@@ -114,12 +116,10 @@ def refusal() -> str | None:
 
 
 def unpack() -> str:
-    """Put the libraries in their place where the pack is for this Python, and say what was done."""
+    """Put the libraries in their place, and say what was done."""
     held = manifest()
     if not held:
-        return "there is no build/gpu_pack; the libraries are those of this checkout"
-    if held["suffix"] != sysconfig.get_config_var("EXT_SUFFIX"):
-        return f"the pack is for Python {held['python']}; the libraries are those of this checkout"
+        return "there is no build/gpu_pack for this Python; the libraries are those of this checkout"
     with tarfile.open(PACK / "libraries.tar.xz") as archive:
         archive.extractall(ROOT / "ercn", filter="data")
     unpack_triton()

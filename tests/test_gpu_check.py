@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -160,10 +161,13 @@ def test_tile_sizes_are_tried_in_turn_and_compiled_beside_each_other(tmp_path, m
 def test_a_pack_of_other_sources_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_pack, "PACK", tmp_path)
     assert gpu_pack.refusal() is None and "there is no" in gpu_pack.unpack()
-    held = {"sources": gpu_pack.sources(), "suffix": ".of-another-python.so", "python": "9.9", "commit": "abc"}
+    held = {"sources": "0", "suffix": ".of-another-python.so", "commit": "abc"}
     (tmp_path / "manifest.json").write_text(json.dumps(held))
-    assert gpu_pack.refusal() is None and "for Python 9.9" in gpu_pack.unpack()
-    (tmp_path / "manifest.json").write_text(json.dumps(held | {"sources": "0"}))
+    assert gpu_pack.refusal() is None and "for this Python" in gpu_pack.unpack()
+    held["suffix"] = sysconfig.get_config_var("EXT_SUFFIX")
+    (tmp_path / "manifest.json").write_text(json.dumps(held | {"sources": gpu_pack.sources()}))
+    assert gpu_pack.refusal() is None
+    (tmp_path / "manifest.json").write_text(json.dumps(held))
     with pytest.raises(SystemExit) as stopped:
         gpu_stages.libraries(a_run(tmp_path))
     assert stopped.value.code == gpu_check.REFUSED and "pack again" in capsys.readouterr().out

@@ -12,26 +12,38 @@ from ercn.ops import cuda
 
 @contextlib.contextmanager
 def launched() -> Iterator[list[dict[str, Any]]]:
-    """The list receives, when the block ends, the attributes of every kernel that was launched in it."""
+    """The list receives, when the block ends, the attributes of every kernel that was launched in it, or the reason why
+    the device does not tell them.
+    """
     found: list[dict[str, Any]] = []
     if cuda.unavailable():
         yield found
         return
     from ercn import _cuda
 
-    before = [kernel["launches"] for kernel in _cuda.kernels()]
+    before = {kernel["name"]: kernel["launches"] for kernel in _cuda.kernels()}
     yield found
-    for kernel, count in zip(_cuda.kernel_attributes(), before):
-        if kernel["launches"] > count:
-            found.append(kernel | {"launches": kernel["launches"] - count})
+    try:
+        kernels = _cuda.kernel_attributes()
+    except RuntimeError as error:  # a row is worth more than what the device says of its kernels
+        kernels = [kernel | {"absent": str(error)} for kernel in _cuda.kernels()]
+    for kernel in kernels:
+        launches = kernel["launches"] - before[kernel["name"]]
+        if launches > 0:
+            found.append(kernel | {"launches": launches})
 
 
 def described(rows: list[Row]) -> list[str]:
     """A sentence for every kernel of the rows, as it was launched first."""
     kernels = {kernel["name"]: kernel for row in reversed(rows) for kernel in row.get("kernels") or ()}
-    return [
-        f"{name.removeprefix('ercn::')}: {k['registers']} registers, {k['local_bytes']} bytes local, "
+    return [f"{name.removeprefix('ercn::')}: {_attributes(k)}" for name, k in sorted(kernels.items())]
+
+
+def _attributes(k: dict[str, Any]) -> str:
+    if "absent" in k:
+        return k["absent"]
+    return (
+        f"{k['registers']} registers, {k['local_bytes']} bytes local, "
         f"{k['static_shared_bytes'] + k['dynamic_shared_bytes']:,} bytes shared, {k['threads']} threads, "
         f"{k['blocks_per_multiprocessor']} blocks a multiprocessor"
-        for name, k in sorted(kernels.items())
-    ]
+    )

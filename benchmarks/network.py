@@ -40,6 +40,16 @@ def inputs(case: ModelCase, device: str, dtype: torch.dtype = torch.float32) -> 
     return Inputs((image.to(device, dtype), grade.to(device)), torch.ones((), device=device))
 
 
+def arguments(case: ModelCase, inputs: Inputs) -> dict[str, tuple[Tensor | None, ...]]:
+    """What the operators are given in the network, of one pixel."""
+    image, _ = inputs.tensors
+    dtype, width = DTYPES[case.dtype], ModelConfig().embed_dim
+    value, feat = image.new_zeros(1, 1, 1), image.new_zeros(1, width, 1, dtype=dtype)
+    one = image.new_zeros(1, 1, dtype=dtype)
+    pool = (one[None], one, one[0], one, one[0], one, one[0], None, None)
+    return {"relu_affinity": (value, feat), "gated_attention_pool": pool}
+
+
 def runner(case: ModelCase, inputs: Inputs, backend: str) -> Callable[[], tuple[Tensor, ...]]:
     """backend: one of ours, "" for the automatic choice, or ``EAGER``. Forward returns logits and refined CAM."""
     image, grade = inputs.tensors

@@ -44,13 +44,9 @@ class Variant:
         """Why our backend cannot run the case, in its own words."""
         if not self.backend:
             return None
-        row = next(row for row in _backends.TABLE if row.name == self.backend)
-        ops = {"affinity": ["relu_affinity"], "mil": ["gated_attention_pool"]}.get(
-            case.op, ["relu_affinity", "gated_attention_pool"]
-        )
-        for op in ops:
-            tensors = inputs.tensors[::-1] if case.op == "affinity" else inputs.tensors
-            if reason := row.can_run(op, tensors):
+        row = _backends.named(self.backend, "backend")
+        for op, args in arguments(case, inputs).items():
+            if reason := row.can_run(op, *args):
                 return f"backend {self.backend!r} cannot run {op}: {reason}"
         return None
 
@@ -77,6 +73,20 @@ def variants(case: Case, device: str, backend: str = "", also: Iterable[str] = (
     own = next((v for v in rows if v.name == settable), None)
     names = [name for name in also if own is not None and name != case.dtype]
     return rows + [replace(own, name=f"{own.name}@{name}", make=settings[name](own.make)) for name in names]
+
+
+def arguments(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor | None, ...]]:
+    """Of each op in the case, what it is given; the value is still without its row of ones and in the case's dtype."""
+    match case:
+        case AffinityCase():
+            return {"relu_affinity": inputs.tensors}
+        case PoolCase(layout="ragged"):
+            *tensors, bounds = inputs.tensors
+            return {"gated_attention_pool": (*tensors, None, bounds)}
+        case PoolCase():
+            return {"gated_attention_pool": (*inputs.tensors, None, None)}
+        case ModelCase():
+            return network.arguments(case, inputs)
 
 
 def inputs_of(case: Case, device: str) -> Inputs:

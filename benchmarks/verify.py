@@ -1,10 +1,10 @@
 """Is a variant's output right? Its error against float64, beside the error of the eager version in the same dtype.
 
-The rule for ours is that of the operators' tests: err ≤ 2 · err(eager) + one rounding to the output's dtype + 8 ulps of
-float32. Baselines are not ours to repair and may add n terms in any order: √n ulps of float32 more, what a running sum
-of n terms of one sign may lose (the roundings are as good as random: Higham and Mary 2019, doi 10.1137/18M1226312).
-torch.compile needs it on the CPU: it adds the N rows of relu(FᵀF) one after the other where eager adds in pairs. At
-N 3136 its degrees are those of such a loop to the last bit, 2.1e-6 off instead of 2.5e-7, and so its outputs are 2.1e-6
+The rule for ours is that of the operators' tests (``ercn.ops._budget``), of whole tensors instead of channels.
+Baselines are not ours to repair and may add n terms in any order: √n ulps of float32 more, what a running sum of n
+terms of one sign may lose (the roundings are as good as random: Higham and Mary 2019, doi 10.1137/18M1226312).
+torch.compile needs it on the CPU: it adds the N rows of relu(FᵀF) one after the other where eager adds in pairs. At N
+3136 its degrees are those of such a loop to the last bit, 2.1e-6 off instead of 2.5e-7, and so its outputs are 2.1e-6
 off (eager 4.2e-7, our rule 1.9e-6) and its gradients 8.7e-6 (eager 1.2e-6, our rule 3.4e-6); √n ulps are 6.7e-6.
 Forward outputs are compared on the data that is timed, gradients on kink-safe data of the same shape (see
 ``AffinityCase.inputs``), since one pair of pixels that rounding moves across ReLU's kink changes a gradient by far more
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ercn.benchmarks import network
-from ercn.benchmarks.cases import Case, Inputs, ModelCase
+from ercn.benchmarks.cases import DTYPES, Case, Inputs, ModelCase
 from ercn.benchmarks.variants import Variant, precision, variants
+from ercn.ops import _budget
 
 EAGER_LIMIT = 0.1  # the judge itself must be this near to float64
 
@@ -46,33 +47,22 @@ class Judge:
 
     def _error(self, variant: Variant) -> float:
         outputs = _outputs(variant, self.case, self.device, None)
+        if [x.shape for x in outputs] != [x.shape for x in self.exact]:
+            return float("inf")
         largest = max(e.abs().max().item() for e in self.exact)
-        errors = []
-        for actual, exact in zip(outputs, self.exact, strict=True):
-            if actual.shape != exact.shape:
-                return float("inf")
-            scale = exact.abs().max().item()
-            if scale < 1e-6 * largest:  # a gradient that is 0 in exact arithmetic, as that of b_w, has no scale
-                scale = largest
-            errors.append(((actual.double() - exact).abs().max() / scale).nan_to_num(nan=float("inf")).item())
-        return max(errors)
+        return max(_budget.error(a.flatten(), e.flatten(), largest) for a, e in zip(outputs, self.exact))
 
     def verdict(self, variant: Variant) -> Verdict:
         error = self.error if variant.name == self.name else self._error(variant)
         if variant.name == self.name:
             limit = EAGER_LIMIT
         else:
-            limit = 2 * self.error + _rounding(self.case)
+            limit = _budget.allowed(self.error, DTYPES[self.case.dtype])
             if variant.role == "baseline":
                 limit += self.case.size**0.5 * torch.finfo(torch.float32).eps
         wrong = not error <= limit
         reason = f"wrong output: error {error:.1e}, allowed {limit:.1e}" if wrong else None
         return Verdict(error, self.name, self.error, reason)
-
-
-def _rounding(case: Case) -> float:
-    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.dtype, torch.float32)
-    return torch.finfo(half).eps + 8 * torch.finfo(torch.float32).eps
 
 
 def _outputs(variant: Variant, case: Case, device: str, dtype: torch.dtype | None) -> list[Tensor]:

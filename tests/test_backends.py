@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import ercn.ops
-from ercn.ops import _backends, affinity, attention_pool, backends, relu_affinity, use_backend
+from ercn.ops import (
+    _backends,
+    affinity,
+    affinity_propagate,
+    attention_pool,
+    backends,
+    gated_attention_pool,
+    relu_affinity,
+    use_backend,
+)
 
 
 def test_table_lists_reasons_and_ends_in_the_reference():
@@ -38,7 +49,7 @@ class Recorder:
     def unavailable(self):
         return None
 
-    def can_run(self, op, tensors):
+    def can_run(self, op, *args):
         return self.reason
 
     def __getattr__(self, op):
@@ -90,22 +101,139 @@ def test_a_backend_for_another_device_says_so(recorders, monkeypatch):
         relu_affinity(x, x, backend="gpu")
 
 
-def test_backward_stays_on_the_backend_of_the_forward(recorders):
-    value, feat = torch.ones(1, 1, 2, requires_grad=True), torch.ones(1, 1, 2, requires_grad=True)
+def pool(h, weight):
+    """[B, N, D], [D, D] -> [B, 1, D]."""
+    return gated_attention_pool(h, weight, None, weight, None, weight[:1], None)[0]
+
+
+CALLS = {  # function, inputs for n pixels or instances, ops of a forward
+    "relu_affinity": (relu_affinity, lambda n: (torch.ones(1, 1, n), torch.ones(1, 2, n)), ["relu_affinity"]),
+    "affinity_propagate": (
+        lambda cam, feat: affinity_propagate(cam, feat, steps=2),
+        lambda n: (torch.ones(1, 1, n), torch.ones(1, 2, n)),
+        ["relu_affinity"] * 2,
+    ),
+    "gated_attention_pool": (pool, lambda n: (torch.ones(1, n, 3), torch.ones(3, 3)), ["gated_attention_pool"]),
+}
+calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def leaves(*tensors):
+    return [x.clone().requires_grad_() for x in tensors]
+
+
+def in_a_thread(function):
+    """Run it to its end on another thread, as autograd does with the backward of a GPU's ops."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(function).result()
+
+
+@calls
+@pytest.mark.parametrize("run", [lambda f: f(), in_a_thread], ids=["this thread", "another thread"])
+@pytest.mark.parametrize("around", ["", "first"], ids=["outside of the block", "in another block"])
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_backward_stays_on_the_backend_of_the_forward(recorders, call, run, around, mode):
+    function, inputs, ops = call
+    if mode == "compiled":
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
     with use_backend("second"):
-        out = relu_affinity(value, feat)
-    out.sum().backward()
-    assert recorders["second"].calls == ["relu_affinity", "relu_affinity_backward"]
+        out = function(*leaves(*inputs(4)))
+    with use_backend(around) if around else contextlib.nullcontext():
+        run(out.sum().backward)
+    assert recorders["second"].calls == ops + [f"{op}_backward" for op in ops]
     assert recorders["first"].calls == []
 
 
-def test_a_compiled_graph_follows_the_override(recorders):
-    compiled = torch.compile(lambda v, f: relu_affinity(v, f), fullgraph=True)
-    x = torch.ones(1, 1, 2)
-    compiled(x, x)
+@calls
+def test_a_compiled_graph_follows_the_override(recorders, call):
+    function, inputs, ops = call
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (4, 7):
+        compiled(*inputs(n))
     with use_backend("second"):
-        compiled(x, x)
-    assert recorders["first"].calls == ["relu_affinity"] and recorders["second"].calls == ["relu_affinity"]
+        for n in (4, 7):
+            out = compiled(*leaves(*inputs(n)))
+    compiled(*inputs(5))
+    out.sum().backward()
+    assert recorders["first"].calls == ops * 3
+    assert recorders["second"].calls == ops * 2 + [f"{op}_backward" for op in ops]
+
+
+def test_the_block_within_a_compiled_function(recorders):
+    def function(value, feat):
+        with use_backend("second"):
+            inner = relu_affinity(value, feat)
+        return relu_affinity(inner, feat)
+
+    torch.compiler.reset()
+    out = torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves(*CALLS["relu_affinity"][1](4)))
+    out.sum().backward()
+    both = ["relu_affinity", "relu_affinity_backward"]
+    assert recorders["first"].calls == both and recorders["second"].calls == both
+
+
+@calls
+def test_an_exported_program_keeps_its_backend(recorders, call):
+    function, inputs, ops = call
+
+    class Module(torch.nn.Module):
+        def forward(self, *args):
+            return function(*args)
+
+    with use_backend("second"):
+        program = torch.export.export(Module(), inputs(4))
+    recorders["second"].calls.clear()
+    program.module()(*inputs(4))
+    assert recorders["second"].calls == ops and recorders["first"].calls == []
+
+
+@calls
+def test_the_override_reaches_vmap(recorders, call):
+    function, inputs, ops = call
+    stacked = leaves(*(torch.stack([x, x]) for x in inputs(4)))
+    with use_backend("second"):
+        out = torch.vmap(function)(*stacked)
+    out.sum().backward()
+    assert {*recorders["second"].calls} == {*ops, *(f"{op}_backward" for op in ops)} and not recorders["first"].calls
+
+
+def test_the_override_holds_for_every_thread(recorders):
+    x = torch.ones(1, 1, 2)
+    with use_backend("second"):
+        in_a_thread(lambda: relu_affinity(x, x))
+    assert recorders["second"].calls == ["relu_affinity"] and recorders["first"].calls == []
+
+
+def test_an_error_in_the_block_ends_the_override(recorders):
+    x = torch.ones(1, 1, 2)
+    with pytest.raises(ZeroDivisionError), use_backend("second"):
+        raise ZeroDivisionError
+    relu_affinity(x, x)
+    assert recorders["first"].calls == ["relu_affinity"]
+
+
+@pytest.mark.skipif("cpu" not in [row.name for row in backends() if row.reason is None], reason="ercn._C is not built")
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_a_compiled_backward_runs_on_the_named_backend(monkeypatch, name):
+    """The table as it is: each launcher is counted, none replaced."""
+    counts = {row.name: [] for row in _backends.TABLE}
+
+    def counted(row, op):
+        launcher = getattr(row.launcher, op)
+        monkeypatch.setattr(row.launcher, op, lambda *args: counts[row.name].append(op) or launcher(*args))
+
+    for row in _backends.TABLE:
+        for op in ("relu_affinity", "relu_affinity_backward"):
+            counted(row, op)
+    torch.compiler.reset()
+    value, feat = leaves(torch.rand(1, 3, 33), torch.randn(1, 5, 33))
+    with use_backend(name):
+        out = torch.compile(relu_affinity, fullgraph=True, dynamic=True, backend="aot_eager")(value, feat)
+    in_a_thread(out.sum().backward)
+    assert counts.pop(name) == ["relu_affinity", "relu_affinity_backward"]
+    assert not any(counts.values())
 
 
 @pytest.mark.parametrize("module", [affinity, attention_pool, _backends], ids=lambda m: m.__name__)

@@ -89,8 +89,7 @@ def test_float32_error_is_within_twice_torchs(B, C, D, N):
     value, grad_out, feat = value.double(), grad_out.double(), feat.double()
     exact = [torch_affinity(value, feat), *torch_gradients(grad_out, value, feat)]
     for our, their, true in zip(ours, torchs, exact):
-        rounding = torch.finfo(torch.float32).eps * true.abs().max()
-        assert (our - true).abs().max() <= 2 * (their - true).abs().max() + rounding
+        assert_within_budget(our, their, true)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

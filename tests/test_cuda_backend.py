@@ -47,15 +47,19 @@ def test_tensors_on_the_cpu_are_refused():
 def test_what_it_takes(monkeypatch, shared, most):
     monkeypatch.setattr(cuda, "_shared_bytes", lambda device: shared << 10)
     half, double = torch.ones(1, 1, 2, dtype=torch.bfloat16), torch.ones(1, 1, 2, dtype=torch.float64)
-    assert cuda.can_run("relu_affinity", (half, half)) is None
-    assert cuda.can_run("relu_affinity", (half, double)) == "it takes float32, bfloat16 and float16; got torch.float64"
-    assert cuda.can_run("gated_attention_pool", (half, torch.tensor([0, 1]))) is None
-    assert cuda.can_run("another", (half,)) == "it has no kernel for another"
+    weight, bounds = half[0], torch.tensor([0, 1])
+    assert cuda.can_run("relu_affinity", half, half) is None
+    assert cuda.can_run("relu_affinity", half, double) == "it takes float32, bfloat16 and float16; got torch.float64"
+    pool = (weight, weight, None, None, None, weight, None, None, bounds)
+    assert cuda.can_run("gated_attention_pool", *pool) is None
+    assert cuda.can_run("another", half) == "it has no kernel for another"
     for dtype, features in zip((torch.bfloat16, torch.float32), most):
         fits, wide = (torch.ones(1, d, 2, dtype=dtype) for d in (features, features + 1))
-        assert cuda.can_run("relu_affinity_backward", (half, half, fits)) is None
+        assert cuda.can_run("relu_affinity", wide, fits) is None
+        assert cuda.can_run("relu_affinity_backward", wide, wide, fits, True) is None
         expected = f"it takes at most {features} features in {dtype} on this GPU; got {features + 1}"
-        assert cuda.can_run("relu_affinity", (half, wide)) == expected
+        assert cuda.can_run("relu_affinity", half, wide) == expected
+        assert cuda.can_run("relu_affinity_backward", half, half, wide, False) == expected
 
 
 def test_kernels_are_chosen_by_the_environment(monkeypatch):

@@ -8,10 +8,13 @@ from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ercn import doctor as module
 from ercn.doctor import doctor
 from ercn.ops import _backends, _extension, reference
+
+EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture
@@ -44,6 +47,19 @@ def test_selftest_compares_every_usable_backend(capsys, broken_backend):
     assert verdict.pop("relu_affinity, broken on cpu") is False
     assert {"relu_affinity, reference on cpu", "gated_attention_pool, reference on cpu"} <= set(verdict)
     assert all(verdict.values())
+
+
+@pytest.mark.parametrize("ulps, passes", [(6, True), (40, False)])
+def test_the_selftest_has_the_budget_of_the_tests(capsys, broken_backend, monkeypatch, ulps, passes):
+    def forward(value, feat):
+        return reference.relu_affinity(value.double(), feat.double()).to(value.dtype) * (1 + ulps * EPS)
+
+    launcher = _backends.TABLE[-1].launcher
+    monkeypatch.setattr(launcher, "relu_affinity", forward)
+    monkeypatch.setattr(launcher, "relu_affinity_backward", reference.relu_affinity_backward)
+    assert doctor(selftest=True) == (0 if passes else 1)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "relu_affinity, broken on cpu" in line)
+    assert ("passed" in line) == passes
 
 
 def test_a_backend_that_raises_fails_the_selftest(capsys, broken_backend, monkeypatch):

@@ -56,8 +56,8 @@ def test_tensors_on_the_cpu_are_refused():
 
 def test_what_it_takes():
     half, double = torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64)
-    assert triton.can_run("relu_affinity", (half, torch.ones(1))) is None
+    assert triton.can_run("relu_affinity", half, torch.ones(1)) is None
     refusal = "it takes float32, bfloat16 and float16; got torch.float64"
-    assert triton.can_run("relu_affinity", (half, double)) == refusal
-    assert triton.can_run("gated_attention_pool", (half, torch.tensor([0, 1]))) is None
-    assert triton.can_run("another", (half,)) == "it has no kernel for another"
+    assert triton.can_run("relu_affinity", half, double) == refusal
+    assert triton.can_run("gated_attention_pool", half, torch.tensor([0, 1])) is None
+    assert triton.can_run("another", half) == "it has no kernel for another"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ercn.ops import cpu, cuda, reference, triton
 @dataclass(frozen=True)
 class Backend:
     """One row. The launcher has one function per op, ``unavailable()`` (why it cannot be used on this machine) and
-    ``can_run(op, tensors)`` (why it cannot take these), each a sentence or None.
+    ``can_run(op, *args)`` (why it cannot take the op's own arguments, in its order), each a sentence or None.
 
     automatic: whether it is chosen without being named; a row joins once measured and verified on its hardware.
     """
@@ -27,11 +26,11 @@ class Backend:
     launcher: ModuleType
     automatic: bool
 
-    def can_run(self, op: str, tensors: tuple[Tensor, ...]) -> str | None:
-        device = tensors[0].device.type
+    def can_run(self, op: str, *args) -> str | None:
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
         if self.device not in ("any", device):
             return f"it runs on {self.device}, the tensors are on {device}"
-        return self.launcher.unavailable() or self.launcher.can_run(op, tensors)
+        return self.launcher.unavailable() or self.launcher.can_run(op, *args)
 
 
 @dataclass(frozen=True)
@@ -52,60 +51,55 @@ TABLE: tuple[Backend, ...] = (
     Backend("reference", "any", reference, automatic=True),
 )
 
-_override: contextvars.ContextVar[str] = contextvars.ContextVar("ercn_backend", default="")
+# The name in force of use_backend, or "". A plain global, since not every torch.compile can trace a context variable.
+_override = ""
 
 
-def names() -> list[str]:
-    return [backend.name for backend in TABLE]
+def named(name: str, source: str) -> Backend:
+    """The row ``name``; ``source`` is who asked for it."""
+    for row in TABLE:
+        if row.name == name:
+            return row
+    raise ValueError(f"{source} is {name!r}; backends are {', '.join(row.name for row in TABLE)}")
 
 
-def _known(name: str, source: str) -> str:
-    if name not in names():
-        raise ValueError(f"{source} is {name!r}; backends are {', '.join(names())}")
-    return name
-
-
-def requested(backend: str = "") -> str:
-    """The backend asked for: by argument, else ``use_backend``, else ``ERCN_BACKEND``, else "" (automatic).
-
-    Read when an op runs, not when it is traced, so a compiled graph follows the override in force at the call.
-    """
-    if backend:
-        return _known(backend, "backend")
-    if override := _override.get():
-        return override
-    name = os.environ.get("ERCN_BACKEND", "")
-    return _known(name, "ERCN_BACKEND") if name else ""
+def requested(backend: str | None) -> str:
+    """What a public function hands to its op, and the op to its backward: the argument, else ``use_backend``'s name."""
+    return backend or _override
 
 
 def launch(op: str, backend: str, *args):
-    """Run ``op`` on the named backend, or on the first automatic one that can. Tensors come first in ``args``."""
-    tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
-    if name := requested(backend):
-        row = next(row for row in TABLE if row.name == name)
-        if reason := row.can_run(op, tensors):
+    """Run ``op`` on ``backend``, else on ``ERCN_BACKEND``, else on the first automatic row that can."""
+    if name := backend or os.environ.get("ERCN_BACKEND", ""):
+        row = named(name, "backend" if backend else "ERCN_BACKEND")
+        if reason := row.can_run(op, *args):
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}")
     else:
-        row = next(row for row in TABLE if row.automatic and row.can_run(op, tensors) is None)
+        row = next(row for row in TABLE if row.automatic and row.can_run(op, *args) is None)
     return getattr(row.launcher, op)(*args)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every ercn op runs on the backend ``name``; a backend that cannot run raises its reason.
+    """Within the block every call of an ercn op takes the backend ``name``; one that cannot run raises its reason.
 
-    An explicit ``backend=`` argument is stronger, the environment variable ``ERCN_BACKEND`` weaker.
+    The name is taken where the public function is called, and the backward of that call keeps it, wherever and whenever
+    it runs. A compiled graph has it baked in and is compiled anew under another; an exported program keeps its own. It
+    holds for every thread of the process, as torch's ``sdpa_kernel`` does. An explicit ``backend=`` argument is
+    stronger, the environment variable ``ERCN_BACKEND``, read when an op runs, weaker. What ``torch.utils.checkpoint``
+    computes again is a call of its own, with the name in force then.
 
     >>> import torch, ercn.ops
     >>> with ercn.ops.use_backend("reference"):
     ...     ercn.ops.relu_affinity(torch.ones(1, 1, 2), torch.ones(1, 3, 2))
     tensor([[[6., 6.]]])
     """
-    token = _override.set(_known(name, "use_backend's name"))
+    global _override
+    before, _override = _override, named(name, "use_backend's name").name
     try:
         yield
     finally:
-        _override.reset(token)
+        _override = before
 
 
 def backends() -> list[BackendStatus]:

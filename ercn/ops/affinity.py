@@ -43,7 +43,7 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
     """
     _check_pair("value", value, feat)
     _library.refuse_forward_mode("relu_affinity", value, feat)
-    out = torch.ops.ercn.relu_affinity(_flat(value), _flat(feat), backend or "")
+    out = torch.ops.ercn.relu_affinity(_flat(value), _flat(feat), _backends.requested(backend))
     return out.view(value.shape)
 
 
@@ -97,11 +97,12 @@ def affinity_propagate(
     if normalize:
         wide = f.to(acc)
         f = (wide / (torch.linalg.vector_norm(wide, dim=1, keepdim=True) + eps)).to(feat.dtype)
+    backend = _backends.requested(backend)
     out = _flat(cam).to(acc)
     ones = out.new_ones(out.shape[0], 1, out.shape[2])
     for _ in range(steps):
         # The row of ones meets the same rounded affinities, so numerator and denominator round alike.
-        product = torch.ops.ercn.relu_affinity(torch.cat([out, ones], dim=1), f, backend or "")
+        product = torch.ops.ercn.relu_affinity(torch.cat([out, ones], dim=1), f, backend)
         out = product[:, :-1] / (product[:, -1:] + eps)
     return out.reshape(cam.shape).to(cam.dtype)
 
@@ -141,9 +142,7 @@ def _(grad_out, value, feat, need_value, backend=""):
 
 
 def _setup_context(ctx, inputs, output):
-    value, feat, backend = inputs
-    # The backward runs on another thread, where use_backend's context does not reach.
-    ctx.backend = backend if torch.compiler.is_compiling() else _backends.requested(backend)
+    value, feat, ctx.backend = inputs
     ctx.value_dtype = value.dtype
     ctx.save_for_backward(value if ctx.needs_input_grad[1] else None, feat)
 

@@ -65,7 +65,7 @@ def gated_attention_pool(
     _check(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens)
     _library.refuse_forward_mode("gated_attention_pool", h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
     return torch.ops.ercn.gated_attention_pool(
-        h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, backend or ""
+        h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, _backends.requested(backend)
     )
 
 
@@ -153,9 +153,7 @@ def _(grad_pooled, grad_scores, h, *args):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, backend = inputs
-    # The backward runs on another thread, where use_backend's context does not reach.
-    ctx.backend = backend if torch.compiler.is_compiling() else _backends.requested(backend)
+    *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 

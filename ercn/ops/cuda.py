@@ -33,14 +33,14 @@ def unavailable() -> str | None:
     return None
 
 
-def can_run(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+def can_run(op: str, *args) -> str | None:
     if op not in _OPS:
         return f"it has no kernel for {op}"
-    for x in tensors:
-        if x.is_floating_point() and x.dtype not in _DTYPES:
+    for x in args:
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in _DTYPES:
             return f"it takes float32, bfloat16 and float16; got {x.dtype}"
     if op.startswith("relu_affinity"):
-        feat = tensors[-1]
+        feat = args[1 if op == "relu_affinity" else 2]
         most = _call("relu_affinity_most_features", feat.itemsize, _shared_bytes(feat.device))
         if feat.dim() == 3 and feat.shape[1] > most:
             return f"it takes at most {most} features in {feat.dtype} on this GPU; got {feat.shape[1]}"

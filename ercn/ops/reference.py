@@ -19,7 +19,7 @@ def unavailable() -> None:
     """Plain torch is always there."""
 
 
-def can_run(op: str, tensors: tuple[Tensor, ...]) -> None:
+def can_run(op: str, *args) -> None:
     """Plain torch runs every op on every device and floating dtype."""
 
 

@@ -41,11 +41,11 @@ def unavailable() -> str | None:
     return None
 
 
-def can_run(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+def can_run(op: str, *args) -> str | None:
     if op not in _MODULES:
         return f"it has no kernel for {op}"
-    for x in tensors:
-        if x.is_floating_point() and x.dtype not in _DTYPES:
+    for x in args:
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in _DTYPES:
             return f"it takes float32, bfloat16 and float16; got {x.dtype}"
     return None
 

@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,10 @@ def pack(python: str) -> int:
     sys.path.insert(0, str(ROOT / "csrc/cuda"))
     import toolchain
 
-    if not (toolchain.BUILD / "build.ninja").exists():
-        raise SystemExit("build/cuda is absent: build here first (pip install --no-build-isolation -e .)")
+    plan = toolchain.BUILD / "build.ninja"
+    compiled = set(re.findall(r": nvcc (\S+)", plan.read_text())) if plan.exists() else set()
+    if compiled != set(glob("csrc/cuda/**/*.cu", recursive=True)):
+        raise SystemExit(f"{plan} is not of this checkout: build here first (pip install --no-build-isolation -e .)")
     if ARCH not in toolchain.archs():
         raise SystemExit(f"ERCN_CUDA_ARCHS leaves out {ARCH}, which the Hopper kernels need")
     toolchain.compile_objects()

@@ -66,7 +66,7 @@ NEXT = (
     Stage("hardware", 120),
     Stage("sanitizers", 60),
     Stage("tuning", 60),
-    Stage("bench", 120),
+    Stage("bench", 120, kept=40),
     Stage("profile", 60),
 )
 

@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,10 @@ def pack(python: str) -> int:
     sys.path.insert(0, str(ROOT / "csrc/cuda"))
     import toolchain
 
-    if not (toolchain.BUILD / "build.ninja").exists():
-        raise SystemExit("build/cuda is absent: build here first (pip install --no-build-isolation -e .)")
+    plan = toolchain.BUILD / "build.ninja"
+    compiled = set(re.findall(r": nvcc (\S+)", plan.read_text())) if plan.exists() else set()
+    if compiled != set(glob("csrc/cuda/**/*.cu", recursive=True)):
+        raise SystemExit(f"{plan} is not of this checkout: build here first (pip install --no-build-isolation -e .)")
     if ARCH not in toolchain.archs():
         raise SystemExit(f"ERCN_CUDA_ARCHS leaves out {ARCH}, which the Hopper kernels need")
     toolchain.compile_objects()
@@ -101,8 +105,10 @@ def _commit() -> str:
 
 
 def manifest() -> dict[str, Any]:
+    """Of the pack where there is one for this Python, else empty."""
     path = PACK / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    held = json.loads(path.read_text()) if path.exists() else {}
+    return held if held.get("suffix") == sysconfig.get_config_var("EXT_SUFFIX") else {}
 
 
 def refusal() -> str | None:
@@ -114,12 +120,10 @@ def refusal() -> str | None:
 
 
 def unpack() -> str:
-    """Put the libraries in their place where the pack is for this Python, and say what was done."""
+    """Put the libraries in their place, and say what was done."""
     held = manifest()
     if not held:
-        return "there is no build/gpu_pack; the libraries are those of this checkout"
-    if held["suffix"] != sysconfig.get_config_var("EXT_SUFFIX"):
-        return f"the pack is for Python {held['python']}; the libraries are those of this checkout"
+        return "there is no build/gpu_pack for this Python; the libraries are those of this checkout"
     with tarfile.open(PACK / "libraries.tar.xz") as archive:
         archive.extractall(ROOT / "ercn", filter="data")
     unpack_triton()

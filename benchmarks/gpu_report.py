@@ -121,7 +121,7 @@ def _never_launched(of: dict[str, list[Row]]) -> str:
     """What no smoke case, no test and no timing has launched."""
     known = {name for row in of.get("kernels", []) for name in row["names"]}
     seen = {name for row in of.get("launched", []) for name in row["names"]}
-    seen |= {row["name"] for row in of.get("kernel", []) if row["launches"] > 0}
+    seen |= {f"cuda {row['name']}" for row in of.get("kernel", []) if row["launches"] > 0}
     return "\n".join(f"- {name}" for name in sorted(known - seen)) or ("Nothing." if known else "")
 
 

@@ -226,11 +226,11 @@ def _process(group: Group, sizes: tuple[int, ...], device: str, pipe: Connection
         for size in sizes:
             pipe.send(("begins", size))
             pipe.send(("ends", run(group, size, device)))
-    names = list(counts)
+    names = [f"triton {name}" for name in counts]
     if _extension.load("_cuda") is None:
         from ercn import _cuda
 
-        names += [kernel["name"] for kernel in _cuda.kernels() if kernel["launches"] > 0]
+        names += [f"cuda {kernel['name']}" for kernel in _cuda.kernels() if kernel["launches"] > 0]
     pipe.send(("launched", names))
 
 

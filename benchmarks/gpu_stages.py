@@ -27,8 +27,10 @@ from ercn.benchmarks.gpu_report import BAD
 
 SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
 WORKERS = 12
-TESTS = ("tests/test_gpu_exact.py", "tests/test_gpu_ops.py", "tests/test_triton_ops.py",
-         "tests/test_cuda_affinity_hopper.py", "tests/test_cuda_pool_hopper.py")  # fmt: skip
+TESTS = tuple(f"tests/test_{name}.py" for name in (
+    "gpu_exact", "gpu_ops", "cuda_affinity_hopper", "cuda_pool_hopper", "cuda_affinity_generic", "cuda_pool_generic",
+    "cuda_tf32", "triton_ops",
+))  # fmt: skip
 HARDWARE = ("tests/test_gpu_hardware.py",)
 DEVICE = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
 LOST = ("killed", "crashed")  # with its process
@@ -128,7 +130,8 @@ def environment(run: Run) -> None:
             sys.exit(reason)
     from ercn import _cuda
 
-    run.record("kernels", names=[*kernels.kernels(), *(kernel["name"] for kernel in _cuda.kernels())])
+    names = [f"triton {name}" for name in kernels.kernels()]
+    run.record("kernels", names=[*names, *(f"cuda {kernel['name']}" for kernel in _cuda.kernels())])
     ops = ("relu_affinity", "relu_affinity_backward", "gated_attention_pool", "gated_attention_pool_backward")
     for op in ops:
         getattr(torch.ops.ercn_native, f"{op}_cuda")
@@ -190,7 +193,7 @@ def _pytest(run: Run, files: Iterable[str], words: str, timeout: int = 30, trace
     chosen = [file for file in files if (ROOT / file.partition("::")[0]).is_file()]
     if not chosen:
         return
-    command = ["-q", "-p", "no:cacheprovider", f"--tb={trace}", "--maxfail=60", *chosen]
+    command = ["-q", "-p", "no:cacheprovider", "--gpu-coverage", f"--tb={trace}", "--maxfail=60", *chosen]
     command += ["-m", "gpu"] if run.device == "cuda" else ["-m", "not slow"]
     command += ["-k", words] if words else []
     if find_spec("pytest_timeout"):
@@ -214,6 +217,10 @@ def _pytest(run: Run, files: Iterable[str], words: str, timeout: int = 30, trace
         def pytest_collectreport(self, report: pytest.CollectReport) -> None:
             if report.failed:
                 run.record("test", name=report.nodeid, status="failed", seconds=0, reason=_last_words(report))
+
+        def pytest_unconfigure(self, config: pytest.Config) -> None:
+            (coverage,) = (p for p in config.pluginmanager.get_plugins() if type(p).__name__ == "GpuCoverage")
+            run.record("launched", names=[name for name, count in coverage.launches.items() if count > 0], by="tests")
 
     code = pytest.main(command, plugins=[Recorder()])
     known = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED,

@@ -10,7 +10,7 @@ import torch
 
 from ercn.ops import cuda
 
-DEVICE = "cuda" if cuda.unavailable() is None else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and cuda.unavailable() is None else "cpu"
 HOPPER = DEVICE if DEVICE == "cpu" or torch.cuda.get_device_capability() == (9, 0) else "cpu"  # of the sm90 kernels
 
 

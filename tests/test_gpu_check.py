@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -160,10 +161,13 @@ def test_tile_sizes_are_tried_in_turn_and_compiled_beside_each_other(tmp_path, m
 def test_a_pack_of_other_sources_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_pack, "PACK", tmp_path)
     assert gpu_pack.refusal() is None and "there is no" in gpu_pack.unpack()
-    held = {"sources": gpu_pack.sources(), "suffix": ".of-another-python.so", "python": "9.9", "commit": "abc"}
+    held = {"sources": "0", "suffix": ".of-another-python.so", "commit": "abc"}
     (tmp_path / "manifest.json").write_text(json.dumps(held))
-    assert gpu_pack.refusal() is None and "for Python 9.9" in gpu_pack.unpack()
-    (tmp_path / "manifest.json").write_text(json.dumps(held | {"sources": "0"}))
+    assert gpu_pack.refusal() is None and "for this Python" in gpu_pack.unpack()
+    held["suffix"] = sysconfig.get_config_var("EXT_SUFFIX")
+    (tmp_path / "manifest.json").write_text(json.dumps(held | {"sources": gpu_pack.sources()}))
+    assert gpu_pack.refusal() is None
+    (tmp_path / "manifest.json").write_text(json.dumps(held))
     with pytest.raises(SystemExit) as stopped:
         gpu_stages.libraries(a_run(tmp_path))
     assert stopped.value.code == gpu_check.REFUSED and "pack again" in capsys.readouterr().out
@@ -212,8 +216,8 @@ def test_a_report_names_what_is_bad_and_what_was_never_launched():
         [
             smoked(gpu_smoke.groups()[0], status="killed"),
             {"kind": "test", "name": "tests/test_x.py::test_y", "status": "failed", "reason": "E  3 != 4"},
-            {"kind": "kernels", "names": ["Forward", "Backward", "Prepare"]},
-            {"kind": "launched", "names": ["Forward"], "by": "smoke"},
+            {"kind": "kernels", "names": ["cuda Forward", "cuda Backward", "triton affinity.combine_kernel"]},
+            {"kind": "launched", "names": ["cuda Forward"], "by": "smoke"},
             {**kernel, "name": "Forward", "launches": 0},
             {**kernel, "name": "Backward", "launches": 2},
             {**time_of, "variant": "t_gemm", "median_ms": 0.2, "ratio": 1.0},
@@ -223,7 +227,7 @@ def test_a_report_names_what_is_bad_and_what_was_never_launched():
     )
     assert "- smoke affinity forward, sm90, bfloat16, D 192, C 22, N 300: **killed**" in text
     assert "- test tests/test_x.py::test_y: **failed**: E  3 != 4" in text
-    assert "## Never launched\n\n- Prepare\n" in text
+    assert "## Never launched\n\n- triton affinity.combine_kernel\n" in text
     assert "| affinity/forward | 0.2 (0.1–0.3) | 3.00 | 0.15 (0.1–0.3), 0.75× |" in text
     assert "| Backward | 168 | 0 | 1000 | 384 | 1 |" in text and "| Forward |" not in text
 
@@ -254,6 +258,8 @@ def test_all_of_it_here(tmp_path):
     ends = [row["status"] for row in rows if row["kind"] == "smoke"]
     assert ends == ["passed"] * 5, log
     assert any(row["kind"] == "time" and row["variant"] == "ercn-cpu" for row in rows)
+    launched = {name for row in rows if row["kind"] == "launched" and row["by"] == "tests" for name in row["names"]}
+    assert "cuda ercn::sm90::affinity::Forward<ercn::arch::bf16, 64, 8>" in launched
     failed = tmp_path / "failed.jsonl"
     group = gpu_smoke.groups("^pool forward, sm90, bfloat16, rows")[0]
     rest = {"kind": "test", "name": "the rest", "status": "not run"}
@@ -268,12 +274,13 @@ def test_all_of_it_here(tmp_path):
         "next",
         tmp_path / "next",
         "--seconds=1200",
+        "--stages=environment,failures,hardware,sanitizers,tuning,bench,profile",
         f"--failed={failed}",
         "--only=^affinity forward, sm90, bfloat16, D 64, C 7$",
         words="nothing",
         path=str(tools),
     )
-    assert set(stages.values()) == {"done"} and len(stages) == 8, log
+    assert set(stages.values()) == {"done"} and len(stages) == 7, log
     of = {kind: [row for row in rows if row["kind"] == kind] for kind in ("smoke", "sanitizer", "profile", "note")}
     assert [(row["name"], row["status"]) for row in of["smoke"]] == [(group.name, "passed")]
     assert [(row["name"], row["status"], len(row["cases"])) for row in of["sanitizer"]] == [

@@ -37,12 +37,17 @@ struct Float32 {
   static constexpr bool kExact = true;
 };
 
-// function(an element of this type), function(its Precision); exact: products of fp32 to fp32's accuracy.
+// function(an element of this type)
+template <typename Function>
+auto with_half(Float type, const Function& function) {  // of 16 bits
+  return type == Float::bf16 ? function(arch::bf16()) : function(arch::fp16());
+}
 template <typename Function>
 auto with_element(Float type, const Function& function) {
-  if (type == Float::bf16) return function(arch::bf16());
-  return type == Float::fp16 ? function(arch::fp16()) : function(float());
+  return type == Float::fp32 ? function(float()) : with_half(type, function);
 }
+
+// function(its Precision); exact: products of fp32 to fp32's accuracy
 template <typename Function>
 auto with_precision(Float type, bool exact, const Function& function) {
   if (type == Float::bf16) return function(BFloat16());

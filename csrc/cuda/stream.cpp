@@ -43,7 +43,7 @@ Stream::~Stream() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle
 
 TensorMap encode_tensor_map(
     CUtensorMapDataType type, int rank, const void* address, const int64_t* sizes, const int64_t* strides,
-    const int* box, Swizzle swizzle) {
+    const int* box) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -54,8 +54,6 @@ TensorMap encode_tensor_map(
     STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(function);
   }();
-  constexpr CUtensorMapSwizzle kSwizzles[] = {
-      CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
   constexpr int kMaxRank = 5;
   cuuint64_t extents[kMaxRank], pitches[kMaxRank];
   cuuint32_t sides[kMaxRank], steps[kMaxRank];
@@ -66,7 +64,7 @@ TensorMap encode_tensor_map(
   TensorMap map;
   const CUresult result = encode(
       &map, type, rank, const_cast<void*>(address), extents, pitches, sides, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      kSwizzles[static_cast<int>(swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed with error ", static_cast<int>(result));
   return map;
 }

@@ -10,7 +10,8 @@ ERCN_DEVICE bool finite(float x) { return (arch::float_bits(x) & 0x7f800000) != 
 // What x loses when it is rounded to `high`; 0 where that is infinite.
 ERCN_DEVICE float rest(float x, float high) { return finite(high) ? x - high : 0.0f; }
 
-// Fragments of fp32 elements as TF32 terms; the low one of what is not finite is NaN.
+// Fragments of fp32 elements as TF32 terms; the low one of what is not finite is NaN. The units cut the last one of its
+// 12 bits off; rounding would change it by as much.
 template <int N>
 struct Terms {
   uint32_t high[N], low[N];

@@ -216,12 +216,6 @@ void run_block(Coordinates index, Coordinates grid, int threads, unsigned char* 
     }
     if (alive == 0) {
       for (const Action& next : b.transfers) next();
-      for (Thread& thread : b.threads) {
-        for (const Action& store : thread.stores) store();
-        for (const std::vector<Action>& group : thread.store_groups) {
-          for (const Action& store : group) store();
-        }
-      }
       machine->failure = left_open(b);
     }
     if (!machine->failure.empty()) {
@@ -278,7 +272,7 @@ void meet(const char* instruction, void* argument, const std::function<void(void
   meeting.threads.clear();
 }
 
-void barrier(int index, int threads, bool waits) {
+void barrier(int index, int threads) {
   const std::string name = "barrier " + std::to_string(index) + " of " + std::to_string(threads) + " threads";
   if (index < 0 || index >= kBarriers) fail(name + ": barriers are numbered 0 to 15");
   if (threads <= 0 || threads % kWarp != 0) fail(name + ": must be a multiple of 32");
@@ -291,7 +285,7 @@ void barrier(int index, int threads, bool waits) {
   if (b.arrived == threads) {
     for (Thread* other : b.waiting) wake(*other);
     b = Barrier{};
-  } else if (waits) {
+  } else {
     b.waiting.push_back(&thread());
     wait(name);
   }

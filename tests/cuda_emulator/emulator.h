@@ -21,11 +21,11 @@ struct Coordinates {
   int x, y, z;
 };
 
-// A copy that was asked for and has not happened.
+// A copy of 16 bytes that was asked for and has not happened.
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
-  int bytes, width;  // zeros after the first `bytes`
+  int bytes;  // then zeros
 };
 
 using Action = std::function<void()>;
@@ -38,8 +38,6 @@ struct Thread {
   std::string waits_for;  // while not ready
   std::vector<Copy> copies;  // since the last commit
   std::vector<std::vector<Copy>> copy_groups;
-  std::vector<Action> stores;  // of the copy engine, since the last commit
-  std::vector<std::vector<Action>> store_groups;
   bool wgmma_fenced = false;
 };
 
@@ -118,7 +116,7 @@ void meet(const char* instruction, Argument& argument, All&& all) {
   });
 }
 
-void barrier(int index, int threads, bool waits);
+void barrier(int index, int threads);
 
 // The barrier at an address in shared memory, which must have been initialised; and after something came to it.
 Mbarrier& mbarrier(const void* pointer, const char* instruction);

@@ -20,7 +20,7 @@ void multiply_staged(const Element* a, const Element* b, bool columns, float* d,
   for (int i = 0; i < 8; ++i) sa[8 * lane + i] = a[8 * lane + i];
   for (int i = 0; i < 4; ++i) sb[4 * lane + i] = b[4 * lane + i];
   sync_warp();
-  uint32_t ra[4], rb[2];
+  uint32_t ra[4], rb[4];
   float sums[4] = {};
   ldmatrix(ra, sa + lane % 16 * 16 + lane / 16 * 8);
   if (columns) {
@@ -28,7 +28,8 @@ void multiply_staged(const Element* a, const Element* b, bool columns, float* d,
   } else {
     ldmatrix(rb, sb + lane % 8 * 16 + lane / 8 % 2 * 8);
   }
-  mma<Element>(sums, ra, rb);
+  const uint32_t pair[2] = {rb[0], rb[1]};
+  mma<Element>(sums, ra, pair);
   for (int i = 0; i < 4; ++i) d[(lane / 4 + 8 * (i / 2)) * 8 + lane % 4 * 2 + i % 2] = sums[i];
 }
 
@@ -77,7 +78,7 @@ const char* copy(const float* from, float* to, bool waits, bool meets, bool vali
   return probe(64, 1024, [=](unsigned char* shared) {
     auto* stage = reinterpret_cast<float*>(shared);
     const int i = thread_index(), next = (i + 32) % 64;
-    cp_async<16>(stage + 4 * i, from + 4 * i, valid);
+    cp_async(stage + 4 * i, from + 4 * i, valid ? 16 : 0);
     cp_async_commit();
     if (waits) cp_async_wait<0>();
     if (meets) sync_threads();
@@ -89,7 +90,7 @@ const char* reduce(const float* from, float* to) {
   return probe(32, 0, [=](unsigned char*) {
     float sum = from[lane_index()];
     for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    to[lane_index()] = sum + shuffle_down(from[lane_index()], 1);
+    to[lane_index()] = sum;
     if (arch::ballot(lane_index() % 2) != 0xaaaaaaaau) emulator::fail("ballot");
   });
 }
@@ -113,7 +114,7 @@ const char* beyond_shared() {
   });
 }
 const char* misaligned(const float* from) {
-  return probe(32, 1024, [=](unsigned char* shared) { cp_async<16>(shared, from + 1 + 4 * lane_index(), true); });
+  return probe(32, 1024, [=](unsigned char* shared) { cp_async(shared, from + 1 + 4 * lane_index()); });
 }
 const char* shared_starts_as_nan(float* to) {
   return probe(

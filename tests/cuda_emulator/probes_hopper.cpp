@@ -20,7 +20,7 @@ template <typename Element>
 TensorMap rows_map(const void* x, int rows, int columns, int box_rows) {
   return make_tensor_map<Element, 2>(
       x, {columns, rows}, {int64_t{columns} * static_cast<int64_t>(sizeof(Element))},
-      {kRow / static_cast<int>(sizeof(Element)), box_rows}, Swizzle::k128);
+      {kRow / static_cast<int>(sizeof(Element)), box_rows});
 }
 
 // One operand with MN rows and one row of 128 bytes of K: x is [MN, K] for kK and [K, MN] for kMN.
@@ -71,10 +71,9 @@ const char* multiply(const Element* a, const Element* b, float* d, Omission with
     if (without != kFence) wgmma_fence();
     for (int step = 0; step < 4; ++step) {
       if constexpr (kRegisters) {
-        constexpr int kPair = 4 / sizeof(Element);  // elements of a register
         uint32_t ra[4];
         for (int i = 0; i < 4; ++i) {
-          const int row = 16 * w + g + 8 * (i % 2), column = step * 8 * kPair + kPair * (t + 4 * (i / 2));
+          const int row = 16 * w + g + 8 * (i % 2), column = step * 16 + 2 * (t + 4 * (i / 2));
           std::memcpy(&ra[i], a + row * A::K + column, 4);
         }
         wgmma<Element, N, kB>(sums, ra, B::operand(tile_b, step), step > 0);
@@ -94,7 +93,7 @@ const char* multiply(const Element* a, const Element* b, float* d, Omission with
 // Stages that a producer warp fills and a consumer warp sums; without == kWait, the producer overruns the consumer.
 const char* ring(const float* x, int boxes, float* y, Omission without) {
   constexpr int kStages = 2, kBox = 8 * 128;
-  const TensorMap map = make_tensor_map<float, 2>(x, {32, 8 * boxes}, {128}, {32, 8}, Swizzle::kNone);
+  const TensorMap map = make_tensor_map<float, 2>(x, {32, 8 * boxes}, {128}, {32, 8});
   return probe(64, kStages * (kBox + 16), [=](unsigned char* shared) {
     auto* full = reinterpret_cast<Barrier*>(shared + kStages * kBox);
     auto* empty = full + kStages;
@@ -119,7 +118,9 @@ const char* ring(const float* x, int boxes, float* y, Omission without) {
       for (int i = 0; i < boxes; ++i) {
         const int s = i % kStages, turn = i / kStages;
         if (without != kBarrier) barrier_wait(full + s, turn % 2);
-        for (int row = 0; row < 8; ++row) sum += reinterpret_cast<float*>(shared + s * kBox)[row * 32 + lane_index()];
+        for (int row = 0; row < 8; ++row) {
+          sum += reinterpret_cast<float*>(shared + s * kBox)[row * 32 + (lane_index() ^ row * 4)];
+        }
         if (without != kCommit) barrier_arrive(empty + s);
       }
       y[lane_index()] = sum;
@@ -163,84 +164,45 @@ const char* wgmma_bf16(
 const char* wgmma_fp16(const fp16* a, const fp16* b, float* d) {
   return multiply<fp16, 192, Major::kK, Major::kMN, false>(a, b, d, kNothing);
 }
-const char* wgmma_tf32(bool registers, const tf32* a, const tf32* b, float* d) {
-  return registers ? multiply<tf32, 64, Major::kK, Major::kK, true>(a, b, d, kNothing)
-                   : multiply<tf32, 64, Major::kK, Major::kK, false>(a, b, d, kNothing);
-}
-
 const char* ring_of_stages(const float* x, int boxes, float* y, int without) {
   return ring(x, boxes, y, static_cast<Omission>(without));
 }
 
-// The box [2, 8, 32] of x [depth, rows, columns] at (c2, c1, c0), as it lies in shared memory; and back into z, moved.
-const char* box(
-    const fp16* x, int columns, int rows, int depth, int c0, int c1, int c2, int swizzle, fp16* y, fp16* z) {
+// The box [2, 8, 32] of x [depth, rows, columns] at (c2, c1, c0), as it lies in shared memory.
+const char* box(const fp16* x, int columns, int rows, int depth, int c0, int c1, int c2, fp16* y) {
   constexpr int kBox = 2 * 8 * 32;
-  const auto map = [&](const fp16* x) {
-    const int64_t row = columns * 2;
-    return make_tensor_map<fp16, 3>(
-        x, {columns, rows, depth}, {row, row * rows}, {32, 8, 2}, static_cast<Swizzle>(swizzle));
-  };
-  const TensorMap in = map(x), out = map(z);
+  const int64_t row = columns * 2;
+  const TensorMap map = make_tensor_map<fp16, 3>(x, {columns, rows, depth}, {row, row * rows}, {32, 8, 2});
   return probe(32, 2 * kBox + 8, [=](unsigned char* shared) {
     auto* barrier = reinterpret_cast<Barrier*>(shared + 2 * kBox);
-    auto* stage = reinterpret_cast<fp16*>(shared);
     if (lane_index() == 0) {
       barrier_init(barrier, 1);
       fence_barrier_init();
       barrier_arrive_expect(barrier, 2 * kBox);
-      tma_load(shared, in, barrier, c0, c1, c2);
+      tma_load(shared, map, barrier, c0, c1, c2);
     }
     sync_warp();
     barrier_wait(barrier, 0);
-    for (int i = lane_index(); i < kBox; i += 32) {
-      y[i] = stage[i];
-      stage[i] = from_float<fp16>(-to_float(stage[i]));
-    }
-    fence_proxy_async();
-    sync_warp();
-    if (lane_index() == 0) {
-      tma_store(out, shared, c0, c1, c2);
-      tma_store_commit();
-      tma_store_wait<0>();
-    }
+    for (int i = lane_index(); i < kBox; i += 32) y[i] = reinterpret_cast<fp16*>(shared)[i];
   });
 }
 
 // What the driver says of a map of 2-byte elements.
-const char* encode(int64_t address, int64_t columns, int64_t stride, int box, int swizzle) {
+const char* encode(int64_t address, int64_t columns, int64_t stride, int box) {
   return failure_of([=] {
-    make_tensor_map<fp16, 2>(
-        reinterpret_cast<const void*>(address), {columns, 4}, {stride}, {box, 4}, static_cast<Swizzle>(swizzle));
+    make_tensor_map<fp16, 2>(reinterpret_cast<const void*>(address), {columns, 4}, {stride}, {box, 4});
   });
 }
 
 // ldmatrix of what stmatrix stored.
-const char* there_and_back(const uint32_t* x, uint32_t* y, bool transposed) {
+const char* there_and_back(const uint32_t* x, uint32_t* y) {
   return probe(32, 512, [=](unsigned char* shared) {
     uint32_t r[4], s[4];
     for (int i = 0; i < 4; ++i) r[i] = x[4 * lane_index() + i];
-    if (transposed) stmatrix_transposed(shared + 16 * lane_index(), r);
-    else stmatrix(shared + 16 * lane_index(), r);
+    stmatrix(shared + 16 * lane_index(), r);
     sync_warp();
-    if (transposed) ldmatrix_transposed(s, shared + 16 * lane_index());
-    else ldmatrix(s, shared + 16 * lane_index());
+    ldmatrix(s, shared + 16 * lane_index());
     for (int i = 0; i < 4; ++i) y[4 * lane_index() + i] = s[i];
-  });
-}
-
-const char* bulk(const float* x, float* y) {
-  return probe(32, 144, [=](unsigned char* shared) {
-    auto* barrier = reinterpret_cast<Barrier*>(shared + 128);
-    if (lane_index() == 0) {
-      barrier_init(barrier, 1);
-      fence_barrier_init();
-      barrier_arrive_expect(barrier, 128);
-      bulk_load(shared, x, 128, barrier);
-    }
-    sync_warp();
-    barrier_wait(barrier, 0);
-    y[lane_index()] = reinterpret_cast<float*>(shared)[lane_index()];
   });
 }
 }

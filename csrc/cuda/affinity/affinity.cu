@@ -5,13 +5,8 @@
 namespace ercn::affinity {
 namespace {
 
-Mode mode_of(const Tensor& feat, bool exact) {
-  switch (feat.scalar_type()) {
-    case ScalarType::BFloat16: return Mode::bf16;
-    case ScalarType::Half: return Mode::fp16;
-    default: return exact ? Mode::fp32 : Mode::tf32;
-  }
-}
+// Whether products are to be exact, which 16-bit features are without further ado.
+bool in_terms(const Tensor& feat, bool exact) { return exact && type_of(feat) == Float::fp32; }
 
 void sum_slabs(const Tensor& parts, int64_t slabs, const Tensor& out, const arch::Stream& stream) {
   affinity::sum_slabs(
@@ -45,9 +40,8 @@ Tensor forward(const Tensor& value, const Tensor& feat, bool exact) {
   if (out.numel() == 0) return out;
   if (sizes.dim == 0) return torch::stable::zero_(out);
   const arch::Stream stream(feat);
-  const Mode mode = mode_of(feat, exact);
   const Tensor packed = pack_features(feat, sizes, exact, stream);
-  const Tensor terms = pack_map(value, mode == Mode::fp32 ? MapForm::whole : MapForm::terms, sizes, stream);
+  const Tensor terms = pack_map(value, in_terms(feat, exact) ? MapForm::whole : MapForm::terms, sizes, stream);
 
   const int64_t rows = arch::divide_up<int64_t>(sizes.pixels, kForwardRows);
   const int64_t tiles = arch::divide_up<int64_t>(sizes.pixels, kForwardColumns);
@@ -56,9 +50,9 @@ Tensor forward(const Tensor& value, const Tensor& feat, bool exact) {
   const ForwardShared shared = forward_shared(sizes.chunks, stream.shared_limit());
   Tensor parts = out;
   if (cut.count > 1) parts = empty(value, {cut.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
-  const ForwardOperands operands{
-      data<unsigned char>(packed), data<unsigned char>(terms), mutable_data<float>(parts)};
-  forward(mode, operands, sizes, cut, shared, stream);
+  const ForwardParams params{
+      data<unsigned char>(packed), data<unsigned char>(terms), mutable_data<float>(parts), sizes, cut, shared};
+  forward(params, type_of(feat), exact, stream);
   if (cut.count > 1) sum_slabs(parts, cut.count, out, stream);
   return out;
 }
@@ -73,13 +67,12 @@ std::tuple<Tensor, Tensor> backward(
     return {torch::stable::zero_(grad_value), torch::stable::zero_(grad_feat)};
   }
   const arch::Stream stream(feat);
-  const Mode mode = mode_of(feat, exact);
   const int most = backward_chunks(stream.shared_limit());
   STD_TORCH_CHECK(
       sizes.chunks <= most, "the backward takes at most ",
       most * chunk_channels(static_cast<int>(feat.element_size())), " features of this dtype on this device; got ",
       sizes.dim);
-  const MapForm form = mode == Mode::fp32 ? MapForm::whole : MapForm::round;
+  const MapForm form = in_terms(feat, exact) ? MapForm::whole : MapForm::round;
   const Tensor packed = pack_features(feat, sizes, exact, stream);
   const Tensor packed_value = pack_map(value, form, sizes, stream);
   const Tensor packed_grad = pack_map(grad_out, form, sizes, stream);
@@ -97,16 +90,11 @@ std::tuple<Tensor, Tensor> backward(
   if (need_value && !whole_value) {
     sums_value = empty(value, {cut.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
   }
-  const BackwardOperands operands{
+  const BackwardParams params{
       data<unsigned char>(packed), data<float>(packed_value), data<float>(packed_grad),
       need_value ? mutable_data<float>(sums_value) : nullptr, whole_feat ? nullptr : mutable_data<float>(sums_feat),
-      grad_feat.mutable_data_ptr()};
-  switch (mode) {
-    case Mode::bf16: backward_bf16(operands, sizes, cut, stream); break;
-    case Mode::fp16: backward_fp16(operands, sizes, cut, stream); break;
-    case Mode::tf32: backward_tf32(operands, sizes, cut, stream); break;
-    case Mode::fp32: backward_fp32(operands, sizes, cut, stream); break;
-  }
+      grad_feat.mutable_data_ptr(), sizes, cut};
+  backward(params, type_of(feat), exact, stream);
   if (!whole_feat) sum_slabs(sums_feat, feat_parts, grad_feat, stream);
   if (need_value && !whole_value) sum_slabs(sums_value, cut.count, grad_value, stream);
   return {grad_value, grad_feat};

@@ -3,8 +3,7 @@
 //   W_ij = 1[T_ij > 0] (V_i·G_j + G_i·V_j),   grad_feat_i = Σ_j W_ij F_j,   grad_value_i = Σ_j A_ij G_j
 // Each warp has 16 rows. V and G are fp32, and their products TF32. Tensor cores add with truncation, so what a tile of
 // columns gives is added to the total in fp32.
-#include <arch/launch.h>
-
+#include "affinity/launch.h"
 #include "affinity/shared_tile.h"
 
 namespace ercn::affinity {
@@ -13,15 +12,7 @@ namespace ercn::affinity {
 template <typename Precision, int CHUNKS>
 struct Backward {
   using Element = typename Precision::Element;
-  struct Params {
-    const unsigned char* feat;  // [B, padded pixels, chunks, 128 bytes]
-    const float *value, *grad;  // [B, padded channels, padded pixels]
-    float* grad_value;          // [slabs, B, C, N], or null
-    float* grad_feat_parts;     // [blocks of channels, slabs, B, D, N], or null:
-    Element* grad_feat;         // [B, D, N]
-    int64_t pixels, padded;
-    int batch, dim, chunks, channels, padded_channels, slabs, slab_tiles;
-  };
+  using Params = BackwardParams;
   static constexpr int kThreads = affinity::kThreads, kMinBlocks = 1;
   static constexpr int kN = kBackwardColumns / 8, kC = kChannels / 8;
   static constexpr int kDepth = kRowBytes / sizeof(Element), kD = kDepth / 8;  // features of a chunk, tiles of 8
@@ -29,40 +20,40 @@ struct Backward {
   static constexpr int kPairTile = kChannels * kRowBytes;  // 32 pixels of fp32 of one map
 
   ERCN_DEVICE static void run(const Params& p, unsigned char* shared) {
-    const int64_t row_blocks = arch::divide_up<int64_t>(p.pixels, kBackwardRows);
+    const int64_t row_blocks = arch::divide_up<int64_t>(p.sizes.pixels, kBackwardRows);
     int64_t block = arch::block_index().x;
     const int64_t row0 = block % row_blocks * kBackwardRows;
     block /= row_blocks;
-    const int groups = arch::divide_up(p.chunks, CHUNKS), channel_blocks = p.padded_channels / kChannels;
+    const int groups = arch::divide_up(p.sizes.chunks, CHUNKS), channel_blocks = p.sizes.padded_channels / kChannels;
     const int first_chunk = block % groups * CHUNKS;
     block /= groups;
-    const int slab = block % p.slabs;
-    block /= p.slabs;
+    const int slab = block % p.slabs.count;
+    block /= p.slabs.count;
     const int channel0 = block % channel_blocks * kChannels;
     const int64_t b = block / channel_blocks;
-    const int64_t first = static_cast<int64_t>(slab) * p.slab_tiles;
-    const int64_t end = arch::divide_up<int64_t>(p.pixels, kBackwardColumns);
-    const int tiles = static_cast<int>(end - first < p.slab_tiles ? end - first : p.slab_tiles);
+    const int64_t first = static_cast<int64_t>(slab) * p.slabs.tiles;
+    const int64_t end = arch::divide_up<int64_t>(p.sizes.pixels, kBackwardColumns);
+    const int tiles = static_cast<int>(end - first < p.slabs.tiles ? end - first : p.slabs.tiles);
     const int warp_row = arch::warp_index() * 16;
 
-    const int64_t stride = static_cast<int64_t>(p.chunks) * kRowBytes;
-    const unsigned char* feat = p.feat + b * p.padded * stride;
+    const int64_t stride = static_cast<int64_t>(p.sizes.chunks) * kRowBytes;
+    const unsigned char* feat = p.feat + b * p.sizes.padded * stride;
     unsigned char* rows = shared;
-    unsigned char* pair_rows = rows + p.chunks * kRowTileBytes;
+    unsigned char* pair_rows = rows + p.sizes.chunks * kRowTileBytes;
     unsigned char* stages = pair_rows + kPairRowBytes;
-    const int stage_bytes = p.chunks * kColumnBytes + kPairColumnBytes;
+    const int stage_bytes = p.sizes.chunks * kColumnBytes + kPairColumnBytes;
     const auto start_copy = [&](int tile) {
       if (tile < tiles) {
         unsigned char* stage = stages + tile % kBackwardStages * stage_bytes;
         const int64_t column = (first + tile) * kBackwardColumns;
-        for (int chunk = 0; chunk < p.chunks; ++chunk) {
+        for (int chunk = 0; chunk < p.sizes.chunks; ++chunk) {
           copy_rows<kBackwardColumns>(stage + chunk * kColumnBytes, feat + column * stride + chunk * kRowBytes, stride);
         }
-        copy_pairs(p, stage + p.chunks * kColumnBytes, b, channel0, column);
+        copy_pairs(p, stage + p.sizes.chunks * kColumnBytes, b, channel0, column);
       }
       arch::cp_async_commit();
     };
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+    for (int chunk = 0; chunk < p.sizes.chunks; ++chunk) {
       copy_rows<kBackwardRows>(rows + chunk * kRowTileBytes, feat + row0 * stride + chunk * kRowBytes, stride);
     }
     for (int half = 0; half < kBackwardRows / 32; ++half) {
@@ -71,19 +62,19 @@ struct Backward {
     start_copy(0);
 
     float grad_feat[CHUNKS][kD][4] = {}, grad_value[kC][4] = {};
-    const int channels = p.channels - channel0;
+    const int channels = p.sizes.channels - channel0;
     const unsigned char* own_pairs = pair_rows + warp_row / 32 * 2 * kPairTile;
     for (int tile = 0; tile < tiles; ++tile) {
       arch::cp_async_wait<0>();
       arch::sync_threads();
       start_copy(tile + 1);
       const unsigned char* stage = stages + tile % kBackwardStages * stage_bytes;
-      const unsigned char* pairs = stage + p.chunks * kColumnBytes;
+      const unsigned char* pairs = stage + p.sizes.chunks * kColumnBytes;
       float t[1][kN][4] = {}, w[kN][4] = {};
-      for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      for (int chunk = 0; chunk < p.sizes.chunks; ++chunk) {
         add_product<Precision>(t, rows + chunk * kRowTileBytes, warp_row, stage + chunk * kColumnBytes);
       }
-      rectify(t, p.pixels - (first + tile) * kBackwardColumns);
+      rectify(t, p.sizes.pixels - (first + tile) * kBackwardColumns);
       add_pairs(w, own_pairs, warp_row % 32, pairs, channels);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
@@ -93,37 +84,39 @@ struct Backward {
       if (p.grad_value != nullptr && first_chunk == 0) add_value(grad_value, t[0], pairs + kPairTile, channels);
 #pragma unroll
       for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-        if (first_chunk + chunk >= p.chunks) continue;
+        if (first_chunk + chunk >= p.sizes.chunks) continue;
         add_feat(grad_feat[chunk], w, stage + (first_chunk + chunk) * kColumnBytes);
       }
     }
 
-    const int64_t part = static_cast<int64_t>(channel0 / kChannels) * p.slabs + slab;
+    const int batch = p.sizes.batch, C = p.sizes.channels, D = p.sizes.dim;
+    const int64_t N = p.sizes.pixels;
     if (p.grad_value != nullptr && first_chunk == 0) {
-      float* to = p.grad_value + (slab * static_cast<int64_t>(p.batch) + b) * p.channels * p.pixels;
-      store(to, grad_value, channel0, p.channels, row0 + warp_row, p.pixels);
+      float* to = p.grad_value + (slab * int64_t{batch} + b) * C * N;
+      store(to, grad_value, channel0, C, row0 + warp_row, N);
     }
+    const int64_t part = static_cast<int64_t>(channel0 / kChannels) * p.slabs.count + slab;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       const int d0 = (first_chunk + chunk) * kDepth;
       if (p.grad_feat_parts != nullptr) {
-        float* to = p.grad_feat_parts + (part * p.batch + b) * p.dim * p.pixels;
-        store(to, grad_feat[chunk], d0, p.dim, row0 + warp_row, p.pixels);
+        store(p.grad_feat_parts + (part * batch + b) * D * N, grad_feat[chunk], d0, D, row0 + warp_row, N);
       } else {
-        store(p.grad_feat + b * p.dim * p.pixels, grad_feat[chunk], d0, p.dim, row0 + warp_row, p.pixels);
+        store(static_cast<Element*>(p.grad_feat) + b * D * N, grad_feat[chunk], d0, D, row0 + warp_row, N);
       }
     }
   }
 
   // Value, then gradient, of 32 pixels: [32 channels] rows of 32 fp32 each.
   ERCN_DEVICE static void copy_pairs(const Params& p, unsigned char* tile, int64_t b, int channel0, int64_t pixel) {
-    const int64_t from = (b * p.padded_channels + channel0) * p.padded + pixel, stride = p.padded * sizeof(float);
-    copy_rows<kChannels, true>(tile, reinterpret_cast<const unsigned char*>(p.value + from), stride);
-    copy_rows<kChannels, true>(tile + kPairTile, reinterpret_cast<const unsigned char*>(p.grad + from), stride);
+    const int64_t from = (b * p.sizes.padded_channels + channel0) * p.sizes.padded + pixel;
+    const int64_t stride = p.sizes.padded * sizeof(float);
+    copy_rows<kChannels, kPairs>(tile, reinterpret_cast<const unsigned char*>(p.value + from), stride);
+    copy_rows<kChannels, kPairs>(tile + kPairTile, reinterpret_cast<const unsigned char*>(p.grad + from), stride);
   }
 
   ERCN_DEVICE static float at(const unsigned char* tile, int channel, int pixel) {
-    return *reinterpret_cast<const float*>(tile + swizzled_pairs(channel, pixel * 4));
+    return *reinterpret_cast<const float*>(tile + swizzled<kPairs>(channel, pixel * 4));
   }
 
   // w += V_i·G_j + G_i·V_j over the channels that exist; pixel: the warp's first row in own_pairs.
@@ -164,7 +157,7 @@ struct Backward {
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
         if (8 * c >= channels) continue;
-        const float* pair = reinterpret_cast<const float*>(grad + swizzled_pairs(8 * c + group, 32 * n + 8 * within));
+        const float* pair = reinterpret_cast<const float*>(grad + swizzled<kPairs>(8 * c + group, 32 * n + 8 * within));
         const float g[2] = {pair[0], pair[1]};
         mma_fp32<Precision::kExact>(sum[c], factor, g);
       }

@@ -1,62 +1,54 @@
 #pragma once
 // Generic forward: out_i = Σ_j A_ij V_j for the 128 rows i of a block, over one slab of columns j. Each warp has 32
 // rows. Tensor cores add with truncation, so the sums of a tile of columns are added to the total in fp32.
-#include <arch/launch.h>
-
+#include "affinity/launch.h"
 #include "affinity/shared_tile.h"
 
 namespace ercn::affinity {
 
 template <typename Precision>
 struct Forward {
-  struct Params {
-    const unsigned char* feat;   // [B, padded pixels, chunks, 128 bytes]
-    const unsigned char* terms;  // [B, 2, padded channels, padded pixels] bf16, or exact [B, padded channels, …] fp32
-    float* out;                  // [slabs, B, C, N]
-    int64_t pixels, padded;
-    int batch, chunks, channels, padded_channels, slabs, slab_tiles, term_tiles;
-    bool resident;
-  };
+  using Params = ForwardParams;
   static constexpr int kThreads = affinity::kThreads, kMinBlocks = 2;
   static constexpr int kM = kForwardRows / kWarps / 16, kN = kForwardColumns / 8, kC = kChannels / 8;
 
   ERCN_DEVICE static void run(const Params& p, unsigned char* shared) {
-    const int64_t row_blocks = arch::divide_up<int64_t>(p.pixels, kForwardRows);
+    const int64_t row_blocks = arch::divide_up<int64_t>(p.sizes.pixels, kForwardRows);
     int64_t block = arch::block_index().x;
     const int64_t row0 = block % row_blocks * kForwardRows;
     block /= row_blocks;
-    const int slab = block % p.slabs;
-    block /= p.slabs;
-    const int channel0 = block % (p.padded_channels / kChannels) * kChannels;
-    const int64_t b = block / (p.padded_channels / kChannels);
-    const int64_t first = static_cast<int64_t>(slab) * p.slab_tiles;
-    const int64_t end = arch::divide_up<int64_t>(p.pixels, kForwardColumns);
-    const int tiles = static_cast<int>(end - first < p.slab_tiles ? end - first : p.slab_tiles);
+    const int slab = block % p.slabs.count;
+    block /= p.slabs.count;
+    const int channel0 = block % (p.sizes.padded_channels / kChannels) * kChannels;
+    const int64_t b = block / (p.sizes.padded_channels / kChannels);
+    const int64_t first = static_cast<int64_t>(slab) * p.slabs.tiles;
+    const int64_t end = arch::divide_up<int64_t>(p.sizes.pixels, kForwardColumns);
+    const int tiles = static_cast<int>(end - first < p.slabs.tiles ? end - first : p.slabs.tiles);
     const int warp_row = arch::warp_index() * 16 * kM;
 
-    const int64_t stride = static_cast<int64_t>(p.chunks) * kRowBytes;
-    const unsigned char* feat = p.feat + b * p.padded * stride;
+    const int64_t stride = static_cast<int64_t>(p.sizes.chunks) * kRowBytes;
+    const unsigned char* feat = p.feat + b * p.sizes.padded * stride;
     const unsigned char* rows_from = feat + row0 * stride;
     unsigned char* rows = shared;  // resident: all chunks; else one beside each stage
-    unsigned char* columns = rows + (p.resident ? p.chunks : kForwardStages) * kRowChunkBytes;
+    unsigned char* columns = rows + (p.shared.resident ? p.sizes.chunks : kForwardStages) * kRowChunkBytes;
     unsigned char* terms = columns + kForwardStages * kColumnChunkBytes;
 
-    const int steps = tiles * p.chunks;
+    const int steps = tiles * p.sizes.chunks;
     const auto start_copy = [&](int step) {
       if (step < steps) {
-        const int tile = step / p.chunks, chunk = step % p.chunks, stage = step % kForwardStages;
+        const int tile = step / p.sizes.chunks, chunk = step % p.sizes.chunks, stage = step % kForwardStages;
         const int64_t column = (first + tile) * kForwardColumns;
         copy_rows<kForwardColumns>(
             columns + stage * kColumnChunkBytes, feat + column * stride + chunk * kRowBytes, stride);
-        if (!p.resident) {
+        if (!p.shared.resident) {
           copy_rows<kForwardRows>(rows + stage * kRowChunkBytes, rows_from + chunk * kRowBytes, stride);
         }
-        if (chunk == 0) copy_terms(p, terms + tile % p.term_tiles * kTermTileBytes, b, channel0, column);
+        if (chunk == 0) copy_terms(p, terms + tile % p.shared.term_tiles * kTermTileBytes, b, channel0, column);
       }
       arch::cp_async_commit();
     };
-    if (p.resident) {
-      for (int chunk = 0; chunk < p.chunks; ++chunk) {
+    if (p.shared.resident) {
+      for (int chunk = 0; chunk < p.sizes.chunks; ++chunk) {
         copy_rows<kForwardRows>(rows + chunk * kRowChunkBytes, rows_from + chunk * kRowBytes, stride);
       }
     }
@@ -67,12 +59,12 @@ struct Forward {
       arch::cp_async_wait<kForwardStages - 2>();
       arch::sync_threads();
       start_copy(step + kForwardStages - 1);
-      const int tile = step / p.chunks, chunk = step % p.chunks, stage = step % kForwardStages;
-      const unsigned char* row_tile = rows + (p.resident ? chunk : stage) * kRowChunkBytes;
+      const int tile = step / p.sizes.chunks, chunk = step % p.sizes.chunks, stage = step % kForwardStages;
+      const unsigned char* row_tile = rows + (p.shared.resident ? chunk : stage) * kRowChunkBytes;
       add_product<Precision>(t, row_tile, warp_row, columns + stage * kColumnChunkBytes);
-      if (chunk < p.chunks - 1) continue;
-      rectify(t, p.pixels - (first + tile) * kForwardColumns);
-      propagate(out, t, terms + tile % p.term_tiles * kTermTileBytes, p.channels - channel0);
+      if (chunk < p.sizes.chunks - 1) continue;
+      rectify(t, p.sizes.pixels - (first + tile) * kForwardColumns);
+      propagate(out, t, terms + tile % p.shared.term_tiles * kTermTileBytes, p.sizes.channels - channel0);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -81,17 +73,18 @@ struct Forward {
         }
       }
     }
-    store(p, out, (slab * static_cast<int64_t>(p.batch) + b) * p.channels, channel0, row0 + warp_row);
+    store(p, out, (slab * static_cast<int64_t>(p.sizes.batch) + b) * p.sizes.channels, channel0, row0 + warp_row);
   }
 
   // Value of one tile of columns: [2 terms, 32 channels] rows of 64 bf16, or [2, 32 channels] of 32 fp32 columns each.
   ERCN_DEVICE static void copy_terms(const Params& p, unsigned char* tile, int64_t b, int channel0, int64_t column) {
     constexpr int kBytes = Precision::kExact ? 4 : 2;
-    const int64_t channel_bytes = p.padded * kBytes;
+    const int64_t channel_bytes = p.sizes.padded * kBytes;
     for (int half = 0; half < 2; ++half) {
       const int64_t plane = Precision::kExact ? b : 2 * b + half;
-      const unsigned char* from = p.terms + (plane * p.padded_channels + channel0) * channel_bytes + column * kBytes;
-      copy_rows<kChannels, Precision::kExact>(
+      const int64_t row = plane * p.sizes.padded_channels + channel0;
+      const unsigned char* from = p.terms + row * channel_bytes + column * kBytes;
+      copy_rows<kChannels, Precision::kExact ? kPairs : 16>(
           tile + half * kChannels * kRowBytes, Precision::kExact ? from + half * kRowBytes : from, channel_bytes);
     }
   }
@@ -107,7 +100,7 @@ struct Forward {
         for (int c = 0; c < kC; ++c) {
           if (8 * c >= channels) continue;
           const int row = n / 4 * kChannels + 8 * c + lane / 4;
-          const float* pair = reinterpret_cast<const float*>(terms + swizzled_pairs(row, n % 4 * 32 + lane % 4 * 8));
+          const float* pair = reinterpret_cast<const float*>(terms + swizzled<kPairs>(row, n % 4 * 32 + lane % 4 * 8));
           const float v[2] = {pair[0], pair[1]};
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
@@ -169,7 +162,8 @@ struct Forward {
 
   ERCN_DEVICE static void store(
       const Params& p, const float (&out)[kM][kC][4], int64_t channel_row, int channel0, int64_t row0) {
-    const int lane = arch::lane_index();
+    const int lane = arch::lane_index(), channels = p.sizes.channels;
+    const int64_t pixels = p.sizes.pixels;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -178,7 +172,7 @@ struct Forward {
         for (int i = 0; i < 4; ++i) {
           const int64_t row = row0 + 16 * m + lane / 4 + i / 2 * 8;
           const int channel = channel0 + 8 * c + lane % 4 * 2 + i % 2;
-          if (row < p.pixels && channel < p.channels) p.out[(channel_row + channel) * p.pixels + row] = out[m][c][i];
+          if (row < pixels && channel < channels) p.out[(channel_row + channel) * pixels + row] = out[m][c][i];
         }
       }
     }

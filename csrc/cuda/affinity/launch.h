@@ -1,5 +1,5 @@
 #pragma once
-// Starts the affinity kernels on packed operands. Free of torch's headers, which nvcc takes longer for than for a kernel.
+// What the affinity kernels are given, and what starts them. Free of torch's headers, slower for nvcc than a kernel is.
 #include <arch/launch.h>
 
 #include <stdexcept>
@@ -10,25 +10,24 @@
 
 namespace ercn::affinity {
 
-enum class Mode { bf16, fp16, tf32, fp32 };  // precision.h says what each is
 // How a map is packed: two planes of bf16 terms, whose sum is x to 16 bits; fp32; fp32 rounded to TF32.
 enum class MapForm { terms, whole, round };
 
 // Sizes of one call. Features are padded to whole chunks, pixels to kPixelMultiple, channels to whole blocks.
 struct Sizes {
-  int64_t batch, channels, dim, pixels, padded, padded_channels;
-  int chunks;
+  int batch, channels, dim, padded_channels, chunks;
+  int64_t pixels, padded;
 
   // From value [B, C, N] and feat [B, D, N].
   template <typename Tensor>
   Sizes(const Tensor& value, const Tensor& feat)
-      : batch(feat.size(0)),
-        channels(value.size(1)),
-        dim(feat.size(1)),
+      : batch(static_cast<int>(feat.size(0))),
+        channels(static_cast<int>(value.size(1))),
+        dim(static_cast<int>(feat.size(1))),
+        padded_channels(arch::round_up(channels, kChannels)),
+        chunks(chunks_of(dim, static_cast<int>(feat.element_size()))),
         pixels(feat.size(2)),
-        padded(arch::round_up<int64_t>(pixels, kPixelMultiple)),
-        padded_channels(arch::round_up<int64_t>(channels, kChannels)),
-        chunks(chunks_of(dim, static_cast<int>(feat.element_size()))) {}
+        padded(arch::round_up<int64_t>(pixels, kPixelMultiple)) {}
 };
 
 // Blocks of a grid of one dimension.
@@ -47,26 +46,27 @@ void pack_map(const Map& map, MapForm form, void* packed, const Sizes& sizes, co
 void sum_slabs(
     const float* parts, int slabs, void* out, Float type, int64_t count, const arch::Stream& stream);
 
-struct ForwardOperands {
-  const unsigned char *feat, *terms;
-  float* out;  // [slabs, B, C, N]
+struct ForwardParams {
+  const unsigned char* feat;   // [B, padded pixels, chunks, 128 bytes]
+  const unsigned char* terms;  // [B, 2, padded channels, padded pixels] bf16, or exact [B, padded channels, …] fp32
+  float* out;                  // [slabs, B, C, N]
+  Sizes sizes;
+  Slabs slabs;
+  ForwardShared shared;
 };
 
-void forward(
-    Mode mode, const ForwardOperands& operands, const Sizes& sizes, Slabs slabs, ForwardShared shared,
-    const arch::Stream& stream);
-
-struct BackwardOperands {
-  const unsigned char* feat;
-  const float *value, *grad;
-  float* grad_value;       // [slabs, B, C, N], or null
-  float* grad_feat_parts;  // [blocks of channels, slabs, B, D, N], or null:
-  void* grad_feat;         // [B, D, N]
+struct BackwardParams {
+  const unsigned char* feat;   // [B, padded pixels, chunks, 128 bytes]
+  const float *value, *grad;   // [B, padded channels, padded pixels]
+  float* grad_value;           // [slabs, B, C, N], or null
+  float* grad_feat_parts;      // [blocks of channels, slabs, B, D, N], or null:
+  void* grad_feat;             // [B, D, N]
+  Sizes sizes;
+  Slabs slabs;
 };
 
-void backward_bf16(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream);
-void backward_fp16(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream);
-void backward_tf32(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream);
-void backward_fp32(const BackwardOperands& operands, const Sizes& sizes, Slabs slabs, const arch::Stream& stream);
+// For features of this type; exact: products of fp32 to fp32's accuracy.
+void forward(const ForwardParams& params, Float type, bool exact, const arch::Stream& stream);
+void backward(const BackwardParams& params, Float type, bool exact, const arch::Stream& stream);
 
 }  // namespace ercn::affinity

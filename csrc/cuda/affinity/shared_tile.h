@@ -8,22 +8,23 @@
 
 namespace ercn::affinity {
 
-// Rows read 8 at a time by 16 bytes (ldmatrix), or by words of neighbouring rows.
-ERCN_DEVICE int swizzled(int row, int byte) { return row * kRowBytes + (byte ^ ((row & 7) << 4)); }
-// Rows of fp32 of which 4 are read at a time, 32 bytes of each.
-ERCN_DEVICE int swizzled_pairs(int row, int byte) { return row * kRowBytes + (byte ^ ((row & 3) << 5)); }
+using arch::swizzled;
+
+// The unit of tiles of fp32 of which 4 rows are read at a time, 32 bytes of each. Others have 16 bytes, for ldmatrix or
+// words of neighbouring rows.
+constexpr int kPairs = 32;
 
 // Starts the copy of ROWS rows of 128 bytes, `stride` bytes apart in device memory.
-template <int ROWS, bool PAIRS = false>
+template <int ROWS, int UNIT = 16>
 ERCN_DEVICE void copy_rows(unsigned char* tile, const unsigned char* from, int64_t stride) {
   constexpr int kAtOnce = kThreads / 8;  // rows; a multiple of what the swizzle repeats after
   static_assert(ROWS % kAtOnce == 0 && kAtOnce % 8 == 0);
   const int row = arch::thread_index() / 8, byte = arch::thread_index() % 8 * 16;
-  tile += PAIRS ? swizzled_pairs(row, byte) : swizzled(row, byte);
+  tile += swizzled<UNIT>(row, byte);
   from += row * stride + byte;
 #pragma unroll
   for (int i = 0; i < ROWS / kAtOnce; ++i) {
-    arch::cp_async<16>(tile + i * kAtOnce * kRowBytes, from + i * kAtOnce * stride, true);
+    arch::cp_async(tile + i * kAtOnce * kRowBytes, from + i * kAtOnce * stride);
   }
 }
 

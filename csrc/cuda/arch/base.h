@@ -39,22 +39,11 @@ ERCN_DEVICE void sync_warp() { __syncwarp(); }
 ERCN_DEVICE void named_barrier(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-ERCN_DEVICE void named_barrier_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
 
 // For 32-bit types, by all lanes of a warp.
 template <typename T>
 ERCN_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-template <typename T>
-ERCN_DEVICE T shuffle_down(T value, int delta) {
-  return __shfl_down_sync(0xffffffffu, value, delta);
-}
-template <typename T>
-ERCN_DEVICE T shuffle(T value, int lane) {
-  return __shfl_sync(0xffffffffu, value, lane);
 }
 ERCN_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 

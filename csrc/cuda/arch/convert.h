@@ -115,11 +115,4 @@ ERCN_DEVICE float reciprocal_fast(float x) {
   return y;
 }
 
-// tanh x with a relative error of at most 2^-11, on one instruction.
-ERCN_DEVICE float tanh_fast(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 }  // namespace ercn::arch

@@ -16,33 +16,10 @@ ERCN_DEVICE bool elect_one() {
 
 // ldmatrix the other way: register i of lane l is bytes 4 (l % 4) … of row l / 4 of matrix i, whose row j is at the
 // pointer of lane 8 i + j.
-template <int N>
-ERCN_DEVICE void stmatrix(void* row, const uint32_t (&r)[N]) {
-  static_assert(N == 2 || N == 4);
-  if constexpr (N == 2) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(shared_address(row)), "r"(r[0]),
-                 "r"(r[1])
-                 : "memory");
-  } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
-                 "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-  }
-}
-
-// Stores each matrix transposed: its 16-bit elements (2 (l % 4) + {0, 1}, l / 4) are register i of lane l.
-template <int N>
-ERCN_DEVICE void stmatrix_transposed(void* row, const uint32_t (&r)[N]) {
-  static_assert(N == 2 || N == 4);
-  if constexpr (N == 2) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(shared_address(row)), "r"(r[0]),
-                 "r"(r[1])
-                 : "memory");
-  } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-  }
+ERCN_DEVICE void stmatrix(void* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
 }
 
 // Registers of each thread of the warpgroup, a multiple of 8 up to 256.
@@ -89,13 +66,8 @@ ERCN_DEVICE void barrier_wait(Barrier* barrier, int parity) {
 // After ordinary stores to shared memory that the copy engine or wgmma will read: by every writer, before the barrier.
 ERCN_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-ERCN_DEVICE void prefetch_tensor_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // The map's box at coordinates c0 (innermost), c1, … of elements into shared memory; what lies outside the tensor is
-// zero. The barrier is told the bytes of the whole box. By one thread. With 128-byte swizzle `shared` is a multiple of
-// 1024.
+// zero. The barrier is told the bytes of the whole box. By one thread. `shared` is a multiple of 1024.
 ERCN_DEVICE void tma_load(void* shared, const TensorMap& map, Barrier* barrier, int c0, int c1) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];" ::
@@ -109,34 +81,6 @@ ERCN_DEVICE void tma_load(void* shared, const TensorMap& map, Barrier* barrier, 
       "[%2];" ::"r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
-}
-
-// The other way; what lies outside the tensor is not written. By one thread, after fence_proxy_async and a barrier.
-ERCN_DEVICE void tma_store(const TensorMap& map, const void* shared, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2,%3}], [%1];" ::"l"(&map),
-               "r"(shared_address(shared)), "r"(c0), "r"(c1)
-               : "memory");
-}
-ERCN_DEVICE void tma_store(const TensorMap& map, const void* shared, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4}], [%1];" ::"l"(&map),
-               "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2)
-               : "memory");
-}
-
-// `bytes`, a multiple of 16, from device memory; both addresses multiples of 16. By one thread.
-ERCN_DEVICE void bulk_load(void* shared, const void* global, int bytes, Barrier* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-}
-
-// Closes the group of this thread's stores since the last commit; then until all but the last N groups have read shared
-// memory, which may then be written again.
-ERCN_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int N>
-ERCN_DEVICE void tma_store_wait() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
 }  // namespace ercn::arch

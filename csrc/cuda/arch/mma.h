@@ -38,46 +38,22 @@ ERCN_DEVICE void mma<tf32>(float (&d)[4], const uint32_t (&a)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// N matrices of 8 rows of 16 bytes in shared memory: lane 8 i + j gives row j of matrix i (other lanes' pointers are
-// not read). Lane l then has the 4 bytes at 4 (l % 4) of row l / 4 of matrix i in r[i].
-template <int N>
-ERCN_DEVICE void ldmatrix(uint32_t (&r)[N], const void* row) {
-  static_assert(N == 1 || N == 2 || N == 4);
-  const uint32_t address = shared_address(row);
-  if constexpr (N == 1) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(address) : "memory");
-  } else if constexpr (N == 2) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(address)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  }
+// 4 matrices of 8 rows of 16 bytes in shared memory: lane 8 i + j gives row j of matrix i. Lane l then has the 4 bytes
+// at 4 (l % 4) of row l / 4 of matrix i in r[i].
+ERCN_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // The same for transposed matrices of 16-bit elements: lane l has elements (2 (l % 4) + {0, 1}, l / 4) of matrix i in
 // r[i].
-template <int N>
-ERCN_DEVICE void ldmatrix_transposed(uint32_t (&r)[N], const void* row) {
-  static_assert(N == 1 || N == 2 || N == 4);
-  const uint32_t address = shared_address(row);
-  if constexpr (N == 1) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(address) : "memory");
-  } else if constexpr (N == 2) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(address)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  }
+ERCN_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 }  // namespace ercn::arch

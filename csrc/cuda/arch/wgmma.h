@@ -1,15 +1,14 @@
 // Tensor-core products of a warpgroup (sm_90a) through CuTe's atoms. In tests/cuda_emulator, arch/wgmma.h takes this
 // file's place.
 //
-// D [64, N] in fp32, K of an instruction is 32 bytes: 16 of bf16 and fp16, 8 of TF32. With w = warp % 4, g = lane / 4
-// and t = lane % 4:
+// D [64, N] in fp32 of bf16 or fp16, 16 deep. With w = warp % 4, g = lane / 4 and t = lane % 4:
 //   D:                    d[i] = D[16 w + g + 8 (i / 2 % 2), 8 (i / 4) + 2 t + i % 2]
 //   A from registers:     rows 16 w … of A, as in mma.h
 //
-// Operands in shared memory are rows of 128 bytes with 128-byte swizzle, as a tensor map with Swizzle::k128 and a box
-// of 128 bytes along dimension 0 stores them; 8 rows are 1024 bytes, at a multiple of 1024:
-//   kK, K contiguous:     a row has 64 K of bf16 for one m (n), rows follow each other. The next 16 K: advance(…, 32).
-//   kMN, M or N contiguous (bf16 and fp16): a row has 64 m (n) of one k, rows of k follow each other; the next 64
+// Operands in shared memory are rows of 128 bytes with 128-byte swizzle, as a tensor map with a box of 128 bytes along
+// dimension 0 stores them; 8 rows are 1024 bytes, at a multiple of 1024:
+//   kK, K contiguous:     a row has 64 K for one m (n), rows follow each other. The next 16 K: advance(…, 32).
+//   kMN, M or N contiguous: a row has 64 m (n) of one k, rows of k follow each other; the next 64
 //                         m (n) are `group_bytes` away. The next 16 K: advance(…, 2048).
 #pragma once
 
@@ -37,16 +36,14 @@ ERCN_DEVICE Operand operand(const void* tile, uint64_t leading_bytes, uint64_t s
 }
 
 template <typename Element>
-using Cute = std::conditional_t<
-    std::is_same_v<Element, bf16>, cute::bfloat16_t,
-    std::conditional_t<std::is_same_v<Element, fp16>, cute::half_t, cute::tfloat32_t>>;
+using Cute = std::conditional_t<std::is_same_v<Element, bf16>, cute::bfloat16_t, cute::half_t>;
 
 template <Major kMajor>
 inline constexpr cute::SM90::GMMA::Major kCuteMajor =
     kMajor == Major::kK ? cute::SM90::GMMA::Major::K : cute::SM90::GMMA::Major::MN;
 
-template <typename Element, int N>
-using Shape = cute::Shape<cute::_64, cute::Int<N>, cute::Int<std::is_same_v<Element, tf32> ? 8 : 16>>;
+template <int N>
+using Shape = cute::Shape<cute::_64, cute::Int<N>, cute::_16>;
 
 template <typename Atom, size_t... I>
 ERCN_DEVICE void multiply(
@@ -72,14 +69,14 @@ template <typename Element, int N, Major kA, Major kB>
 ERCN_DEVICE void wgmma(float (&d)[N / 2], Operand a, Operand b, bool accumulate) {
   using E = detail::Cute<Element>;
   using Atom = decltype(cute::SM90::GMMA::ss_op_selector<
-                        E, E, float, detail::Shape<Element, N>, detail::kCuteMajor<kA>, detail::kCuteMajor<kB>>());
+                        E, E, float, detail::Shape<N>, detail::kCuteMajor<kA>, detail::kCuteMajor<kB>>());
   detail::multiply<Atom>(d, a, b, accumulate, std::make_index_sequence<N / 2>());
 }
 template <typename Element, int N, Major kB>
 ERCN_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], Operand b, bool accumulate) {
   using E = detail::Cute<Element>;
   using Atom = decltype(cute::SM90::GMMA::rs_op_selector<
-                        E, E, float, detail::Shape<Element, N>, cute::SM90::GMMA::Major::K, detail::kCuteMajor<kB>>());
+                        E, E, float, detail::Shape<N>, cute::SM90::GMMA::Major::K, detail::kCuteMajor<kB>>());
   detail::multiply<Atom>(d, a, b, accumulate, std::make_index_sequence<N / 2>());
 }
 

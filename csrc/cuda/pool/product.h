@@ -41,7 +41,7 @@ struct Tile {
       const int count = left < 0 ? 0 : left < kVector ? static_cast<int>(left) : kVector;
       const Element* source = from.first + run * from.run_step + element * from.step;
       if (from.vector) {
-        arch::cp_async_first(to, count > 0 ? source : from.first, count * static_cast<int>(sizeof(Element)));
+        arch::cp_async(to, count > 0 ? source : from.first, count * static_cast<int>(sizeof(Element)));
       } else {
         Element values[kVector] = {};
 #pragma unroll

@@ -143,8 +143,10 @@ void forward_into(
       const Tensor mirrored = empty(feat, {count, maps, width}, ScalarType::Float);
       float* const to_mirrored = width == 0 ? nullptr : mutable_data<float>(mirrored);
       float* const to_direct = mutable_data<float>(direct);
-      forward<Element>(
-          {pixels.features, terms.rows, sizes.padded(), s, to_direct, to_mirrored, width, channels}, stream);
+      forward(
+          {tensor_map<Element>(pixels.features, kPixels), tensor_map<Element>(terms.rows, terms.rows.rows), s, to_direct,
+           to_mirrored, width, channels},
+          type_of(feat), sizes.dim, sizes.padded(), stream);
       combine<float>(direct, to_mirrored, out, exponent, s, sizes, width, rows, channel, stream);
     }
   }
@@ -177,14 +179,17 @@ void backward_into(
         data<int>(scales), sizes, channel, stream);
     float* const to_feat = mutable_data<float>(feat_sums) + block * block_sums;
     float* const to_value = need_value ? mutable_data<float>(value_sums) : nullptr;
-    backward<Element>({pixels.features, terms.rows, pairs.rows, sizes.padded(), s, to_feat, to_value}, stream);
+    backward(
+        {tensor_map<Element>(pixels.features, kPixels),
+         tensor_map<Element>(pixels.features, backward_columns(sizes.dim)),
+         need_value ? tensor_map<Element>(terms.rows, terms.rows.rows) : arch::TensorMap{},
+         tensor_map<arch::fp16>(pairs.rows, sizes.padded()), s, to_feat, to_value},
+        type_of(feat), sizes.dim, sizes.padded(), stream);
     if (!need_value) continue;
     const int* const exponent = kScaled ? of_grad : nullptr;
-    const Float type = map_of(grad_value).type;
-    const auto into = [&](auto to) {
+    with_element(type_of(grad_value), [&](auto to) {
       combine<decltype(to)>(value_sums, nullptr, grad_value, exponent, s, sizes, 0, kPixels, channel, stream);
-    };
-    type == Float::fp32 ? into(float()) : type == Float::bf16 ? into(arch::bf16()) : into(arch::fp16());
+    });
   }
   arch::launch<Finish<Element>>(
       {data<float>(feat_sums), mutable_data<Element>(grad_feat), data<int>(scales), s, sizes.pixels, kPixels, sizes.dim,
@@ -213,11 +218,9 @@ std::string cannot_relu_affinity(const Tensor&, const Tensor& feat) {
 Tensor relu_affinity(const Tensor& value, const Tensor& feat, bool triangle, int64_t mirrored_bytes) {
   const Tensor out = empty(value, {value.size(0), value.size(1), value.size(2)}, ScalarType::Float);
   if (out.numel() == 0) return out;
-  if (feat.scalar_type() == ScalarType::BFloat16) {
-    affinity::forward_into<arch::bf16>(out, value, feat, triangle, mirrored_bytes);
-  } else {
-    affinity::forward_into<arch::fp16>(out, value, feat, triangle, mirrored_bytes);
-  }
+  with_half(type_of(feat), [&](auto element) {
+    affinity::forward_into<decltype(element)>(out, value, feat, triangle, mirrored_bytes);
+  });
   return out;
 }
 
@@ -229,11 +232,9 @@ std::tuple<Tensor, Tensor> relu_affinity_backward(
   Tensor grad_feat = empty(feat, {batch, feat.size(1), pixels}, feat.scalar_type());
   if (channels == 0) torch::stable::fill_(grad_feat, 0);
   if (value.numel() == 0) return {grad_value, grad_feat};
-  if (feat.scalar_type() == ScalarType::BFloat16) {
-    affinity::backward_into<arch::bf16>(grad_value, grad_feat, grad_out, value, feat);
-  } else {
-    affinity::backward_into<arch::fp16>(grad_value, grad_feat, grad_out, value, feat);
-  }
+  with_half(type_of(feat), [&](auto element) {
+    affinity::backward_into<decltype(element)>(grad_value, grad_feat, grad_out, value, feat);
+  });
   return {grad_value, grad_feat};
 }
 

@@ -185,8 +185,7 @@ struct Forward {
     const int lane = arch::lane_index(), row = warpgroup * 64 + arch::warp_index() % 4 * 16 + lane % 16;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      const int unit = s % 4 * 2 + lane / 16;  // of 16 bytes in the row
-      arch::stmatrix(affinity + s / 4 * kPixels * kRowBytes + row * kRowBytes + (unit ^ row % 8) * 16, a[s]);
+      arch::stmatrix(affinity + s / 4 * kPixels * kRowBytes + arch::swizzled(row, s % 4 * 32 + lane / 16 * 16), a[s]);
     }
   }
 

@@ -5,8 +5,9 @@
 
 #include <type_traits>
 
-#include "affinity_schedule.h"
+#include "affinity_params.h"
 #include "affinity_tiles.h"
+#include "precision.h"
 
 namespace ercn::sm90::affinity {
 
@@ -25,55 +26,36 @@ struct Rows {
   int64_t padded_pixels;
 };
 
-struct ForwardCall {
-  Features feat;
-  Rows terms;
-  int padded_channels;
-  Schedule schedule;
-  float *direct, *mirrored;
-  int64_t width;
-  int channels;
-};
-
-struct BackwardCall {
-  Features feat;
-  Rows terms, pairs;
-  int padded_channels;
-  Schedule schedule;
-  float *feat_sums, *value_sums;
-};
-
-template <typename Element>
-void forward(const ForwardCall& call, const arch::Stream& stream);
-template <typename Element>
-void backward(const BackwardCall& call, const arch::Stream& stream);
+void forward(const ForwardParams& params, Float type, int dim, int padded_channels, const arch::Stream& stream);
+void backward(const BackwardParams& params, Float type, int dim, int padded_channels, const arch::Stream& stream);
 
 template <typename Element>
 arch::TensorMap tensor_map(const Features& x, int box_pixels) {
   return arch::make_tensor_map<Element, 3>(
-      x.data, {x.dim, x.pixels, x.batch}, {2 * x.stride_n, 2 * x.stride_b}, {kChunk, box_pixels, 1},
-      arch::Swizzle::k128);
+      x.data, {x.dim, x.pixels, x.batch}, {2 * x.stride_n, 2 * x.stride_b}, {kChunk, box_pixels, 1});
 }
 
 template <typename Element>
 arch::TensorMap tensor_map(const Rows& x, int box_rows) {
   const int64_t row = 2 * x.padded_pixels;
   return arch::make_tensor_map<Element, 3>(
-      x.data, {x.padded_pixels, x.rows, x.batch}, {row, x.rows * row}, {kChunk, box_rows, 1}, arch::Swizzle::k128);
+      x.data, {x.padded_pixels, x.rows, x.batch}, {row, x.rows * row}, {kChunk, box_rows, 1});
 }
 
-// run(D, P) as constants.
+// run(an element, D, P), the sizes as constants.
 template <typename Run>
-void with_sizes(int dim, int padded_channels, const Run& run) {
-  const auto with_channels = [&](auto d) {
-    if (padded_channels == 8) return run(d, std::integral_constant<int, 8>());
-    if (padded_channels == 24) return run(d, std::integral_constant<int, 24>());
-    return run(d, std::integral_constant<int, 32>());
+void with_sizes(Float type, int dim, int padded_channels, const Run& run) {
+  const auto with_channels = [&](auto element, auto d) {
+    if (padded_channels == 8) return run(element, d, std::integral_constant<int, 8>());
+    if (padded_channels == 24) return run(element, d, std::integral_constant<int, 24>());
+    return run(element, d, std::integral_constant<int, 32>());
   };
-  if (dim == 64) return with_channels(std::integral_constant<int, 64>());
-  if (dim == 128) return with_channels(std::integral_constant<int, 128>());
-  if (dim == 192) return with_channels(std::integral_constant<int, 192>());
-  return with_channels(std::integral_constant<int, 256>());
+  with_half(type, [&](auto element) {
+    if (dim == 64) return with_channels(element, std::integral_constant<int, 64>());
+    if (dim == 128) return with_channels(element, std::integral_constant<int, 128>());
+    if (dim == 192) return with_channels(element, std::integral_constant<int, 192>());
+    return with_channels(element, std::integral_constant<int, 256>());
+  });
 }
 
 }  // namespace ercn::sm90::affinity

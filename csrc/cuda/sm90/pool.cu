@@ -33,7 +33,7 @@ class Hopper {
       const void* of, const std::array<int64_t, RANK>& sizes, const std::array<int64_t, RANK - 1>& strides,
       const std::array<int, RANK>& box) const {
     return with_half(p_.type, [&](auto element) {
-      return arch::make_tensor_map<decltype(element), RANK>(of, sizes, strides, box, arch::Swizzle::k128);
+      return arch::make_tensor_map<decltype(element), RANK>(of, sizes, strides, box);
     });
   }
   // h as [B, N, D], or [1, T, D].

@@ -41,8 +41,7 @@ ERCN_DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
   }
 }
 
-// Byte of a tile of 128-byte rows under the 128-byte swizzle.
-ERCN_DEVICE int swizzled(int row, int byte) { return row * 128 + (byte ^ (row % 8 * 16)); }
+using arch::swizzled;
 
 // For barriers of one warpgroup that multiplies; 0 is the block's.
 ERCN_DEVICE void sync_warpgroup(int own) { arch::named_barrier(1 + own, 128); }

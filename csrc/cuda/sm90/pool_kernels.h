@@ -38,12 +38,6 @@ void pool_weights(const WeightsParams& p, const arch::Stream& stream);
 
 inline bool is_channels_first(const pool::Problem& p) { return p.h_d != 1; }
 
-// function(bf16 or fp16)
-template <typename Function>
-auto with_half(Float type, const Function& function) {
-  return type == Float::bf16 ? function(arch::bf16()) : function(arch::fp16());
-}
-
 // Starts Kernel<Element, CHANNELS_FIRST> as the problem has it, in `blocks` blocks.
 template <template <typename, bool> class Kernel, typename Params>
 void launch(const Params& p, int64_t blocks, int shared_bytes, const arch::Stream& stream) {

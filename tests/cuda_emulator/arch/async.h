@@ -5,26 +5,13 @@
 
 namespace ercn::arch {
 
-namespace detail {
-
-// `width` bytes, of which the first `bytes` are copied and the others are zero.
-inline void copy(void* shared, const void* global, int width, int bytes) {
-  unsigned char* to = emulator::in_shared(shared, width, width, "cp_async");
-  if (bytes < 0 || bytes > width) emulator::fail("cp_async: more bytes than it is wide");
-  if (reinterpret_cast<uintptr_t>(global) % width != 0) emulator::fail("cp_async: the source is not aligned");
-  std::memset(to, emulator::kPoison, width);
-  emulator::thread().copies.push_back({to, static_cast<const unsigned char*>(global), bytes, width});
-}
-
-}  // namespace detail
-
-template <int BYTES>
-ERCN_DEVICE void cp_async(void* shared, const void* global, bool valid) {
-  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
-  detail::copy(shared, global, BYTES, valid ? BYTES : 0);
-}
-ERCN_DEVICE void cp_async_first(void* shared, const void* global, int bytes) {
-  detail::copy(shared, global, 16, bytes);
+// Of 16 bytes, the first `bytes` are copied and the others are zero.
+ERCN_DEVICE void cp_async(void* shared, const void* global, int bytes = 16) {
+  unsigned char* to = emulator::in_shared(shared, 16, 16, "cp_async");
+  if (bytes < 0 || bytes > 16) emulator::fail("cp_async: more bytes than it is wide");
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("cp_async: the source is not aligned");
+  std::memset(to, emulator::kPoison, 16);
+  emulator::thread().copies.push_back({to, static_cast<const unsigned char*>(global), bytes});
 }
 
 ERCN_DEVICE void cp_async_commit() {
@@ -39,7 +26,7 @@ ERCN_DEVICE void cp_async_wait() {
   while (static_cast<int>(groups.size()) > N) {
     for (const emulator::Copy& copy : groups.front()) {
       if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
-      std::memset(copy.to + copy.bytes, 0, copy.width - copy.bytes);
+      std::memset(copy.to + copy.bytes, 0, 16 - copy.bytes);
     }
     groups.erase(groups.begin());
   }

@@ -39,47 +39,24 @@ ERCN_DEVICE Grid grid_blocks() {
   return {grid.x, grid.y, grid.z};
 }
 
-ERCN_DEVICE void sync_threads() { emulator::barrier(0, static_cast<int>(emulator::block().threads.size()), true); }
+ERCN_DEVICE void sync_threads() { emulator::barrier(0, static_cast<int>(emulator::block().threads.size())); }
 ERCN_DEVICE void sync_warp() {
   int nothing = 0;
   emulator::meet("sync_warp", nothing, [](int**) {});
 }
-ERCN_DEVICE void named_barrier(int barrier, int threads) { emulator::barrier(barrier, threads, true); }
-ERCN_DEVICE void named_barrier_arrive(int barrier, int threads) { emulator::barrier(barrier, threads, false); }
-
-namespace detail {
-
-template <typename T>
-struct Shuffle {
-  T value, result;
-  int from;
-};
-
-template <typename T>
-T shuffle_from(const char* instruction, T value, int from) {
-  static_assert(sizeof(T) == 4);
-  Shuffle<T> argument{value, value, from};
-  emulator::meet(instruction, argument, [](Shuffle<T>** lanes) {
-    for (int lane = 0; lane < 32; ++lane) {
-      if (const int from = lanes[lane]->from; from >= 0 && from < 32) lanes[lane]->result = lanes[from]->value;
-    }
-  });
-  return argument.result;
-}
-
-}  // namespace detail
+ERCN_DEVICE void named_barrier(int barrier, int threads) { emulator::barrier(barrier, threads); }
 
 template <typename T>
 ERCN_DEVICE T shuffle_xor(T value, int mask) {
-  return detail::shuffle_from("shuffle_xor", value, lane_index() ^ mask);
-}
-template <typename T>
-ERCN_DEVICE T shuffle_down(T value, int delta) {
-  return detail::shuffle_from("shuffle_down", value, lane_index() + delta);
-}
-template <typename T>
-ERCN_DEVICE T shuffle(T value, int lane) {
-  return detail::shuffle_from("shuffle", value, lane % 32);
+  static_assert(sizeof(T) == 4);
+  struct Shuffle {
+    T value, result;
+    int from;
+  } argument{value, value, lane_index() ^ mask};
+  emulator::meet("shuffle_xor", argument, [](Shuffle** lanes) {
+    for (int lane = 0; lane < 32; ++lane) lanes[lane]->result = lanes[lanes[lane]->from]->value;
+  });
+  return argument.result;
 }
 
 ERCN_DEVICE uint32_t ballot(bool predicate) {

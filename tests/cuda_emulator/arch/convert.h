@@ -101,6 +101,5 @@ ERCN_DEVICE float exp2_fast(float x) {
 ERCN_DEVICE float reciprocal_fast(float x) {
   return detail::flushed(detail::disturbed(1 / detail::flushed(x), 0x1p-24f));
 }
-ERCN_DEVICE float tanh_fast(float x) { return detail::disturbed(std::tanh(x), 0x1p-11f); }
 
 }  // namespace ercn::arch

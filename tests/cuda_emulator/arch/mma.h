@@ -92,12 +92,11 @@ struct Ldmatrix {
   const void* row;
 };
 
-template <int N, bool TRANSPOSED>
-void load_matrices(const char* instruction, uint32_t (&r)[N], const void* row) {
-  static_assert(N == 1 || N == 2 || N == 4);
+template <bool TRANSPOSED>
+void load_matrices(const char* instruction, uint32_t (&r)[4], const void* row) {
   Ldmatrix argument{r, row};
   emulator::meet(instruction, argument, [&](Ldmatrix** lanes) {
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < 4; ++i) {
       uint16_t matrix[8][8];
       for (int j = 0; j < 8; ++j) {
         std::memcpy(matrix[j], emulator::in_shared(lanes[8 * i + j]->row, 16, 16, instruction), 16);
@@ -114,13 +113,9 @@ void load_matrices(const char* instruction, uint32_t (&r)[N], const void* row) {
 
 }  // namespace detail
 
-template <int N>
-ERCN_DEVICE void ldmatrix(uint32_t (&r)[N], const void* row) {
-  detail::load_matrices<N, false>("ldmatrix", r, row);
-}
-template <int N>
-ERCN_DEVICE void ldmatrix_transposed(uint32_t (&r)[N], const void* row) {
-  detail::load_matrices<N, true>("ldmatrix_transposed", r, row);
+ERCN_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) { detail::load_matrices<false>("ldmatrix", r, row); }
+ERCN_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
+  detail::load_matrices<true>("ldmatrix_transposed", r, row);
 }
 
 }  // namespace ercn::arch

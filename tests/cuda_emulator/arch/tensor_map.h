@@ -10,32 +10,26 @@
 
 namespace ercn::arch {
 
-enum class Swizzle { kNone, k32, k64, k128 };
-
 struct alignas(64) TensorMap {
   const unsigned char* address;
   int64_t sizes[3], strides[3];  // bytes
   int box[3];
   int rank, element_bytes;
-  Swizzle swizzle;
 };
 static_assert(sizeof(TensorMap) == 128);
 
 // Where the copy engine and wgmma put what would lie at an offset of shared memory.
-inline int64_t swizzled(int64_t offset, Swizzle swizzle) {
-  const int64_t mask = (int64_t{1} << static_cast<int>(swizzle)) - 1;
-  return offset ^ (offset >> 7 & mask) << 4;
-}
+inline int64_t swizzled(int64_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
 
 template <typename Element, int RANK>
 TensorMap make_tensor_map(
     const void* address, const std::array<int64_t, RANK>& sizes, const std::array<int64_t, RANK - 1>& strides,
-    const std::array<int, RANK>& box, Swizzle swizzle) {
+    const std::array<int, RANK>& box) {
   static_assert(RANK == 2 || RANK == 3);
   const auto require = [](bool holds, const char* rule) {
     if (!holds) throw std::runtime_error(std::string("tensor map: ") + rule);
   };
-  TensorMap map{static_cast<const unsigned char*>(address), {1, 1, 1}, {}, {1, 1, 1}, RANK, sizeof(Element), swizzle};
+  TensorMap map{static_cast<const unsigned char*>(address), {1, 1, 1}, {}, {1, 1, 1}, RANK, sizeof(Element)};
   require(reinterpret_cast<uintptr_t>(address) % 16 == 0, "the address must be a multiple of 16");
   for (int i = 0; i < RANK; ++i) {
     require(sizes[i] >= 1 && sizes[i] <= int64_t{1} << 32, "sizes must be from 1 to 2^32");
@@ -48,9 +42,7 @@ TensorMap make_tensor_map(
   }
   const int row = box[0] * static_cast<int>(sizeof(Element));
   require(row % 16 == 0, "dimension 0 of the box must be a multiple of 16 bytes");
-  require(
-      swizzle == Swizzle::kNone || row <= 16 << static_cast<int>(swizzle),
-      "dimension 0 of the box must fit the swizzle");
+  require(row <= 128, "dimension 0 of the box must fit the swizzle");
   return map;
 }
 

@@ -17,6 +17,8 @@ using Operand = uint64_t;
 
 namespace detail {
 
+constexpr int K = 16, kChunk = 8;  // of a product, and elements of 16 bytes
+
 inline Operand operand(const void* tile, uint64_t leading_bytes, uint64_t stride_bytes) {
   constexpr uint64_t kSwizzle128 = 1;
   return (shared_address(tile) & 0x3ffff) >> 4 | leading_bytes >> 4 << 16 | stride_bytes >> 4 << 32 | kSwizzle128 << 62;
@@ -29,21 +31,20 @@ inline int64_t place_operand(Operand descriptor, Major major, int mn, int k) {
   const int64_t stride = (descriptor >> 32 & 0x3fff) << 4;
   const int64_t linear = major == Major::kK ? mn % 8 * 128 + mn / 8 * stride + k * 16
                                             : mn % 8 * 16 + mn / 8 * leading + k % 8 * 128 + k / 8 * stride;
-  return swizzled(start + linear, Swizzle::k128);
+  return swizzled(start + linear);
 }
 
 // Rows mn, mn + 1, … of an operand as [count][K].
 template <typename Element, Major kMajor>
 std::vector<float> read_operand(Operand descriptor, int first, int count) {
-  constexpr int K = kMmaK<Element>, kChunk = 16 / sizeof(Element);
   const emulator::Block& block = emulator::block();
   std::vector<float> rows(count * K);
   const auto read = [&](int mn, int k, const auto& put) {
     const unsigned char* chunk = block.async_view.data() + place_operand(descriptor, kMajor, mn, k);
     for (int i = 0; i < kChunk; ++i) {
-      uint32_t bits = 0;
-      std::memcpy(&bits, chunk + i * sizeof(Element), sizeof(Element));
-      put(i, part<Element>(bits, 0));
+      Element element;
+      std::memcpy(&element, chunk + 2 * i, 2);
+      put(i, to_float(element));
     }
   };
   if constexpr (kMajor == Major::kK) {
@@ -63,10 +64,8 @@ std::vector<float> read_operand(Operand descriptor, int first, int count) {
 }
 
 // What is read lies in shared memory, was not stored ordinarily since the last fence, and the swizzle begins at 0.
-template <typename Element, Major kMajor>
+template <Major kMajor>
 void check_operand(Operand descriptor, int count) {
-  constexpr int K = kMmaK<Element>, kChunk = 16 / sizeof(Element);
-  static_assert(kMajor == Major::kK || sizeof(Element) == 2, "only 16-bit operands may be contiguous in M or N");
   const emulator::Block& block = emulator::block();
   if ((descriptor << 4 & 0x3ff) >= 128) {
     emulator::fail("wgmma: an operand must begin in the first row of a multiple of 1024");
@@ -97,7 +96,7 @@ struct Wgmma {
 template <typename Element, int N, Major kB, typename ReadA>
 void multiply(Wgmma argument, const ReadA& read_a) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
-  static constexpr int K = kMmaK<Element>, kCount = N / 2;
+  static constexpr int kCount = N / 2;
   argument.thread = &emulator::thread();
   emulator::meet("wgmma", argument, [&](Wgmma** lanes) {
     const Wgmma first = *lanes[0];
@@ -109,7 +108,7 @@ void multiply(Wgmma argument, const ReadA& read_a) {
       }
       if (!lanes[lane]->thread->wgmma_fenced) emulator::fail("wgmma without a wgmma_fence since the last wgmma_commit");
     }
-    check_operand<Element, kB>(first.b_operand, N);
+    check_operand<kB>(first.b_operand, N);
     warp.wgmmas.insert(
         warp.wgmmas.end(), {first.a_operand, first.b_operand, static_cast<uint64_t>(N), first.accumulate});
 
@@ -162,7 +161,7 @@ ERCN_DEVICE Operand advance(Operand operand, int bytes) { return operand + (byte
 template <typename Element, int N, Major kA, Major kB>
 ERCN_DEVICE void wgmma(float (&d)[N / 2], Operand a, Operand b, bool accumulate) {
   detail::multiply<Element, N, kB>({d, nullptr, a, b, accumulate, nullptr}, [&](detail::Wgmma**) {
-    detail::check_operand<Element, kA>(a, 64);
+    detail::check_operand<kA>(a, 64);
     const int first = warp_index() % 4 * 16;
     return [a, first] { return detail::read_operand<Element, kA>(a, first, 16); };
   });
@@ -171,11 +170,11 @@ ERCN_DEVICE void wgmma(float (&d)[N / 2], Operand a, Operand b, bool accumulate)
 template <typename Element, int N, Major kB>
 ERCN_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], Operand b, bool accumulate) {
   detail::multiply<Element, N, kB>({d, a, 0, b, accumulate, nullptr}, [&](detail::Wgmma** lanes) {
-    constexpr int K = detail::kMmaK<Element>;
+    constexpr int K = detail::K;
     std::vector<float> rows(16 * K);
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
-        for (int part = 0; part < K / 8; ++part) {
+        for (int part = 0; part < 2; ++part) {
           const auto [row, column] = detail::place_a<Element>(lane, i, part);
           rows[row * K + column] = detail::part<Element>(lanes[lane]->a[i], part);
         }

@@ -18,21 +18,20 @@ if not BACKENDS:
     pytest.skip("no GPU backend can be used in this process", allow_module_level=True)
 
 GPU = DEVICE == "cuda"
-pytestmark = [pytest.mark.gpu] if GPU else []
+pytestmark = [pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning"), *([pytest.mark.gpu] if GPU else [])]
 
 HOPPER = "cuda" in BACKENDS and (not GPU or torch.cuda.get_device_capability() == (9, 0))
 VARIANTS = [*(["triton"] if "triton" in BACKENDS else []), *(["cuda generic"] if "cuda" in BACKENDS else [])]
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 # 64 to 256 channels have kernels or tables of their own; 100 and 300 go by the general ones.
-AFFINITY = list(itertools.product([64, 100, 128, 192, 256, 300], DTYPES))
+AFFINITY = list(itertools.product([64, 100, 128, 192, 256, 300], DTYPES, [131]))
 TF32 = [64, 128, 192, 256]
 POOL = list(itertools.product(BAGS, DTYPES))
-MANY = DTYPES  # more segments of 64 instances than are added by one thread
 if triton.INTERPRETED:  # minutes for all of them
-    AFFINITY = list(zip([192, 64, 300], DTYPES))
-    TF32, MANY = TF32[:1], DTYPES[:1]
-    POOL = list(zip(BAGS, itertools.cycle(DTYPES)))
+    AFFINITY = list(zip([192, 64, 300], DTYPES, [67, 131, 67]))
+    TF32 = TF32[:1]
+    POOL = [("ragged", torch.float16), ("both", torch.bfloat16)]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -51,9 +50,9 @@ def tf32():
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("dim, dtype", AFFINITY, ids=str)
-def test_affinity(backend, dim, dtype):
-    check_affinity(backend, 1, 22, dim, 131, dtype=dtype, device=DEVICE)
+@pytest.mark.parametrize("dim, dtype, n", AFFINITY, ids=str)
+def test_affinity(backend, dim, dtype, n):
+    check_affinity(backend, 1, 22, dim, n, dtype=dtype, device=DEVICE)
 
 
 @pytest.mark.parametrize("dim", TF32)
@@ -78,9 +77,12 @@ def test_pool_in_tf32(backend, tf32):
     check_pool(backend, 68, 72, 40, 3, dtype=torch.float32, device=DEVICE, layout="channels_first")
 
 
-@pytest.mark.parametrize("dtype", MANY, ids=str)
-def test_pool_of_many_instances(backend, dtype):
-    check_pool(backend, 33 * 64 + 1, 8, 8, 1, dtype=dtype, device=DEVICE)
+if not triton.INTERPRETED:
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_pool_of_many_instances(backend, dtype):
+        """More segments of 64 instances than one thread adds."""
+        check_pool(backend, 33 * 64 + 1, 8, 8, 1, dtype=dtype, device=DEVICE)
 
 
 if HOPPER:

@@ -24,11 +24,11 @@ SOURCES = ["sm90/affinity.cu", "sm90/affinity_forward.cu", "affinity/prepare.cu"
 SIZES = (
     "sm90/affinity_launch.h",
     (
-        "if (padded_channels == 8) return run(d, std::integral_constant<int, 8>());",
-        "return run(d, std::integral_constant<int, 32>());",
-        "if (dim == 128) return with_channels(std::integral_constant<int, 128>());",
-        "if (dim == 192) return with_channels(std::integral_constant<int, 192>());",
-        "return with_channels(std::integral_constant<int, 256>());",
+        "if (padded_channels == 8) return run(element, d, std::integral_constant<int, 8>());",
+        "return run(element, d, std::integral_constant<int, 32>());",
+        "if (dim == 128) return with_channels(element, std::integral_constant<int, 128>());",
+        "if (dim == 192) return with_channels(element, std::integral_constant<int, 192>());",
+        "return with_channels(element, std::integral_constant<int, 256>());",
     ),
 )
 

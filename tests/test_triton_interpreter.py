@@ -17,7 +17,7 @@ def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-m", "not gpu"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, TESTS / "test_gpu_ops.py", TESTS / "test_gpu_exact.py", TESTS / "test_triton_ops.py"],
+        [*command, "--gpu-coverage", *(TESTS / f"test_{name}.py" for name in ("gpu_ops", "gpu_exact", "triton_ops"))],
         cwd=TESTS.parent,
         env=environment,
         capture_output=True,

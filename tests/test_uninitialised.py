@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture(scope="module", autouse=True)
 def planted():
-    source = Path(__file__).with_name("unwritten.cpp")
+    source = Path(__file__).with_name("_unwritten.cpp")
     torch.ops.load_library(_cuda_emulator.operators_with("unwritten", [source]))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _cuda_emulator import load_operators
 
 from ercn.benchmarks import gpu_check, gpu_pack, gpu_report, gpu_smoke, gpu_stages
 
@@ -247,6 +248,7 @@ def check(command, folder, *options, words, path=""):
 
 @pytest.mark.slow
 def test_all_of_it_here(tmp_path):
+    load_operators()  # so that no stage spends its time on compiling the emulator
     _, rows, stages, log = check(
         "first",
         tmp_path / "first",

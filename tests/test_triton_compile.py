@@ -227,6 +227,6 @@ def test_candidates_are_configs(kernel):
 
 
 def test_family_of_an_unknown_architecture():
-    known = {"sm_87": "sm_80", "sm_88": "sm_86", "sm_90": "sm_90", "sm_103": "sm_100", "sm_120": "sm_89"}
+    known = {"sm_87": "sm_80", "sm_89": "sm_86", "sm_90": "sm_90", "sm_103": "sm_100", "sm_120": "sm_86"}
     assert {arch: configs.family(arch) for arch in known} == known
     assert configs.family("gfx950") == "gfx942"

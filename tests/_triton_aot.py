@@ -35,6 +35,10 @@ SHARED_LIMIT = {
 }
 
 
+# Columns of tensor memory on sm_100; Triton compiles a kernel that takes more to a trap.
+TENSOR_MEMORY = 512
+
+
 def target(arch: str) -> GPUTarget:
     if arch.startswith("gfx"):
         return GPUTarget("hip", arch, 64)

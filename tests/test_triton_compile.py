@@ -16,7 +16,7 @@ if backend.INTERPRETED:
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 pytest.importorskip("ercn.kernels", reason="this is a source tree that was not installed")
 
-from _triton_aot import SHARED_LIMIT, Compiled, launches
+from _triton_aot import SHARED_LIMIT, TENSOR_MEMORY, Compiled, launches
 
 from ercn.kernels import affinity, attention_pool, configs, tune
 from ercn.kernels.table import TABLE
@@ -102,9 +102,10 @@ def named(kernels: list[Compiled], name: str) -> list[Compiled]:
 
 
 def assert_fits(binary: Compiled, tmp_path: Path, case: str = "") -> None:
-    """Shared memory that the chip has, and everything else in registers."""
+    """Shared and tensor memory that the chip has, and everything else in registers."""
     size, limit = binary.shared, SHARED_LIMIT[binary.arch]
     assert size <= limit, f"{binary.name} {case}: {size} bytes of shared memory, {limit} there"
+    assert getattr(binary.kernel.metadata, "tmem_size", 0) <= TENSOR_MEMORY, f"{binary.name} {case}: tensor memory"
     assert binary.spilled(tmp_path) == 0, f"{binary.name} {case}: {binary.spilled(tmp_path)} bytes spilled"
 
 

@@ -126,11 +126,22 @@ def test_every_row_fits_on_chip(arch, kernel, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90", *ALIKE])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_fits_on_chip(arch, precision, tmp_path):
+@pytest.mark.parametrize(("precision", "dim"), [("bfloat16", 192), ("tf32", 128)])
+def test_other_precisions_and_architectures_fit_on_chip(arch, precision, dim, tmp_path):
     for kernel in DEMANDING:
-        for binary in compiled(arch, kernel, precision, {"pool": 0}.get(kernel, max(widths(kernel, precision)[:3]))):
+        for binary in compiled(arch, kernel, precision, 0 if kernel == "pool" else dim):
             assert_fits(binary, tmp_path, kernel)
+
+
+def test_tf32_is_asked_for_where_it_exists():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        dots = {arch: configs.precision(torch.float32, arch).dot for arch in ("sm_80", "gfx90a", "gfx942", "gfx950")}
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert dots == {"sm_80": "tf32", "gfx90a": "ieee", "gfx942": "tf32", "gfx950": "ieee"}
+    assert {configs.precision(torch.bfloat16, arch).dot for arch in dots} == {"ieee"}
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_90"])

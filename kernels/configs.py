@@ -122,8 +122,8 @@ def _gpu_arch(index: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-# Consumer Blackwell has the shared memory of Ada, Orin that of A100.
-_FAMILY = {"sm_87": "sm_80", "sm_120": "sm_89", "sm_121": "sm_89"}
+# Consumer Blackwell has the shared memory of consumer Ampere and Ada, Orin that of A100.
+_FAMILY = {"sm_87": "sm_80", "sm_120": "sm_86", "sm_121": "sm_86"}
 
 
 def family(arch: str) -> str:

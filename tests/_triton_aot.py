@@ -22,15 +22,21 @@ from ercn.kernels import configs
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Shared memory one block may have, in bytes (CUDA C programming guide, technical specifications per compute
-# capability; AMD CDNA3 instruction set architecture: 64 KiB of LDS).
+# capability; AMD CDNA2, CDNA3 and CDNA4 instruction set architectures: 64, 64 and 160 KiB of LDS).
 SHARED_LIMIT = {
     "sm_80": 163 << 10,
     "sm_86": 99 << 10,
     "sm_89": 99 << 10,
     "sm_90": 227 << 10,
     "sm_100": 227 << 10,
+    "gfx90a": 64 << 10,
     "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
 }
+
+
+# Columns of tensor memory on sm_100; Triton compiles a kernel that takes more to a trap.
+TENSOR_MEMORY = 512
 
 
 def target(arch: str) -> GPUTarget:
@@ -61,6 +67,14 @@ class Compiled:
         """REG, STACK, LOCAL and so on, per thread, as recorded in the cubin."""
         text = self._tool("cuobjdump", tmp, "--dump-resource-usage")
         return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text.splitlines()[-1])}
+
+    def spilled(self, tmp: Path) -> int:
+        """Bytes of local memory per thread, which registers should do without; AMD: and vector registers spilled."""
+        if self.arch.startswith("gfx"):
+            fields = r"\.(?:private_segment_fixed_size|vgpr_spill_count):\s*(\d+)"
+            return sum(int(value) for value in re.findall(fields, self.kernel.asm["amdgcn"]))
+        resources = self.resources(tmp)
+        return resources["STACK"] + resources["LOCAL"]
 
     def sass(self, tmp: Path) -> str:
         return self._tool("cuobjdump", tmp, "--dump-sass")

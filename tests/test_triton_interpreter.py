@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-m", "not gpu"]
+    command += [TESTS / "test_triton_launches.py", TESTS / "test_triton_tensor_cores.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, "--gpu-coverage", *(TESTS / f"test_{name}.py" for name in ("gpu_ops", "gpu_exact", "triton_ops"))],

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ercn.kernels import configs
-from ercn.kernels._tiles import accumulate, dot, dot_terms, factor, narrow, rounded, split, transpose
+from ercn.kernels._tiles import accumulate, add_product, dot, dot_terms, factor, narrow, rounded, split, transpose
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def streamed_products(
     for d0 in range(0, D, BLOCK_D):
         f_i = load_feat(feat, n_i, d0, N, D, stride_d, stride_n, BLOCK_D, EVEN_D)
         f_j = load_feat(feat, n_j, d0, N, D, stride_d, stride_n, BLOCK_D, EVEN_D)
-        t = accumulate(t, (tl.trans(f_i),), (f_j,), PRECISION)
+        t = add_product(t, tl.trans(f_i), f_j, PRECISION)
     return t
 
 
@@ -277,7 +277,7 @@ def backward_kernel(
         w = factor(w, feat.dtype.element_ty, PRECISION)
         sums = ()
         for i in tl.static_range(CHUNKS):
-            sums = sums + (accumulate(acc[i], (w,), (tl.trans(f_j[i]),), PRECISION),)
+            sums = sums + (add_product(acc[i], w, tl.trans(f_j[i]), PRECISION),)
         acc = sums
 
     part = i_split.to(tl.int64) * batch + i_b

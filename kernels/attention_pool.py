@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ercn.kernels import configs
-from ercn.kernels._tiles import accumulate, dot, dot_terms, factor, narrow, rounded, split
+from ercn.kernels._tiles import accumulate, add_product, dot, dot_terms, factor, narrow, rounded, split
 
 
 @triton.jit
@@ -109,10 +109,10 @@ def branches(
     u = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        x = (factor(load_rows(h, offsets, rows, d, D, stride_d), h.dtype.element_ty, PRECISION),)
-        v = accumulate(v, x, (load_weight(v_weight, unit, L, d, D),), PRECISION)
+        x = factor(load_rows(h, offsets, rows, d, D, stride_d), h.dtype.element_ty, PRECISION)
+        v = add_product(v, x, load_weight(v_weight, unit, L, d, D), PRECISION)
         if GATED:
-            u = accumulate(u, x, (load_weight(u_weight, unit, L, d, D),), PRECISION)
+            u = add_product(u, x, load_weight(u_weight, unit, L, d, D), PRECISION)
     if V_BIAS:
         v += tl.load(v_bias + unit, mask=unit < L, other=0.0).to(tl.float32)[None, :]
     if U_BIAS:
@@ -411,7 +411,7 @@ def row_grad_kernel(
             weight = u_weight if branch else v_weight
             p_weight = weight + (unit.to(tl.int64)[:, None] * D + d[None, :])
             w = tl.load(p_weight, mask=(unit < L)[:, None] & (d < D)[None, :], other=0.0)
-            acc = accumulate(acc, (dp,), (w.to(grad_branches.dtype.element_ty),), PRECISION)
+            acc = add_product(acc, dp, w.to(grad_branches.dtype.element_ty), PRECISION)
     if HAS_POOLED:
         k = tl.arange(0, BLOCK_K)
         end = tl.minimum(row0 + BLOCK_M, last_row)
@@ -459,7 +459,7 @@ def weight_grad_kernel(
         rows = real_rows(mask, r, last_row, N, stride_mb, stride_mn, MASKED)
         x = load_rows(h, row_offsets(r, N, stride_b, stride_n, RAGGED), rows, d, D, stride_d)
         x = factor(x, grad_branches.dtype.element_ty, PRECISION)
-        acc = accumulate(acc, (tl.trans(dp),), (x,), PRECISION)
+        acc = add_product(acc, tl.trans(dp), x, PRECISION)
     tl.store(p_parts, acc, mask=held)
 
 

@@ -161,10 +161,17 @@ def sums_in_loops(text: str) -> set[str]:
 def test_no_long_sum_is_left_to_tensor_cores():
     loop = "%a = scf.for %j = %x to %y step %z iter_args(%p = %c, %t = %q) -> (tensor<4xf32>) {\n%s = tt.dot %u, %v, "
     assert sums_in_loops(loop + "%t {inputPrecision") == {"%t"} and not sums_in_loops(loop + "%c : tensor")
-    for kernel in DEMANDING:
-        for binary in compiled("sm_90", kernel, "bfloat16", 0 if kernel == "pool" else 192):
+    for kernel, precision, dim, left in (
+        ("forward", "bfloat16", 192, 0),
+        ("triangle", "bfloat16", 192, 0),
+        ("backward", "bfloat16", 192, 3),  # F·W in 64 channels each, which ends in bfloat16
+        ("backward", "float32", 128, 0),
+        ("pool", "float32", 0, 0),
+    ):
+        for binary in compiled("sm_90", kernel, precision, dim):
             for code in (binary.kernel.asm["ttir"], binary.kernel.asm["ttgir"]):
-                assert not sums_in_loops(code), f"{kernel}: {binary.name}"
+                found = sums_in_loops(code)
+                assert len(found) <= left, f"{kernel} in {precision}: {binary.name} leaves {found}"
 
 
 @pytest.mark.parametrize("triangle", [False, True], ids=["dense", "triangle"])

@@ -78,6 +78,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("build_info", &build_info, "CUDA runtime, compute capabilities and flags that it was built with.");
   m.def("kernels", &kernels, "Every kernel: name, launches so far, and threads and shared memory of the last launch.");
   m.def("kernel_attributes", &kernel_attributes,
-        "kernels() with registers, local memory and occupancy on the current device, or with the reason why a kernel is "
-        "absent there; RuntimeError without a device.");
+        "kernels() with registers, local memory and occupancy on the current device, or with the reason why a kernel "
+        "is absent there; RuntimeError without a device.");
 }

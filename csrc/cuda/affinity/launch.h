@@ -1,5 +1,5 @@
 #pragma once
-// What the affinity kernels are given and what starts them, without the headers of torch, slower for nvcc than a kernel.
+// What the affinity kernels are given, and what starts them. Free of torch's headers, slower for nvcc than a kernel is.
 #include <arch/launch.h>
 
 #include <stdexcept>

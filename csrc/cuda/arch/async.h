@@ -6,8 +6,8 @@
 
 namespace ercn::arch {
 
-// 16 bytes from device memory to shared memory, past the L1 cache; of fewer `bytes`, those and zeros. Both addresses are
-// multiples of 16.
+// 16 bytes from device memory to shared memory, past the L1 cache; of fewer `bytes`, those and zeros. Both addresses
+// are multiples of 16.
 ERCN_DEVICE void cp_async(void* shared, const void* global, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");

@@ -19,8 +19,8 @@ ERCN_HOST_DEVICE constexpr Integer round_up(Integer a, Integer b) {
   return divide_up(a, b) * b;
 }
 
-// Byte of a tile of rows of 128 bytes whose units of 16 bytes (or 32) are permuted within a row, so that as many rows as
-// a row has units meet no bank twice. Of 16 bytes it is the swizzle of tensor maps and wgmma.
+// Byte of a tile of rows of 128 bytes whose units of 16 bytes (or 32) are permuted within a row, so that as many rows
+// as a row has units meet no bank twice. Of 16 bytes it is the swizzle of tensor maps and wgmma.
 template <int UNIT = 16>
 ERCN_HOST_DEVICE constexpr int swizzled(int row, int byte) {
   return row * 128 + (byte ^ (row & (128 / UNIT - 1)) * UNIT);

@@ -38,8 +38,8 @@ ERCN_DEVICE void mma<tf32>(float (&d)[4], const uint32_t (&a)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 4 matrices of 8 rows of 16 bytes in shared memory: lane 8 i + j gives row j of matrix i. Lane l then has the 4 bytes at
-// 4 (l % 4) of row l / 4 of matrix i in r[i].
+// 4 matrices of 8 rows of 16 bytes in shared memory: lane 8 i + j gives row j of matrix i. Lane l then has the 4 bytes
+// at 4 (l % 4) of row l / 4 of matrix i in r[i].
 ERCN_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -20,8 +20,8 @@ TensorMap encode_tensor_map(
     const int* box);
 
 // Of a tensor whose dimension 0 is contiguous. Dimension 0 comes first; strides are those of dimensions 1, …, in bytes.
-// The address and strides are multiples of 16, sides of the box at most 256, and its dimension 0 at most 128 bytes. Boxes
-// lie in shared memory in the 128-byte swizzle.
+// The address and strides are multiples of 16, sides of the box at most 256, and its dimension 0 at most 128 bytes.
+// Boxes lie in shared memory in the 128-byte swizzle.
 template <typename Element, int RANK>
 TensorMap make_tensor_map(
     const void* address, const std::array<int64_t, RANK>& sizes, const std::array<int64_t, RANK - 1>& strides,

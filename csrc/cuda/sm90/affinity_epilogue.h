@@ -1,6 +1,7 @@
 #pragma once
-// Accumulators of wgmma, added and to device memory. Lane l of a warp has columns 8 q + 2 (l % 4) + {0, 1} of rows l / 4 and
-// l / 4 + 8 of its 16 rows, in d[4 q + {0, 1}] and d[4 q + 2 + {0, 1}]; a warp's store fills whole 32-byte sectors.
+// Accumulators of wgmma, added and to device memory. Lane l of a warp has columns 8 q + 2 (l % 4) + {0, 1} of rows
+// l / 4 and l / 4 + 8 of its 16 rows, in d[4 q + {0, 1}] and d[4 q + 2 + {0, 1}]; a warp's store fills whole 32-byte
+// sectors.
 #include <arch/wgmma.h>
 
 namespace ercn::sm90::affinity {

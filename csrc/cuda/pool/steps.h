@@ -6,8 +6,8 @@
 
 namespace ercn::pool {
 
-// pooled [B, K, D] of h's type from the parts of every segment, each bag's slots in ascending order; 0 for a bag without
-// real instances.
+// pooled [B, K, D] of h's type from the parts of every segment, each bag's slots in ascending order; 0 for a bag
+// without real instances.
 struct CombineParams {
   Problem problem;
   Parts parts;

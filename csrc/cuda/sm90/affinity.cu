@@ -144,8 +144,8 @@ void forward_into(
       float* const to_mirrored = width == 0 ? nullptr : mutable_data<float>(mirrored);
       float* const to_direct = mutable_data<float>(direct);
       forward(
-          {tensor_map<Element>(pixels.features, kPixels), tensor_map<Element>(terms.rows, terms.rows.rows), s, to_direct,
-           to_mirrored, width, channels},
+          {tensor_map<Element>(pixels.features, kPixels), tensor_map<Element>(terms.rows, terms.rows.rows), s,
+           to_direct, to_mirrored, width, channels},
           type_of(feat), sizes.dim, sizes.padded(), stream);
       combine<float>(direct, to_mirrored, out, exponent, s, sizes, width, rows, channel, stream);
     }

@@ -53,7 +53,8 @@ struct Ring {
   }
 };
 
-// For stages that are met in another order: which of their barriers end an odd phase next, a bit each. ~0 for free ones.
+// For stages that are met in another order: which of their barriers end an odd phase next, a bit each; ~0 for free
+// ones.
 struct Phases {
   uint32_t odd;
 

@@ -592,8 +592,9 @@ def gated_attention_pool_backward(
     if scores.numel() == 0:
         return tuple(grads)
     arch = configs.arch(h.device)
-    config = configs.pool_config(dim, h.dtype, arch)
     precision, narrow_constants = _precisions(h, arch)
+    product_dtype = precision.product_dtype
+    config = configs.pool_config(dim, product_dtype, arch)
     v_weight, v_bias, u_weight, u_bias, w_weight = _contiguous(v_weight, v_bias, u_weight, u_bias, w_weight)
     v_weight, u_weight = (None if x is None else rounded(x, precision.dot) for x in (v_weight, u_weight))
     scores = scores.contiguous()
@@ -605,7 +606,7 @@ def gated_attention_pool_backward(
 
     need_h, need_v, need_bv, need_u, need_bu, need_w, _ = needs
     gated = u_weight is not None
-    width, product_dtype = (2 if gated else 1) * hidden, precision.product_dtype
+    width = (2 if gated else 1) * hidden
     need_branches = need_h or need_v or need_u
     if not (need_branches or need_bv or need_bu or need_w) or hidden == 0 and not need_h:
         return tuple(grads)

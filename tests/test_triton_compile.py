@@ -37,7 +37,7 @@ DEMANDING = {
     "forward": ("float16", "float32"),
     "triangle": ("float16", "float32"),
     "backward": ("bfloat16", "tf32", "float32"),
-    "pool": ("float16", "float32"),
+    "pool": ("bfloat16", "float16", "float32"),
 }
 
 

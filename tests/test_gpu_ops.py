@@ -226,7 +226,7 @@ def assert_pool(arguments, mask=None, dtype=None):
     plain = pool_results(dense_pool, arguments, dtype, mask)
     exact = pool_results(dense_pool, arguments, torch.float64, mask)
     assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
-    budget(ours, plain, exact, channels=True)
+    budget(ours, plain, exact)
 
 
 # B, N, D, L, K

@@ -390,7 +390,7 @@ def relu_affinity_backward(
     arch = configs.arch(feat.device)
     precision = configs.precision(feat.dtype, arch)
     plan = plan or configs.backward_plan(batch, dim, n, precision.product_dtype, arch)
-    factors = rounded(feat.to(precision.product_dtype), precision.dot)
+    factors = rounded(feat, precision.dot).to(precision.product_dtype)
     v, g = _terms(value, precision), _terms(grad_out, precision)
     constants = backward_constants(channels, dim, need_value, (v.shape[1], g.shape[1]), plan, precision)
     fused = constants["NEED_VALUE"]

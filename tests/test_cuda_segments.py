@@ -145,13 +145,16 @@ def test_shares_exhaustively(native):
 
 
 def test_chunks_are_pairs_that_fit_a_third_of_the_cache(native):
-    """And short enough that tensor cores, which cut 2^-25 off a sum of one sign at every 16 rows, stay below fp16."""
+    """And short enough that tensor cores, which cut 2^-25 off a sum of one sign at every 16 rows of 2 bytes (8 of TF32),
+    stay below the rounding of their factors: half an ulp is 2^-12 in fp16, 2^-11 in TF32.
+    """
     for columns, element_bytes, cache in itertools.product(
         (0, 128, 256, 1024, 8192), (2, 4), (1 << 20, 50 << 20, 126 << 20)
     ):
         per_slot = SEGMENT_ROWS * columns * element_bytes
         slots = native.chunk(ctypes.c_int64(per_slot), ctypes.c_int64(cache))
-        assert slots >= 2 and slots % 2 == 0 and slots * SEGMENT_ROWS / 16 * 2**-25 < 2**-12 / 3
+        steps, rounding = slots * SEGMENT_ROWS / (32 // element_bytes), {2: 2**-12, 4: 2**-11}[element_bytes]
+        assert slots >= 2 and slots % 2 == 0 and steps * 2**-25 < rounding / 3
         if slots > 2:
             assert slots * per_slot <= cache // 3
         if slots < 512:

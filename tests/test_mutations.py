@@ -20,7 +20,8 @@ TESTS = Path(__file__).parent
 COPY = _cuda_emulator.BUILD / "mutations" / "cuda"
 
 # Compiled anew, of the Hopper affinity for D = 64 and at most 24 channels only; other objects are those of all kernels.
-SOURCES = ["sm90/affinity.cu", "sm90/affinity_forward.cu", "affinity/prepare.cu"]
+SOURCES = ["sm90/affinity.cu", "sm90/affinity_forward.cu", "sm90/affinity_backward.cu", "affinity/prepare.cu",
+           "sm90/pool.cu", "sm90/pool_weights.cu"]  # fmt: skip
 SIZES = (
     "sm90/affinity_launch.h",
     (
@@ -52,7 +53,8 @@ MUTATIONS = {
     "one pixel left out at the ragged end": Mutation(
         "sm90/affinity_prepare.h", "real && n0 + i < p.pixels", "real && n0 + i < p.pixels - 1"
     ),
-    "one tile lost": Mutation("sm90/affinity_forward.h", "column < end", "column < end - (end > 2)"),
+    "one tile lost": Mutation("sm90/affinity_forward.h", "add(out[kRowTiles - 1], sums);", ""),
+    "one tile added twice": Mutation("sm90/affinity_backward.h", "part == 0", "part < 2", "backward"),
     "a partial sum lost": Mutation("sm90/affinity_combine.h", "g < above", "g < above - 1"),
     "a partial sum added twice": Mutation(
         "sm90/affinity_combine.h",
@@ -79,6 +81,13 @@ MUTATIONS = {
         "sm90/affinity_epilogue.h", "arch::warp_index() % 4 * 16", "arch::uniform_warp_index() % 4 * 16"
     ),
     "TF32 words not rounded": Mutation("affinity/prepare.h", "arch::round_tf32(x)", "x", "tf32"),
+    "a stage given up before its products are done": Mutation(
+        "sm90/pool_gemm.h", "arch::wgmma_wait<1>();", "", "pool"
+    ),
+    "the sums of earlier chunks lost": Mutation("pool/driver.h", "first > 0", "false", "pool"),
+    "the sums of slots without a segment unwritten": Mutation(
+        "pool/driver.h", "torch::stable::zero_(parts)", "parts", "pool"
+    ),
 }
 
 

@@ -105,7 +105,8 @@ ERCN_HOST_DEVICE Range share_of(int64_t count, int64_t parts, int64_t part) {
 
 // Segments whose dP, the gradients of the pool's branches, are held at a time, in pairs, of `bytes` each: a third of
 // the L2 cache, where they stay. They are at most 512: tensor cores cut what does not fit fp32 off their sums, 2^-25 of
-// a sum for every 16 rows on average, and 2048 times that is still small beside a rounding to fp16.
+// a sum for every 16 rows (8 in TF32) on average, and 2048 (4096) times that is still small beside a rounding to fp16
+// (TF32).
 ERCN_HOST_DEVICE constexpr int64_t chunk_slots(int64_t bytes, int64_t cache_bytes) {
   const int64_t slots = bytes == 0 ? 512 : cache_bytes / 3 / bytes / 2 * 2;
   return slots < 2 ? 2 : slots < 512 ? slots : 512;

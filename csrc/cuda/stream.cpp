@@ -27,10 +27,12 @@ int attribute(cudaDeviceAttr of, int device) {
   return value;
 }
 
-Stream::Stream(int device) : device_(device) {
+Stream::Stream(int device)
+    : device_(device),
+      guard_(nullptr, [](void* guard) { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard)); }) {
   DeviceGuardHandle guard;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard));
-  guard_ = guard;
+  guard_.reset(guard);
   // The guard asks for the device only where another one is current. A thread that has made no call of the runtime yet,
   // as autograd's may be, then has no context, and the driver encodes no tensor map.
   check(cudaSetDevice(device), __FILE__, __LINE__);
@@ -38,8 +40,6 @@ Stream::Stream(int device) : device_(device) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
 }
-
-Stream::~Stream() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
 
 TensorMap encode_tensor_map(
     CUtensorMapDataType type, int rank, const void* address, const int64_t* sizes, const int64_t* strides,

@@ -1,8 +1,8 @@
 #pragma once
 // Tile sizes of the generic affinity kernels, what they need of shared memory, and how work is cut: pure functions.
 //
-// Everything in shared memory is rows of 128 bytes (kRowBytes), in 16-byte granules whose order is permuted within a row
-// so that no access meets a bank twice. A chunk is the features of one row: 64 of 16 bits or 32 of fp32.
+// Everything in shared memory is rows of 128 bytes (kRowBytes), in 16-byte granules whose order is permuted within a
+// row so that no access meets a bank twice. A chunk is the features of one row: 64 of 16 bits or 32 of fp32.
 #include <arch/host_device.h>
 
 #include <cstdint>

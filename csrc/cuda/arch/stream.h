@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <memory>
+
 namespace ercn::arch {
 
 // Throws std::runtime_error with CUDA's words and torch's hints.
@@ -25,8 +27,6 @@ class Stream {
   template <typename Tensor>
   explicit Stream(const Tensor& x) : Stream(static_cast<int>(x.get_device_index())) {}
   explicit Stream(int device);
-  ~Stream();
-  Stream(const Stream&) = delete;
 
   int device() const { return device_; }
   cudaStream_t get() const { return stream_; }
@@ -37,7 +37,7 @@ class Stream {
 
  private:
   int device_;
-  void* guard_;
+  std::unique_ptr<void, void (*)(void*)> guard_;
   cudaStream_t stream_;
 };
 

@@ -5,9 +5,7 @@
 namespace ercn::pool {
 namespace {
 
-constexpr int kChannels = 128;  // of a block
-
-// One block: a segment and kChannels channels.
+// One block: a segment and kGradientChannels channels.
 template <typename Precision>
 struct PoolRowGradient {
   using Element = typename Precision::Element;
@@ -33,7 +31,7 @@ struct PoolRowGradient {
     const int64_t in_workspace = arch::block_index().x, slot = p.first_slot + in_workspace;
     const Segment segment = segment_at(problem.bags, slot);
     if (segment.rows == 0) return;
-    const int first = arch::block_index().y * kChannels, columns = column_count(columns_of(problem));
+    const int first = arch::block_index().y * kGradientChannels, columns = column_count(columns_of(problem));
     const Source source{
         static_cast<const Element*>(p.branch_grads) + in_workspace * kSegmentRows * columns,
         static_cast<const Element*>(p.packed.projections) + first, columns, p.packed.depth, p.packed.depth - first};
@@ -82,12 +80,12 @@ struct PoolRowGradient {
   }
 };
 
-// One block: 64 columns of dP, kChannels channels, and a share of the slots.
+// One block: kGradientColumns columns of dP, kGradientChannels channels, and a share of the slots.
 template <typename Precision, bool CHANNELS_FIRST>
 struct PoolWeightGradient {
   using Element = typename Precision::Element;
   using Multiply = Product<Precision, Along::kOther, CHANNELS_FIRST ? Along::kK : Along::kOther>;
-  static constexpr int kThreads = 128, kMinBlocks = 2, kSide = 64, kDepth = Multiply::kDepth;
+  static constexpr int kThreads = 128, kMinBlocks = 2, kDepth = Multiply::kDepth;
   static constexpr int kSteps = kSegmentRows / kDepth;  // of a segment
   using Params = WeightsParams;
   using Shared = unsigned char[Multiply::kBytes];
@@ -102,12 +100,12 @@ struct PoolWeightGradient {
       const int64_t pitch = column_count(columns_of(p.problem)), slot = begin + step / kSteps;
       const int64_t row = (slot - p.first_slot) * kSegmentRows + step % kSteps * kDepth;
       const Element* from = static_cast<const Element*>(p.branch_grads) + row * pitch + column;
-      return {from, pitch, 1, segment(step).rows > 0 ? kDepth : 0, kSide, true};
+      return {from, pitch, 1, segment(step).rows > 0 ? kDepth : 0, kGradientColumns, true};
     }
     ERCN_DEVICE Runs<Element> b(int step) const {
       const Instances<Element> h(p.problem, segment(step));
       const int row = step % kSteps * kDepth;
-      return CHANNELS_FIRST ? h.as_channels(row, channel) : h.as_rows(row, channel, kChannels);
+      return CHANNELS_FIRST ? h.as_channels(row, channel) : h.as_rows(row, channel, kGradientChannels);
     }
     ERCN_DEVICE uint32_t mask(int step) const {
       const int row = step % kSteps * kDepth;
@@ -117,9 +115,9 @@ struct PoolWeightGradient {
 
   ERCN_DEVICE static void run(const Params& p, unsigned char* memory) {
     const Columns columns = columns_of(p.problem);
-    const int tiles = column_count(columns) / kSide, D = p.problem.D, L = p.problem.L;
-    const int column = static_cast<int>(arch::block_index().x) % tiles * kSide;
-    const int channel = static_cast<int>(arch::block_index().x) / tiles * kChannels, split = arch::block_index().y;
+    const int tiles = column_count(columns) / kGradientColumns, D = p.problem.D, L = p.problem.L;
+    const int column = static_cast<int>(arch::block_index().x) % tiles * kGradientColumns;
+    const int channel = static_cast<int>(arch::block_index().x) / tiles * kGradientChannels, split = arch::block_index().y;
     const Range share = share_of(p.last_slot - p.first_slot, p.shares.splits, split);
     const Source source{p, p.first_slot + share.begin, column, channel};
     Sums sums;
@@ -151,7 +149,7 @@ struct PoolWeightGradient {
 }  // namespace
 
 void row_gradient(const PackedParams<RowsParams>& p, const arch::Stream& stream) {
-  const arch::Grid grid{static_cast<int>(p.last_slot - p.first_slot), arch::divide_up(p.problem.D, kChannels)};
+  const arch::Grid grid{static_cast<int>(p.last_slot - p.first_slot), arch::divide_up(p.problem.D, kGradientChannels)};
   with_precision(p.problem.type, p.problem.exact, [&](auto precision) {
     using Kernel = PoolRowGradient<decltype(precision)>;
     arch::launch<Kernel>(p, grid, sizeof(typename Kernel::Shared), stream);

@@ -7,6 +7,8 @@
 
 namespace ercn::pool {
 
+constexpr int kGradientColumns = 64, kGradientChannels = 128;  // of dP and of h, in a block of a product with dP
+
 struct Packed {
   void* projections;  // [column_count, depth] of h's type, in the order of columns
   float* biases;      // [column_count]

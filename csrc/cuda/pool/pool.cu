@@ -26,7 +26,7 @@ class Generic {
 
   int64_t columns() const { return column_count(columns_of(p_)); }
   WeightShares shares(bool, bool, int64_t slots) const {
-    const int blocks = static_cast<int>(columns()) / 64 * arch::divide_up(p_.D, kColumns);
+    const int blocks = static_cast<int>(columns()) / kGradientColumns * arch::divide_up(p_.D, kGradientChannels);
     const int splits = arch::divide_up(2 * stream_.multiprocessors(), std::max(blocks, 1));
     return {0, (p_.gated ? 2 : 1) * p_.L, blocks, static_cast<int>(std::min<int64_t>(splits, slots))};
   }

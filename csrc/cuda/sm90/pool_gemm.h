@@ -64,6 +64,7 @@ class GemmMultiplier {
   ERCN_DEVICE void skip(int stages) {
     for (int i = 0; i < stages; ++i) {
       wait();
+      arch::sync_warp();  // no product makes lanes wait for each other
       next_.advance();
       release();
     }

@@ -186,6 +186,7 @@ class Multiplier {
   ERCN_DEVICE void skip(int groups) {
     for (int i = 0; i < groups * slabs_; ++i) {
       weights_.wait_full();
+      arch::sync_warp();  // no product makes lanes wait for each other
       weights_.stage().release();
       weights_.advance();
     }

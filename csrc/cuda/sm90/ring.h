@@ -12,7 +12,7 @@ struct Stage {
     arch::barrier_init(&full, 1);
     arch::barrier_init(&free, warps);
   }
-  // By all lanes of a warp, which have waited for what they read.
+  // By all lanes of a warp, which have met since they waited for what they read.
   ERCN_DEVICE void release() {
     if (arch::lane_index() == 0) arch::barrier_arrive(&free);
   }

@@ -77,6 +77,7 @@ ERCN_DEVICE void barrier_wait(Barrier* barrier, int parity) {
   }
 }
 
+// Also of what other threads have stored: who writes without a fence of its own is not seen.
 ERCN_DEVICE void fence_proxy_async() {
   emulator::Block& block = emulator::block();
   std::memcpy(block.async_view.data(), block.shared, block.shared_bytes);

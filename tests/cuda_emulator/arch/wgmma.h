@@ -1,5 +1,5 @@
-// csrc/cuda/arch/wgmma.h for the emulator. A product reads shared memory when it is asked for or when it is waited for, by
-// a coin's toss, and writes its accumulators when it is waited for; until then they hold NaN. Each warp makes its 16
+// csrc/cuda/arch/wgmma.h for the emulator. A product reads shared memory when it is asked for or when it is waited for,
+// by a coin's toss, and writes its accumulators when it is waited for; until then they hold NaN. Each warp makes its 16
 // rows by itself.
 #pragma once
 

@@ -21,7 +21,7 @@ COPY = _cuda_emulator.BUILD / "mutations" / "cuda"
 
 # Compiled anew, of the Hopper affinity for D = 64 and at most 24 channels only; other objects are those of all kernels.
 SOURCES = ["sm90/affinity.cu", "sm90/affinity_forward.cu", "sm90/affinity_backward.cu", "affinity/prepare.cu",
-           "sm90/pool.cu", "sm90/pool_weights.cu"]  # fmt: skip
+           "sm90/pool.cu", "sm90/pool_rows.cu"]  # fmt: skip
 SIZES = (
     "sm90/affinity_launch.h",
     (

@@ -338,7 +338,7 @@ def _replayed(make: Callable[[], Callable[[], object]], stream: Any) -> Callable
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        kept = call()
+        kept = call, call()  # the graph reads and writes memory that only they own
 
     def replay(kept: Any = kept) -> None:
         graph.replay()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import inspect
 import json
 import os
 import subprocess
 import sys
 import sysconfig
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +121,36 @@ def test_what_failed_is_not_timed_and_what_hung_is_not_tested(tmp_path):
         assert gpu_stages._not_to_be_timed(run, other, variant) is None
     bag = PoolCase(4096, 512, 128, 1, direction=pool.direction, dtype="bfloat16")
     assert gpu_stages._not_to_be_timed(run, bag, "ercn-cuda").endswith("was wrong")
+
+
+def test_a_replay_keeps_the_memory_of_its_graph(monkeypatch):
+    """Another capture unmaps what nobody owns."""
+    from ercn.benchmarks.cases import AffinityCase
+    from ercn.benchmarks.variants import inputs_of, variants
+
+    case, owned = AffinityCase(1, 5, 8, 4), []
+    (gemm,) = (variant for variant in variants(case, "cpu") if variant.name == "t_gemm")
+
+    def make():
+        call = gemm.make(case, inputs_of(case, "cpu"))
+        owned.append(weakref.ref(inspect.getclosurevars(call).nonlocals["out"]))
+        return call
+
+    graph = SimpleNamespace(replay=lambda: None)
+    for name, stand_in in (
+        ("current_stream", lambda: None),
+        ("stream", contextlib.nullcontext),
+        ("synchronize", lambda: None),
+        ("CUDAGraph", lambda: graph),
+        ("graph", lambda graph, stream: contextlib.nullcontext()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    replay = gpu_stages._replayed(make, SimpleNamespace(wait_stream=lambda stream: None))
+    gc.collect()
+    assert owned[0]() is not None
+    del replay
+    gc.collect()
+    assert owned[0]() is None
 
 
 @pytest.mark.parametrize("op", ["affinity", "pool"])

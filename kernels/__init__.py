@@ -35,7 +35,7 @@ def counting_launches() -> Iterator[Counter[str]]:
 
     class Counted:
         def __init__(self, name: str, kernel: object):
-            self.name, self.kernel = name, kernel
+            self.name, self.kernel, self.fn = name, kernel, kernel.fn
 
         def __getitem__(self, grid):
             counts[self.name] += 1

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import time
 import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ def a_run(folder, seconds=60.0, earlier=()):
 
 
 def smoked(group, size=300, status="passed"):
-    what = {name: getattr(group, name) for name in ("op", "direction", "kernels", "dtype", "dim")}
+    what = {name: getattr(group, name) for name in ("op", "direction", "kernels", "dtype", "dim", "layout")}
     return {"kind": "smoke", "name": group.name, "size": size, "status": status, "reason": "", **what}
 
 
@@ -76,6 +77,40 @@ def test_what_hangs_dies_or_fails_is_named_and_the_rest_goes_on(monkeypatch):
         assert [ends[group.name, size] for size in (10, 20, 30)] == statuses
     reasons = {row["name"]: row["reason"] for _, row in rows if row.get("status") == "crashed"}
     assert reasons == {dying.name: "its process ended with exit code 7"}
+
+
+def test_kernels_of_a_kind_that_hangs_do_not_keep_the_others_waiting(monkeypatch):
+    hopper, generic = gpu_smoke.groups("^affinity backward, sm90")[:6], gpu_smoke.groups("^affinity backward, generic")
+    monkeypatch.setattr(gpu_smoke, "run", lambda group, *_: ("passed", time.sleep(60 * (group.kernels == "sm90"))))
+    monkeypatch.setattr(gpu_smoke, "SILENT_S", {"cpu": 1.0})
+    rows = []
+    gpu_smoke.smoke(hopper + generic, "cpu", 40, lambda kind, **row: rows.append((kind, row)), side_by_side=2)
+    rows = [row for kind, row in rows if kind == "smoke"]
+    ends = Counter((row["kernels"], row["status"], row["reason"]) for row in rows)
+    assert ends.pop(("generic", "passed", None)) == len(generic) and all(kernels == "sm90" for kernels, *_ in ends)
+    assert ends["sm90", "not run", "3 others of its kind hung"] >= 2 and sum(ends.values()) == 6
+
+
+def test_launches_before_a_hang_are_known(monkeypatch):
+    from ercn import kernels
+
+    @contextlib.contextmanager
+    def counting():
+        yield {"affinity.forward_kernel": 1}
+
+    monkeypatch.setattr(kernels, "counting_launches", counting)
+    monkeypatch.setattr(gpu_smoke, "SIZES", {"cpu": (10, 20)})
+    monkeypatch.setattr(gpu_smoke, "run", lambda group, size, _: ("passed", "") if size == 10 else os._exit(7))
+    names = []
+    gpu_smoke.smoke(gpu_smoke.groups()[:1], "cpu", 40, lambda kind, **row: names.extend(row.get("names", ())))
+    assert names == ["triton affinity.forward_kernel"]
+
+
+def test_a_smoke_case_imports_no_compiler():
+    """Each runs in a fork of its own, and would import it again."""
+    code = "import sys; from ercn.benchmarks import gpu_smoke\nwith gpu_smoke.uninitialised_is_nan(): pass\n"
+    code += "assert 'torch._inductor' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_smoke_cases_out_of_time_are_listed(monkeypatch):

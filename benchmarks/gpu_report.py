@@ -99,7 +99,7 @@ def _time(row: Row | None, product: str = "") -> str:
     if row["status"] != "passed":
         return row["status"]
     spread = f"{row['median_ms']:.3g} ({row['p20_ms']:.3g}–{row['p80_ms']:.3g})"
-    return f"{spread}, {row['ratio']:.2f}×" if product else spread
+    return f"{spread}, {row['ratio']:.2f}×" if product and "ratio" in row else spread
 
 
 def _rate(row: Row | None) -> str:

@@ -156,6 +156,10 @@ def test_what_failed_is_not_timed_and_what_hung_is_not_tested(tmp_path):
         assert gpu_stages._not_to_be_timed(run, other, variant) is None
     bag = PoolCase(4096, 512, 128, 1, direction=pool.direction, dtype="bfloat16")
     assert gpu_stages._not_to_be_timed(run, bag, "ercn-cuda").endswith("was wrong")
+    ragged = next(g for g in gpu_smoke.groups() if (g.layout, g.direction) == ("ragged", pool.direction))
+    for status, timed in (("wrong", True), ("killed", False)):
+        run = a_run(tmp_path, earlier=[smoked(ragged, status=status)])
+        assert (gpu_stages._not_to_be_timed(run, bag, "ercn-cuda") is None) == timed
 
 
 def test_a_replay_keeps_the_memory_of_its_graph(monkeypatch):
@@ -186,6 +190,30 @@ def test_a_replay_keeps_the_memory_of_its_graph(monkeypatch):
     del replay
     gc.collect()
     assert owned[0]() is None
+
+
+def test_a_product_that_fails_leaves_the_other_times(tmp_path, monkeypatch, capsys):
+    from ercn.benchmarks import variants
+    from ercn.benchmarks.cases import AffinityCase
+
+    def fails(case, inputs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(gpu_stages.Run, "device", "cpu")
+    monkeypatch.setattr(variants, "_t_gemm", fails)
+    case = AffinityCase(1, 5, 8, 4, direction="forward", dtype="float32")
+    gpu_stages._time(a_run(tmp_path), case, None)
+    rows = {row["variant"]: row for row in gpu_check.rows(tmp_path / gpu_check.RESULTS)}
+    assert rows["t_gemm"]["status"] == "not done" and "no room" in rows["t_gemm"]["reason"]
+    assert rows["ercn-cpu"]["status"] == rows["copy"]["status"] == "passed"
+    assert f"{case.id} ercn-cpu\n" in capsys.readouterr().out
+    line = next(line for line in gpu_report.render(list(rows.values())).splitlines() if line.startswith(f"| {case.id}"))
+    assert line.startswith(f"| {case.id} | not done | ") and "×" not in line
+
+
+def test_a_test_that_takes_its_worker_down_has_a_reason():
+    report = pytest.TestReport("t", ("t", 0, "t"), {}, "failed", "worker 'gw1' crashed while running 't'", "call")
+    assert gpu_stages._last_words(report) == "worker 'gw1' crashed while running 't'"
 
 
 @pytest.mark.parametrize("op", ["affinity", "pool"])
@@ -304,9 +332,14 @@ def test_a_report_names_what_is_bad_and_what_was_never_launched():
 
 
 def check(command, folder, *options, words, path=""):
-    """The script as a person runs it, on the emulator and the interpreter."""
+    """The script as a person runs it, on the emulator and the interpreter, and of the tests those with these words."""
     environment = os.environ | {"ERCN_CUDA_EMULATED": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTEST_ADDOPTS": f"-k '{words}'", "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
+    found = f"[item for item in items if all(word in item.nodeid for word in {words.split()})]"
+    plugin = f"def pytest_collection_modifyitems(items):\n    items[:] = {found}\n"
+    (folder.parent / "only_few.py").write_text(plugin)
+    paths = os.pathsep.join([str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"PYTEST_ADDOPTS": "-p only_few", "PYTHONPATH": paths}
+    environment["PATH"] = f"{path}{os.pathsep}{os.environ['PATH']}"
     environment.pop("PYTEST_CURRENT_TEST", None)
     command = [sys.executable, SCRIPT, command, "--out", folder, *options]
     result = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, check=False)
@@ -324,7 +357,7 @@ def test_all_of_it_here(tmp_path):
         tmp_path / "first",
         "--seconds=900",
         "--only=^affinity (forward|backward), sm90, bfloat16, D 64, C (7|22)$|^affinity f.*triton, float16",
-        words="gpu_exact and hopper and 64-7-torch.bfloat16",
+        words="gpu_exact hopper 64-7-torch.bfloat16",
     )
     assert stages == dict.fromkeys(("libraries", "environment", "smoke", "tests", "timing"), "done"), log
     ends = [row["status"] for row in rows if row["kind"] == "smoke"]

@@ -251,10 +251,24 @@ def test_tile_sizes_are_tried_in_turn_and_compiled_beside_each_other(tmp_path, m
     monkeypatch.setattr(gpu_stages, "WORKERS", 3)
     gpu_stages.tuning(a_run(tmp_path))
     rows = gpu_check.rows(tmp_path / gpu_check.RESULTS)
-    assert [(row["kernel"], row["dim"]) for row in rows] == list(gpu_stages.TUNED)
+    assert [row["name"] for row in rows] == [f"{kernel}, D {dim}" for kernel, dim in gpu_stages.TUNED]
     assert all(10 <= row["tried"] <= gpu_stages.CANDIDATES + 1 and row["best"] != row["shipped"] for row in rows)
     tried = (tmp_path / "tried").read_text().splitlines()
     assert len(tried) == (3 + 1) * 2 and len(max(tried, key=len)) > 2 * len(tried[0])
+    monkeypatch.setattr(gpu_stages, "_side_by_side", lambda *_: None)
+    gpu_stages.tuning(a_run(tmp_path, seconds=3))
+    late = gpu_check.rows(tmp_path / gpu_check.RESULTS)[len(rows) :]
+    assert [(row["name"], row["status"]) for row in late] == [(row["name"], "not done") for row in rows]
+    text = gpu_report.render(rows + late)
+    assert "- tuning triangle, D 192: **not done**: out of time" in text and text.count("| triangle, D 192 |") == 1
+
+
+def test_bench_that_is_out_of_time_keeps_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_stages.Run, "device", "cpu")
+    gpu_stages.bench(a_run(tmp_path, seconds=gpu_stages.CASE_S - 1))
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == []
+    (row,) = gpu_check.rows(tmp_path / gpu_check.RESULTS)
+    assert row["status"] == "not done" and row["name"].startswith("2 cases from affinity/")
 
 
 def test_a_pack_of_other_sources_is_refused(tmp_path, monkeypatch, capsys):

@@ -263,6 +263,20 @@ def test_tile_sizes_are_tried_in_turn_and_compiled_beside_each_other(tmp_path, m
     assert "- tuning triangle, D 192: **not done**: out of time" in text and text.count("| triangle, D 192 |") == 1
 
 
+@pytest.mark.parametrize(("spilled", "time"), [(0, 0.5), (8, float("inf"))])
+def test_tile_sizes_that_spill_are_not_timed(monkeypatch, spilled, time):
+    triton = pytest.importorskip("triton")
+    from ercn.kernels import tune
+
+    @triton.jit
+    def kernel():
+        pass
+
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *, grid, warmup: SimpleNamespace(n_spills=spilled))
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call, return_mode: 0.5)
+    assert tune.milliseconds(lambda: kernel[1,]()) == time
+
+
 def test_bench_that_is_out_of_time_keeps_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_stages.Run, "device", "cpu")
     gpu_stages.bench(a_run(tmp_path, seconds=gpu_stages.CASE_S - 1))

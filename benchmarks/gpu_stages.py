@@ -185,7 +185,7 @@ def failures(run: Run) -> None:
     names = {row["name"] for row in bad if row["kind"] == "smoke"}
     again = [group for group in gpu_smoke.groups() if group.name in names]
     gpu_smoke.smoke(again, run.device, run.left() / 2, run.record, side_by_side=1)
-    _pytest(run, [row["name"] for row in bad if row["kind"] == "test"], "", timeout=90, trace="long")
+    _pytest(run, dict.fromkeys(row["name"] for row in bad if row["kind"] == "test"), "", timeout=90, trace="long")
 
 
 def _pytest(run: Run, files: Iterable[str], words: str, timeout: int, trace: str = "short") -> None:

@@ -6,12 +6,16 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import _coverage
+import _gpu_backends
 import pytest
 import torch
-from _coverage import GpuCoverage
+
+import ercn
 
 TESTS = Path(__file__).parent
 
@@ -64,7 +68,7 @@ def test_a_worker_whose_gpu_keeps_an_error_ends(monkeypatch, outcome, broken):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(os, "_exit", exits.append)
-    plugin = GpuCoverage()
+    plugin = _coverage.GpuCoverage()
     plugin.is_worker = True
     for result in ("passed", outcome, "passed"):  # of setup, call and teardown
         plugin.pytest_runtest_logreport(SimpleNamespace(failed=result == "failed"))
@@ -72,3 +76,16 @@ def test_a_worker_whose_gpu_keeps_an_error_ends(monkeypatch, outcome, broken):
     assert exits == ([1] if broken and outcome == "failed" else [])
     plugin.pytest_runtest_logfinish()
     assert len(exits) <= 1
+
+
+def test_launches_are_known_where_the_gpu_keeps_an_error(monkeypatch):
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    table = [{"name": "Forward", "launches": 2}, {"name": "Backward", "launches": 0}]
+    module = SimpleNamespace(kernels=lambda: table, kernel_attributes=fail)
+    monkeypatch.setitem(sys.modules, "ercn._cuda", module)
+    monkeypatch.setattr(ercn, "_cuda", module, raising=False)
+    monkeypatch.setattr(_gpu_backends, "BACKENDS", ["cuda"])
+    monkeypatch.setattr(_gpu_backends, "EMULATED", False)
+    assert _coverage._launches(Counter()) == {"cuda Forward": 2}

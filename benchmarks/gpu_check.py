@@ -5,8 +5,9 @@
 
 PYTHON has the Python and torch versions of the machine with the GPU, which needs the tracked files and build/gpu_pack
 (ignored by git, so a tool that copies a checkout must be told to carry it) and nothing installed but torch and pytest.
-As time is left, there: ``next --seconds 400 --failed OUT/results.jsonl --out OUT2``; afterwards, anywhere: ``report
-OUT OUT2`` prints the rows for README and docs.
+Where the pack does not load there, the libraries are built first, which takes minutes: ``first --seconds 350``. As time
+is left: ``next --seconds 400 --failed OUT/results.jsonl --out OUT2``; afterwards, anywhere: ``report OUT OUT2`` prints
+what was found, and ``ercn bench readme OUT2/bench.json`` writes the README's rows.
 
 Every stage is a process of its own and ends when its time is up. What it finds is a line in OUT/results.jsonl at once,
 what it prints is in OUT/log.txt; OUT/report.md is the report of both. A kernel that hangs, fails or gives a wrong

@@ -99,7 +99,7 @@ def _time(row: Row | None, product: str = "") -> str:
     if row["status"] != "passed":
         return row["status"]
     spread = f"{row['median_ms']:.3g} ({row['p20_ms']:.3g}–{row['p80_ms']:.3g})"
-    return f"{spread}, {row['ratio']:.2f}×" if product else spread
+    return f"{spread}, {row['ratio']:.2f}×" if product and "ratio" in row else spread
 
 
 def _rate(row: Row | None) -> str:
@@ -131,6 +131,5 @@ def _sanitizers(rows: list[Row]) -> str:
 
 
 def _tuning(rows: list[Row]) -> str:
-    cells = [(row["kernel"], row["dim"] or "any", row["tried"], row["shipped"], row["best"])
-             for row in rows]  # fmt: skip
-    return table(("kernel", "D", "tried", "shipped", "fastest"), cells) if cells else ""
+    cells = [(row["name"], row["tried"], row["shipped"], row["best"]) for row in rows if row["status"] == "passed"]
+    return table(("kernel", "tried", "shipped", "fastest"), cells) if cells else ""

@@ -13,6 +13,7 @@ import re
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,6 +30,7 @@ from ercn.benchmarks.cases import DTYPES
 from ercn.ops import _extension
 
 SILENT_S = {"cuda": 15.0, "cpu": 60.0}  # without a word for so long, a process hangs
+HANGING = 3  # of an op's and a direction's kernels: the others are not waited for
 SIDE_BY_SIDE = min(6, os.cpu_count() or 1)
 SIZES = {"cuda": (300, 128, 1027, 1), "cpu": (70,)}  # pixels or instances of a bag
 HALVES = ("bfloat16", "float16")
@@ -163,11 +165,11 @@ def settings(group: Group) -> Iterator[None]:
 def uninitialised_is_nan() -> Iterator[None]:
     """Memory that C++ and Triton's launchers allocate holds NaN: what is left unwritten shows."""
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)  # the public name imports torch._inductor
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch._C._set_deterministic_algorithms(False)
 
 
 def in_backward(call: Callable[[], Any], device: str) -> Any:
@@ -222,16 +224,17 @@ def run_here(only: str, device: str, pixels: int) -> int:
 def _process(group: Group, sizes: tuple[int, ...], device: str, pipe: Connection) -> None:
     from ercn import kernels
 
+    torch.set_num_threads(2)
     with kernels.counting_launches() as counts:
         for size in sizes:
             pipe.send(("begins", size))
             pipe.send(("ends", run(group, size, device)))
-    names = [f"triton {name}" for name in counts]
-    if _extension.load("_cuda") is None:
-        from ercn import _cuda
+            names = [f"triton {name}" for name in counts]
+            if _extension.load("_cuda") is None:
+                from ercn import _cuda
 
-        names += [f"cuda {kernel['name']}" for kernel in _cuda.kernels() if kernel["launches"] > 0]
-    pipe.send(("launched", names))
+                names += [f"cuda {kernel['name']}" for kernel in _cuda.kernels() if kernel["launches"] > 0]
+            pipe.send(("launched", names))
 
 
 @dataclass
@@ -256,6 +259,10 @@ def smoke(
     context = multiprocessing.get_context("fork")
     deadline, waiting = time.monotonic() + seconds, list(found)
     running: dict[Connection, Running] = {}
+    hung: Counter[tuple[str, ...]] = Counter()
+
+    def kind(group: Group) -> tuple[str, ...]:
+        return group.op, group.direction, group.kernels
 
     def finish(pipe: Connection, status: str, reason: str) -> None:
         """The process is gone, or is to go: what it left is named."""
@@ -270,12 +277,17 @@ def smoke(
         pipe.close()
 
     def row(group: Group, size: int, status: str, reason: str, took: float = 0.0) -> None:
-        what = {name: getattr(group, name) for name in ("op", "direction", "kernels", "dtype", "dim")}
+        what = {name: getattr(group, name) for name in ("op", "direction", "kernels", "dtype", "dim", "layout")}
         done("smoke", name=group.name, size=size, status=status, reason=reason, seconds=round(took, 2), **what)
 
     while (running or waiting) and time.monotonic() < deadline:
         while waiting and len(running) < side_by_side:
-            group, (here, there) = waiting.pop(0), context.Pipe(duplex=False)
+            group = waiting.pop(0)
+            if hung[kind(group)] >= HANGING:
+                for size in SIZES[device]:
+                    row(group, size, "not run", f"{HANGING} others of its kind hung")
+                continue
+            here, there = context.Pipe(duplex=False)
             process = context.Process(target=_process, args=(group, SIZES[device], device, there), daemon=True)
             process.start()
             there.close()
@@ -299,6 +311,7 @@ def smoke(
             entry.heard = time.monotonic()
         for pipe, entry in list(running.items()):
             if time.monotonic() - entry.heard > SILENT_S[device]:
+                hung[kind(entry.group)] += 1
                 finish(pipe, "killed", f"no word for {SILENT_S[device]:.0f} s")
     for pipe in list(running):
         finish(pipe, "not run", "out of time")

@@ -32,9 +32,10 @@ TESTS = tuple(f"tests/test_{name}.py" for name in (
     "cuda_tf32", "triton_ops",
 ))  # fmt: skip
 HARDWARE = ("tests/test_gpu_hardware.py",)
+COMPILING = "property and triton"  # tests that do so for a minute
 DEVICE = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
 LOST = ("killed", "crashed")  # with its process
-STOPPING_S = 2.0  # for pytest to end
+STOPPING_S = 5.0  # for pytest to end
 ROUNDS = 30
 TOOLS = ("memcheck", "racecheck", "synccheck")
 # One case of every kernel that has barriers or addresses of its own.
@@ -59,6 +60,7 @@ BENCH = (
     r".*",
 )
 COPIED = {"cuda": 1 << 28, "cpu": 1 << 20}  # bytes; as many are written as read
+CASE_S = 10.0  # for the case that ``bench`` began last
 LEFT_OUT = ("compile", "blockwise", "sdpa")
 
 
@@ -157,7 +159,7 @@ def tests(run: Run) -> None:
         run.record("note", text=f"tests left out, since the kernels hang or crash: {', '.join(left_out)}")
     if any("sm90" in kernels for _, kernels in gone):
         os.environ["ERCN_CUDA_KERNELS"] = "generic"  # of tests that do not choose themselves
-    _pytest(run, TESTS, " and ".join(f"not ({words})" for words in left_out))
+    _pytest(run, TESTS, " and ".join(f"not ({words})" for words in [*left_out, COMPILING]), timeout=45)
 
 
 def _keywords(op: str, kernels: str) -> str:
@@ -171,7 +173,8 @@ def _keywords(op: str, kernels: str) -> str:
 
 
 def hardware(run: Run) -> None:
-    _pytest(run, HARDWARE, "", timeout=90)
+    """Streams, graphs and the like, and the tests that took too long before."""
+    _pytest(run, (*HARDWARE, *TESTS), f"gpu_hardware or {COMPILING}", timeout=90)
 
 
 def failures(run: Run) -> None:
@@ -182,10 +185,10 @@ def failures(run: Run) -> None:
     names = {row["name"] for row in bad if row["kind"] == "smoke"}
     again = [group for group in gpu_smoke.groups() if group.name in names]
     gpu_smoke.smoke(again, run.device, run.left() / 2, run.record, side_by_side=1)
-    _pytest(run, [row["name"] for row in bad if row["kind"] == "test"], "", trace="long")
+    _pytest(run, dict.fromkeys(row["name"] for row in bad if row["kind"] == "test"), "", timeout=90, trace="long")
 
 
-def _pytest(run: Run, files: Iterable[str], words: str, timeout: int = 30, trace: str = "short") -> None:
+def _pytest(run: Run, files: Iterable[str], words: str, timeout: int, trace: str = "short") -> None:
     """Every result goes to the records as it is known; a test that hangs takes its worker down, and only that."""
     import pytest
 
@@ -193,7 +196,8 @@ def _pytest(run: Run, files: Iterable[str], words: str, timeout: int = 30, trace
     chosen = [file for file in files if (ROOT / file.partition("::")[0]).is_file()]
     if not chosen:
         return
-    command = ["-q", "-p", "no:cacheprovider", "--gpu-coverage", f"--tb={trace}", "--maxfail=60", *chosen]
+    command = ["-q", "-p", "no:cacheprovider", "--gpu-coverage", f"--tb={trace}", *chosen]
+    command += ["--until", str(run.until - STOPPING_S)]
     command += ["-m", "gpu"] if run.device == "cuda" else ["-m", "not slow"]
     command += ["-k", words] if words else []
     if find_spec("pytest_timeout"):
@@ -202,27 +206,24 @@ def _pytest(run: Run, files: Iterable[str], words: str, timeout: int = 30, trace
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--max-worker-restart", "40"]
 
     class Recorder:
-        def pytest_sessionstart(self, session: pytest.Session) -> None:
-            self.session = session
-
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             if report.when == "call" or report.outcome != "passed":
                 status = {"passed": "passed", "skipped": "skipped"}.get(report.outcome, "failed")
                 reason = "" if status == "passed" else _last_words(report)
                 run.record("test", name=report.nodeid, status=status, seconds=round(report.duration, 2), reason=reason)
-            if run.left() < STOPPING_S and not self.session.shouldstop:
-                self.session.shouldstop = "out of time"
-                run.record("test", name="the rest", status="not run", reason="out of time")
 
         def pytest_collectreport(self, report: pytest.CollectReport) -> None:
             if report.failed:
                 run.record("test", name=report.nodeid, status="failed", seconds=0, reason=_last_words(report))
 
         def pytest_unconfigure(self, config: pytest.Config) -> None:
-            (coverage,) = (p for p in config.pluginmanager.get_plugins() if type(p).__name__ == "GpuCoverage")
+            coverage = config.pluginmanager.get_plugin("gpu-coverage")
             run.record("launched", names=[name for name, count in coverage.launches.items() if count > 0], by="tests")
 
     code = pytest.main(command, plugins=[Recorder()])
+    if code == pytest.ExitCode.INTERRUPTED:
+        reason = "out of time" if run.left() < STOPPING_S else "pytest was interrupted"
+        run.record("test", name="the rest", status="not run", reason=reason)
     known = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED,
              pytest.ExitCode.INTERRUPTED)  # fmt: skip
     if code not in known:
@@ -233,6 +234,7 @@ def _last_words(report: Any) -> str:
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2][-300:]
     lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ") or "Error" in line]
+    lines = lines or report.longreprtext.splitlines()  # of a worker that died, a sentence
     return " ".join(" ".join(lines[-3:]).split())[:300]
 
 
@@ -240,9 +242,8 @@ def timing(run: Run) -> None:
     """The headline: our kernels, the one product that plain torch cannot avoid, and a copy, in turns."""
     import torch
 
-    from ercn.benchmarks import timing as clock
     from ercn.benchmarks.cases import AffinityCase, PoolCase
-    from ercn.benchmarks.variants import inputs_of, variants
+    from ercn.benchmarks.kernels import attributes
     from ercn.ops import cuda
 
     device = run.device
@@ -252,39 +253,56 @@ def timing(run: Run) -> None:
         shapes = [wide, PoolCase(65536, 1024, 256, 1), *others, PoolCase(65536, 512, 128, 1)]
     cases = [replace(case, direction=way, dtype="bfloat16") for case in shapes for way in ("forward", "backward")]
     _compile(run, cases)
+    stream = torch.cuda.Stream() if device == "cuda" else None
     for case in cases:
         if run.left() < 5:
             run.record("time", case=case.id, status="not done", reason="out of time")
             continue
-        inputs = inputs_of(case, device)
-        also = ("generic", "sm90_dense")[: 2 if case.op == "affinity" else 1] if device == "cuda" else ()
-        wanted = [v for v in variants(case, device, also=also) if v.role == "ercn" or v.name == case.baseline]
-        stream = torch.cuda.Stream() if device == "cuda" else None
-        runners: dict[str, Callable[[], object]] = {"copy": _copy(device)}
-        for variant in wanted:
-            reason = variant.obstacle(case, inputs) or _not_to_be_timed(run, case, variant.name)
-            try:
-                if reason is None and variant.name != "ercn-reference":
-                    runners[variant.name] = _replayed(functools.partial(variant.make, case, inputs), stream)
-            except Exception as error:  # noqa: BLE001 - one variant must not end the others
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if reason is not None:
-                run.record("time", case=case.id, variant=variant.name, status="not done", reason=reason)
-        samples = clock.interleave(runners, device, seconds=0, min_rounds=ROUNDS if device == "cuda" else 3)
-        for name, own in samples.items():
-            median, low, high = clock.summary(own)
-            ratio = clock.paired_ratio(own, samples[case.baseline])[0]
-            values = {"median_ms": median, "p20_ms": low, "p80_ms": high, "ratio": ratio, "baseline": case.baseline}
-            values |= {"bytes": 2 * COPIED[device]} if name == "copy" else {}
-            run.record("time", case=case.id, variant=name, status="passed", **values)
-        del runners
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        try:
+            _time(run, case, stream)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        except Exception as error:  # noqa: BLE001 - one case must not end the others
+            run.record("time", case=case.id, status="failed", reason=_sentence(error))
     if cuda.unavailable() is None:
-        from ercn import _cuda
-
-        for kernel in _cuda.kernel_attributes():
+        for kernel in attributes():
             run.record("kernel", **kernel)
+
+
+def _time(run: Run, case: Any, stream: Any) -> None:
+    from ercn.benchmarks import timing as clock
+    from ercn.benchmarks.variants import inputs_of, variants
+
+    device, inputs = run.device, inputs_of(case, run.device)
+    also = ["generic"] if device == "cuda" else []
+    if also and (case.op, case.direction) == ("affinity", "forward"):
+        also.append("sm90_dense")  # backwards it is sm90
+    runners: dict[str, Callable[[], object]] = {"copy": _copy(device)}
+    for variant in variants(case, device, also=also):
+        if variant.name == "ercn-reference" or variant.role != "ercn" and variant.name != case.baseline:
+            continue
+        reason = variant.obstacle(case, inputs) or _not_to_be_timed(run, case, variant.name)
+        try:
+            if reason is None:
+                print(f"{case.id} {variant.name}", flush=True)  # if it takes the process down, this is the last line
+                runners[variant.name] = _replayed(functools.partial(variant.make, case, inputs), stream)
+        except Exception as error:  # noqa: BLE001 - one variant must not end the others
+            reason = _sentence(error)
+        if reason is not None:
+            run.record("time", case=case.id, variant=variant.name, status="not done", reason=reason)
+    print(f"{case.id} in turns", flush=True)
+    samples = clock.interleave(runners, device, seconds=0, min_rounds=ROUNDS if device == "cuda" else 3)
+    for name, own in samples.items():
+        median, low, high = clock.summary(own)
+        values = {"median_ms": median, "p20_ms": low, "p80_ms": high, "baseline": case.baseline}
+        if case.baseline in samples:
+            values["ratio"] = clock.paired_ratio(own, samples[case.baseline])[0]
+        values |= {"bytes": 2 * COPIED[device]} if name == "copy" else {}
+        run.record("time", case=case.id, variant=name, status="passed", **values)
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _compile(run: Run, cases: list[Any]) -> None:
@@ -338,7 +356,7 @@ def _replayed(make: Callable[[], Callable[[], object]], stream: Any) -> Callable
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        kept = call()
+        kept = call, call()  # the graph reads and writes memory that only they own
 
     def replay(kept: Any = kept) -> None:
         graph.replay()
@@ -354,7 +372,8 @@ def _not_to_be_timed(run: Run, case: Any, variant: str) -> str | None:
     for row in run.smoked():
         same = (row["op"], row["direction"], row["dtype"]) == (op, case.direction, case.dtype)
         near = op == "pool" or row["dim"] == case.dim or row["kernels"] not in ("sm90", "sm90_dense")
-        if same and near and row["kernels"] in kernels and row["status"] in (*LOST, "failed", "wrong"):
+        wrong = row["status"] in ("failed", "wrong") and row["layout"] in ("", "rows")  # a timed bag has rows
+        if same and near and row["kernels"] in kernels and (wrong or row["status"] in LOST):
             return f"in the smoke stage {row['name']}, N {row['size']} was {row['status']}"
     return None
 
@@ -404,9 +423,11 @@ def tuning(run: Run) -> None:
         for kernel, dim in TUNED:
             every = list(tune.candidates(kernel, "half", dim))
             rows = [configs.rows(arch, kernel, torch.bfloat16)[dim], *every[:: -(-len(every) // CANDIDATES)]]
+            row = {"name": f"{kernel}, D {dim or 'any'}", "tried": len(rows), "shipped": rows[0]}
             if run.left() > 5:
-                best = tune.fastest(arch, kernel, "half", dim, rows[part])
-                yield {"kernel": kernel, "dim": dim, "best": best, "tried": len(rows), "shipped": rows[0]}
+                yield row | {"status": "passed", "best": tune.fastest(arch, kernel, "half", dim, rows[part])}
+            else:
+                yield row | {"status": "not done", "best": None, "reason": "out of time"}
 
     compiling = [functools.partial(list, try_rows(slice(i, None, WORKERS))) for i in range(WORKERS)]
     _side_by_side(compiling, run.left() / 2)
@@ -429,7 +450,10 @@ def bench(run: Run) -> None:
         every = suite("all", device, "standard")
         cases = [case for pattern in BENCH for case in every if re.fullmatch(pattern, case.id)]
     config = replace(config, save=str(run.out / "bench.json"))
-    measure_cases(config, list(dict.fromkeys(cases)), device)
+    measured = measure_cases(config, list(dict.fromkeys(cases)), device, run.until - CASE_S)
+    done = {row["case"] for row in measured["rows"]}
+    if left := list(dict.fromkeys(case.id for case in cases if case.id not in done)):
+        run.record("bench", name=f"{len(left)} cases from {left[0]} on", status="not done", reason="out of time")
     (run.out / "bench.csv").unlink()  # few files come back; the JSON holds all of it
 
 

@@ -10,6 +10,18 @@ from ercn.benchmarks.results import Row
 from ercn.ops import cuda
 
 
+def attributes() -> list[dict[str, Any]]:
+    """Of every kernel of ercn._cuda. Launches are known even where the device tells nothing, as after an error that it
+    keeps.
+    """
+    from ercn import _cuda
+
+    try:
+        return _cuda.kernel_attributes()
+    except RuntimeError as error:
+        return [kernel | {"absent": str(error)} for kernel in _cuda.kernels()]
+
+
 @contextlib.contextmanager
 def launched() -> Iterator[list[dict[str, Any]]]:
     """The list receives, when the block ends, the attributes of every kernel that was launched in it, or the reason why
@@ -23,11 +35,7 @@ def launched() -> Iterator[list[dict[str, Any]]]:
 
     before = {kernel["name"]: kernel["launches"] for kernel in _cuda.kernels()}
     yield found
-    try:
-        kernels = _cuda.kernel_attributes()
-    except RuntimeError as error:  # a row is worth more than what the device says of its kernels
-        kernels = [kernel | {"absent": str(error)} for kernel in _cuda.kernels()]
-    for kernel in kernels:
+    for kernel in attributes():
         launches = kernel["launches"] - before[kernel["name"]]
         if launches > 0:
             found.append(kernel | {"launches": launches})

@@ -103,8 +103,8 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure_cases(config: BenchConfig, cases: list[Case], device: str) -> dict[str, Any]:
-    """``run`` for cases in an order of one's own."""
+def measure_cases(config: BenchConfig, cases: list[Case], device: str, until: float = float("inf")) -> dict[str, Any]:
+    """``run`` for cases in an order of one's own. until: on time.monotonic's clock; no case begins after it."""
     timing.keep_freed_memory()
     shown, values = screen(), environment(device)
     shown.note(f"{machine(values)}; torch {values['packages']['torch']}; {len(cases)} cases")
@@ -116,6 +116,8 @@ def measure_cases(config: BenchConfig, cases: list[Case], device: str) -> dict[s
     try:
         with shown.progress(len(cases)):
             for case in cases:
+                if time.monotonic() > until:
+                    break
                 shown.starts(case)
                 shown.finished(case, measure(case, device, config, peaks, writer.add))
     finally:

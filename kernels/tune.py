@@ -3,9 +3,9 @@
     python -m ercn.kernels.tune                        # every kernel, the table in place
     python -m ercn.kernels.tune --kernels forward triangle --out table.py
 
-Every candidate that compiles and fits on chip is timed at the shape its row serves (16,384 pixels or instances, random
-data); the fastest is kept. Then dense tiles and the triangle are compared to set where the triangle begins. Nobody runs
-this implicitly: what it writes is reviewed, tested and committed.
+Every candidate that compiles, fits on chip and does not spill is timed at the shape its row serves (16,384 pixels or
+instances, random data); the fastest is kept. Then dense tiles and the triangle are compared to set where the triangle
+begins. Nobody runs this implicitly: what it writes is reviewed, tested and committed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -80,11 +81,19 @@ def _workload(kernel: str, dtype: torch.dtype, dim: int) -> Callable[[], object]
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call; inf where its kernels do not compile or do not fit."""
+    """Median time of a call; inf where its kernels do not compile, do not fit or spill."""
     try:
-        return triton.testing.do_bench(call, return_mode="median")
+        return float("inf") if _spills(call) else triton.testing.do_bench(call, return_mode="median")
     except (CompilationError, OutOfResources, PTXASError):
         return float("inf")
+
+
+def _spills(call: Callable[[], object]) -> bool:
+    """Whether a kernel that the call launches has registers in local memory."""
+    kernels, run = [], triton.JITFunction.run
+    with mock.patch.object(triton.JITFunction, "run", lambda *args, **named: kernels.append(run(*args, **named))):
+        call()
+    return any(kernel.n_spills for kernel in kernels)
 
 
 def fastest(arch: str, kernel: str, kind: str, dim: int, rows: Iterable[tuple[int, ...]]) -> tuple[int, ...] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 
 import pytest
+import torch
 
 
 class GpuCoverage:
@@ -13,8 +15,10 @@ class GpuCoverage:
         self.launches: dict[str, int] = {}
         self.counting = contextlib.ExitStack()
         self.of_triton: Counter[str] = Counter()
+        self.is_worker = self.failed = False
 
     def pytest_sessionstart(self, session):
+        self.is_worker = hasattr(session.config, "workerinput")
         from ercn.ops import triton
 
         if not _distributes(session.config) and triton.unavailable() is None:
@@ -30,6 +34,19 @@ class GpuCoverage:
             session.config.workeroutput["launches"] = self.launches
         elif self.never() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_runtest_logreport(self, report):
+        self.failed |= report.failed
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self):
+        """A worker whose GPU keeps an error ends, and xdist starts another: there every later test would fail."""
+        if self.is_worker and self.failed and torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                os._exit(1)
+        self.failed = False
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node):
@@ -70,8 +87,8 @@ def _launches(of_triton: Counter[str]) -> dict[str, int]:
     if "cuda" in BACKENDS and EMULATED:
         launches |= _cuda_emulator.launches()
     elif "cuda" in BACKENDS:
-        from ercn import _cuda
+        from ercn.benchmarks.kernels import attributes
 
-        attributes = (kernel for kernel in _cuda.kernel_attributes() if "absent" not in kernel)
-        launches |= {f"cuda {kernel['name']}": kernel["launches"] for kernel in attributes}
+        present = (kernel for kernel in attributes() if "absent" not in kernel or kernel["launches"] > 0)
+        launches |= {f"cuda {kernel['name']}": kernel["launches"] for kernel in present}
     return launches

@@ -4,6 +4,8 @@ Files with slow tests begin first: a file goes to one process as a whole, and a 
 alone.
 """
 
+import time
+
 import pytest
 import torch
 from _coverage import GpuCoverage
@@ -14,11 +16,17 @@ from ercn.ops import triton
 
 def pytest_addoption(parser):
     parser.addoption("--gpu-coverage", action="store_true", help="fail where a kernel of this GPU was never launched")
+    parser.addoption("--until", type=float, default=float("inf"), help="stop when time.monotonic() is past it")
 
 
 def pytest_configure(config):
     if config.getoption("--gpu-coverage"):
-        config.pluginmanager.register(GpuCoverage())
+        config.pluginmanager.register(GpuCoverage(), "gpu-coverage")
+
+
+def pytest_runtest_teardown(item):
+    if time.monotonic() > item.config.getoption("--until"):
+        item.session.shouldstop = "out of time"  # in xdist each worker stops itself, and so its launches come back
 
 
 def pytest_collection_modifyitems(items):

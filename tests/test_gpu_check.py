@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import inspect
 import json
 import os
 import subprocess
 import sys
 import sysconfig
 import time
+import weakref
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +31,7 @@ def a_run(folder, seconds=60.0, earlier=()):
 
 
 def smoked(group, size=300, status="passed"):
-    what = {name: getattr(group, name) for name in ("op", "direction", "kernels", "dtype", "dim")}
+    what = {name: getattr(group, name) for name in ("op", "direction", "kernels", "dtype", "dim", "layout")}
     return {"kind": "smoke", "name": group.name, "size": size, "status": status, "reason": "", **what}
 
 
@@ -73,6 +79,40 @@ def test_what_hangs_dies_or_fails_is_named_and_the_rest_goes_on(monkeypatch):
     assert reasons == {dying.name: "its process ended with exit code 7"}
 
 
+def test_kernels_of_a_kind_that_hangs_do_not_keep_the_others_waiting(monkeypatch):
+    hopper, generic = gpu_smoke.groups("^affinity backward, sm90")[:6], gpu_smoke.groups("^affinity backward, generic")
+    monkeypatch.setattr(gpu_smoke, "run", lambda group, *_: ("passed", time.sleep(60 * (group.kernels == "sm90"))))
+    monkeypatch.setattr(gpu_smoke, "SILENT_S", {"cpu": 1.0})
+    rows = []
+    gpu_smoke.smoke(hopper + generic, "cpu", 40, lambda kind, **row: rows.append((kind, row)), side_by_side=2)
+    rows = [row for kind, row in rows if kind == "smoke"]
+    ends = Counter((row["kernels"], row["status"], row["reason"]) for row in rows)
+    assert ends.pop(("generic", "passed", None)) == len(generic) and all(kernels == "sm90" for kernels, *_ in ends)
+    assert ends["sm90", "not run", "3 others of its kind hung"] >= 2 and sum(ends.values()) == 6
+
+
+def test_launches_before_a_hang_are_known(monkeypatch):
+    from ercn import kernels
+
+    @contextlib.contextmanager
+    def counting():
+        yield {"affinity.forward_kernel": 1}
+
+    monkeypatch.setattr(kernels, "counting_launches", counting)
+    monkeypatch.setattr(gpu_smoke, "SIZES", {"cpu": (10, 20)})
+    monkeypatch.setattr(gpu_smoke, "run", lambda group, size, _: ("passed", "") if size == 10 else os._exit(7))
+    names = []
+    gpu_smoke.smoke(gpu_smoke.groups()[:1], "cpu", 40, lambda kind, **row: names.extend(row.get("names", ())))
+    assert names == ["triton affinity.forward_kernel"]
+
+
+def test_a_smoke_case_imports_no_compiler():
+    """Each runs in a fork of its own, and would import it again."""
+    code = "import sys; from ercn.benchmarks import gpu_smoke\nwith gpu_smoke.uninitialised_is_nan(): pass\n"
+    code += "assert 'torch._inductor' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_smoke_cases_out_of_time_are_listed(monkeypatch):
     groups = gpu_smoke.groups("generic")
     monkeypatch.setattr(gpu_smoke, "run", lambda *_: time.sleep(60))
@@ -116,6 +156,64 @@ def test_what_failed_is_not_timed_and_what_hung_is_not_tested(tmp_path):
         assert gpu_stages._not_to_be_timed(run, other, variant) is None
     bag = PoolCase(4096, 512, 128, 1, direction=pool.direction, dtype="bfloat16")
     assert gpu_stages._not_to_be_timed(run, bag, "ercn-cuda").endswith("was wrong")
+    ragged = next(g for g in gpu_smoke.groups() if (g.layout, g.direction) == ("ragged", pool.direction))
+    for status, timed in (("wrong", True), ("killed", False)):
+        run = a_run(tmp_path, earlier=[smoked(ragged, status=status)])
+        assert (gpu_stages._not_to_be_timed(run, bag, "ercn-cuda") is None) == timed
+
+
+def test_a_replay_keeps_the_memory_of_its_graph(monkeypatch):
+    """Another capture unmaps what nobody owns."""
+    from ercn.benchmarks.cases import AffinityCase
+    from ercn.benchmarks.variants import inputs_of, variants
+
+    case, owned = AffinityCase(1, 5, 8, 4), []
+    (gemm,) = (variant for variant in variants(case, "cpu") if variant.name == "t_gemm")
+
+    def make():
+        call = gemm.make(case, inputs_of(case, "cpu"))
+        owned.append(weakref.ref(inspect.getclosurevars(call).nonlocals["out"]))
+        return call
+
+    graph = SimpleNamespace(replay=lambda: None)
+    for name, stand_in in (
+        ("current_stream", lambda: None),
+        ("stream", contextlib.nullcontext),
+        ("synchronize", lambda: None),
+        ("CUDAGraph", lambda: graph),
+        ("graph", lambda graph, stream: contextlib.nullcontext()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    replay = gpu_stages._replayed(make, SimpleNamespace(wait_stream=lambda stream: None))
+    gc.collect()
+    assert owned[0]() is not None
+    del replay
+    gc.collect()
+    assert owned[0]() is None
+
+
+def test_a_product_that_fails_leaves_the_other_times(tmp_path, monkeypatch, capsys):
+    from ercn.benchmarks import variants
+    from ercn.benchmarks.cases import AffinityCase
+
+    def fails(case, inputs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(gpu_stages.Run, "device", "cpu")
+    monkeypatch.setattr(variants, "_t_gemm", fails)
+    case = AffinityCase(1, 5, 8, 4, direction="forward", dtype="float32")
+    gpu_stages._time(a_run(tmp_path), case, None)
+    rows = {row["variant"]: row for row in gpu_check.rows(tmp_path / gpu_check.RESULTS)}
+    assert rows["t_gemm"]["status"] == "not done" and "no room" in rows["t_gemm"]["reason"]
+    assert rows["ercn-cpu"]["status"] == rows["copy"]["status"] == "passed"
+    assert f"{case.id} ercn-cpu\n" in capsys.readouterr().out
+    line = next(line for line in gpu_report.render(list(rows.values())).splitlines() if line.startswith(f"| {case.id}"))
+    assert line.startswith(f"| {case.id} | not done | ") and "×" not in line
+
+
+def test_a_test_that_takes_its_worker_down_has_a_reason():
+    report = pytest.TestReport("t", ("t", 0, "t"), {}, "failed", "worker 'gw1' crashed while running 't'", "call")
+    assert gpu_stages._last_words(report) == "worker 'gw1' crashed while running 't'"
 
 
 @pytest.mark.parametrize("op", ["affinity", "pool"])
@@ -153,10 +251,38 @@ def test_tile_sizes_are_tried_in_turn_and_compiled_beside_each_other(tmp_path, m
     monkeypatch.setattr(gpu_stages, "WORKERS", 3)
     gpu_stages.tuning(a_run(tmp_path))
     rows = gpu_check.rows(tmp_path / gpu_check.RESULTS)
-    assert [(row["kernel"], row["dim"]) for row in rows] == list(gpu_stages.TUNED)
+    assert [row["name"] for row in rows] == [f"{kernel}, D {dim}" for kernel, dim in gpu_stages.TUNED]
     assert all(10 <= row["tried"] <= gpu_stages.CANDIDATES + 1 and row["best"] != row["shipped"] for row in rows)
     tried = (tmp_path / "tried").read_text().splitlines()
     assert len(tried) == (3 + 1) * 2 and len(max(tried, key=len)) > 2 * len(tried[0])
+    monkeypatch.setattr(gpu_stages, "_side_by_side", lambda *_: None)
+    gpu_stages.tuning(a_run(tmp_path, seconds=3))
+    late = gpu_check.rows(tmp_path / gpu_check.RESULTS)[len(rows) :]
+    assert [(row["name"], row["status"]) for row in late] == [(row["name"], "not done") for row in rows]
+    text = gpu_report.render(rows + late)
+    assert "- tuning triangle, D 192: **not done**: out of time" in text and text.count("| triangle, D 192 |") == 1
+
+
+@pytest.mark.parametrize(("spilled", "time"), [(0, 0.5), (8, float("inf"))])
+def test_tile_sizes_that_spill_are_not_timed(monkeypatch, spilled, time):
+    triton = pytest.importorskip("triton")
+    from ercn.kernels import tune
+
+    @triton.jit
+    def kernel():
+        pass
+
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *, grid, warmup: SimpleNamespace(n_spills=spilled))
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call, return_mode: 0.5)
+    assert tune.milliseconds(lambda: kernel[1,]()) == time
+
+
+def test_bench_that_is_out_of_time_keeps_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_stages.Run, "device", "cpu")
+    gpu_stages.bench(a_run(tmp_path, seconds=gpu_stages.CASE_S - 1))
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == []
+    (row,) = gpu_check.rows(tmp_path / gpu_check.RESULTS)
+    assert row["status"] == "not done" and row["name"].startswith("2 cases from affinity/")
 
 
 def test_a_pack_of_other_sources_is_refused(tmp_path, monkeypatch, capsys):
@@ -234,9 +360,14 @@ def test_a_report_names_what_is_bad_and_what_was_never_launched():
 
 
 def check(command, folder, *options, words, path=""):
-    """The script as a person runs it, on the emulator and the interpreter."""
+    """The script as a person runs it, on the emulator and the interpreter, and of the tests those with these words."""
     environment = os.environ | {"ERCN_CUDA_EMULATED": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTEST_ADDOPTS": f"-k '{words}'", "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
+    found = f"[item for item in items if all(word in item.nodeid for word in {words.split()})]"
+    plugin = f"def pytest_collection_modifyitems(items):\n    items[:] = {found}\n"
+    (folder.parent / "only_few.py").write_text(plugin)
+    paths = os.pathsep.join([str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"PYTEST_ADDOPTS": "-p only_few", "PYTHONPATH": paths}
+    environment["PATH"] = f"{path}{os.pathsep}{os.environ['PATH']}"
     environment.pop("PYTEST_CURRENT_TEST", None)
     command = [sys.executable, SCRIPT, command, "--out", folder, *options]
     result = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, check=False)
@@ -254,7 +385,7 @@ def test_all_of_it_here(tmp_path):
         tmp_path / "first",
         "--seconds=900",
         "--only=^affinity (forward|backward), sm90, bfloat16, D 64, C (7|22)$|^affinity f.*triton, float16",
-        words="gpu_exact and hopper and 64-7-torch.bfloat16",
+        words="gpu_exact hopper 64-7-torch.bfloat16",
     )
     assert stages == dict.fromkeys(("libraries", "environment", "smoke", "tests", "timing"), "done"), log
     ends = [row["status"] for row in rows if row["kind"] == "smoke"]

@@ -109,9 +109,10 @@ def assert_fits(binary: Compiled, tmp_path: Path, case: str = "") -> None:
     assert binary.spilled(tmp_path) == 0, f"{binary.name} {case}: {binary.spilled(tmp_path)} bytes spilled"
 
 
-def widths(kernel: str, precision: str) -> tuple[int, ...]:
-    """The largest D of every row that the kernel has for the precision."""
-    return (0,) if kernel == "pool" else tune.DIMS["float32" if PRECISIONS[precision][0] == torch.float32 else "half"]
+def widths(arch: str, kernel: str, precision: str) -> list[int]:
+    """The largest D of every row of the kernel for the precision; a row that is that of any D has the same kernel."""
+    rows = configs.rows(arch, kernel, PRECISIONS[precision][0])
+    return [dim for dim, row in rows.items() if dim == 0 or row != rows[0]]
 
 
 @pytest.mark.slow
@@ -119,7 +120,7 @@ def widths(kernel: str, precision: str) -> tuple[int, ...]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_row_fits_on_chip(arch, kernel, tmp_path):
     for precision in DEMANDING[kernel]:
-        for dim in widths(kernel, precision):
+        for dim in widths(arch, kernel, precision):
             for binary in compiled(arch, kernel, precision, dim):
                 assert_fits(binary, tmp_path, f"{precision}, D {dim or 'any'}")
 

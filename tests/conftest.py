@@ -45,6 +45,15 @@ def uninitialised_memory_is_nan():
 
 
 @pytest.fixture
+def tf32():
+    """float32 products may be TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
 def finite_products(monkeypatch):
     """Triton interpreted: no product may meet a value that is not finite, so a read outside of the inputs shows."""
     if not triton.INTERPRETED:

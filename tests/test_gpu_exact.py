@@ -42,14 +42,6 @@ def backend(request, monkeypatch):
         yield name
 
 
-@pytest.fixture
-def tf32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("dim, dtype, n", AFFINITY, ids=str)
 def test_affinity(backend, dim, dtype, n):
     check_affinity(backend, 1, 22, dim, n, dtype=dtype, device=DEVICE)

@@ -56,14 +56,6 @@ def tensor_cores(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
 
 
-@pytest.fixture
-def tf32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def positive(*shape, seed):
     """float32 in [0.5, 1.5]: no sum of products cancels."""
     return (0.5 + randn(*shape, seed=seed).abs() % 1).float()

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ercn.benchmarks import exact
 from ercn.benchmarks.cases import DTYPES
+from ercn.benchmarks.results import sentence
 from ercn.ops import _extension
 
 SILENT_S = {"cuda": 15.0, "cpu": 60.0}  # without a word for so long, a process hangs
@@ -145,7 +146,7 @@ def run(group: Group, size: int, device: str) -> tuple[str, str]:
         return ("passed", "") if reason is None else ("wrong", reason)
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises is its result
         traceback.print_exc()
-        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return "failed", sentence(error)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from typing import Any
 from ercn.benchmarks import gpu_pack
 from ercn.benchmarks.gpu_check import REFUSED, RESULTS, ROOT, record, rows
 from ercn.benchmarks.gpu_report import BAD
+from ercn.benchmarks.results import sentence
 
 SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
 WORKERS = 12
@@ -263,7 +264,7 @@ def timing(run: Run) -> None:
             if device == "cuda":
                 torch.cuda.empty_cache()
         except Exception as error:  # noqa: BLE001 - one case must not end the others
-            run.record("time", case=case.id, status="failed", reason=_sentence(error))
+            run.record("time", case=case.id, status="failed", reason=sentence(error))
     if cuda.unavailable() is None:
         for kernel in attributes():
             run.record("kernel", **kernel)
@@ -287,7 +288,7 @@ def _time(run: Run, case: Any, stream: Any) -> None:
                 print(f"{case.id} {variant.name}", flush=True)  # if it takes the process down, this is the last line
                 runners[variant.name] = _replayed(functools.partial(variant.make, case, inputs), stream)
         except Exception as error:  # noqa: BLE001 - one variant must not end the others
-            reason = _sentence(error)
+            reason = sentence(error)
         if reason is not None:
             run.record("time", case=case.id, variant=variant.name, status="not done", reason=reason)
     print(f"{case.id} in turns", flush=True)
@@ -299,10 +300,6 @@ def _time(run: Run, case: Any, stream: Any) -> None:
             values["ratio"] = clock.paired_ratio(own, samples[case.baseline])[0]
         values |= {"bytes": 2 * COPIED[device]} if name == "copy" else {}
         run.record("time", case=case.id, variant=name, status="passed", **values)
-
-
-def _sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _compile(run: Run, cases: list[Any]) -> None:

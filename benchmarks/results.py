@@ -89,3 +89,8 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def timed(run: dict[str, Any]) -> list[Row]:
     return [row for row in run["rows"] if row["status"] == "ok"]
+
+
+def sentence(error: Exception) -> str:
+    """What a row says of an error."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -17,7 +17,7 @@ from ercn.benchmarks.cases import OPS, Case, Inputs, ModelCase, suite
 from ercn.benchmarks.ceilings import ceilings, describe, peak_gflops
 from ercn.benchmarks.config import BenchConfig
 from ercn.benchmarks.environment import environment, machine
-from ercn.benchmarks.results import Row, Writer
+from ercn.benchmarks.results import Row, Writer, sentence
 from ercn.benchmarks.table import screen
 from ercn.benchmarks.telemetry import Telemetry
 from ercn.benchmarks.variants import SETTABLE, Variant, inputs_of, precision, variants
@@ -122,8 +122,8 @@ def measure_cases(config: BenchConfig, cases: list[Case], device: str, until: fl
                 shown.finished(case, measure(case, device, config, peaks, writer.add))
     finally:
         writer.finish()
-    for sentence in kernels.described(writer.rows):
-        shown.note(sentence)
+    for line in kernels.described(writer.rows):
+        shown.note(line)
     return {**writer.header, "rows": writer.rows}
 
 
@@ -149,7 +149,7 @@ def measure(
             ready = _prepare(case, inputs, device, config, refuse)
             _time(case, inputs, device, config, peaks, ready, finish, refuse)
     except Exception as error:  # noqa: BLE001 - one case must not end the run
-        refuse("all", "error", _sentence(error))
+        refuse("all", "error", sentence(error))
     finally:
         gc.collect()
         if device == "cuda":
@@ -260,7 +260,7 @@ def _graph(run: Callable[[], object]) -> tuple[float | None, str | None]:
     try:
         return timing.graph_ms(run), None
     except RuntimeError as error:
-        return None, f"cannot be captured: {_sentence(error)}"
+        return None, f"cannot be captured: {sentence(error)}"
 
 
 def _rates(case: Case, variant: Variant, samples: dict[str, list[float]], peaks: dict[str, Any]) -> Row:
@@ -312,10 +312,5 @@ def _row(case: Case, device: str, variant: str, status: str, reason: str | None)
 
 def _failure(error: Exception) -> tuple[str, str]:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return "skipped", f"out of memory: {_sentence(error)}"
-    return "error", _sentence(error)
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+        return "skipped", f"out of memory: {sentence(error)}"
+    return "error", sentence(error)

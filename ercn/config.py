@@ -64,14 +64,30 @@ class ModelConfig:
     patch: 0 makes every element of the feature map an instance. P > 0 is patch-level MIL: the picture is cut into P × P
         px patches, the backbone encodes each on its own, and their embeddings are the elements; P a multiple of
         output_stride.
-    cam_pool: picture logits from the CAM. "relu": mean of its positive part plus a learned prior, so that only evidence
-        for a grade counts and a healthy picture needs an empty map; "linear": its mean (SEAM, Chikontwe).
+    cam_pool: picture logits from the CAM c over its N elements, times cam_scale, plus a learned prior.
+        "relu": mean of its positive part, so that only evidence for a grade counts and a healthy picture needs an empty
+        map; no gradient where it is nowhere positive. With one everywhere: "softplus": mean of log(1 + e^c); "gem": the
+        generalised mean (mean of log(1 + e^c)^3)^(1/3) (Radenovic et al. 2018); "lse": log of the mean of e^c (Pinheiro
+        and Collobert 2015); "topk": mean of the largest tenth. "linear": the mean, without prior (SEAM, Chikontwe).
+    cam_scale: factor of what is pooled. A mean over all elements dilutes a lesion by its share of the picture.
+    evidence: what the MIL head classifies, with attention a over the elements i, features h and CAM c_k = w_k · h.
+        "shared": logit_k = Σ a_i c_ki + b_k, the CAM is the evidence that attention weighs; "classwise": the same with
+        an attention a_k for every channel (multi-branch attention, Lu et al. 2021, CLAM); "additive": c_i = ψ(N a_i
+        h_i), logit = mean of c + b, ψ a hidden layer of pool_dim (Javed et al. 2022, Additive MIL); "separate":
+        logit_k = u_k · Σ a_i h_i + b_k, with a classifier of its own (Ilse et al. 2018).
     embed_dim: D, channels of the pixel embedding (SEAM: 192).
     center: subtract the picture's mean from the embedding before the affinity (``ercn.nn.PixelCorrelation``); SEAM and
         Chikontwe do not.
+    confidence: what the mask judges and the affinity propagates: "relative", a CAM by its own maximum in the picture
+        (SEAM, Chikontwe), which makes noise of a healthy eye as strong as a lesion; "absolute", that times the
+        probability of the channel.
     mask: spatial mask on the CAM before refinement: "soft", "hard" or "off".
     mask_thresholds: the mask is the mean over these t of [max foreground CAM >= t].
     steps: how often the normalised affinity is applied; 0 leaves the map as the mask made it.
+    refine_stride: input pixels per element of the refined CAM, at most output_stride and a divisor of it; 0 for the
+        CAM's own grid.
+    refine_stages: of the backbone, what the affinity embeds beside the picture, two of them: 0 is the finest, -1 the
+        last.
     detach: stop gradients into the refinement's CAM and features (SEAM and Chikontwe do).
     pool: "gated" or "plain" attention MIL over all feature-map elements, or "none" (CAM only).
     pool_dim: L, hidden width of the attention.
@@ -85,12 +101,17 @@ class ModelConfig:
     targets: Targets = "ordinal"
     output_stride: int = 16
     patch: int = 0
-    cam_pool: Literal["relu", "linear"] = "relu"
+    cam_pool: Literal["relu", "softplus", "gem", "lse", "topk", "linear"] = "relu"
+    cam_scale: float = 1.0
+    evidence: Literal["shared", "classwise", "additive", "separate"] = "shared"
     embed_dim: int = 192
     center: bool = True
+    confidence: Literal["absolute", "relative"] = "absolute"
     mask: Literal["soft", "hard", "off"] = "soft"
     mask_thresholds: tuple[float, ...] = (0.2, 0.3, 0.4)
     steps: int = 1
+    refine_stride: int = 0
+    refine_stages: tuple[int, int] = (-3, -2)
     detach: bool = True
     pool: Literal["gated", "plain", "none"] = "gated"
     pool_dim: int = 128
@@ -99,7 +120,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self, "at least 1", "output_stride", "embed_dim", "pool_dim")
-        _require(self, "at least 0", "patch", "steps")
+        _require(self, "at least 0", "patch", "steps", "refine_stride")
+        _require(self, "above 0", "cam_scale")
+        if self.refine_stride and self.output_stride % self.refine_stride:
+            raise ValueError(
+                f"refine_stride must divide output_stride {self.output_stride}, or be 0; got {self.refine_stride}"
+            )
         _require(self, "at least 0 and at most 1", "dropout", "mask_thresholds")
         if not self.mask_thresholds:
             raise ValueError("mask_thresholds must have at least one entry; got ()")
@@ -150,7 +176,8 @@ class DataConfig:
     """A folder written by ``ercn prepare`` and how to feed it.
 
     root: that folder.
-    image_size: side of the square pictures given to the network, in pixels.
+    image_size: side of the square pictures given to the network, in pixels. Best is a multiple of 32 and one more: other
+        sides are resized once more, to one at which the maps are symmetric (``ercn.elements``).
     batch_size: pictures per step and device.
     workers: loader processes.
     augment: flips, rotation, colour and scale jitter in training.
@@ -163,7 +190,7 @@ class DataConfig:
     """
 
     root: str = ""
-    image_size: int = 512
+    image_size: int = 513
     batch_size: int = 8
     workers: int = 2
     augment: bool = True
@@ -193,6 +220,7 @@ class RunConfig:
     channels_last: memory layout of pictures and weights.
     grad_checkpointing: recompute the backbone's blocks in the backward pass: less memory, the same results.
     compile: torch.compile of the network. sync_batchnorm: batch statistics over all GPUs instead of each one's own.
+    freeze_batchnorm: leave BatchNorm as ``init`` or ``model.pretrained`` has it, statistics and weights (SEAM).
     ema: decay of the weights' exponential moving average, which then is validated and exported; 0 for none.
     progress: a progress bar where the output is a terminal.
     """
@@ -214,6 +242,7 @@ class RunConfig:
     grad_checkpointing: bool = False
     compile: bool = False
     sync_batchnorm: bool = False
+    freeze_batchnorm: bool = False
     ema: float = 0.0
     progress: bool = True
 
@@ -394,7 +423,7 @@ class PrepareConfig:
     dataset: Dataset = "phantom"
     root: str = ""
     out: str = "runs/data"
-    size: int = 512
+    size: int = 513
     label: str = ""
     normalize: Literal["none", "graham"] = "none"
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)

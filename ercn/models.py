@@ -7,6 +7,7 @@ not public: this is a reconstruction from SEAM (CVPR 2020), Chikontwe et al. (Me
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,19 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ercn.config import ModelConfig
-from ercn.losses import normalize_cam
+from ercn.elements import GEOMETRY, aligned_corners, exact_side, resize, symmetrize
+from ercn.losses import add_background, normalize_cam
 from ercn.nn import GatedAttentionPool, PixelCorrelation
 
 OUTPUT_STRIDES = (8, 16, 32)
+_ALIGNED: dict[tuple[str, int], bool | None] = {}  # of (backbone, output stride), measured once
 
 
 class ERCNOutput(NamedTuple):
     """What ``ERCN`` returns; F foreground channels, h × w elements of the last feature map.
 
     logits: [B, F], the fused prediction. cam_logits: [B, F]. mil_logits: [B, F], None without MIL.
-    cam: [B, F, h, w] class activation maps before ReLU; cam_logits is the spatial mean of their positive part plus a
-        learned prior, or their spatial mean (``ModelConfig.cam_pool``).
-    refined_cam: [B, 1 + F, h, w] in [0, 1], float32, background first.
+    cam: [B, F, h, w] class activation maps before the activation of ``ModelConfig.cam_pool``, which makes cam_logits of
+        them.
+    refined_cam: [B, 1 + F, h', w'] in [0, 1], float32, background first, on the grid of ``ModelConfig.refine_stride``.
     mask: [B, 1, h, w] in [0, 1], the spatial mask m; all 1 when it is off.
     attention: [B, heads, h, w] attention scores before the softmax, None without MIL.
     """
@@ -43,22 +46,31 @@ class ERCNOutput(NamedTuple):
 class ERCN(nn.Module):
     """Backbone, CAM head, spatial mask, refinement by pixel affinity, and attention MIL over every feature-map element.
 
-    Any picture size that the backbone takes, square or not. ``backbone`` is a timm feature extractor; its state dict is
-    what contrastive pre-training exports. The refinement embeds the picture and the two stages before the last one, as
-    SEAM does (of a ResNet-50: 512 and 1024 channels, SEAM's widths).
+    Any picture size that the backbone takes, square or not; sides at which the map would not be symmetric are resized
+    first (``ercn.elements``). ``backbone`` is a timm feature extractor; its state dict is what contrastive pre-training
+    exports. The refinement embeds the picture and the stages ``refine_stages``, by default the two before the last one,
+    as SEAM does (of a ResNet-50: 512 and 1024 channels, SEAM's widths).
 
-    Modules, and so the first part of every parameter's name: backbone, classifier, refinement, and, with MIL, pool and
-    mil_classifier.
+    Modules, and so the first part of every parameter's name: backbone, classifier, refinement, and, with MIL, pool and,
+    with evidence "separate", mil_classifier.
+
+    Attributes:
+        align_corners: whether the outer elements of the maps lie on the outer pixels of the picture, or inside cells.
+
+    Args:
+        geometry: 1 reads exports from before ``ercn.elements``: nothing is mended or resized, and maps are cells.
 
     Raises:
         ValueError: a configuration that does not fit together, or a backbone that is unknown or does not support the
             output stride (the message lists those it does).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, geometry: int = GEOMETRY) -> None:
         super().__init__()
         if config.pool == "none" and config.fusion != "cam":
             raise ValueError(f"pool 'none' leaves only the CAM's logits: fusion must be 'cam' but is '{config.fusion}'")
+        if config.pool == "none" and config.evidence == "additive":
+            raise ValueError("evidence 'additive' is what attention makes of the features: pool must not be 'none'")
         least = 3 if config.targets == "referable" else 2
         if config.num_grades < least:
             raise ValueError(f"targets '{config.targets}' need num_grades >= {least}; got {config.num_grades}")
@@ -66,60 +78,134 @@ class ERCN(nn.Module):
             raise ValueError(
                 f"patch must be a multiple of output_stride {config.output_stride}, or 0; got {config.patch}"
             )
-        self.config = config
-        self.backbone = create_backbone(config.backbone, config.output_stride, pretrained=config.pretrained)
-        *_, low, mid, last = self.backbone.feature_info.channels()
-        classes = foreground_channels(config)
+        if config.patch and config.refine_stride:
+            raise ValueError("refine_stride needs maps finer than the patches: it must be 0 with patch > 0")
+        self.config, self.geometry = config, geometry
+        symmetric = geometry > 1
+        self.backbone = create_backbone(
+            config.backbone, config.output_stride, pretrained=config.pretrained, symmetric=symmetric
+        )
+        self.align_corners = symmetric and not config.patch and self.backbone.align_corners
+        channels = self.backbone.feature_info.channels()
+        last, classes = channels[-1], foreground_channels(config)
         self.dropout = nn.Dropout2d(config.dropout)
         self.classifier = nn.Conv2d(last, classes, 1, bias=False)
-        nn.init.xavier_uniform_(self.classifier.weight)
-        self.prior = nn.Parameter(torch.zeros(classes)) if config.cam_pool == "relu" else None
-        self.refinement = PixelCorrelation((low, mid), config.embed_dim, steps=config.steps, center=config.center)
-        self.pool = self.mil_classifier = None
+        if config.evidence == "additive":
+            self.classifier = nn.Sequential(
+                nn.Conv2d(last, config.pool_dim, 1), nn.ReLU(), nn.Conv2d(config.pool_dim, classes, 1, bias=False)
+            )
+        for layer in self.classifier.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight)
+        self.prior = None if config.cam_pool == "linear" else nn.Parameter(torch.zeros(classes))
+        try:
+            embedded = [channels[i] for i in config.refine_stages]
+        except IndexError:
+            raise ValueError(
+                f"refine_stages must be among the {len(channels)} stages of {config.backbone}, 0 to "
+                f"{len(channels) - 1} or negative; got {list(config.refine_stages)}"
+            ) from None
+        self.refinement = PixelCorrelation(
+            embedded,
+            config.embed_dim,
+            steps=config.steps,
+            center=config.center,
+            align_corners=self.align_corners or not symmetric,
+        )
+        self.pool = self.mil_classifier = self.mil_bias = None
         if config.pool != "none":
-            self.pool = GatedAttentionPool(last, config.pool_dim, gated=config.pool == "gated")
-            self.mil_classifier = nn.Linear(last, classes)
+            heads = classes if config.evidence == "classwise" else 1
+            self.pool = GatedAttentionPool(last, config.pool_dim, heads, gated=config.pool == "gated")
+            if config.evidence == "separate":
+                self.mil_classifier = nn.Linear(last, classes)
+            else:
+                self.mil_bias = nn.Parameter(torch.zeros(classes))
 
     def forward(self, image: Tensor) -> ERCNOutput:
         """image: [B, 3, H, W], normalised as the backbone was trained."""
-        low, mid, last = self._features(image)
-        last = self.dropout(last)
+        image = self._exact(image)
+        features = self._features(image)
+        last = self.dropout(features[-1])
 
-        cam = self.classifier(last)  # [B, F, h, w]
-        if self.prior is None:
-            cam_logits = cam.mean((2, 3))
-        else:
-            cam_logits = cam.relu().mean((2, 3)) + self.prior
-
-        source = cam.detach() if self.config.detach else cam
-        features = [low.detach(), mid.detach()] if self.config.detach else [low, mid]
-        confidence = normalize_cam(source)  # [B, 1 + F, h, w]
-        mask = self._spatial_mask(confidence)
-        refined_cam = self._suppress(confidence, mask)
-        if self.config.steps:
-            refined_cam = self.refinement(refined_cam, features, image)
-
-        attention = mil_logits = None
+        pooled = attention = mil_logits = None
         if self.pool is not None:
             pooled, attention = self.pool(last)  # [B, heads, D], [B, heads, h, w]
-            mil_logits = self.mil_classifier(pooled.flatten(1))
-
+        if self.config.evidence == "additive":
+            weight = attention.flatten(2).softmax(2).view_as(attention)
+            last = last * (weight * weight[0, 0].numel()).to(last.dtype)
+        cam = self.classifier(last)  # [B, F, h, w]
+        cam_logits = self._pool_cam(cam)
+        if pooled is not None:
+            mil_logits = self._mil_logits(pooled, cam)
         logits = {"cam": cam_logits, "mil": mil_logits}.get(self.config.fusion)
         if logits is None:
             logits = (cam_logits + mil_logits) / 2
+
+        mask, refined_cam = self._refine(cam, logits, features, image)
         return ERCNOutput(logits, cam_logits, mil_logits, cam, refined_cam, mask, attention)
 
+    def _exact(self, image: Tensor) -> Tensor:
+        """The picture at the sides where the map is symmetric; patches have their own."""
+        if self.geometry == 1 or self.config.patch:
+            return image
+        stride = self.config.output_stride
+        size = [exact_side(side, stride, self.align_corners) for side in image.shape[-2:]]
+        return resize(image, size, self.align_corners)
+
+    def _pool_cam(self, cam: Tensor) -> Tensor:
+        """Picture logits from the CAM, [B, F]; the formulas are those of ``ModelConfig.cam_pool``."""
+        kind, cam = self.config.cam_pool, cam.flatten(2)
+        if kind == "topk":
+            pooled = cam.topk(max(1, cam.shape[2] // 10), sorted=False).values.mean(2)
+        elif kind == "lse":
+            pooled = cam.logsumexp(2) - math.log(cam.shape[2])
+        elif kind == "gem":
+            pooled = F.softplus(cam).pow(3).mean(2).pow(1 / 3)
+        else:
+            pooled = {"relu": F.relu, "softplus": F.softplus, "linear": nn.Identity()}[kind](cam).mean(2)
+        pooled = self.config.cam_scale * pooled
+        return pooled if self.prior is None else pooled + self.prior
+
+    def _mil_logits(self, pooled: Tensor, cam: Tensor) -> Tensor:
+        """Picture logits from the attention, [B, F]; the formulas are those of ``ModelConfig.evidence``."""
+        kind = self.config.evidence
+        if kind == "separate":
+            return self.mil_classifier(pooled.flatten(1))
+        if kind == "additive":
+            return cam.mean((2, 3)) + self.mil_bias
+        weight = self.classifier.weight.flatten(1)  # [F, D], broadcast over the heads: one, or one for each channel
+        return (pooled * weight).sum(2) + self.mil_bias
+
+    def _refine(self, cam: Tensor, logits: Tensor, features: list[Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
+        """The spatial mask and the refined CAM."""
+        config = self.config
+        if config.detach:
+            cam, logits, features = cam.detach(), logits.detach(), [x.detach() for x in features]
+        confidence = normalize_cam(activation(cam, config.cam_pool))  # [B, 1 + F, h, w]
+        if config.confidence == "absolute":
+            confidence = add_background(confidence[:, 1:] * channel_probabilities(logits, config)[:, :, None, None])
+        mask = self._spatial_mask(confidence)
+        refined = self._suppress(confidence, mask)
+        if config.refine_stride:
+            stride, corners = config.refine_stride, int(self.align_corners)
+            size = [(side - corners) // stride + corners for side in image.shape[-2:]]
+            refined = resize(refined, size, self.align_corners)
+            image = resize(image, size, self.align_corners, antialias=True)
+        if config.steps:
+            refined = self.refinement(refined, [features[i] for i in config.refine_stages], image)
+        return mask, refined
+
     def _features(self, image: Tensor) -> list[Tensor]:
-        """The last three stages, [B, D, h, w] each; with patches, of each patch the mean over its own map."""
+        """All stages, [B, D, h, w] each; with patches, of each patch the mean over its own map."""
         patch = self.config.patch
         if not patch:
-            return stages(self.backbone, image)[-3:]
+            return stages(self.backbone, image)
         b, _, height, width = image.shape
         if height % patch or width % patch:
             raise ValueError(f"patches of {patch} px need sides that are multiples of it; got {height} x {width} px")
         h, w = height // patch, width // patch
         tiles = image.unflatten(3, (w, patch)).unflatten(2, (h, patch))  # [B, 3, h, P, w, P]
-        maps = stages(self.backbone, tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))[-3:]  # [B·h·w, D, ·, ·]
+        maps = stages(self.backbone, tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))  # [B·h·w, D, ·, ·]
         return [x.mean((2, 3)).view(b, h, w, -1).permute(0, 3, 1, 2) for x in maps]
 
     def _spatial_mask(self, confidence: Tensor) -> Tensor:
@@ -137,16 +223,24 @@ class ERCN(nn.Module):
         return torch.cat([1 - foreground.amax(1, keepdim=True), foreground], 1)
 
 
-def create_backbone(name: str, output_stride: int, *, pretrained: bool = False) -> nn.Module:
+def create_backbone(
+    name: str, output_stride: int, *, pretrained: bool = False, symmetric: bool = True
+) -> nn.Module:
     """A timm feature extractor whose last stage has one element for ``output_stride`` input pixels each way.
+
+    Its attribute ``align_corners`` says where the elements lie (``ercn.elements``). Average pools that would move them
+    are replaced by symmetric ones, which changes what pre-trained "d" ResNets compute by half a pixel of their
+    shortcuts.
 
     Args:
         name: any timm model that supports ``features_only``.
         output_stride: 8, 16 or 32. Where timm's model has no such argument, its own stride must be this one.
         pretrained: timm's weights, from its cache or the network; otherwise nothing is downloaded.
+        symmetric: False leaves the network as timm has it, with elements where they may be.
 
     Raises:
-        ValueError: unknown model or unsupported stride; the message lists the strides it supports.
+        ValueError: unknown model, or a stride that it does not support or at which its elements do not lie
+            symmetrically (ConvNeXt dilated, for one); the message lists the strides that it supports.
     """
     try:
         import timm
@@ -163,8 +257,16 @@ def create_backbone(name: str, output_stride: int, *, pretrained: bool = False) 
                 model = timm.create_model(name, features_only=True, **arguments, **kwargs)
             except (AssertionError, NotImplementedError, TypeError, ValueError):
                 continue
-            if model.feature_info.reduction()[-1] == stride:
-                return model
+            if model.feature_info.reduction()[-1] != stride:
+                continue
+            if symmetric:
+                symmetrize(model)
+                if (name, stride) not in _ALIGNED:
+                    _ALIGNED[name, stride] = aligned_corners(model, stages)
+                model.align_corners = _ALIGNED[name, stride]
+                if model.align_corners is None:
+                    continue
+            return model
         return None
 
     model = build(output_stride, pretrained=pretrained)
@@ -199,6 +301,18 @@ def targets_from_grades(grade: Tensor, config: ModelConfig) -> Tensor:
     levels = torch.arange(1, config.num_grades, device=grade.device)
     grade = grade[:, None]
     return (grade >= levels if config.targets == "ordinal" else grade == levels).float()
+
+
+def channel_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
+    """Probability of every foreground channel, [B, F]: sigmoid of its logit; with "onehot" that of its grade."""
+    if config.targets == "onehot":
+        return grade_probabilities(logits, config)[:, 1:]
+    return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).sigmoid()
+
+
+def activation(cam: Tensor, cam_pool: str) -> Tensor:
+    """The non-negative evidence in a CAM: softplus where its pooling takes that, else the positive part."""
+    return F.softplus(cam) if cam_pool in ("softplus", "gem") else cam.relu()
 
 
 def grade_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:

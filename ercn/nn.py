@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ercn.elements import resize
 from ercn.ops import affinity_propagate, gated_attention_pool
-
-
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear with aligned corners, as SEAM brings everything to the grid of the CAM."""
-    if x.shape[-2:] == tuple(size):
-        return x
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
 class PixelCorrelation(nn.Module):
@@ -23,8 +16,8 @@ class PixelCorrelation(nn.Module):
 
         f = E · [image ; relu(P_1 features_1) ; relu(P_2 features_2) ; …],   out = ``affinity_propagate(cam, f)``
 
-    Feature maps and image are first resized to the grid of the CAM (bilinear, aligned corners), then projected; all
-    products are 1×1 convolutions without bias. Memory is O(N·(C + D)) in the N = h·w elements of the CAM.
+    Feature maps and image are first resized to the grid of the CAM (bilinear), then projected; all products are 1×1
+    convolutions without bias. Memory is O(N·(C + D)) in the N = h·w elements of the CAM.
 
     Args:
         in_channels: channels of each feature map.
@@ -35,6 +28,7 @@ class PixelCorrelation(nn.Module):
         center: subtract from f its mean over the picture, so that an element is like those which differ from the mean
             in the same way. SEAM does not; then f, of features behind a ReLU, points one way nearly everywhere, every
             affinity is near 1, and the result near the mean of the map.
+        align_corners: of the resizing, where the elements of the maps lie (``ercn.elements``); SEAM's corners are.
 
     Parameters, in this order in the state dict:
         projections.{i}.weight: P_i, [proj_channels[i], in_channels[i], 1, 1]; Kaiming-normal.
@@ -54,6 +48,7 @@ class PixelCorrelation(nn.Module):
         image_channels: int = 3,
         steps: int = 1,
         center: bool = False,
+        align_corners: bool = True,
     ) -> None:
         super().__init__()
         if len(in_channels) != len(proj_channels):
@@ -62,6 +57,7 @@ class PixelCorrelation(nn.Module):
                 f"got {list(proj_channels)} for in_channels {list(in_channels)}"
             )
         self.image_channels, self.steps, self.center = image_channels, steps, center
+        self.align_corners = align_corners
         self.projections = nn.ModuleList(
             nn.Conv2d(channels, width, 1, bias=False) for channels, width in zip(in_channels, proj_channels)
         )
@@ -113,9 +109,9 @@ class PixelCorrelation(nn.Module):
         if (0 if image is None else image.shape[1]) != self.image_channels:
             got = "none" if image is None else list(image.shape)
             raise ValueError(f"image must be [B, {self.image_channels}, H, W] (image_channels); got {got}")
-        size = cam.shape[-2:]
-        parts = [] if image is None else [_resize(image, size)]
-        parts += [proj(_resize(x, size)).relu() for proj, x in zip(self.projections, features)]
+        size, corners = cam.shape[-2:], self.align_corners
+        parts = [] if image is None else [resize(image, size, corners)]
+        parts += [proj(resize(x, size, corners)).relu() for proj, x in zip(self.projections, features)]
         embedding = self.embed(torch.cat(parts, 1))
         if self.center:
             embedding = embedding - embedding.mean((2, 3), keepdim=True)

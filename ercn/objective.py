@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ercn import losses
 from ercn.config import LossConfig, ModelConfig
-from ercn.models import ERCN, ERCNOutput, targets_from_grades
+from ercn.elements import resize
+from ercn.models import ERCN, ERCNOutput, activation, targets_from_grades
 from ercn.transforms import Identity, Transform
 
 
@@ -32,16 +33,16 @@ def ercn_loss(
     - consistency: cross entropy of CAM and refined CAM in each view, weighted by the spatial mask; mean of the views.
     - min_pool: SEAM's min-pooling of the refined CAM; mean of the views.
 
-    The refined CAM is max-normed too where ``scale_refined`` says so. The maps are multiplied by the picture's targets
-    (multi-hot where targets are ordinal; 1 for the background), so a picture of grade 0 has an empty foreground. They
-    are compared on view 2's grid of feature-map elements; where moving the map and moving the picture round to
-    different sizes, the moved map is resized once more. What view 2 shows from outside the picture does not count in er
-    and ecr.
+    The refined CAM is brought to the grid of the CAM, and max-normed too where ``scale_refined`` says so. The maps are
+    multiplied by the picture's targets (multi-hot where targets are ordinal; 1 for the background), so a picture of
+    grade 0 has an empty foreground. They are compared on view 2's grid of feature-map elements; where moving the map
+    and moving the picture round to different sizes, the moved map is resized once more. What view 2 shows from outside
+    the picture does not count in er and ecr.
 
     Args:
         model: gives ``ERCNOutput``; called once per view.
         image: [B, 3, H, W]. grade: [B] integers.
-        transform: A, from ``sample_transform``; ``Identity`` means one view.
+        transform: A, from ``sample_transform`` with the model's ``align_corners``; ``Identity`` means one view.
         weight_scale: multiplies every weight but that of cls (warm-up).
         class_weight: [num_grades], multiplies L_cls of a picture by the weight of its grade; they should average 1 over
             the training set.
@@ -70,8 +71,9 @@ def ercn_loss(
         return sum(losses.classification_loss(logits, target, weight=weight) for logits in heads) / len(heads)
 
     def normed(view: ERCNOutput) -> tuple[Tensor, Tensor]:
-        refined = losses.max_norm(view.refined_cam) if loss_config.scale_refined else view.refined_cam
-        return losses.max_norm(view.cam) * present, refined * present_all
+        refined = resize(view.refined_cam, view.cam.shape[-2:], model.align_corners, antialias=True)
+        refined = losses.max_norm(refined) if loss_config.scale_refined else refined
+        return losses.max_norm(activation(view.cam, model_config.cam_pool)) * present, refined * present_all
 
     def consistency(view: ERCNOutput) -> Tensor:
         cam, refined = normed(view)
@@ -79,8 +81,7 @@ def ercn_loss(
         return losses.refinement_consistency(cam, refined, view.mask, eps=loss_config.consistency_eps)
 
     def moved(x: Tensor) -> Tensor:
-        x = transform(x)
-        return x if x.shape[-2:] == (h, w) else F.interpolate(x, (h, w), mode="bilinear", align_corners=True)
+        return resize(transform(x), (h, w), model.align_corners)
 
     def mean_over_views(term) -> Tensor:
         return sum(term(view) for view in views) / len(views)

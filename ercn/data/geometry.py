@@ -14,9 +14,9 @@ class Geometry:
     """The crop square of one photograph.
 
     width, height: of the photograph. left, top, side: the square, in the photograph's pixels; it may reach outside
-    (not wholly), which is padded with black. size: side of the prepared picture. Pixel (i, j) of any [h, w] map of the
-    square has its center at photograph coordinates (left + (j + 0.5) side / w, top + (i + 0.5) side / h), where pixel
-    centers are at k + 0.5.
+    (not wholly), which is padded with black. size: side of the prepared picture. Pixel (i, j) of any [h, w] picture of
+    the square has its center at photograph coordinates (left + (j + 0.5) side / w, top + (i + 0.5) side / h), where
+    pixel centers are at k + 0.5.
     """
 
     width: int
@@ -34,12 +34,20 @@ class Geometry:
         square.paste(picture, (-self.left, -self.top))
         return square.resize((self.size, self.size), resample)
 
-    def to_original(self, map: np.ndarray) -> np.ndarray:
-        """A map [h, w] of the square on the photograph's pixels, bilinear: float32 [height, width], 0 outside."""
+    def to_original(self, map: np.ndarray, corners: int = 0) -> np.ndarray:
+        """A map [h, w] of the square on the photograph's pixels, bilinear: float32 [height, width], 0 outside.
+
+        corners: 0 where elements are cells, like pixels; else the side of the picture that a model saw whose map has
+        its outer elements on the centers of the picture's outer pixels (``ERCN.align_corners``).
+        """
         map = np.asarray(map, np.float32)
         if map.ndim != 2:
             raise ValueError(f"map must be [h, w]; got shape {map.shape}")
-        square = np.asarray(Image.fromarray(map).resize((self.side, self.side), Image.Resampling.BILINEAR))
+        h, w = map.shape
+        x, y = (0.5 - 0.5 * (n - 1) / (corners - 1) if corners else 0.0 for n in (w, h))  # of map and square's edge
+        square = np.asarray(
+            Image.fromarray(map).resize((self.side, self.side), Image.Resampling.BILINEAR, box=(x, y, w - x, h - y))
+        )
         out = np.zeros((self.height, self.width), np.float32)
         x0, y0 = max(self.left, 0), max(self.top, 0)
         x1, y1 = min(self.left + self.side, self.width), min(self.top + self.side, self.height)

@@ -21,6 +21,8 @@ from ercn.models import ERCN
 from ercn.training.files import DISCLAIMER, package_versions, read_json, write_json
 
 FORMAT = 1
+# Of models with geometry 1, which had no choice of these.
+_MODEL_1 = {"cam_scale": 1.0, "evidence": "separate", "confidence": "relative", "refine_stride": 0}
 _NEEDED = ("config", "class_names", "image_size", "prepared_size", "mean", "std", "manifest", "thresholds")
 
 
@@ -79,7 +81,8 @@ def check_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], sour
 
 def save_model(run: Path, model: ERCN, config: TrainConfig, info: Mapping[str, Any]) -> None:
     """Writes ``run/export/model.safetensors`` and ``.json``. info: what ``load_model`` shall give back, JSON-ready."""
-    save_weights(run / "export", "model", model.state_dict(), {"config": asdict(config), **info})
+    about = {"config": asdict(config), "geometry": model.geometry}
+    save_weights(run / "export", "model", model.state_dict(), about | info)
 
 
 def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
@@ -91,9 +94,12 @@ def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
     folder = Path(run) / "export"
     state, info = load_weights(folder, "model", "ercn train", _NEEDED)
     # exports from before there was a choice
-    info = {"normalize": "none", "temperature": 1.0, "trained_classes": info["class_names"]} | info
-    info["config"] = from_dict(TrainConfig, info["config"], f"{folder / 'model.json'}: config")
-    model = ERCN(without_pretrained(info["config"]).model)
+    info = {"normalize": "none", "temperature": 1.0, "trained_classes": info["class_names"], "geometry": 1} | info
+    saved = info["config"]
+    if info["geometry"] == 1 and isinstance(saved, Mapping) and isinstance(saved.get("model"), Mapping):
+        saved = saved | {"model": _MODEL_1 | saved["model"]}
+    info["config"] = from_dict(TrainConfig, saved, f"{folder / 'model.json'}: config")
+    model = ERCN(without_pretrained(info["config"]).model, geometry=info["geometry"])
     check_state(model, state, str(folder / "model.safetensors"), f"{info['config'].model.backbone} of model.json")
     model.load_state_dict(state, strict=True)
     return model.eval(), info

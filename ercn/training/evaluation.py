@@ -72,7 +72,8 @@ def collect(
     result, parts, seen = Collected(), [], []
     batches = with_progress(loader, title, len(loader), progress)
     for batch, probability, maps in forward(model, config.model, batches, device, views):
-        full = {name: enlarge(heat, config.data.image_size).numpy() for name, heat in maps.items()}
+        size, corners = config.data.image_size, model.align_corners
+        full = {name: enlarge(heat, size, corners).numpy() for name, heat in maps.items()}
         parts.append(probability)
         for i, index in enumerate(batch["index"].tolist()):
             masks = dict(zip(dataset.mask_kinds, batch["masks"][i].numpy()))

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ercn.config import ModelConfig
+from ercn.elements import resize
 from ercn.models import ERCN, ERCNOutput, grade_probabilities
 from ercn.training.maps import heat_maps, merge
 
@@ -55,7 +55,7 @@ def forward(
             continue
         output = see(model, batch["image"].to(device, non_blocking=True), views)
         probability = grade_probabilities(output.logits.cpu().double(), config).numpy()
-        yield batch, probability, heat_maps(output, config)
+        yield batch, probability, heat_maps(output, config, model.align_corners)
 
 
 def see(model: ERCN, image: Tensor, views: Views) -> ERCNOutput:
@@ -68,7 +68,6 @@ def see(model: ERCN, image: Tensor, views: Views) -> ERCNOutput:
         for mirrored in (False, True) if views.flip else (False,):
             if (scale, mirrored) != (1, False):
                 view = image.flip(-1) if mirrored else image
-                if scale != 1:
-                    view = F.interpolate(view, scale_factor=scale, mode="bilinear", antialias=True)
-                outputs.append((model(view), mirrored))
-    return merge(outputs)
+                size = [round(scale * side) for side in view.shape[-2:]]
+                outputs.append((model(resize(view, size, model.align_corners, antialias=True)), mirrored))
+    return merge(outputs, model.align_corners)

@@ -5,60 +5,76 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ercn.config import ModelConfig
-from ercn.models import ERCNOutput, grade_probabilities
+from ercn.elements import resize
+from ercn.models import ERCNOutput, activation, channel_probabilities
 
-NAMES = {"cam": "CAM", "refined_cam": "refined CAM", "attention": "attention", "mean": "mean map"}
+NAMES = {
+    "cam": "CAM",
+    "refined_cam": "refined CAM",
+    "attention": "attention",
+    "evidence": "attention × CAM",
+    "mean": "mean map",
+}
 _EPS = 1e-5
 
 
-def heat_maps(output: ERCNOutput, config: ModelConfig) -> dict[str, Tensor]:
-    """Maps [B, h, w] in [0, 1], float32 on the CPU, by the names of ``NAMES``; "attention" only where the model pools.
+def heat_maps(output: ERCNOutput, config: ModelConfig, align_corners: bool) -> dict[str, Tensor]:
+    """Maps [B, h, w] in [0, 1], float32 on the CPU, by the names of ``NAMES``.
 
-    cam, refined_cam: max_k p_k · c_k over the foreground channels; c_k is the channel (the raw CAM after ReLU) divided
-        by its maximum in the picture, and p_k the probability of the channel (sigmoid of its logit; softmax with
-        "onehot"), so that a picture graded healthy stays cold.
-    attention: softmax over the elements, mean over heads, divided by its maximum; relative within one picture.
-    mean: of these.
+    cam: max_k p_k · c_k over the foreground channels; c_k is the channel's evidence (``ercn.models.activation``)
+        divided by its maximum in the picture, and p_k the probability of the channel (sigmoid of its logit; softmax
+        with "onehot"), so that a picture graded healthy stays cold.
+    refined_cam: the same of the refined CAM, on its own grid; with confidence "absolute" p_k is in it already.
+    attention: softmax over the elements, mean over heads, divided by its maximum; relative within one picture. Only
+        where the model pools.
+    evidence: as cam, of attention times CAM, whose sum over the elements is what the MIL logit has beside its bias;
+        only where the model pools and the evidence is not "separate".
+    mean: of these, on the finest grid, elements where ``align_corners`` says.
     """
     logits = output.logits.float()
-    onehot = config.targets == "onehot"
-    probability = grade_probabilities(logits, config)[:, 1:] if onehot else logits.sigmoid()  # [B, F]
-    maps = {}
-    for name, channels in (("cam", output.cam.float().relu()), ("refined_cam", output.refined_cam[:, 1:].float())):
-        channels = channels / (channels.amax((2, 3), keepdim=True) + _EPS)
-        maps[name] = (probability[:, :, None, None] * channels).amax(1)
+    probability = channel_probabilities(logits, config)[:, :, None, None]
+
+    def heat(channels: Tensor) -> Tensor:
+        return (probability * channels / (channels.amax((2, 3), keepdim=True) + _EPS)).amax(1)
+
+    cam, refined = activation(output.cam.float(), config.cam_pool), output.refined_cam[:, 1:].float()
+    absolute = config.confidence == "absolute"
+    maps = {"cam": heat(cam), "refined_cam": refined.amax(1) if absolute else heat(refined)}
     if output.attention is not None:
-        attention = output.attention.float().flatten(2).softmax(-1).view_as(output.attention).mean(1)
+        weight = output.attention.float().flatten(2).softmax(-1).view_as(output.attention)
+        attention = weight.mean(1)
         maps["attention"] = attention / attention.amax((1, 2), keepdim=True)
-    maps["mean"] = torch.stack(list(maps.values())).mean(0)
+        if config.evidence != "separate":
+            maps["evidence"] = heat(cam if config.evidence == "additive" else weight * cam)
+    grid = max(tuple(heat.shape[-2:]) for heat in maps.values())
+    maps["mean"] = torch.stack([resize(heat[:, None], grid, align_corners)[:, 0] for heat in maps.values()]).mean(0)
     return {name: heat.clamp(0, 1).cpu() for name, heat in maps.items()}
 
 
-def merge(outputs: Sequence[tuple[ERCNOutput, bool]]) -> ERCNOutput:
+def merge(outputs: Sequence[tuple[ERCNOutput, bool]], align_corners: bool) -> ERCNOutput:
     """One output from several views of the same pictures, each with whether it was mirrored left to right.
 
     After SEAM's inference: CAM, refined CAM and attention are means over the views, mirrored back and resized to the
-    grid of the largest one, bilinear. The attention's mean is that of densities (softmax), and back as a logarithm.
-    Everything else is the first view's.
+    grid of the largest one, bilinear, elements where ``align_corners`` says. The attention's mean is that of densities
+    (softmax), and back as a logarithm. Everything else is the first view's.
     """
     first = outputs[0][0]
-    grid = max(tuple(output.cam.shape[-2:]) for output, _ in outputs)
 
     def mean(name: str) -> Tensor:
         views = [(getattr(output, name).float(), mirrored) for output, mirrored in outputs]
         if name == "attention":
             views = [(scores.flatten(2).softmax(-1).view_as(scores) * scores[0, 0].numel(), m) for scores, m in views]
+        grid = max(tuple(view.shape[-2:]) for view, _ in views)
         upright = (view.flip(-1) if mirrored else view for view, mirrored in views)
-        return sum(F.interpolate(view, grid, mode="bilinear", align_corners=False) for view in upright) / len(views)
+        return sum(resize(view, grid, align_corners) for view in upright) / len(views)
 
     attention = None if first.attention is None else mean("attention").clamp_min(1e-30).log()
     return first._replace(cam=mean("cam"), refined_cam=mean("refined_cam"), attention=attention)
 
 
-def enlarge(heat: Tensor, size: int) -> Tensor:
-    """Bilinear [B, h, w] -> [B, size, size]; stays in [0, 1]."""
-    return F.interpolate(heat[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0].clamp(0, 1)
+def enlarge(heat: Tensor, size: int, align_corners: bool) -> Tensor:
+    """Bilinear [B, h, w] -> [B, size, size], the pixels of the picture; stays in [0, 1]."""
+    return resize(heat[:, None], (size, size), align_corners)[:, 0].clamp(0, 1)

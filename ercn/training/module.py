@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ercn.config import TrainConfig
 from ercn.losses import classification_loss
@@ -38,6 +38,14 @@ class ERCNModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw(self, self.config.run)
 
+    def train(self, mode: bool = True) -> ERCNModule:
+        super().train(mode)
+        if self.config.run.freeze_batchnorm:
+            for layer in self.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.eval().requires_grad_(False)
+        return self
+
     def training_step(self, batch: dict[str, Tensor] | None, step: int) -> Tensor | None:
         config = self.config
         read = 0 if batch is None else len(batch["grade"])
@@ -51,6 +59,7 @@ class ERCNModule(pl.LightningModule):
             generator(config.run.seed, "transform", self.current_epoch, step, 0),  # rank 0's on all
             rescale=config.loss.rescale,
             size=config.data.image_size,
+            align_corners=self.model.align_corners,
         )
         total, terms = ercn_loss(
             self.model,

@@ -65,8 +65,8 @@ def predict(config: PredictConfig) -> Path:
     """Grades every picture of ``config.input`` and draws its heat maps; returns ``config.out``.
 
     The folder then holds predictions.csv (id, file, grade, p0, p1, …; one row a picture), overlays/<id>_<map>.jpg at
-    the photograph's own resolution, maps/<id>.npz (float32 maps [h, w] on the fixed scale [0, 1] and the crop's
-    geometry, from which ``Geometry.to_original`` makes the full-resolution map) and predictions.json. Unreadable
+    the photograph's own resolution, maps/<id>.npz (float32 maps [h, w] on the fixed scale [0, 1], the crop's geometry
+    and "corners", from which ``Geometry.to_original`` makes the full-resolution map) and predictions.json. Unreadable
     pictures are named and skipped; more than ``max_unreadable`` stop the run with a DataError that lists them.
     predictions.csv is written whole after every batch, so what was graded stays even if the process is killed.
     Raises ValueError when ``out`` is not empty: nothing is overwritten.
@@ -104,12 +104,13 @@ def predict(config: PredictConfig) -> Path:
 
     batches = readable(with_progress(loader, "predict", len(loader), config.progress))
     views = Views(config.scales, config.flip)
+    corners = info["image_size"] if model.align_corners else 0
     for batch, probability, maps in forward(model, info["config"].model, batches, device, views):
         probability = temper(probability, info["temperature"])
         for i, (index, geometry) in enumerate(zip(batch["index"], batch["geometry"])):
             heats = {name: heat[i].numpy() for name, heat in maps.items()}
-            _save_maps(out / "maps" / f"{ids[index]}.npz", heats, geometry)
-            _save_overlays(out / "overlays", ids[index], paths[index], heats, geometry, config)
+            _save_maps(out / "maps" / f"{ids[index]}.npz", heats, geometry, corners)
+            _save_overlays(out / "overlays", ids[index], paths[index], heats, geometry, corners, config)
             rows.append(
                 {"id": ids[index], "file": str(paths[index]), "grade": int(probability[i].argmax())}
                 | {f"p{k}": f"{p:.6f}" for k, p in enumerate(probability[i])}
@@ -151,20 +152,28 @@ def find_pictures(source: str) -> tuple[list[Path], list[str]]:
     return paths, [str(p.relative_to(root)) if uses[b] > 1 else b for p, b in zip(paths, bare)]
 
 
-def _save_maps(path: Path, heats: dict[str, np.ndarray], geometry: Geometry) -> None:
+def _save_maps(path: Path, heats: dict[str, np.ndarray], geometry: Geometry, corners: int) -> None:
+    fields = {f"geometry_{name}": value for name, value in asdict(geometry).items()}
+
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, **heats, **{f"geometry_{k}": v for k, v in asdict(geometry).items()})
+            np.savez_compressed(file, **heats, **fields, corners=corners)
 
     write_atomic(path, write)
 
 
 def _save_overlays(
-    folder: Path, name: str, path: Path, heats: dict[str, np.ndarray], geometry: Geometry, config: PredictConfig
+    folder: Path,
+    name: str,
+    path: Path,
+    heats: dict[str, np.ndarray],
+    geometry: Geometry,
+    corners: int,
+    config: PredictConfig,
 ) -> None:
     if not config.overlays:
         return
     picture = np.asarray(read_picture(path, max_pixels=config.max_pixels))
     for kind in config.overlays:
-        heat = np.clip(geometry.to_original(heats[kind]), 0, 1)
+        heat = np.clip(geometry.to_original(heats[kind], corners), 0, 1)
         save_jpeg(folder / f"{name}_{kind}.jpg", overlay(picture, heat))

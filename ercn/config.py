@@ -413,7 +413,8 @@ class PrepareConfig:
     normalize: "graham" subtracts the local mean color (Graham 2015) from the cached pictures, "none" keeps them.
     fractions: train, val, test by patient; a split that the publishers made is kept.
     exclude: a prepared folder of pictures from the same source, whose patients are not taken.
-    patients: phantom only, how many.
+    patients: phantom only, how many. difficulty: phantom only; the harder, the fainter the lesions, the more there is
+        that looks like them, and the worse the camera.
     max_unreadable: unreadable or missing pictures that are skipped, by name, before it stops.
     max_pixels: pictures whose longer side squared is larger count as unreadable.
     seed: of splits and phantom. workers: processes that read pictures.
@@ -429,6 +430,7 @@ class PrepareConfig:
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
     exclude: str = ""
     patients: int = 200
+    difficulty: Literal["easy", "standard", "hard"] = "standard"
     seed: int = 0
     workers: int = 2
     max_unreadable: int = 10

@@ -134,7 +134,7 @@ def _assigned(pictures: Sequence[Entry | Record]) -> list[tuple[str, str, int, s
 def _settings(config: PrepareConfig, entries: Sequence[Entry]) -> dict:
     """All that the prepared pictures and splits depend on, as JSON holds it."""
     names = ["dataset", "size", "fractions", "seed"]
-    names += ["patients"] if config.dataset == "phantom" else ["max_pixels"]
+    names += ["patients", "difficulty"] if config.dataset == "phantom" else ["max_pixels"]
     names += ["normalize"] if config.normalize != "none" else []
     settings = {name: getattr(config, name) for name in names}
     settings |= {"label": label_of(config)} if label_of(config) else {}
@@ -288,7 +288,7 @@ def _phantom(entry: Entry, config: PrepareConfig, out: Path) -> _Outcome:
         return _Outcome(kept.geometry, "", {})
     size = config.size
     patient, eye = entry.patient[1:], entry.id.rpartition("_")[2]
-    picture, masks = render_phantom(int(patient), eye, entry.grade, size, config.seed)
+    picture, masks = render_phantom(int(patient), eye, entry.grade, size, config.seed, config.difficulty)
     masks[OPTIC_DISC] = phantom_optic_disc(int(patient), eye, size, config.seed)
     for kind, mask in masks.items():
         with replacing(out / mask_path(kind, entry.id)) as temporary:

@@ -1,0 +1,41 @@
+"""How hard a phantom is: one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+__all__ = ["DIFFICULTIES", "Difficulty", "DifficultyName"]
+
+DifficultyName = Literal["easy", "standard", "hard"]
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """Ranges are of one picture's draw, lengths in half widths of the picture.
+
+    contrast: opacity of lesions, low and high end. spread: how much it varies between the lesions of an eye.
+    distractors: factor on their numbers. strength: factor on their opacity. vessels: opacity of healthy vessels.
+    texture: strength of the photograph's texture and of the choroid.
+    light: unevenness of the light. blur: standard deviation of the camera's. noise: of the sensor, in 0 … 1.
+    quality: of the JPEG compression.
+    """
+
+    contrast: tuple[float, float]
+    spread: float
+    distractors: float
+    strength: float
+    vessels: float
+    texture: float
+    light: float
+    blur: tuple[float, float]
+    noise: tuple[float, float]
+    quality: tuple[int, int]
+
+
+_TABLE = (
+    Difficulty((0.85, 1.00), 0.15, 0.25, 0.5, 0.8, 0.6, 0.6, (0.002, 0.005), (0.003, 0.008), (88, 96)),
+    Difficulty((0.55, 0.90), 0.35, 1.0, 1.0, 1.0, 1.0, 1.0, (0.003, 0.009), (0.006, 0.018), (75, 95)),
+    Difficulty((0.40, 0.70), 0.40, 1.6, 1.2, 1.1, 1.3, 1.4, (0.004, 0.012), (0.010, 0.028), (60, 90)),
+)
+DIFFICULTIES: dict[str, Difficulty] = dict(zip(get_args(DifficultyName), _TABLE))

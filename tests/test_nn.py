@@ -1,11 +1,17 @@
 """The layers: published weights through their conversions, every kind of input, and frozen parameter names."""
 
+import doctest
+import math
+import re
+from statistics import stdev
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ercn.nn import GatedAttentionPool, PixelCorrelation
+import ercn.nn
+from ercn.nn import GatedAttentionPool, PixelAdaptiveRefinement, PixelCorrelation
 
 U = {torch.float32: 2**-24, torch.float64: 2**-53}
 
@@ -276,3 +282,132 @@ def test_layers_train_under_autocast():
     assert refined.dtype == torch.float32
     (refined.sum() + pooled.float().square().sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in (*correlation.parameters(), *pool.parameters()))
+
+
+def pamr_reference(cam, image, dilations, steps):
+    """PAMR pixel by pixel, in Python floats."""
+    (channels, h, w), picture = cam.shape, image.tolist()
+
+    def at(plane, y, x):
+        return plane[min(max(y, 0), h - 1)][min(max(x, 0), w - 1)]
+
+    window = [(d * dy, d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    around = [move for move in window if move != (0, 0)]
+    m = cam.tolist()
+    weights = {}
+    for y in range(h):
+        for x in range(w):
+            kernel = [0.0] * len(around)
+            for plane in picture:
+                sigma = stdev(at(plane, y + dy, x + dx) for dy, dx in window)
+                for j, (dy, dx) in enumerate(around):
+                    kernel[j] -= abs(plane[y][x] - at(plane, y + dy, x + dx)) / (1e-8 + 0.1 * sigma) / len(picture)
+            powers = [math.exp(k) for k in kernel]
+            weights[y, x] = [p / sum(powers) for p in powers]
+    for _ in range(steps):
+        m = [
+            [
+                [sum(p * at(m[c], y + dy, x + dx) for p, (dy, dx) in zip(weights[y, x], around)) for x in range(w)]
+                for y in range(h)
+            ]
+            for c in range(channels)
+        ]
+    return torch.tensor(m, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dilations, steps", [((1,), 1), ((1, 2, 4), 3), ((2, 24), 2)])
+def test_adaptive_refinement_is_the_formula(dilations, steps):
+    cam = torch.randn(2, 2, 6, 5, dtype=torch.float64)
+    image = torch.rand(2, 3, 6, 5, dtype=torch.float64)
+    image[1, :, :3] = 0.25  # flat parts, where the standard deviation is 0
+    actual = PixelAdaptiveRefinement(dilations, steps)(cam, image)
+    expected = torch.stack([pamr_reference(c, i, dilations, steps) for c, i in zip(cam, image)])
+    # |I(i) - I(j)| is at most √27 σ for three dilations, so exponents reach -52; some 20 roundings of them are 1000 of
+    # a weight.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2**10 * U[torch.float64])
+
+
+def test_adaptive_refinement_keeps_constants_and_range():
+    refine = PixelAdaptiveRefinement()
+    image = torch.rand(2, 3, 20, 31)
+    image[1, :, :, 9:] = 0.5
+    constant = refine(torch.full((2, 2, 20, 31), 0.7), image)
+    torch.testing.assert_close(constant, torch.full_like(constant, 0.7), rtol=480 * U[torch.float32], atol=0)
+    cam = torch.randn(2, 4, 20, 31)
+    low, high = cam.amin((2, 3), keepdim=True), cam.amax((2, 3), keepdim=True)
+    out, slack = refine(cam, image), 480 * U[torch.float32] * cam.abs().max()  # 10 steps of 48 roundings
+    assert (out >= low - slack).all() and (out <= high + slack).all()
+    assert (out - cam).abs().max() > 1
+    assert torch.equal(PixelAdaptiveRefinement(steps=0)(cam, image), cam)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+def test_adaptive_refinement_turns_with_its_inputs(turns, flip):
+    def turn(x):
+        return torch.rot90(x.flip(3) if flip else x, turns, (2, 3))
+
+    refine = PixelAdaptiveRefinement()
+    cam, image = torch.rand(1, 2, 13, 18, dtype=torch.float64), torch.rand(1, 3, 13, 18, dtype=torch.float64)
+    torch.testing.assert_close(refine(turn(cam), turn(image)), turn(refine(cam, image)), rtol=1e-12, atol=1e-12)
+
+
+def test_adaptive_refinement_draws_a_blurred_step_to_the_edge_of_the_picture():
+    torch.manual_seed(0)
+    x = torch.arange(64.0)
+    side = (x >= 32).float()
+    image = side.expand(1, 3, 24, 64) + 0.05 * torch.randn(1, 3, 24, 64)
+    cam = ((x - 37) / 12 + 0.5).clamp(0, 1).expand(1, 1, 24, 64)  # its middle lies 5.5 px beside the edge
+
+    def wrong(m):
+        low, high = m.amin(), m.amax()
+        return ((m > (low + high) / 2) != side.bool()).float().mean().item() * 64
+
+    assert wrong(cam) == 6
+    refined = PixelAdaptiveRefinement()(cam, image)
+    assert wrong(refined) < 0.1
+    gap = refined[..., 33] - refined[..., 30]
+    assert gap.min() > 0.25 > (cam[..., 33] - cam[..., 30]).max()
+    assert wrong(PixelAdaptiveRefinement()(cam, torch.rand_like(image))) > 3  # the edge is what does it
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_adaptive_refinement_dtypes(dtype):
+    refine = PixelAdaptiveRefinement(dilations=(1, 3), steps=4)
+    cam, image = torch.rand(1, 2, 9, 8).to(dtype).requires_grad_(), torch.rand(1, 3, 9, 8, requires_grad=True)
+    out = refine(cam, image)
+    assert out.dtype == dtype and not out.requires_grad
+    full = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(out, refine(cam.to(full), image.to(full)).to(dtype))  # halves are rounded once, at the end
+    assert refine(cam, image.double()).dtype == dtype
+
+
+def test_adaptive_refinement_takes_bytes_and_any_scale_of_the_picture():
+    refine = PixelAdaptiveRefinement()
+    cam, image = torch.rand(1, 2, 9, 8), torch.randint(0, 256, (1, 3, 9, 8), dtype=torch.uint8)
+    out = refine(cam, image)
+    assert torch.equal(out, refine(cam, image.float()))
+    torch.testing.assert_close(out, refine(cam, image / 255 - 0.4), rtol=1e-4, atol=1e-4)
+
+
+def test_adaptive_refinement_says_what_it_needs():
+    refine = PixelAdaptiveRefinement()
+    for cam, image in (((1, 2, 8, 9), (1, 3, 8, 8)), ((2, 2, 8, 8), (1, 3, 8, 8)), ((1, 2, 8, 8), (1, 1, 8, 8))):
+        with pytest.raises(ValueError, match=re.escape(f"of the same B, H and W; got {list(cam)} and {list(image)}")):
+            refine(torch.rand(cam), torch.rand(image))
+    for cam, image in (((2, 8, 8), (2, 3, 8, 8)), ((0, 2, 8, 8), (0, 3, 8, 8))):
+        with pytest.raises(ValueError, match="cam must be"):
+            refine(torch.rand(cam), torch.rand(image))
+    with pytest.raises(TypeError, match="floating point; got torch.int64"):
+        refine(torch.ones(1, 1, 8, 8, dtype=torch.int64), torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"got \[\]"):
+        PixelAdaptiveRefinement(())
+    with pytest.raises(ValueError, match=r"at least one distance of 1.*got \[1, 0\]"):
+        PixelAdaptiveRefinement((1, 0))
+    with pytest.raises(ValueError, match="got -1"):
+        PixelAdaptiveRefinement(steps=-1)
+
+
+def test_docstring_examples():
+    result = doctest.testmod(ercn.nn)
+    assert result.attempted and not result.failed

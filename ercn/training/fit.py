@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,10 @@ def finish(out: Path, model: ERCN, info: dict[str, Any], config: TrainConfig, ma
     )
     info |= {"epoch": best["epoch"] + 1, **choose_on_validation(collected, ground_of(info, manifest))}
     info["parameters"] = sum(p.numel() for p in model.parameters())
+    with open(out / "metrics.csv", encoding="utf-8") as file:
+        info["flat_cam"] = float(list(csv.DictReader(file))[best["epoch"]]["val_flat_cam"])
+    if info["flat_cam"] > 0.5:
+        print(f"the CAM is flat in {info['flat_cam']:.0%} of the val pictures with disease: its maps point at nothing")
     save_model(out, model, config, {key: value for key, value in info.items() if key != "config"})
     chosen = info["thresholds"] | {"from": f"val of {manifest.dataset}"}
     result = write_evaluation(

@@ -54,6 +54,16 @@ def heat_maps(output: ERCNOutput, config: ModelConfig, align_corners: bool) -> d
     return {name: heat.clamp(0, 1).cpu() for name, heat in maps.items()}
 
 
+def flat(cam: Tensor, config: ModelConfig) -> Tensor:
+    """Whether a CAM points at nothing, bool [B]: of no channel does the evidence's maximum exceed its mean by a tenth.
+
+    So it is where the CAM is nowhere positive ("relu"), and where it is the same everywhere.
+    """
+    evidence = activation(cam.float(), config.cam_pool)
+    low, high = evidence.mean((2, 3)), evidence.amax((2, 3))
+    return ((high - low) <= 0.1 * high).all(1)
+
+
 def merge(outputs: Sequence[tuple[ERCNOutput, bool]], align_corners: bool) -> ERCNOutput:
     """One output from several views of the same pictures, each with whether it was mirrored left to right.
 

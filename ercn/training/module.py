@@ -14,6 +14,7 @@ from ercn.losses import classification_loss
 from ercn.models import ERCN, grade_probabilities, targets_from_grades
 from ercn.objective import ercn_loss
 from ercn.training import metrics, ranks
+from ercn.training.maps import flat
 from ercn.training.schedule import adamw
 from ercn.training.seeding import derive, generator
 from ercn.transforms import sample_transform
@@ -22,7 +23,8 @@ MONITOR = "val_kappa"
 
 
 class ERCNModule(pl.LightningModule):
-    """``ercn_loss`` under AdamW; validation accuracy, quadratic weighted kappa and loss once an epoch.
+    """``ercn_loss`` under AdamW; once an epoch validation accuracy, quadratic weighted kappa, loss, and the share of the
+    pictures of disease whose CAM is flat.
 
     The map A of a step is drawn from (seed, epoch, step) alone and the same on all ranks, dropout from the rank too.
     Loss and gradients of several ranks are those of all their pictures as one batch, however many each could read.
@@ -33,7 +35,7 @@ class ERCNModule(pl.LightningModule):
         super().__init__()
         self.model, self.config = model, config
         self.register_buffer("class_weight", class_weight, persistent=False)
-        self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.validated: list[tuple[Tensor, ...]] = []
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw(self, self.config.run)
@@ -78,11 +80,13 @@ class ERCNModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
         if batch is None:
             return
-        logits = self.model(self._image(batch)).logits.float()
+        output = self.model(self._image(batch))
+        logits = output.logits.float()
         target = targets_from_grades(batch["grade"], self.config.model)
         loss = torch.stack([classification_loss(a[None], b[None]) for a, b in zip(logits, target)])
         probability = grade_probabilities(logits, self.config.model)
-        self.validated.append((probability.cpu(), batch["grade"].cpu(), loss.cpu()))
+        dead = flat(output.cam, self.config.model)
+        self.validated.append((probability.cpu(), batch["grade"].cpu(), loss.cpu(), dead.cpu()))
 
     def on_validation_epoch_end(self) -> None:
         parts, self.validated = self.validated, []
@@ -92,7 +96,7 @@ class ERCNModule(pl.LightningModule):
             parts = [part for rank in gathered for part in rank]
         if not parts:
             raise ValueError("no picture of the val split could be read, so the best epoch cannot be chosen")
-        probability, grade, loss = (torch.cat(columns).double().numpy() for columns in zip(*parts))
+        probability, grade, loss, dead = (torch.cat(columns).double().numpy() for columns in zip(*parts))
         classes = probability.shape[1]
         truth = metrics.classes_of(grade.astype(int), self.config.model.targets)
         matrix = metrics.confusion(truth, probability.argmax(1), classes, np.ones((1, len(truth))))
@@ -100,6 +104,7 @@ class ERCNModule(pl.LightningModule):
             "val_accuracy": metrics.accuracy(matrix)[0],
             MONITOR: metrics.quadratic_kappa(matrix)[0],
             "val_loss": loss.mean(),
+            "val_flat_cam": dead[grade > 0].mean() if (grade > 0).any() else 0.0,
         }
         self.log_dict({name: float(v) for name, v in values.items()}, prog_bar=True)
 

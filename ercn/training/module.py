@@ -23,8 +23,8 @@ MONITOR = "val_kappa"
 
 
 class ERCNModule(pl.LightningModule):
-    """``ercn_loss`` under AdamW; once an epoch validation accuracy, quadratic weighted kappa, loss, and the share of the
-    pictures of disease whose CAM is flat.
+    """``ercn_loss`` under AdamW; once an epoch validation accuracy, quadratic weighted kappa, loss, and the share of
+    the pictures of disease whose CAM is flat.
 
     The map A of a step is drawn from (seed, epoch, step) alone and the same on all ranks, dropout from the rank too.
     Loss and gradients of several ranks are those of all their pictures as one batch, however many each could read.

@@ -4,9 +4,10 @@ from _pictures import FRAMES, framed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from skimage.data import retina
 
 from ercn.data import Geometry, locate_disc
-from ercn.data.phantom import _photograph, render_phantom
+from ercn.data.phantom import render_phantom
 
 
 def disc_picture(width, height, x, y, radius, *, level=150, dark=2, noise=2, notch=None):
@@ -72,7 +73,7 @@ def test_without_a_disc_it_is_the_whole_picture(name):
 
 
 def test_the_real_photograph_with_its_notch():
-    photo = Image.fromarray((_photograph(1411) * 255).astype(np.uint8).transpose(1, 2, 0))
+    photo = Image.fromarray(retina())
     found = locate_disc(photo)
     assert abs(found.side - 1388) <= 15 and abs(found.left - 10) <= 10 and abs(found.top - 9) <= 10
 

@@ -57,9 +57,9 @@ def paint_distractors(picture: np.ndarray, rng: np.random.Generator, eye: Anatom
 
     center = eye.fovea + rng.normal(scale=0.08, size=2)
     drusen = _spots(rng, _count(rng, 45 * more), (0.009, 0.026), center, rng.uniform(0.12, 0.5))
-    lay("cover", hue((0.93, 0.76, 0.52), 0.03), drusen, (0.8, 1.8), (0.35, 0.95), 0.08)
+    lay("cover", hue((0.90, 0.72, 0.52), 0.03), drusen, (0.9, 1.8), (0.3, 0.85), 0.08)
     few = _spots(rng, _count(rng, 14 * more), (0.010, 0.03))
-    lay("cover", hue((0.88, 0.72, 0.56), 0.04), few, (0.5, 1.6), (0.3, 0.9), 0.1)
+    lay("cover", hue((0.86, 0.71, 0.58), 0.03), few, (0.7, 1.6), (0.3, 0.85), 0.1)
     scars = _spots(rng, _count(rng, 3 * more), (0.03, 0.09))
     lay("absorb", (0.45, 0.45, 0.50), scars * [1, 1, 1.25, 1.25, 1], (0.3, 0.9), (0.2, 0.8), 0.15)
     lay("cover", hue((0.92, 0.76, 0.58), 0.03), scars, (0.3, 0.9), (0.3, 0.8), 0.15)

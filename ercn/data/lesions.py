@@ -21,8 +21,8 @@ _LOOK = {
     "irma": ("absorb", (0.72, 0.38, 0.50)),
     "microaneurysms": ("absorb", (0.66, 0.32, 0.44)),
     "hemorrhages": ("absorb", (0.58, 0.24, 0.34)),
-    "soft_exudates": ("cover", (0.97, 0.84, 0.66)),
-    "hard_exudates": ("cover", (1.00, 0.92, 0.50)),
+    "soft_exudates": ("cover", (1.00, 0.92, 0.78)),
+    "hard_exudates": ("cover", (1.00, 0.92, 0.42)),
     "neovascularization": ("absorb", (0.76, 0.36, 0.46)),
     "preretinal_hemorrhage": ("cover", (0.40, 0.06, 0.06)),
 }
@@ -111,11 +111,11 @@ class _Planner:
 
     def microaneurysms(self, count):
         for _ in range(count):
-            r = self.rng.uniform(0.014, 0.018)
+            r = self.rng.uniform(0.0155, 0.021)
             x, y = self.beside(r, 0.03, 0.15)
             self.add("microaneurysms", (x, y, r, r, 0), edge=0.008, opacity=self.opacity())
 
-    def hemorrhages(self, count, quadrant=None, largest=0.06):
+    def hemorrhages(self, count, quadrant=None, largest=0.045):
         for _ in range(count):
             r = 0.020 * (largest / 0.020) ** (self.rng.random() ** 1.5)  # many dots, few blots
             x, y = self.beside(r, 0.008, 0.4) if quadrant is None else self.place(r, quadrant, gap=0.008)
@@ -126,14 +126,14 @@ class _Planner:
 
     def hard_exudates(self, clusters):
         for _ in range(clusters):
-            spread = self.rng.uniform(0.035, 0.10)
+            spread = self.rng.uniform(0.035, 0.08)
             cx, cy = self.place(spread, field=0.75)
             ring = self.rng.random() < 0.4
             blobs = []
-            for _ in range(self.rng.integers(3, 15)):
+            for _ in range(self.rng.integers(3, 10)):
                 a = 2 * np.pi * self.rng.random()
                 d = spread * (self.rng.uniform(0.75, 0.95) if ring else 0.9 * np.sqrt(self.rng.random()))
-                r = self.rng.uniform(0.010, 0.022)
+                r = self.rng.uniform(0.013, 0.024)
                 blobs.append(
                     (cx + d * np.cos(a), cy + d * np.sin(a), r, r * self.rng.uniform(0.6, 1), np.pi * self.rng.random())
                 )
@@ -141,10 +141,10 @@ class _Planner:
 
     def soft_exudates(self, count):
         for _ in range(count):
-            r = self.rng.uniform(0.035, 0.06)
+            r = self.rng.uniform(0.035, 0.05)
             x, y = self.place(1.3 * r, field=0.8)
             blob = (x, y, 1.2 * r, 0.8 * r, np.pi * self.rng.random())
-            self.add("soft_exudates", blob, wobble=0.12, edge=0.9 * r, opacity=self.opacity())
+            self.add("soft_exudates", blob, wobble=0.12, edge=0.6 * r, opacity=self.opacity())
 
     def vessel(self, x, y, heading, length, radius, tortuosity):
         """Blobs along a winding path that starts at (x, y) and thins out: rows as in ``Lesion.blobs``."""
@@ -159,15 +159,15 @@ class _Planner:
 
     def irma(self, quadrant):
         """Winding, branching channels inside the retina, in one quadrant."""
-        spread = 0.16
+        spread = self.rng.uniform(0.06, 0.12)
         x, y = self.place(spread, quadrant, gap=0.0)
         heading = 2 * np.pi * self.rng.random()
-        x, y = x - 0.11 * np.cos(heading), y - 0.11 * np.sin(heading)
-        trunk = self.vessel(x, y, heading, 0.24, 0.0125, 2.0)
+        x, y = x - 0.8 * spread * np.cos(heading), y - 0.8 * spread * np.sin(heading)
+        trunk = self.vessel(x, y, heading, 2.0 * spread, 0.0115, 2.0)
         parts = [trunk]
-        for side in (-1, 1, -1):
+        for side in (-1, 1):
             bx, by = trunk[self.rng.integers(len(trunk) // 5, len(trunk)), :2]
-            parts.append(self.vessel(bx, by, heading + side * self.rng.uniform(0.7, 1.3), 0.12, 0.010, 2.0))
+            parts.append(self.vessel(bx, by, heading + side * self.rng.uniform(0.7, 1.3), spread, 0.010, 2.0))
         self.add("irma", np.concatenate(parts), edge=0.008, opacity=self.opacity())
 
     def stretches(self) -> list[np.ndarray]:
@@ -185,24 +185,24 @@ class _Planner:
     def venous_beading(self, quadrants: int):
         """Sausage-like swellings along a vein, in so many of the quadrants through which one runs far enough."""
         stretches = self.stretches()
-        for quadrant in [q for q in self.rng.permutation(4) if len(stretches[q]) > 14][:quadrants]:
+        for quadrant in [q for q in self.rng.permutation(4) if len(stretches[q]) > 17][:quadrants]:
             self._beads(stretches[quadrant])
 
     def _beads(self, vein):
         length = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(vein, axis=0).T))])
-        reach = min(self.rng.uniform(0.24, 0.38), length[-1])
+        reach = min(self.rng.uniform(0.18, 0.30), length[-1])
         start = self.rng.random() * (length[-1] - reach)
         s = np.arange(start, start + reach, 0.010)
         swell = 0.5 + 0.5 * np.sin(2 * np.pi * s / self.rng.uniform(0.065, 0.085))
-        r = 0.010 + 0.017 * swell**1.5
+        r = 0.009 + 0.014 * swell**1.5
         x, y = np.interp(s, length, vein[:, 0]), np.interp(s, length, vein[:, 1])
         self.add("venous_beading", np.stack([x, y, r, r, 0 * r], 1), edge=0.010, opacity=self.opacity())
 
     def neovascularization(self):
         """A fan of fine new vessels with loops, grown from one point."""
-        spread = self.rng.uniform(0.09, 0.2)
+        spread = self.rng.uniform(0.07, 0.15)
         x, y = self.place(spread, gap=0.0)
-        heading, n = 2 * np.pi * self.rng.random(), self.rng.integers(7, 15)
+        heading, n = 2 * np.pi * self.rng.random(), self.rng.integers(6, 11)
         parts = []
         for i in range(n):
             fan = heading + (i / (n - 1) - 0.5) * self.rng.uniform(4.5, 6.0)
@@ -212,7 +212,7 @@ class _Planner:
         self.add("neovascularization", np.concatenate(parts), edge=0.008, opacity=self.opacity())
 
     def preretinal_hemorrhage(self):
-        r = self.rng.uniform(0.07, 0.16)
+        r = self.rng.uniform(0.05, 0.11)
         x, y = self.place(r, gap=0.0, field=0.85)
         blob = (x, y - 0.3 * r, r, 0.8 * r, 0.0)
         self.add("preretinal_hemorrhage", blob, wobble=0.03, edge=0.014, opacity=self.opacity(), flat=True)
@@ -264,20 +264,20 @@ def plan_lesions(
         if "hemorrhages" in signs:
             for quadrant in range(4):
                 plan.hemorrhages(rng.integers(21, 24), quadrant, largest=0.030)
-    if grade == 2 or (grade > 2 and rng.random() < 0.6):
+    if grade == 2 or (grade > 2 and rng.random() < 0.3):
         signs = _chosen(rng, {"hemorrhages": 0.65, "hard_exudates": 0.55, "soft_exudates": 0.35})
         if "hemorrhages" in signs:
             plan.hemorrhages(plan.many(1, 19))
         if "hard_exudates" in signs:
-            plan.hard_exudates(rng.integers(1, 4))
+            plan.hard_exudates(rng.integers(1, 3))
         if "soft_exudates" in signs:
-            plan.soft_exudates(rng.integers(1, 4))
+            plan.soft_exudates(rng.integers(1, 3))
         if not severe and rng.random() < 0.1:
             plan.venous_beading(1)
     if grade == 1:
-        plan.microaneurysms(plan.many(2, 45))
+        plan.microaneurysms(int(2 + 44 * rng.random() ** 1.5))
     elif grade and rng.random() < 0.8:
-        plan.microaneurysms(plan.many(1, 30))
+        plan.microaneurysms(plan.many(1, 28))
     return plan.lesions
 
 

@@ -81,7 +81,8 @@ def collect(
                 picture = as_picture(batch["image"][i], info["mean"], info["std"])
                 result.gallery.append(Shown(len(seen), picture, heats, dict(masks)))
             disc = masks.pop(OPTIC_DISC)
-            result.localization.add(heats, masks, records[index].patient, disc)
+            record = records[index]
+            result.localization.add(heats, masks, record.patient, disc, healthy=record.grade == 0)
             seen.append(index)
     result.records = [records[i] for i in seen]
     read = set(seen)
@@ -102,19 +103,20 @@ def ground_of(info: dict[str, Any], manifest: Manifest) -> CommonGround | None:
 def choose_on_validation(collected: Collected, ground: CommonGround) -> dict[str, Any]:
     """What the export keeps of the validation split: the temperature, and the decision thresholds.
 
-    thresholds: "referable" DR, by Youden's J; the same for each "grades"' beginning, for data of another scale; "maps"
-    and "lesions" by the best pooled IoU.
+    thresholds: "referable" DR, by Youden's J; the same for each "grades"' beginning, for data of another scale;
+    "specificity", for each grade's beginning those of fixed specificities; "maps" and "lesions" by the best pooled IoU.
     """
     truth = ground.truth(collected.grade)
     temperature = fit_temperature(collected.probability, truth)
     probability = temper(collected.probability, temperature)
-    grades = {
-        name: metrics.youden_threshold(probability[:, k:].sum(1), truth >= k)
-        for k, name in enumerate(ground.model.names)
-        if k > 0
-    }
+    grades, specificity = {}, {}
+    for k, name in enumerate(ground.model.names[1:], 1):
+        score, positive = probability[:, k:].sum(1), truth >= k
+        grades[name] = metrics.youden_threshold(score, positive)
+        specificity[name] = metrics.specificity_thresholds(score, positive)
     referable = grades[ground.model.names[metrics.first_referable(len(ground.model.names))]]
-    thresholds = {"referable": referable, "grades": grades, **collected.localization.thresholds()}
+    thresholds = {"referable": referable, "grades": grades, "specificity": specificity}
+    thresholds |= collected.localization.thresholds()
     return {"temperature": temperature, "thresholds": thresholds}
 
 
@@ -156,7 +158,8 @@ def write_evaluation(
         truth, names = ground.truth(collected.grade), list(ground.scale.names)
         probability = ground.probability(probability)
         positive = metrics.first_referable(len(names))
-        threshold = _threshold(info["thresholds"], ground, positive)
+        begins = _begins(ground, positive)
+        threshold = info["thresholds"]["grades"][begins]
         result |= {
             "class_names": names,
             "scale": {
@@ -174,6 +177,7 @@ def write_evaluation(
                 draws=draws,
                 seed=seed,
                 uncalibrated=ground.probability(collected.probability),
+                specificity=info["thresholds"].get("specificity", {}).get(begins),  # exports before it was chosen
             ),
         }
     predicted = probability.argmax(1)
@@ -189,6 +193,7 @@ def write_evaluation(
     ]
     result |= {
         "localization": collected.localization.summary(map_thresholds, draws=draws, seed=seed),
+        "healthy": collected.localization.healthy(map_thresholds, draws=draws, seed=seed),
         "map_thresholds": map_thresholds.get("from"),
         "unreadable": collected.unreadable,
         "gallery": write_gallery(run / "evaluation" / f"{name}_gallery", shown, texts),
@@ -203,12 +208,9 @@ def write_evaluation(
     return result
 
 
-def _threshold(thresholds: Mapping[str, Any], ground: CommonGround, positive: int) -> float:
-    """Validation's threshold of the model's class that begins where class ``positive`` in common does."""
-    if ground.scale.cuts == ground.model.cuts:
-        return thresholds["referable"]
-    begins = ground.model.cuts.index(ground.scale.cuts[positive - 1]) + 1
-    return thresholds["grades"][ground.model.names[begins]]
+def _begins(ground: CommonGround, positive: int) -> str:
+    """The model's class that begins where class ``positive`` in common does."""
+    return ground.model.names[ground.model.cuts.index(ground.scale.cuts[positive - 1]) + 1]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

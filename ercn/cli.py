@@ -32,7 +32,9 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "predict": ("ercn.training", configs.PredictConfig),
     "report": ("ercn.training.report", configs.ReportConfig),
     "ablate": ("ercn.training", configs.AblateConfig),
+    "ceiling": ("ercn.training", configs.CeilingConfig),
 }
+FUNCTIONS = {"ceiling": "train_ceiling"}  # the others have their command's name
 SUMMARIES = {
     "prepare": "find the fundus disc, crop and cache a data set, split it by patient",
     "plan": "predict the peak memory of a training, and say what to change",
@@ -42,6 +44,7 @@ SUMMARIES = {
     "predict": "grades and full-resolution heat maps of any pictures",
     "report": "compare runs in one self-contained HTML page: ercn report RUN RUN …",
     "ablate": "train and evaluate a grid of configurations and seeds, one table",
+    "ceiling": "train a U-Net on lesion masks, the ceiling of maps from grades alone",
     "bench": "time, memory and error of the operators and the network beside plain torch",
     "doctor": "what is installed, which backends run here, and why others do not",
 }
@@ -86,7 +89,7 @@ def _run(command: str, argv: list[str]) -> int:
         raise ValueError(f"{command!r} is no command; there are {', '.join(SUMMARIES)}")
     module, cls = COMMANDS[command]
     config = parse(command, cls, argv)
-    result = _function(module, command)(config)
+    result = _function(module, FUNCTIONS.get(command, command))(config)
     if isinstance(result, Path):
         print(result)
     return result if isinstance(result, int) else 0
@@ -196,7 +199,7 @@ def _overview() -> str:
 
 
 def _interrupted(argv: list[str]) -> str:
-    if argv[0] in ("pretrain", "train"):
+    if argv[0] in ("pretrain", "train", "ceiling"):
         again = shlex.join(["ercn", *argv, *([] if any("run.resume" in a for a in argv) else ["--run.resume", "true"])])
         return f"\ninterrupted; finished epochs are kept. Go on with:\n  {again}"
     return "\ninterrupted" + ("; finished cells are kept, the same command goes on" if argv[0] == "ablate" else "")

@@ -257,6 +257,22 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
+class CeilingConfig:
+    """``ercn ceiling``: a U-Net that is trained on lesion masks, the ceiling of maps from grades alone.
+
+    Of ``data``, label_fraction and balance are not read: all masks are used. width: channels at the picture's own
+    resolution, doubled by each of three halvings.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/ceiling"))
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        _require(self, "at least 1", "width")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """``ercn train``. init: the run folder of ``ercn pretrain`` whose backbone to start from, or none."""
 

@@ -33,7 +33,7 @@ def run(capsys, *argv):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_defaults_are_those_of_the_dataclass(command, called, capsys):
     assert run(capsys, command)[0] == 0
-    assert called == [(command, (cli.COMMANDS[command][1](),), {})]
+    assert called == [(cli.FUNCTIONS.get(command, command), (cli.COMMANDS[command][1](),), {})]
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

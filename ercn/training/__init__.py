@@ -15,6 +15,7 @@ _MODULES = {
     "evaluate": "evaluation",
     "predict": "prediction",
     "ablate": "ablation",
+    "train_ceiling": "ceiling",
 }
 __all__ = list(_MODULES)
 

@@ -1,0 +1,246 @@
+"""The supervised ceiling of every heat map: a small U-Net (Ronneberger et al. 2015) that is trained on lesion masks.
+
+What it reaches on a data set at a picture size can be seen in these pictures with as many examples, if a network is
+told where the lesions are; a map from grades alone is measured against it. It learns the union of all lesions, pixel by
+pixel, and its map is the probability of a lesion.
+
+A picture without masks is one without lesions (``annotated``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ercn.config import CeilingConfig
+from ercn.data import Manifest, Record
+from ercn.training import runs
+from ercn.training.callbacks import SafeCheckpointIO
+from ercn.training.checkpoint import check_state, load_weights, save_weights
+from ercn.training.loaders import PictureData
+from ercn.training.localization import LEVELS, average_precision, histograms, levels_of, precision_recall
+from ercn.training.pictures import load_manifest, make_loader
+from ercn.training.schedule import adamw
+from ercn.training.seeding import derive
+
+MONITOR = "val_aupr"
+LEVELS_DOWN = 3  # of the U-Net: it sees pictures of sides that this many halvings leave whole
+PRIOR = -4.0  # logit of the share of lesion pixels that training begins with, some 2 %
+JITTER = 0.1  # standard deviation of the change of contrast and of brightness of each channel, in the pictures' own
+LESS_MEMORY = "less is needed with a smaller --data.batch_size or --data.image_size"
+
+
+def _block(inputs: int, outputs: int) -> nn.Sequential:
+    """Twice convolution, BatchNorm, ReLU."""
+    parts = []
+    for channels in (inputs, outputs):
+        parts += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*parts)
+
+
+class UNet(nn.Module):
+    """Logits of a lesion at each pixel: [B, 3, H, W] -> [B, H, W], any size; at ``width`` 16 it has 0.49 M parameters.
+
+    width, doubled by each of three halvings, is the number of channels. Pictures are continued by their last row and
+    column to a multiple of 8.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        widths = [width * 2**level for level in range(LEVELS_DOWN + 1)]
+        self.down = nn.ModuleList(_block(a, b) for a, b in zip([3, *widths], widths))
+        self.up = nn.ModuleList(_block(a + b, a) for a, b in zip(widths, widths[1:]))
+        self.head = nn.Conv2d(width, 1, 1)
+        nn.init.constant_(self.head.bias, PRIOR)
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        x = F.pad(image, (0, -width % 2**LEVELS_DOWN, 0, -height % 2**LEVELS_DOWN), mode="replicate")
+        seen = []
+        for level, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if level else x)
+            seen.append(x)
+        for skip, block in zip(seen[-2::-1], reversed(self.up)):
+            x = block(torch.cat([skip, F.interpolate(x, scale_factor=2)], 1))
+        return self.head(x)[:, 0, :height, :width]
+
+
+def annotated(records: Sequence[Record]) -> list[Record]:
+    """The records of which is known where lesions are.
+
+    Data sets have a file for a lesion that is there, and none for a picture without: it counts as free of lesions, if
+    its grade is 0 or it has none. A picture of a higher grade without a mask was not looked at, and is left out.
+    """
+    return [record for record in records if record.masks or not record.grade]
+
+
+def lesions_of(batch: dict[str, Tensor]) -> Tensor:
+    """Union of the lesions, bool [B, S, S]; the last mask of a data set is the optic disc's."""
+    return batch["masks"][:, :-1].any(1)
+
+
+class AnnotatedData(PictureData):
+    """Training and validation pictures with masks, not augmented: ``Ceiling`` moves both alike."""
+
+    def _records(self) -> list[Record]:
+        return annotated(self.manifest.split("train"))
+
+    def _training(self) -> dict[str, Any]:
+        return {"augment": False, "with_masks": True}
+
+    def val_dataloader(self) -> DataLoader:
+        pictures = self._pictures(annotated(self.manifest.split("val")), **self._training())
+        return make_loader(pictures, self.config.batch_size, self.config.workers)
+
+
+class Supervised(pl.LightningModule):
+    """Binary cross entropy of each pixel, mean over all; validation pixel AUPR of all lesions once an epoch.
+
+    The AUPR is that of ``ercn.training.localization``: of pictures with lesions, without the optic disc.
+    """
+
+    def __init__(self, network: UNet, config: CeilingConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self.counts = np.zeros((1, 2, LEVELS))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw(self, self.config.run)
+
+    def training_step(self, batch: dict[str, Tensor] | None, step: int) -> Tensor | None:
+        if batch is None:  # every picture was unreadable
+            return None
+        image, lesion = batch["image"], lesions_of(batch).float()
+        if self.config.data.augment:
+            torch.manual_seed(derive(self.config.run.seed, "step", self.current_epoch, step))
+            image, lesion = moved(image, lesion)
+        loss = F.binary_cross_entropy_with_logits(self.network(self._laid_out(image)).float(), lesion)
+        self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
+        if batch is None:
+            return
+        heat = self.network(self._laid_out(batch["image"])).float().sigmoid().cpu().numpy()
+        disc = batch["masks"][:, -1].cpu().numpy()
+        for own, lesion, left_out in zip(heat, lesions_of(batch).cpu().numpy(), disc):
+            if lesion.any():
+                self.counts[0] += histograms(levels_of(own), lesion, ~left_out | lesion)
+
+    def on_validation_epoch_end(self) -> None:
+        precision, recall, _ = precision_recall(self.counts)
+        self.counts = np.zeros_like(self.counts)
+        self.log(MONITOR, float(average_precision(precision, recall)[0]), prog_bar=True)
+
+    def _laid_out(self, image: Tensor) -> Tensor:
+        return image.contiguous(
+            memory_format=torch.channels_last if self.config.run.channels_last else torch.contiguous_format
+        )
+
+
+def moved(image: Tensor, lesion: Tensor) -> tuple[Tensor, Tensor]:
+    """Each picture [B, 3, S, S] and its lesions [B, S, S] in one of the eight positions of a square, the picture in
+    another light: channel c is x (1 + a_c) + b_c with a and b from a normal distribution. Draws from torch's generator.
+    """
+    both = torch.cat([image, lesion[:, None]], 1)
+    turns, mirrored = torch.randint(4, (len(both),)).tolist(), torch.randint(2, (len(both),)).tolist()
+    both = torch.stack([one.flip(-1).rot90(k, (1, 2)) if m else one.rot90(k, (1, 2))
+                        for one, k, m in zip(both, turns, mirrored)])  # fmt: skip
+    contrast, brightness = (JITTER * torch.randn(2, len(both), 3, 1, 1)).to(both.device)
+    return both[:, :3] * (1 + contrast) + brightness, both[:, 3]
+
+
+def train_ceiling(config: CeilingConfig) -> Path:
+    """Trains the U-Net on a prepared folder with lesion masks and leaves it in ``run.out``; returns that folder.
+
+    The folder holds config.yaml, environment.json, metrics.csv (loss and validation AUPR of each epoch), checkpoints,
+    and export/ceiling.safetensors and ceiling.json of the epoch of the highest validation AUPR, which ``load_ceiling``
+    reads. Deterministic on the CPU: killed and resumed (``run.resume``), it ends with the same weights. Raises
+    ValueError or DataError naming argument, folder or file, also where the train or the val split has no masks.
+    """
+    run = config.run
+    manifest = load_manifest(config.data.root)
+    for split in ("train", "val"):
+        if not any(record.masks for record in manifest.split(split)):
+            raise ValueError(
+                f"{config.data.root} has no picture with a lesion mask in the {split} split; the supervised ceiling "
+                "needs them in train and val"
+            )
+    if run.devices * run.num_nodes > 1 or run.grad_checkpointing:
+        raise ValueError(
+            "the supervised ceiling is a small network: it is trained on one device, without gradient checkpointing; "
+            f"got run.devices {run.devices}, run.num_nodes {run.num_nodes}, "
+            f"run.grad_checkpointing {run.grad_checkpointing}"
+        )
+    torch.manual_seed(derive(run.seed, "init"))
+    network = UNet(config.width)
+    module = Supervised(network, config)
+    runs.set_up(module, network, run)
+    trainer = runs.make_trainer(run, monitor=MONITOR)
+    checkpoint = runs.open_run(config)
+    data = AnnotatedData(manifest, config.data, seed=run.seed)
+    runs.fit(trainer, module, data, checkpoint, lambda: LESS_MEMORY)
+    _export(Path(run.out), network, config, manifest, data.unreadable)
+    return Path(run.out)
+
+
+def _export(
+    out: Path, network: UNet, config: CeilingConfig, manifest: Manifest, unreadable: list[dict[str, str]]
+) -> None:
+    best = SafeCheckpointIO().load_checkpoint(out / "checkpoints" / "best.ckpt")
+    score = next(iter(c["best_model_score"] for c in best["callbacks"].values() if c.get("monitor") == MONITOR))
+    save_weights(
+        out / "export",
+        "ceiling",
+        {key.removeprefix("network."): value for key, value in best["state_dict"].items()},
+        {
+            "config": asdict(config),
+            "width": config.width,
+            "image_size": config.data.image_size,
+            "mean": list(manifest.mean),
+            "std": list(manifest.std),
+            "normalize": manifest.normalize,
+            "dataset": manifest.dataset,
+            "manifest": manifest.hash,
+            "epoch": best["epoch"] + 1,
+            "val_aupr": float(score),
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "unreadable": unreadable,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The trained U-Net: pictures [B, 3, S, S], normalised with ``info["mean"]`` and ``info["std"]``, to the
+    probability of a lesion at each pixel, float32 [B, S, S] on the device. info: ceiling.json."""
+
+    network: UNet
+    info: dict[str, Any]
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.network(image).sigmoid()
+
+
+def load_ceiling(run: str | Path, device: torch.device | str = "cpu") -> Ceiling:
+    """What ``train_ceiling`` exported into the run folder, for inference on ``device``.
+
+    Raises FileNotFoundError naming a file that is missing, ValueError naming one that is damaged.
+    """
+    folder = Path(run) / "export"
+    needed = ("width", "image_size", "mean", "std", "normalize", "manifest", "val_aupr")
+    state, info = load_weights(folder, "ceiling", "ercn ceiling", needed)
+    network = UNet(info["width"])
+    check_state(network, state, str(folder / "ceiling.safetensors"), f"a U-Net of width {info['width']}")
+    network.load_state_dict(state)
+    return Ceiling(network.to(device).eval(), info)

@@ -1,0 +1,141 @@
+"""The floor of every heat map: contrasts of the picture itself, with nothing learned.
+
+What such a filter finds needs no network. A map from grades alone says something where it is better than the best of
+these, and a phantom on which one of them is good cannot show that a network has learned to see.
+
+With x [3, S, S] the picture in 0 … 1, g its green channel, B_n the mean over a square of side n S / 256 (in pixels, to
+the nearest odd number) and G_s the Gaussian of sigma s S / 256, every map is min(1, 2 f), the same scale in all
+pictures and at all sizes:
+
+    box_n      f = max over the channels of |x - B_n x|
+    dark_n     f = max(0, B_n g - g)                bright_n   f = max(0, g - B_n g)
+    black_hat  f = closing of g - g                 white_hat  f = g - opening of g, with the square of B_17
+    dog_s      f = max over the channels of |G_s x - G_4s x|
+    log_s      f = (s S / 256)² |Laplacian of G_s g|
+    std_n      f = sqrt(B_n g² - (B_n g)²)
+
+Outside of the camera's round field, and near to its edge, every map is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from scipy import ndimage
+
+GAIN = 2
+MARGIN = 4  # of 256: width of the ring within the field's edge that is left out
+_NEAR = 65  # of 256: side of the mean that continues the field beyond its edge
+
+
+def _odd(n: float, size: int) -> int:
+    return 2 * round((n * size / 256 - 1) / 2) + 1
+
+
+def _mean(x: np.ndarray, n: float) -> np.ndarray:
+    """B_n of [..., S, S]."""
+    return ndimage.uniform_filter(x, (1,) * (x.ndim - 2) + (_odd(n, x.shape[-1]),) * 2, mode="nearest")
+
+
+def _gauss(x: np.ndarray, s: float) -> np.ndarray:
+    """G_s of [..., S, S]."""
+    return ndimage.gaussian_filter(x, (0,) * (x.ndim - 2) + (s * x.shape[-1] / 256,) * 2, mode="nearest", truncate=3)
+
+
+def _box(x: np.ndarray, n: float) -> np.ndarray:
+    return np.abs(x - _mean(x, n)).max(0)
+
+
+def _dark(x: np.ndarray, n: float) -> np.ndarray:
+    return np.maximum(_mean(x[1], n) - x[1], 0)
+
+
+def _bright(x: np.ndarray, n: float) -> np.ndarray:
+    return np.maximum(x[1] - _mean(x[1], n), 0)
+
+
+def _black_hat(x: np.ndarray, n: float) -> np.ndarray:
+    return ndimage.black_tophat(x[1], _odd(n, x.shape[-1]), mode="nearest")
+
+
+def _white_hat(x: np.ndarray, n: float) -> np.ndarray:
+    return ndimage.white_tophat(x[1], _odd(n, x.shape[-1]), mode="nearest")
+
+
+def _dog(x: np.ndarray, s: float) -> np.ndarray:
+    return np.abs(_gauss(x, s) - _gauss(x, 4 * s)).max(0)
+
+
+def _log(x: np.ndarray, s: float) -> np.ndarray:
+    return (s * x.shape[-1] / 256) ** 2 * np.abs(ndimage.laplace(_gauss(x[1], s), mode="nearest"))
+
+
+def _std(x: np.ndarray, n: float) -> np.ndarray:
+    small = x[1] - _mean(x[1], 33)  # its squares lose nothing in float32
+    return np.sqrt(np.maximum(_mean(small**2, n) - _mean(small, n) ** 2, 0))
+
+
+_CONTRASTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "box_9": partial(_box, n=9),
+    "box_17": partial(_box, n=17),
+    "box_33": partial(_box, n=33),
+    "dark_9": partial(_dark, n=9),
+    "dark_17": partial(_dark, n=17),
+    "dark_33": partial(_dark, n=33),
+    "bright_9": partial(_bright, n=9),
+    "bright_17": partial(_bright, n=17),
+    "bright_33": partial(_bright, n=33),
+    "black_hat": partial(_black_hat, n=17),
+    "white_hat": partial(_white_hat, n=17),
+    "dog_1": partial(_dog, s=1),
+    "dog_2": partial(_dog, s=2),
+    "log_2": partial(_log, s=2),
+    "std_9": partial(_std, n=9),
+}
+
+
+def field(picture: np.ndarray) -> np.ndarray:
+    """Where the camera's round field is in a picture uint8 [S, S, 3], without its edge: bool [S, S].
+
+    The border has one color, that of the corners: black, or the gray of ``ercn.data.normalization.graham``. Pixels that
+    differ from it by 12 % of the picture's range, and what lies between such pixels in its row and in its column, are
+    the field, of which a ring of ``MARGIN`` is left out. Without such a border, all is field.
+    """
+    corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]].astype(np.float32)
+    value = np.abs(picture - np.median(corners, axis=0)).max(2).astype(np.float32)
+    found = _mean(value, 5) > max(8, 0.12 * np.percentile(value, 95))
+    if np.ptp(corners, axis=0).max() > 16 or not found.any():
+        return np.ones(value.shape, bool)
+    within = _between(found, 0) & _between(found, 1)
+    return ndimage.minimum_filter(within, 2 * round(MARGIN * len(value) / 256) + 1, mode="nearest")
+
+
+def _between(found: np.ndarray, axis: int) -> np.ndarray:
+    """Between the first and the last True along the axis."""
+    after = np.flip(np.maximum.accumulate(np.flip(found, axis), axis), axis)
+    return np.maximum.accumulate(found, axis) & after
+
+
+def contrasts(picture: np.ndarray, names: Sequence[str] = tuple(_CONTRASTS)) -> dict[str, np.ndarray]:
+    """The maps of these names of a picture uint8 [S, S, 3], float32 [S, S] in [0, 1]; faster than one by one.
+
+    The field is continued beyond its edge by the mean of what is near, so that the edge itself is no contrast.
+    ValueError for a picture of another shape or type.
+    """
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or len(picture) != picture.shape[1]:
+        raise ValueError(f"picture must be uint8 [S, S, 3]; got {picture.dtype} {list(picture.shape)}")
+    inside = field(picture)
+    x = picture.transpose(2, 0, 1).astype(np.float32) / 255
+    share = np.maximum(_mean(inside.astype(np.float32), _NEAR), 1e-3)
+    x = np.where(inside, x, _mean(x * inside, _NEAR) / share)
+    return {name: np.minimum(GAIN * _CONTRASTS[name](x), 1) * inside for name in names}
+
+
+def contrast(picture: np.ndarray, name: str) -> np.ndarray:
+    """One of ``contrasts``."""
+    return contrasts(picture, (name,))[name]
+
+
+FILTERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {name: partial(contrast, name=name) for name in _CONTRASTS}

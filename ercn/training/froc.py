@@ -51,14 +51,18 @@ class Lesions:
         return best[1:][best[1:] > 0]
 
 
-def sensitivities(false: np.ndarray, found: np.ndarray, pictures: np.ndarray, lesions: np.ndarray) -> np.ndarray:
-    """The highest sensitivity [R, 7] with at most each of ``RATES`` false marks per picture; not interpolated.
+def operating_points(false: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """The lowest level int [R, 7] with at most each of ``RATES`` false marks per picture; LEVELS where none has.
 
-    false, found: counts [R, LEVELS] of marks and of lesions by level. pictures, lesions: how many, [R]. NaN where there
-    is no lesion.
+    false: how many marks of at least each level, [R, LEVELS]. pictures: how many, [R].
     """
-    above = np.cumsum(false[:, ::-1], axis=1)[:, ::-1]
-    reached = np.pad(np.cumsum(found[:, ::-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))
-    first = np.stack([(above > rate * pictures[:, None]).sum(1) for rate in RATES], axis=1)  # level of the threshold
-    lesions = np.where(lesions > 0, lesions, np.nan)
-    return np.take_along_axis(reached, first, axis=1) / lesions[:, None]
+    return np.stack([(false > rate * pictures[:, None]).sum(1) for rate in RATES], axis=1)
+
+
+def sensitivities(found: np.ndarray, points: np.ndarray, lesions: np.ndarray) -> np.ndarray:
+    """Share [R, 7] of the lesions that are found at ``operating_points``; not interpolated, NaN without lesions.
+
+    found: how many at each level or above, [R, LEVELS]. lesions: how many, [R].
+    """
+    reached = np.take_along_axis(np.pad(found, ((0, 0), (0, 1))), points, axis=1)
+    return reached / np.where(lesions > 0, lesions, np.nan)[:, None]

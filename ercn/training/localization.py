@@ -186,10 +186,10 @@ class Localization:
     def settle(self, trials: Iterable[str], name: str) -> str:
         """Keeps of the references ``trials`` that of the highest pooled AUPR, as ``name``; meant for validation.
 
-        Returns which it was, or "" where there is no lesion; then none is kept.
+        Returns which it was, or "" where there is none or no lesion; then none is kept.
         """
         trials, best = list(trials), ""
-        if self.counts:
+        if self.counts and trials:
             precision, recall, _ = precision_recall(np.stack([self.counts[ALL].pooled(trial) for trial in trials]))
             best = trials[int(average_precision(precision, recall).argmax())]
         parts = [self.marks, self.unhurt.histograms, self.unhurt.heat]
@@ -293,12 +293,12 @@ class Localization:
         hits = {kind: np.array(c.hits[name]) for kind, c in counts.items()}
         curves = {kind: precision_recall(np.array(c.histograms[name])) for kind, c in counts.items()}
         each = {kind: average_precision(curve[0], curve[1]) for kind, curve in curves.items()}
-        found = {kind: _by_level(c.found[name]) for kind, c in counts.items()}
-        marks = _by_level(self.marks[name])
+        found = {kind: _above(c.found[name]) for kind, c in counts.items()}
+        marks = _above(self.marks[name])
 
         def metric(weight: np.ndarray) -> dict[str, np.ndarray]:
             values = {}
-            pictures, false = weight.sum(1), weight @ marks
+            points = froc.operating_points(weight @ marks, weight.sum(1))
             for kind, cut in cuts.items():
                 own = weight[:, counts[kind].rows]
                 prefix = f"{kind}/" if kind else ""
@@ -311,7 +311,7 @@ class Localization:
                 if cuts[ALL] is not None:
                     values[f"{prefix}recall"] = recall[:, round(cuts[ALL] * LEVELS)]
                 values[f"{prefix}pointing"] = _share(own, hits[kind])
-                at = froc.sensitivities(false, own @ found[kind], pictures, own @ np.array(counts[kind].lesions))
+                at = froc.sensitivities(own @ found[kind], points, own @ np.array(counts[kind].lesions))
                 values[f"{prefix}froc"] = at.mean(1)
                 values |= {f"{prefix}sensitivity {rate}": at[:, i] for i, rate in enumerate(froc.RATES)}
             for key in ("aupr", "iou"):
@@ -334,9 +334,10 @@ def _difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) 
     return {key: entry(one[key] - other[key]) for key in _COMPARED if key in one and key in other}
 
 
-def _by_level(levels: Sequence[np.ndarray]) -> np.ndarray:
-    """Counts float [N, LEVELS] of the levels of each picture."""
-    return np.array([np.bincount(own, minlength=LEVELS) for own in levels], float)
+def _above(levels: Sequence[np.ndarray]) -> np.ndarray:
+    """How many of each picture's levels are at least each level: float [N, LEVELS]."""
+    counts = np.array([np.bincount(own, minlength=LEVELS) for own in levels], float)
+    return counts[:, ::-1].cumsum(1)[:, ::-1]
 
 
 def _share(weight: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -80,7 +80,7 @@ def test_a_picture_without_lesion_or_label_counts_nowhere():
     collected = Localization()
     collected.add({"cam": np.ones((8, 8))}, {"spot": np.zeros((8, 8), bool)}, "a")
     assert collected.summary({}, draws=10, seed=0) is None and collected.thresholds() == {"maps": {}, "lesions": {}}
-    assert collected.healthy({}, draws=10, seed=0) is None and collected.patients == collected.owners == []
+    assert collected.healthy_summary({}, draws=10, seed=0) is None and collected.patients == collected.owners == []
 
 
 def test_each_lesion_counts_on_its_pictures_against_all_other_pixels_but_the_disc():
@@ -205,7 +205,7 @@ def test_marks_on_the_disc_are_neither_found_nor_false():
         collected.add({"cam": heat}, {"spot": dots((40, 40))}, "a", disc)
     collected.add({"cam": blank((5, 5, 1.0))}, {}, "b", disc, healthy=True)
     assert collected.summary({}, draws=0, seed=0)["maps"]["cam"]["froc"]["value"] == 1
-    assert collected.healthy({"maps": {"cam": 0.5}}, draws=0, seed=0)["maps"]["cam"]["alarm"]["value"] == 0
+    assert collected.healthy_summary({"maps": {"cam": 0.5}}, draws=0, seed=0)["maps"]["cam"]["alarm"]["value"] == 0
 
 
 def test_heat_on_healthy_pictures_is_measured_at_validations_threshold():
@@ -217,7 +217,7 @@ def test_heat_on_healthy_pictures_is_measured_at_validations_threshold():
         heats.append(heat)
     collected.add({"cam": np.ones((SIZE, SIZE)), "bare": np.ones((SIZE, SIZE))}, {"spot": square(rng)}, "x",
                   healthy=True, references={"filter": np.ones((SIZE, SIZE))})  # fmt: skip
-    result = collected.healthy({"maps": {"cam": 0.5}}, draws=200, seed=0)
+    result = collected.healthy_summary({"maps": {"cam": 0.5}}, draws=200, seed=0)
     assert (result["pictures"], result["patients"]) == (24, 12)  # a mask says more than the label
     heats = np.array(heats)
     cam = result["maps"]["cam"]
@@ -291,12 +291,12 @@ def test_references_have_all_metrics_and_stay_apart():
     assert result["references"]["supervised"] == result["maps"]["cam"]
     assert result["references"]["contrast"]["aupr"]["value"] == 1
     assert set(result["lesions"]["spot"]["references"]) == {"contrast", "supervised"}
-    assert set(apart.healthy({}, draws=0, seed=0)["references"]) == {"contrast", "supervised"}
+    assert set(apart.healthy_summary({}, draws=0, seed=0)["references"]) == {"contrast", "supervised"}
     assert collected.summary({}, draws=0, seed=0)["references"] == {}
     blind = Localization()
     blind.add({"cam": heat}, {}, "b", healthy=True, references=trials)
     assert blind.settle(trials, "contrast") == "" and not blind.references
-    assert set(blind.healthy({}, draws=0, seed=0)["maps"]) == {"cam"}
+    assert set(blind.healthy_summary({}, draws=0, seed=0)["maps"]) == {"cam"}
 
 
 def test_a_picture_of_257_px_costs_little():

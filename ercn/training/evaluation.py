@@ -168,7 +168,12 @@ def write_evaluation(
         "notice": DISCLAIMER,
         "dataset": manifest.dataset,
         "manifest": manifest.hash,
-        "bootstrap": {"draws": draws, "seed": seed, "unit": "patient", "interval": "95 % percentile"},
+        "bootstrap": {
+            "draws": draws,
+            "seed": seed,
+            "unit": "patient",
+            "interval": "95 % percentile (of the calibration error, centred on its value)",
+        },
         "temperature": info["temperature"],
         "views": views._asdict(),
         "pictures": len(collected.records),
@@ -217,7 +222,7 @@ def write_evaluation(
     ]
     result |= {
         "localization": None if local is None else local | {"contrast": collected.contrast},
-        "healthy": collected.localization.healthy(map_thresholds, draws=draws, seed=seed),
+        "healthy": collected.localization.healthy_summary(map_thresholds, draws=draws, seed=seed),
         "map_thresholds": map_thresholds.get("from"),
         "disclosure": _disclosure(map_thresholds.get("from")),
         "unreadable": collected.unreadable,

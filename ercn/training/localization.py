@@ -115,7 +115,7 @@ class Localization:
     owners: list[str] = field(default_factory=list)
     discs: int = 0
     counts: dict[str, _Counts] = field(default_factory=dict)
-    unhurt: _Healthy = field(default_factory=_Healthy)
+    healthy: _Healthy = field(default_factory=_Healthy)
     marks: dict[str, list[np.ndarray]] = field(default_factory=dict)
     references: set[str] = field(default_factory=set)
 
@@ -168,11 +168,11 @@ class Localization:
             at = places[name][~close[tuple(places[name].T)]]
             self.marks.setdefault(name, []).append(level[tuple(at.T)])
         if not present:
-            self.unhurt.rows.append(row)
+            self.healthy.rows.append(row)
             for name, heat in heats.items():
                 spread = np.bincount(levels[name][counted], minlength=LEVELS).astype(np.int32)
-                self.unhurt.histograms.setdefault(name, []).append(spread)
-                self.unhurt.heat.setdefault(name, []).append(float(heat[counted].mean()))
+                self.healthy.histograms.setdefault(name, []).append(spread)
+                self.healthy.heat.setdefault(name, []).append(float(heat[counted].mean()))
 
     @property
     def patients(self) -> list[str]:
@@ -192,7 +192,7 @@ class Localization:
         if self.counts and trials:
             precision, recall, _ = precision_recall(np.stack([self.counts[ALL].pooled(trial) for trial in trials]))
             best = trials[int(average_precision(precision, recall).argmax())]
-        parts = [self.marks, self.unhurt.histograms, self.unhurt.heat]
+        parts = [self.marks, self.healthy.histograms, self.healthy.heat]
         parts += [part for own in self.counts.values() for part in (own.histograms, own.hits, own.found)]
         for part in parts:
             kept = {trial: part.pop(trial) for trial in trials if trial in part}
@@ -250,7 +250,7 @@ class Localization:
                 "rates": list(froc.RATES),
                 "tolerance": TOLERANCE,
                 "pictures": len(self.owners),
-                "healthy": len(self.unhurt.rows),
+                "healthy": len(self.healthy.rows),
             },
             "differences": [
                 {"map": one, "minus": other} | _difference(compared[one], compared[other])
@@ -259,19 +259,19 @@ class Localization:
             ],
         }
 
-    def healthy(self, thresholds: Mapping[str, dict], *, draws: int, seed: int) -> dict | None:
+    def healthy_summary(self, thresholds: Mapping[str, dict], *, draws: int, seed: int) -> dict | None:
         """JSON-ready heat of each map on healthy pictures, with patient-bootstrap intervals; None where there is none.
 
         ``heat`` is the mean of the map. With the map's threshold from validation, of all lesions together, also
         ``area``, the mean share of pixels that reach it, and ``alarm``, the share of pictures of which any pixel does.
         """
-        if not self.unhurt.rows:
+        if not self.healthy.rows:
             return None
-        patients = [self.owners[row] for row in self.unhurt.rows]
+        patients = [self.owners[row] for row in self.healthy.rows]
         result: dict[str, Any] = {"pictures": len(patients), "patients": len(set(patients))}
         result |= {"maps": {}, "references": {}}
-        for name, spreads in self.unhurt.histograms.items():
-            columns = {"heat": np.array(self.unhurt.heat[name])}
+        for name, spreads in self.healthy.histograms.items():
+            columns = {"heat": np.array(self.healthy.heat[name])}
             cut = thresholds.get("maps", {}).get(name)
             if cut is not None:
                 spread = np.array(spreads)

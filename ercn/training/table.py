@@ -160,8 +160,9 @@ def print_metrics(result: dict[str, Any]) -> None:
         for key in ("aupr", "recall") if local["lesions"] else ():
             title = f"{LOCALIZATION[key][0].lower()}{LOCALIZATION[key][1:]}, by lesion; intervals are in the report"
             columns = ("lesion", "pictures", "lesions", *(NAMES[name] for name in maps), "floor")
-            rows = [[cell.partition(" (")[0] for cell in row] for row in lesion_rows(local, maps, key)]
-            show(title, columns, rows)
+            count = len(columns) - (key not in FLOOR)
+            rows = [[cell.partition(" (")[0] for cell in row[:count]] for row in lesion_rows(local, maps, key)]
+            show(title, columns[:count], rows)
     if result["healthy"]:
         title = f"heat on healthy eyes: {result['healthy']['pictures']} pictures of grade 0"
         show(title, ("map", *HEALTHY.values()), healthy_rows(result["healthy"]))

@@ -15,12 +15,15 @@ from ercn.config import EvaluateConfig, PrepareConfig
 from ercn.data import Manifest, prepare
 from ercn.training import evaluate, evaluation
 from ercn.training.calibration import temper
-from ercn.training.checkpoint import load_model
+from ercn.training.ceiling import UNet
+from ercn.training.checkpoint import load_model, save_weights
 from ercn.training.evaluation import collect
 from ercn.training.filters import FILTERS, contrasts
 from ercn.training.infer import Views
+from ercn.training.localization import Localization
 from ercn.training.maps import NAMES
 from ercn.training.metrics import SPECIFICITIES, debiased_calibration_error
+from ercn.training.pictures import picture_dataset
 
 SMALL = {"size": 64, "workers": 1, "progress": False}
 
@@ -150,6 +153,30 @@ def test_a_ceiling_is_measured_beside_the_maps_with_its_own_threshold(root, monk
     own["image_size"] = 96
     with pytest.raises(ValueError, match="ceiling unet was trained with image_size 96, the model with 64"):
         evaluated(root, ceiling="unet")
+
+
+def test_a_trained_u_net_is_read_from_its_run(root):
+    manifest = Manifest.load(root / "phantom")
+    torch.manual_seed(0)
+    network = UNet(2)
+    about = {"width": 2, "image_size": 64, "mean": manifest.mean, "std": manifest.std, "normalize": "none"}
+    about |= {"manifest": manifest.hash, "val_aupr": 0.0}
+    save_weights(root / "unet" / "export", "ceiling", network.state_dict(), about)
+    local = evaluated(root, ceiling=str(root / "unet"))["localization"]
+    _, info = load_model(root / "run")
+    records, config = manifest.split("test"), info["config"].data
+    options = {"seed": 0, "augment": False, "with_masks": True}
+    dataset = picture_dataset(records, manifest.mean, manifest.std, config, **options)
+    own = Localization()
+    with torch.inference_mode():
+        for item in map(dataset.__getitem__, range(len(records))):
+            heat = network.eval()(item["image"][None]).sigmoid()[0].numpy()
+            *lesions, disc = item["masks"].numpy()
+            patient = records[item["index"]].patient
+            own.add({"it": heat}, dict(zip(dataset.mask_kinds, lesions)), patient, disc, healthy=item["grade"] == 0)
+    expected = own.summary({}, draws=0, seed=0)["maps"]["it"]
+    for key in ("aupr", "froc", "pointing"):
+        assert local["references"]["supervised"][key]["value"] == pytest.approx(expected[key]["value"])
 
 
 def test_healthy_eyes_are_those_of_grade_0_also_without_masks(root):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [width * 2**level for level in range(LEVELS_DOWN + 1)]
         self.down = nn.ModuleList(_block(a, b) for a, b in zip([3, *widths], widths))
-        self.up = nn.ModuleList(_block(a + b, a) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(_block(a + b, a) for a, b in pairwise(widths))
         self.head = nn.Conv2d(width, 1, 1)
         nn.init.constant_(self.head.bias, PRIOR)
 
@@ -89,7 +90,7 @@ def lesions_of(batch: dict[str, Tensor]) -> Tensor:
 
 
 class AnnotatedData(PictureData):
-    """Training and validation pictures with masks, not augmented: ``Ceiling`` moves both alike."""
+    """Training and validation pictures with masks, whole and upright: ``squares`` moves both alike."""
 
     def _records(self) -> list[Record]:
         return annotated(self.manifest.split("train"))
@@ -122,7 +123,7 @@ class Supervised(pl.LightningModule):
         image, lesion = batch["image"], lesions_of(batch).float()
         if self.config.data.augment:
             torch.manual_seed(derive(self.config.run.seed, "step", self.current_epoch, step))
-            image, lesion = moved(image, lesion)
+            image, lesion = squares(image, lesion)
         loss = F.binary_cross_entropy_with_logits(self.network(self._laid_out(image)).float(), lesion)
         self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image))
         return loss
@@ -147,14 +148,26 @@ class Supervised(pl.LightningModule):
         )
 
 
-def moved(image: Tensor, lesion: Tensor) -> tuple[Tensor, Tensor]:
-    """Each picture [B, 3, S, S] and its lesions [B, S, S] in one of the eight positions of a square, the picture in
-    another light: channel c is x (1 + a_c) + b_c with a and b from a normal distribution. Draws from torch's generator.
+def squares(image: Tensor, lesion: Tensor) -> tuple[Tensor, Tensor]:
+    """A part of each picture [B, 3, S, S] and of its lesions [B, S, S], in one of the eight positions of a square.
+
+    Its side is half of S, and at least 64 px; it lies around a pixel of a lesion in one half of the pictures that have
+    any, and anywhere in the others: lesions are a small part of a picture, and most of what training would see of a
+    whole one it has seen before. Channel c of the picture is then x (1 + a_c) + b_c, with a and b normally distributed.
+    Draws from torch's generator.
     """
-    both = torch.cat([image, lesion[:, None]], 1)
-    turns, mirrored = torch.randint(4, (len(both),)).tolist(), torch.randint(2, (len(both),)).tolist()
-    both = torch.stack([one.flip(-1).rot90(k, (1, 2)) if m else one.rot90(k, (1, 2))
-                        for one, k, m in zip(both, turns, mirrored)])  # fmt: skip
+    size = image.shape[-1]
+    side = min(size, max(64, 8 * round(size / 16)))
+    parts = []
+    for both in torch.cat([image, lesion[:, None]], 1):
+        places = both[3].nonzero().cpu()
+        center = torch.randint(size, (2,))
+        if len(places) and torch.rand(()) < 0.5:
+            center = places[torch.randint(len(places), ())] + torch.randint(-side // 3, side // 3, (2,))
+        top, left = (center - side // 2).clamp(0, size - side).tolist()
+        part = both[:, top : top + side, left : left + side].rot90(int(torch.randint(4, ())), (1, 2))
+        parts.append(part.flip(-1) if torch.rand(()) < 0.5 else part)
+    both = torch.stack(parts)
     contrast, brightness = (JITTER * torch.randn(2, len(both), 3, 1, 1)).to(both.device)
     return both[:, :3] * (1 + contrast) + brightness, both[:, 3]
 

@@ -331,6 +331,7 @@ class EvaluateConfig:
     split: which pictures. batch_size: pictures per forward pass. workers: loader processes. seed: of the bootstrap.
     scales: sizes, relative to the training's, at which the maps are computed and averaged (SEAM: 0.5, 1, 1.5, 2);
         1 must be one of them, from which alone the grades are. flip: the maps' average has mirrored pictures too.
+    ceiling: run folder of a U-Net that was trained on masks, whose maps are measured beside the model's; or none.
     accelerator: "cpu", "gpu" or "cuda"; "auto" is CUDA where there is one, else the CPU.
     progress: a progress bar where the output is a terminal.
     """
@@ -344,6 +345,7 @@ class EvaluateConfig:
     flip: bool = False
     bootstrap: int = 2000
     seed: int = 0
+    ceiling: str = ""
     accelerator: str = "auto"
     progress: bool = True
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from _datasets import write_idrid_segmentation_tree
 from _pictures import write_davis_tree
 from _runs import OPTIONS, write_run
@@ -14,9 +15,15 @@ from ercn.config import EvaluateConfig, PrepareConfig
 from ercn.data import Manifest, prepare
 from ercn.training import evaluate, evaluation
 from ercn.training.calibration import temper
-from ercn.training.checkpoint import load_model
+from ercn.training.ceiling import UNet
+from ercn.training.checkpoint import load_model, save_weights
 from ercn.training.evaluation import collect
+from ercn.training.filters import FILTERS, contrasts
 from ercn.training.infer import Views
+from ercn.training.localization import Localization
+from ercn.training.maps import NAMES
+from ercn.training.metrics import SPECIFICITIES, debiased_calibration_error
+from ercn.training.pictures import picture_dataset
 
 SMALL = {"size": 64, "workers": 1, "progress": False}
 
@@ -84,8 +91,126 @@ def test_predictions_are_calibrated_and_the_error_before_is_told(root):
         ]
         return sum(gaps) / len(truth)
 
-    assert result["metrics"]["ece_uncalibrated"]["value"] == pytest.approx(ece(raw.probability))
-    assert result["metrics"]["ece"]["value"] == pytest.approx(ece(saved), abs=1e-5)
+    assert result["metrics"]["ece_plugin"]["value"] == pytest.approx(ece(saved), abs=1e-5)
+    one, patients = np.ones((1, len(truth))), raw.patients
+    for name, probability in (("ece", saved), ("ece_uncalibrated", raw.probability)):
+        value = debiased_calibration_error(probability, truth, patients, one)[0]
+        assert result["metrics"][name]["value"] == pytest.approx(value, abs=1e-4)
+
+
+def test_the_filter_is_chosen_on_validation_and_measured_apart(root, monkeypatch):
+    model, info = load_model(root / "run")
+    validation = Manifest.load(root / "phantom").split("val")
+    scores = {}
+    for name in FILTERS:
+        one = collect(model, info | {"contrast": name}, validation, **OPTIONS).localization
+        scores[name] = one.summary({}, draws=0, seed=0)["references"]["contrast"]["aupr"]["value"]
+    assert info["contrast"] == max(scores, key=scores.get) and len(set(scores.values())) > 5
+    tried = []
+
+    def watched(picture, names):
+        tried.append(tuple(names))
+        return contrasts(picture, names)
+
+    monkeypatch.setattr(evaluation, "contrasts", watched)
+    local = evaluated(root)["localization"]
+    assert set(tried) == {(info["contrast"],)}
+    assert list(local["references"]) == ["contrast"] and not set(local["maps"]) - set(NAMES)
+    assert local["references"]["contrast"]["iou"]["threshold"] == info["thresholds"]["maps"]["contrast"]
+    assert local["contrast"] == info["contrast"]
+
+
+def test_an_export_that_knows_no_filter_gets_none_on_the_test_pictures(root, tmp_path):
+    write_run(tmp_path / "run", root / "phantom")
+    path = tmp_path / "run" / "export" / "model.json"
+    exported = json.loads(path.read_text())
+    del exported["contrast"], exported["thresholds"]["specificity"]
+    path.write_text(json.dumps(exported))
+    result = evaluated(tmp_path)
+    assert result["localization"]["references"] == {} and result["localization"]["contrast"] == ""
+    assert result["fixed_specificity"]["0.95"].keys() == {"threshold", "roc_sensitivity"}
+
+
+def test_a_ceiling_is_measured_beside_the_maps_with_its_own_threshold(root, monkeypatch):
+    """A stub of what masks teach: the green channel of the pictures as its own training had them."""
+    own = {"image_size": 64, "normalize": "none", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
+    seen = []
+
+    class Green:
+        info = own
+
+        def __call__(self, image):
+            seen.append(image * 0.5 + torch.tensor(own["mean"]).view(3, 1, 1))
+            return seen[-1][:, 1].clamp(0, 1)
+
+    monkeypatch.setattr(evaluation, "load_ceiling", lambda folder, device: Green())
+    plain = evaluated(root)["localization"]
+    local = evaluated(root, ceiling="unet")["localization"]
+    assert set(local["references"]) == {"contrast", "supervised"} and local["maps"] == plain["maps"]
+    assert local["references"]["contrast"] == plain["references"]["contrast"]
+    assert 0 < local["references"]["supervised"]["iou"]["threshold"] < 1
+    assert all(0 <= image.min() + 1e-5 and image.max() < 1 + 1e-5 for image in seen)  # 0 to 1 again, in its own scale
+    own["image_size"] = 96
+    with pytest.raises(ValueError, match="ceiling unet was trained with image_size 96, the model with 64"):
+        evaluated(root, ceiling="unet")
+
+
+def test_a_trained_u_net_is_read_from_its_run(root):
+    manifest = Manifest.load(root / "phantom")
+    torch.manual_seed(0)
+    network = UNet(2)
+    about = {"width": 2, "image_size": 64, "mean": manifest.mean, "std": manifest.std, "normalize": "none"}
+    about |= {"manifest": manifest.hash, "val_aupr": 0.0}
+    save_weights(root / "unet" / "export", "ceiling", network.state_dict(), about)
+    local = evaluated(root, ceiling=str(root / "unet"))["localization"]
+    _, info = load_model(root / "run")
+    records, config = manifest.split("test"), info["config"].data
+    options = {"seed": 0, "augment": False, "with_masks": True}
+    dataset = picture_dataset(records, manifest.mean, manifest.std, config, **options)
+    own = Localization()
+    with torch.inference_mode():
+        for item in map(dataset.__getitem__, range(len(records))):
+            heat = network.eval()(item["image"][None]).sigmoid()[0].numpy()
+            *lesions, disc = item["masks"].numpy()
+            patient = records[item["index"]].patient
+            own.add({"it": heat}, dict(zip(dataset.mask_kinds, lesions)), patient, disc, healthy=item["grade"] == 0)
+    expected = own.summary({}, draws=0, seed=0)["maps"]["it"]
+    for key in ("aupr", "froc", "pointing"):
+        assert local["references"]["supervised"][key]["value"] == pytest.approx(expected[key]["value"])
+
+
+def test_healthy_eyes_are_those_of_grade_0_also_without_masks(root):
+    result = evaluated(root)
+    labels = [row["grade"] for row in predictions(root, "test")]
+    assert result["healthy"]["pictures"] == labels.count("0") > 0
+    _, info = load_model(root / "run")
+    for name, values in result["healthy"]["maps"].items():
+        assert values["threshold"] == info["thresholds"]["maps"][name]
+        assert values["heat"]["low"] <= values["heat"]["value"] <= values["heat"]["high"]
+        assert values["area"]["value"] <= values["alarm"]["value"]
+    davis = evaluated(root, data=str(root / "davis"), split="all")
+    labels = [row["grade"] for row in predictions(root, "davis-all")]
+    assert davis["healthy"]["pictures"] == labels.count("0") > 0 and davis["healthy"]["references"] == {}
+    assert davis["localization"] is None
+
+
+def test_the_disclosure_says_which_masks_chose_the_thresholds(root):
+    result = evaluated(root)
+    assert "masks of val of phantom" in result["disclosure"] and "no lesion mask" in result["disclosure"]
+    assert evaluated(root, data=str(root / "davis"), split="all")["disclosure"] == result["disclosure"]
+
+
+def test_specificities_are_fixed_on_validation(root):
+    result = evaluated(root)
+    model, info = load_model(root / "run")
+    manifest = Manifest.load(root / "phantom")
+    raw = collect(model, info, manifest.split("val"), **OPTIONS)
+    score = temper(raw.probability, info["temperature"])[:, 2:].sum(1)
+    for name in SPECIFICITIES:
+        own = result["fixed_specificity"][name]
+        assert (score[raw.grade < 2] < own["threshold"]).mean() >= float(name)
+        assert own["threshold"] == info["thresholds"]["specificity"]["moderate"][name]
+        assert {"sensitivity", "specificity", "roc_sensitivity"} < own.keys()
 
 
 def test_a_model_of_icdr_grades_on_davis_data(root):
@@ -152,7 +277,8 @@ def test_several_views_have_their_own_name_and_thresholds(root):
     records = Manifest.load(root / "phantom").split("val")
     val = collect(model, info, records, views=Views(**several["views"]), **OPTIONS)
     chosen = val.localization.best_thresholds()
-    assert {name: v["iou"]["threshold"] for name, v in several["localization"]["maps"].items()} == chosen
+    local = several["localization"]
+    assert {name: v["iou"]["threshold"] for name, v in (local["maps"] | local["references"]).items()} == chosen
     assert {"test.json", "test-views.json"} <= {p.name for p in (root / "run" / "evaluation").iterdir()}
 
 

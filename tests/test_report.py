@@ -1,6 +1,7 @@
 """The page: everything inside of one file, runs side by side on the same pictures, and well-formed."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from ercn.config import EvaluateConfig, PrepareConfig, ReportConfig
 from ercn.data import prepare
 from ercn.training import evaluate
 from ercn.training.report import report, write_report
+from ercn.training.table import print_metrics, reading
 
 VOID = {"meta", "img", "input", "br", "link"}
 
@@ -107,6 +109,32 @@ def test_values_are_those_of_the_evaluations(root, compared):
             assert f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})" in compared
 
 
+def test_references_differences_and_healthy_eyes_are_told_with_what_masks_chose(root, compared):
+    gated = json.loads((root / "gated" / "run" / "evaluation" / "val.json").read_text())
+    local, healthy = gated["localization"], gated["healthy"]
+    shown = [local["references"]["contrast"]["aupr"], local["maps"]["cam"]["froc"], local["differences"][0]["froc"]]
+    shown += [local["lesions"]["hemorrhages"]["maps"]["attention"]["recall"], healthy["maps"]["mean"]["area"]]
+    shown += [gated["fixed_specificity"]["0.95"]["roc_sensitivity"], gated["fixed_specificity"]["0.95"]["sensitivity"]]
+    one = write_report(root / "gated" / "run").read_text()
+    Page(one)
+    for page in (one, compared):
+        for entry in shown:
+            assert reading(entry) in page
+        assert gated["disclosure"] in html.unescape(page) and "masks of val of phantom chose" in html.unescape(page)
+        assert f"the unlearned filter {local['contrast']}" in page and "refined CAM − CAM" in page
+        assert 'alt="FROC by lesion. ' in page
+        assert f"Pictures of grade 0 without a lesion: {healthy['pictures']}." in page
+
+
+def test_the_terminal_tells_the_same(root, capsys):
+    gated = json.loads((root / "gated" / "run" / "evaluation" / "val.json").read_text())
+    print_metrics(gated)
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("heat on healthy eyes", "references: maps that no model", "paired differences", "FROC score"):
+        assert part in text
+    assert gated["disclosure"] in text
+
+
 def test_the_same_picture_of_both_runs_is_one_case(root, compared):
     cases = compared.split('<div class="case"')[1:]
     gallery = json.loads((root / "gated" / "run" / "evaluation" / "val.json").read_text())["gallery"]
@@ -150,7 +178,7 @@ def test_wrong_input_is_named(root, tmp_path, capsys):
         report(ReportConfig(runs=(str(root / "plain" / "run"),) * 2))
     old = shutil.copytree(root / "plain" / "run", tmp_path / "old")
     path = old / "evaluation" / "val.json"
-    path.write_text(path.read_text().replace('"map_thresholds"', '"before"'))
+    path.write_text(path.read_text().replace('"disclosure"', '"before"'))
     with pytest.raises(ValueError, match="val.json was written by an older version of ercn"):
         report(ReportConfig(runs=(str(old),)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from ercn.data.scales import CommonGround, common_ground
 from ercn.models import ERCN
 from ercn.training import metrics
 from ercn.training.calibration import fit_temperature, temper
+from ercn.training.ceiling import load_ceiling
 from ercn.training.checkpoint import load_model
 from ercn.training.files import DISCLAIMER, write_csv, write_json
+from ercn.training.filters import FILTERS, contrasts
 from ercn.training.gallery import Shown, as_picture, gallery_choice, key_of, write_gallery
 from ercn.training.infer import ONE_VIEW, Views, forward, pick_device
 from ercn.training.localization import Localization
@@ -35,6 +37,7 @@ class Collected:
     """What the model says about one split; rows in the order of the pictures that could be read.
 
     probability: [N, K] of the model's own classes, before calibration. grade: [N], -1 where there is none.
+    contrast: the unlearned filter of the reference "contrast", "" for none.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -42,6 +45,7 @@ class Collected:
     localization: Localization = field(default_factory=Localization)
     gallery: list[Shown] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    contrast: str = ""
 
     @property
     def patients(self) -> list[str]:
@@ -63,9 +67,19 @@ def collect(
     device: torch.device,
     progress: bool,
     title: str,
+    ceiling: Callable[[torch.Tensor], np.ndarray] | None = None,
 ) -> Collected:
-    """Runs the model over the pictures, each once, and keeps probabilities, map statistics and the gallery."""
+    """Runs the model over the pictures, each once, and keeps probabilities, map statistics and the gallery.
+
+    Where some have masks, the references are measured beside the maps: "contrast", by the filter ``info["contrast"]``,
+    and "supervised", by ``ceiling``, from pictures as the model sees them [B, 3, S, S] to maps [B, S, S]. Without that
+    key, all filters are tried and the one of the highest AUPR on these pictures is kept, so they must be validation's.
+    """
     config = info["config"]
+    chosen = info.get("contrast")
+    filters = list(FILTERS) if chosen is None else [chosen] if chosen else []
+    if not any(record.masks for record in records):
+        filters, ceiling = [], None
     dataset = picture_dataset(records, info["mean"], info["std"], config.data, seed=0, augment=False, with_masks=True)
     loader = make_loader(dataset, batch_size, workers)
     shown = set(gallery_choice(records))
@@ -75,6 +89,7 @@ def collect(
         size, corners = config.data.image_size, model.align_corners
         full = {name: enlarge(heat, size, corners).numpy() for name, heat in maps.items()}
         parts.append(probability)
+        told = None if ceiling is None else ceiling(batch["image"])
         for i, index in enumerate(batch["index"].tolist()):
             masks = dict(zip(dataset.mask_kinds, batch["masks"][i].numpy()))
             heats = {name: heat[i] for name, heat in full.items()}
@@ -82,8 +97,16 @@ def collect(
                 picture = as_picture(batch["image"][i], info["mean"], info["std"])
                 result.gallery.append(Shown(len(seen), picture, heats, dict(masks)))
             disc = masks.pop(OPTIC_DISC)
-            result.localization.add(heats, masks, records[index].patient, disc)
+            healthy = records[index].grade == 0
+            references = {}
+            if filters and (healthy or records[index].masks):
+                references |= contrasts(as_picture(batch["image"][i], info["mean"], info["std"]), filters)
+            if told is not None:
+                references["supervised"] = told[i]
+            patient = records[index].patient
+            result.localization.add(heats, masks, patient, disc, healthy=healthy, references=references)
             seen.append(index)
+    result.contrast = result.localization.settle(filters, "contrast")
     result.records = [records[i] for i in seen]
     read = set(seen)
     result.unreadable = [r.id for i, r in enumerate(records) if i not in read]
@@ -103,20 +126,22 @@ def ground_of(info: dict[str, Any], manifest: Manifest) -> CommonGround | None:
 def choose_on_validation(collected: Collected, ground: CommonGround) -> dict[str, Any]:
     """What the export keeps of the validation split: the temperature, and the decision thresholds.
 
-    thresholds: "referable" DR, by Youden's J; the same for each "grades"' beginning, for data of another scale; "maps"
-    and "lesions" by the best pooled IoU.
+    thresholds: "referable" DR, by Youden's J; the same for each "grades"' beginning, for data of another scale;
+    "specificity", for each grade's beginning those of fixed specificities; "maps" and "lesions" by the best pooled IoU.
+    contrast: the best unlearned filter by pooled AUPR, "" where no picture has a lesion.
     """
     truth = ground.truth(collected.grade)
     temperature = fit_temperature(collected.probability, truth)
     probability = temper(collected.probability, temperature)
-    grades = {
-        name: metrics.youden_threshold(probability[:, k:].sum(1), truth >= k)
-        for k, name in enumerate(ground.model.names)
-        if k > 0
-    }
+    grades, specificity = {}, {}
+    for k, name in enumerate(ground.model.names[1:], 1):
+        score, positive = probability[:, k:].sum(1), truth >= k
+        grades[name] = metrics.youden_threshold(score, positive)
+        specificity[name] = metrics.specificity_thresholds(score, positive)
     referable = grades[ground.model.names[metrics.first_referable(len(ground.model.names))]]
-    thresholds = {"referable": referable, "grades": grades, **collected.localization.thresholds()}
-    return {"temperature": temperature, "thresholds": thresholds}
+    thresholds = {"referable": referable, "grades": grades, "specificity": specificity}
+    thresholds |= collected.localization.thresholds()
+    return {"temperature": temperature, "thresholds": thresholds, "contrast": collected.contrast}
 
 
 def write_evaluation(
@@ -144,12 +169,18 @@ def write_evaluation(
         "notice": DISCLAIMER,
         "dataset": manifest.dataset,
         "manifest": manifest.hash,
-        "bootstrap": {"draws": draws, "seed": seed, "unit": "patient", "interval": "95 % percentile"},
+        "bootstrap": {
+            "draws": draws,
+            "seed": seed,
+            "unit": "patient",
+            "interval": "95 % percentile (of the calibration error, centred on its value)",
+        },
         "temperature": info["temperature"],
         "views": views._asdict(),
         "pictures": len(collected.records),
         "patients": len(set(collected.patients)),
     }
+    local = collected.localization.summary(map_thresholds, draws=draws, seed=seed)
     if ground is None:
         truth, names = None, info["class_names"]
         result |= {"class_names": names, "scale": None, "metrics": None}
@@ -157,7 +188,8 @@ def write_evaluation(
         truth, names = ground.truth(collected.grade), list(ground.scale.names)
         probability = ground.probability(probability)
         positive = metrics.first_referable(len(names))
-        threshold = _threshold(info["thresholds"], ground, positive)
+        begins = _begins(ground, positive)
+        threshold = info["thresholds"]["grades"][begins]
         result |= {
             "class_names": names,
             "scale": {
@@ -175,6 +207,7 @@ def write_evaluation(
                 draws=draws,
                 seed=seed,
                 uncalibrated=ground.probability(collected.probability),
+                specificity=info["thresholds"].get("specificity", {}).get(begins),  # exports before it was chosen
             ),
         }
     predicted = probability.argmax(1)
@@ -189,8 +222,10 @@ def write_evaluation(
         for item in shown
     ]
     result |= {
-        "localization": collected.localization.summary(map_thresholds, draws=draws, seed=seed),
+        "localization": None if local is None else local | {"contrast": collected.contrast},
+        "healthy": collected.localization.healthy_summary(map_thresholds, draws=draws, seed=seed),
         "map_thresholds": map_thresholds.get("from"),
+        "disclosure": _disclosure(map_thresholds.get("from")),
         "unreadable": collected.unreadable,
         "gallery": write_gallery(run / "evaluation" / f"{name}_gallery", shown, texts),
     }
@@ -204,12 +239,19 @@ def write_evaluation(
     return result
 
 
-def _threshold(thresholds: Mapping[str, Any], ground: CommonGround, positive: int) -> float:
-    """Validation's threshold of the model's class that begins where class ``positive`` in common does."""
-    if ground.scale.cuts == ground.model.cuts:
-        return thresholds["referable"]
-    begins = ground.model.cuts.index(ground.scale.cuts[positive - 1]) + 1
-    return thresholds["grades"][ground.model.names[begins]]
+def _disclosure(source: str | None) -> str:
+    """What in the metrics of maps has used lesion masks of other pictures."""
+    if source is None:
+        return "The model saw no lesion mask, and no threshold of a map was chosen with one."
+    return (
+        f"The model saw no lesion mask, but masks of {source} chose the maps' thresholds, on which IoU, recall and the "
+        "heat on healthy eyes depend, and the unlearned filter. AUPR, FROC and pointing game have no threshold."
+    )
+
+
+def _begins(ground: CommonGround, positive: int) -> str:
+    """The model's class that begins where class ``positive`` in common does."""
+    return ground.model.names[ground.model.cuts.index(ground.scale.cuts[positive - 1]) + 1]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -251,10 +293,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "device": pick_device(config.accelerator),
         "progress": config.progress,
     }
+    if config.ceiling:
+        options["ceiling"] = _ceiling(config.ceiling, info, options["device"])
+    thresholds = _map_thresholds(model, info, manifest, config.split, options)
+    info |= {"contrast": thresholds.get("contrast", "")}
     collected = collect(model, info, records, title=f"evaluate {config.split}", **options)
-    thresholds = {}
-    if collected.localization.patients:
-        thresholds = _map_thresholds(model, info, manifest, config.split, options)
     result = write_evaluation(
         run,
         _name(config, manifest, own, views),
@@ -278,21 +321,48 @@ def _name(config: EvaluateConfig, manifest: Manifest, own: bool, views: Views) -
     return (config.split if own else f"{dataset}-{config.split}") + ("" if views == ONE_VIEW else "-views")
 
 
+def _ceiling(run: str, info: dict[str, Any], device: torch.device) -> Callable[[torch.Tensor], np.ndarray]:
+    """The U-Net of ``run`` for pictures that are normalised as the model wants them."""
+    ceiling = load_ceiling(run, device)
+    for key in ("image_size", "normalize"):
+        if ceiling.info[key] != info[key]:
+            raise ValueError(f"ceiling {run} was trained with {key} {ceiling.info[key]}, the model with {info[key]}")
+    mean, std, own_mean, own_std = (
+        torch.tensor(values, device=device).view(3, 1, 1)
+        for values in (info["mean"], info["std"], ceiling.info["mean"], ceiling.info["std"])
+    )
+    return lambda image: ceiling((image.to(device) * std + mean - own_mean) / own_std).cpu().numpy()
+
+
 def _map_thresholds(
     model: ERCN, info: dict[str, Any], manifest: Manifest, split: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Thresholds of the maps from a validation split that has masks: the training's, or this data set's own."""
+    """Thresholds of the maps, and the filter of the reference, from a validation split that has masks: the training's,
+    or this data set's own.
+    """
+    exported: dict[str, Any] = {}
     if options["views"] == ONE_VIEW and info["thresholds"]["maps"]:
-        return info["thresholds"] | {"from": f"val of {info['dataset']}"}
+        exported = {key: info["thresholds"][key] for key in ("maps", "lesions")}
+        exported |= {"contrast": info.get("contrast", ""), "from": f"val of {info['dataset']}"}
+        if "ceiling" not in options:
+            return exported
     trained = _training_data(info)
     sources = [trained] if trained is not None else []
     sources += [manifest] if split == "test" else []
+    about = info if info.get("contrast") else {key: value for key, value in info.items() if key != "contrast"}
     for source in sources:
         records = [record for record in source.split("val") if record.masks]
         if records and source.normalize == info["normalize"]:
-            collected = collect(model, info, records, title=f"thresholds {source.dataset} val", **options)
-            return collected.localization.thresholds() | {"from": f"val of {source.dataset}"}
-    return {}
+            collected = collect(model, about, records, title=f"thresholds {source.dataset} val", **options)
+            found = collected.localization.thresholds()
+            maps, lesions = exported.get("maps", {}), exported.get("lesions", {})
+            return {
+                "maps": found["maps"] | maps,
+                "lesions": {kind: own | lesions.get(kind, {}) for kind, own in (lesions | found["lesions"]).items()},
+                "contrast": collected.contrast,
+                "from": exported.get("from", f"val of {source.dataset}"),
+            }
+    return exported
 
 
 def _training_data(info: dict[str, Any]) -> Manifest | None:

@@ -1,9 +1,16 @@
-"""Localisation of heat maps against lesion masks, on pictures that have lesions.
+"""Localisation of heat maps against lesion masks, and their heat on healthy eyes.
 
 A map is counted into a histogram of 1024 levels on its fixed [0, 1] scale, once for lesion pixels and once for the
 rest. Precision, recall and IoU at every threshold follow from sums of these histograms, so pixels of any number of
 pictures are pooled in constant memory, exactly for the quantised map, and the patient bootstrap is one matrix
 product.
+
+Pictures with lesions have pixel metrics; lesions are found or missed by the marks of ``froc``, whose false marks count
+on healthy pictures too. A picture is healthy where its label says grade 0 and it has no lesion mask; one without
+label or mask counts nowhere.
+
+References are maps that no model of image labels made (a filter, or what knows masks). They have every metric that the
+maps have, apart from them.
 
 The optic disc is the brightest thing in a fundus and no lesion: where the data set has its mask, its pixels count
 neither as lesion nor as the rest, except those on which a lesion lies. Where there is none, all pixels count.
@@ -11,16 +18,20 @@ neither as lesion nor as the rest, except those on which a lesion lies. Where th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
-from ercn.training.metrics import bootstrap
+from ercn.training import froc
+from ercn.training.metrics import bootstrap, entry, samples
 
 ALL = ""  # the union of the lesions, as a kind
 LEVELS = 1024
+DIFFERENCES = (("refined_cam", "cam"), ("attention", "cam"))
+_COMPARED = ("aupr", "aupr_picture", "iou", "froc")
 TOLERANCE = 15 / 448  # of the picture's side: the pointing game's 15 pixels, at SEAM's picture size
 
 
@@ -60,33 +71,53 @@ def average_precision(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Counts:
-    """Of one kind of lesion, a row for each picture that has it: its number, its histograms and hits by map."""
+    """Of one kind of lesion, a row for each picture that has it.
+
+    rows: the picture's number. chance: share of pixels that are near one. lesions: how many. By map: histograms
+    [2, LEVELS], hits of the pointing game, and found, the level of the best mark of each lesion that has one.
+    """
 
     rows: list[int] = field(default_factory=list)
     chance: list[float] = field(default_factory=list)
+    lesions: list[int] = field(default_factory=list)
     histograms: dict[str, list[np.ndarray]] = field(default_factory=dict)
     hits: dict[str, list[float]] = field(default_factory=dict)
+    found: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def pooled(self, name: str) -> np.ndarray:
         return np.sum(self.histograms[name], axis=0)
 
     def floor(self) -> dict[str, float]:
         """What a constant map reaches: the share of lesion pixels; the share of pixels that count as a hit."""
-        pixels = self.pooled(next(iter(self.histograms))).sum(1)
-        share = float(pixels[1] / pixels.sum())
-        return {"aupr": share, "iou": share, "pointing": float(np.mean(self.chance))}
+        pixels = np.array(next(iter(self.histograms.values()))).sum(2)  # [pictures, 2]
+        share = float(pixels[:, 1].sum() / pixels.sum())
+        each = float((pixels[:, 1] / pixels.sum(1)).mean())
+        return {"aupr": share, "aupr_picture": each, "iou": share, "pointing": float(np.mean(self.chance))}
+
+
+@dataclass
+class _Healthy:
+    """A row for each healthy picture: its number, and by map the histogram [LEVELS] and the mean of its heat."""
+
+    rows: list[int] = field(default_factory=list)
+    histograms: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    heat: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
 class Localization:
-    """Accumulates pictures with lesions, for all lesions together and for each kind.
+    """Accumulates pictures with lesions, for all lesions together and for each kind, and healthy pictures.
 
-    patients: of those pictures. discs: how many of them had the optic disc left out.
+    owners: the patient of each. discs: in how many pictures with lesions the optic disc was left out. marks: by map,
+    of each picture the levels of the marks that find no lesion. references: names of the maps that are references.
     """
 
-    patients: list[str] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)
     discs: int = 0
     counts: dict[str, _Counts] = field(default_factory=dict)
+    healthy: _Healthy = field(default_factory=_Healthy)
+    marks: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    references: set[str] = field(default_factory=set)
 
     def add(
         self,
@@ -94,28 +125,81 @@ class Localization:
         lesions: Mapping[str, np.ndarray],
         patient: str,
         disc: np.ndarray | None = None,
+        *,
+        healthy: bool = False,
+        references: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """maps: [S, S] in [0, 1] by name. lesions: masks [S, S] bool by kind. disc: the optic disc's mask, if known."""
-        found = {kind: mask for kind, mask in lesions.items() if mask.any()}
-        if not found:
+        """Counts a picture that has lesions, or is healthy by its label; every other one is passed over.
+
+        maps, references: [S, S] in [0, 1] by name. lesions: masks [S, S] bool by kind. disc: the optic disc's mask, if
+        known.
+        """
+        present = {kind: mask for kind, mask in lesions.items() if mask.any()}
+        if not present and not healthy:
             return
-        union = np.logical_or.reduce(list(found.values()))
+        heats = {**maps, **(references or {})}
+        self.references |= set(references or {})
+        size = next(iter(heats.values())).shape[0]
+        union = np.logical_or.reduce(list(present.values())) if present else np.zeros((size, size), bool)
         counted = np.ones_like(union) if disc is None else ~disc | union
-        self.discs += int(not counted.all())
-        levels = {name: levels_of(heat) for name, heat in maps.items()}
-        for kind, mask in ({ALL: union} | found).items():
-            near = distance_transform_edt(~mask) <= TOLERANCE * mask.shape[0]
+        row, tolerance = len(self.owners), TOLERANCE * size
+        self.owners.append(patient)
+        self.discs += int(bool(present) and not counted.all())
+        levels = {name: levels_of(heat) for name, heat in heats.items()}
+        places = {}
+        for name, level in levels.items():
+            place = froc.peaks(heats[name], int(tolerance))
+            places[name] = place[(counted & (level > 0))[tuple(place.T)]]  # marks on the disc are none
+        close = np.zeros_like(union)
+        for kind, mask in ({ALL: union} | present).items() if present else ():
+            near = distance_transform_edt(~mask) <= tolerance
+            close |= near
+            spots = froc.Lesions(mask, tolerance)
             own = self.counts.setdefault(kind, _Counts())
-            own.rows.append(len(self.patients))
+            own.rows.append(row)
             own.chance.append(float(near[counted].mean()))
-            for name, heat in maps.items():
+            own.lesions.append(spots.count)
+            for name, heat in heats.items():
                 own.histograms.setdefault(name, []).append(histograms(levels[name], mask, counted))
                 own.hits.setdefault(name, []).append(pointing(heat, near, counted))
-        self.patients.append(patient)
+                at = places[name][near[tuple(places[name].T)]]
+                own.found.setdefault(name, []).append(spots.found(at, levels[name][tuple(at.T)]))
+        for name, level in levels.items():
+            at = places[name][~close[tuple(places[name].T)]]
+            self.marks.setdefault(name, []).append(level[tuple(at.T)])
+        if not present:
+            self.healthy.rows.append(row)
+            for name, heat in heats.items():
+                spread = np.bincount(levels[name][counted], minlength=LEVELS).astype(np.int32)
+                self.healthy.histograms.setdefault(name, []).append(spread)
+                self.healthy.heat.setdefault(name, []).append(float(heat[counted].mean()))
+
+    @property
+    def patients(self) -> list[str]:
+        """Of the pictures with lesions, in the order of their histograms."""
+        return [self.owners[row] for row in self.counts[ALL].rows] if self.counts else []
 
     @property
     def kinds(self) -> list[str]:
         return sorted(self.counts.keys() - {ALL})
+
+    def settle(self, trials: Iterable[str], name: str) -> str:
+        """Keeps of the references ``trials`` that of the highest pooled AUPR, as ``name``; meant for validation.
+
+        Returns which it was, or "" where there is none or no lesion; then none is kept.
+        """
+        trials, best = list(trials), ""
+        if self.counts and trials:
+            precision, recall, _ = precision_recall(np.stack([self.counts[ALL].pooled(trial) for trial in trials]))
+            best = trials[int(average_precision(precision, recall).argmax())]
+        parts = [self.marks, self.healthy.histograms, self.healthy.heat]
+        parts += [part for own in self.counts.values() for part in (own.histograms, own.hits, own.found)]
+        for part in parts:
+            kept = {trial: part.pop(trial) for trial in trials if trial in part}
+            if best in kept:
+                part[name] = kept[best]
+        self.references = self.references - set(trials) | ({name} if best else set())
+        return best
 
     def best_thresholds(self, kind: str = ALL) -> dict[str, float]:
         """Threshold of the highest pooled IoU per map; meant for the validation split."""
@@ -131,57 +215,135 @@ class Localization:
     def summary(self, thresholds: Mapping[str, dict], *, draws: int, seed: int) -> dict | None:
         """JSON-ready metrics per map with patient-bootstrap intervals; None without any picture with lesions.
 
-        thresholds: ``thresholds()`` of the validation split; a map without one gets no ``iou``. ``iou_best`` picks its
-        threshold on this very split and is optimistic. ``lesion_aupr`` and ``lesion_iou`` are means over the kinds of
-        lesions. ``lesions`` has the same for each kind, on the pictures that have it; pixels of other lesions count
-        as the rest there. ``floor``: what a constant map reaches.
+        thresholds: ``thresholds()`` of the validation split; a map without one gets no ``iou`` and no ``recall``.
+        ``iou_best`` picks its threshold on this very split and is optimistic. ``aupr_picture`` is the mean of the
+        pictures' own AUPR. ``recall``, of pixels, is at the map's threshold for all lesions together, also for a kind.
+        ``froc`` is the mean of its ``sensitivity`` at ``froc.RATES``. ``lesion_aupr`` and ``lesion_iou`` are means over
+        the kinds of lesions. ``lesions`` has the same for each kind, on the pictures that have it; pixels of other
+        lesions count as the rest there, but marks that find them are not false. ``floor``: what a constant map reaches.
+        ``differences``: of ``DIFFERENCES``, draw by draw of the same bootstrap, each map at its own threshold.
         """
-        if not self.patients:
+        if not self.counts:
             return None
         chosen = {ALL: thresholds.get("maps", {})} | dict(thresholds.get("lesions", {}))
-        by_kind: dict[str, dict] = {kind: {} for kind in (ALL, *self.kinds)}
+        groups: dict[str, dict] = {kind: {"maps": {}, "references": {}} for kind in (ALL, *self.kinds)}
+        compared: dict[str, dict[str, np.ndarray]] = {}
         for name in self.counts[ALL].histograms:
-            cuts = {kind: chosen.get(kind, {}).get(name) for kind in by_kind}
-            values = bootstrap(self._metric(name, cuts), self.patients, draws, seed)
-            for key, value in values.items():
+            cuts = {kind: chosen.get(kind, {}).get(name) for kind in groups}
+            drawn = samples(self._metric(name, cuts), self.owners, draws, seed)
+            compared[name] = {key: drawn[key] for key in _COMPARED if key in drawn}
+            part = "references" if name in self.references else "maps"
+            for key, sample in drawn.items():
                 kind, _, metric = key.rpartition("/")
-                by_kind[kind].setdefault(name, {})[metric] = value
-                if metric == "iou":
-                    value["threshold"] = cuts[kind]
-        result = {kind: self._part(kind, maps) for kind, maps in by_kind.items()}
-        lesions = {kind: result[kind] for kind in self.kinds}
-        return result[ALL] | {"optic_disc": {"excluded": self.discs}, "lesions": lesions}
+                own = groups[kind][part].setdefault(name, {})
+                if metric.startswith("sensitivity "):
+                    own["froc"].setdefault("sensitivity", []).append(entry(sample)["value"])
+                    continue
+                own[metric] = entry(sample)
+                if metric in ("iou", "recall"):
+                    own[metric]["threshold"] = cuts[kind if metric == "iou" else ALL]
+        result = {kind: self._part(kind, group) for kind, group in groups.items()}
+        return result[ALL] | {
+            "optic_disc": {"excluded": self.discs},
+            "lesions": {kind: result[kind] for kind in self.kinds},
+            "froc": {
+                "rates": list(froc.RATES),
+                "tolerance": TOLERANCE,
+                "pictures": len(self.owners),
+                "healthy": len(self.healthy.rows),
+            },
+            "differences": [
+                {"map": one, "minus": other} | _difference(compared[one], compared[other])
+                for one, other in DIFFERENCES
+                if one in compared and other in compared
+            ],
+        }
+
+    def healthy_summary(self, thresholds: Mapping[str, dict], *, draws: int, seed: int) -> dict | None:
+        """JSON-ready heat of each map on healthy pictures, with patient-bootstrap intervals; None where there is none.
+
+        ``heat`` is the mean of the map. With the map's threshold from validation, of all lesions together, also
+        ``area``, the mean share of pixels that reach it, and ``alarm``, the share of pictures of which any pixel does.
+        """
+        if not self.healthy.rows:
+            return None
+        patients = [self.owners[row] for row in self.healthy.rows]
+        result: dict[str, Any] = {"pictures": len(patients), "patients": len(set(patients))}
+        result |= {"maps": {}, "references": {}}
+        for name, spreads in self.healthy.histograms.items():
+            columns = {"heat": np.array(self.healthy.heat[name])}
+            cut = thresholds.get("maps", {}).get(name)
+            if cut is not None:
+                spread = np.array(spreads)
+                above = spread[:, round(cut * LEVELS) :].sum(1)
+                columns |= {"area": above / spread.sum(1), "alarm": (above > 0).astype(float)}
+            table = np.stack(list(columns.values()), axis=1)
+
+            def metric(weight: np.ndarray, names=tuple(columns), table=table) -> dict[str, np.ndarray]:
+                return dict(zip(names, (weight @ table / weight.sum(1, keepdims=True)).T))
+
+            part = "references" if name in self.references else "maps"
+            result[part][name] = bootstrap(metric, patients, draws, seed) | {"threshold": cut}
+        return result
 
     def _metric(self, name: str, cuts: Mapping[str, float | None]):
         """weight [R, N] -> {"kind/metric": [R]} of one map, with the bare metric's name for all lesions together."""
         counts = {kind: self.counts[kind] for kind in cuts}
         flat = {kind: np.array(c.histograms[name], float).reshape(-1, 2 * LEVELS) for kind, c in counts.items()}
         hits = {kind: np.array(c.hits[name]) for kind, c in counts.items()}
+        curves = {kind: precision_recall(np.array(c.histograms[name])) for kind, c in counts.items()}
+        each = {kind: average_precision(curve[0], curve[1]) for kind, curve in curves.items()}
+        found = {kind: _above(c.found[name]) for kind, c in counts.items()}
+        marks = _above(self.marks[name])
 
         def metric(weight: np.ndarray) -> dict[str, np.ndarray]:
             values = {}
+            points = froc.operating_points(weight @ marks, weight.sum(1))
             for kind, cut in cuts.items():
-                own = weight[:, self.counts[kind].rows]
+                own = weight[:, counts[kind].rows]
                 prefix = f"{kind}/" if kind else ""
                 precision, recall, iou = precision_recall((own @ flat[kind]).reshape(-1, 2, LEVELS))
                 values[f"{prefix}aupr"] = average_precision(precision, recall)
+                values[f"{prefix}aupr_picture"] = _share(own, each[kind])
                 values[f"{prefix}iou_best"] = iou.max(1)
                 if cut is not None:
                     values[f"{prefix}iou"] = iou[:, round(cut * LEVELS)]
-                total = own.sum(1)
-                values[f"{prefix}pointing"] = np.where(total > 0, own @ hits[kind] / np.maximum(total, 1), np.nan)
+                if cuts[ALL] is not None:
+                    values[f"{prefix}recall"] = recall[:, round(cuts[ALL] * LEVELS)]
+                values[f"{prefix}pointing"] = _share(own, hits[kind])
+                at = froc.sensitivities(own @ found[kind], points, own @ np.array(counts[kind].lesions))
+                values[f"{prefix}froc"] = at.mean(1)
+                values |= {f"{prefix}sensitivity {rate}": at[:, i] for i, rate in enumerate(froc.RATES)}
             for key in ("aupr", "iou"):
-                each = [values[f"{kind}/{key}"] for kind in self.kinds if f"{kind}/{key}" in values]
-                if each:
-                    values[f"lesion_{key}"] = _mean(np.stack(each))
+                parts = [values[f"{kind}/{key}"] for kind in self.kinds if f"{kind}/{key}" in values]
+                if parts:
+                    values[f"lesion_{key}"] = _mean(np.stack(parts))
             return values
 
         return metric
 
-    def _part(self, kind: str, maps: dict[str, dict]) -> dict:
+    def _part(self, kind: str, group: dict[str, dict]) -> dict:
         counts = self.counts[kind]
-        patients = {self.patients[row] for row in counts.rows}
-        return {"pictures": len(counts.rows), "patients": len(patients), "maps": maps, "floor": counts.floor()}
+        patients = {self.owners[row] for row in counts.rows}
+        about = {"pictures": len(counts.rows), "patients": len(patients), "count": sum(counts.lesions)}
+        return about | group | {"floor": counts.floor()}
+
+
+def _difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    """Of each metric that both have; samples are paired, draw by draw."""
+    return {key: entry(one[key] - other[key]) for key in _COMPARED if key in one and key in other}
+
+
+def _above(levels: Sequence[np.ndarray]) -> np.ndarray:
+    """How many of each picture's levels are at least each level: float [N, LEVELS]."""
+    counts = np.array([np.bincount(own, minlength=LEVELS) for own in levels], float)
+    return counts[:, ::-1].cumsum(1)[:, ::-1]
+
+
+def _share(weight: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mean [R] of values [N] with weights [R, N]; NaN where all are 0."""
+    total = weight.sum(1)
+    return np.where(total > 0, weight @ values / np.maximum(total, 1), np.nan)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

@@ -8,11 +8,14 @@ means undefined (no picture of a class that is needed) and becomes ``null`` in J
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.special import erf
 
 ECE_BINS = 15
+SPECIFICITIES = ("0.90", "0.95", "0.98")  # at which the sensitivity is told
 _CHUNK = 4_000_000  # weights held at once: 32 MB
 
 
@@ -67,10 +70,48 @@ def macro_auc(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) ->
 
 
 def expected_calibration_error(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """ECE (Guo et al. 2017) of the winning class in 15 equal bins (lower, upper]; confidence 1 is in the last bin."""
+    """ECE (Guo et al. 2017) of the winning class in 15 equal bins (lower, upper]; confidence 1 is in the last bin.
+
+    Biased upwards: in a bin of few pictures the gap is far from 0 also where the probabilities are right.
+    """
+    gap, bins = _gaps(probability, truth)
+    return _divide(np.abs(weight @ (gap[:, None] * np.eye(ECE_BINS)[bins])).sum(1), weight.sum(1))
+
+
+def debiased_calibration_error(
+    probability: np.ndarray, truth: np.ndarray, patients: Sequence[str], weight: np.ndarray
+) -> np.ndarray:
+    """ECE in which each picture's gap has the sign that the *other* patients' gaps near its confidence have.
+
+        sum_i w_i s_i gap_i / sum_i w_i,   s_i = erf(sqrt(2) sum_p g_ip / sqrt(sum_p g_ip^2)),
+        g_ip = sum_j w_j k(bin_i - bin_j) gap_j
+
+    gap = confidence - [right]; p goes over the other patients, j over their pictures, k is a Gaussian of one bin's
+    width. A picture that chose its own sign would always raise the error; where others choose it, the mean is 0 if the
+    probabilities are right, whatever the number of pictures, and else a lower bound that closes as pictures are added.
+    The value can so be below 0, by chance. s_i is a sign where the others are sure of it, and smaller where they are
+    not, which is less noisy.
+    The variational estimator of Berta et al. 2026 (arXiv 2602.24230), left out by patient, with a smoothed histogram in
+    place of the isotonic regression.
+    """
+    gap, bins = _gaps(probability, truth)
+    near = np.exp(-((np.arange(ECE_BINS)[:, None] - np.arange(ECE_BINS)) ** 2) / 2)
+    own = np.unique(np.asarray(patients), return_inverse=True)[1]
+    member = csr_array((np.ones(len(own)), (np.arange(len(own)), own)))
+    i, j = (member @ member.T).nonzero()  # pictures of one patient, each with itself too
+    part = weight * gap
+    mine = part @ csr_array((near[bins[i], bins[j]], (j, i)), shape=(len(own), len(own)))
+    others = (part @ near[bins])[:, bins] - mine
+    spread = ((part[:, i] * part[:, j]) @ (near[bins[i]] * near[bins[j]]))[:, bins] - mine**2
+    known = spread > 1e-9 * (part**2).max()  # rounding has no sign
+    sign = erf(np.sqrt(2) * others / np.sqrt(np.where(known, spread, np.inf)))
+    return _divide((part * sign).sum(1), weight.sum(1))
+
+
+def _gaps(probability: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence - [right] of each picture, and the bin of its confidence."""
     confidence = probability.max(1)
-    gap = confidence - (probability.argmax(1) == truth)
-    return _divide(np.abs(weight @ (gap[:, None] * np.eye(ECE_BINS)[_bins(confidence)])).sum(1), weight.sum(1))
+    return confidence - (probability.argmax(1) == truth), _bins(confidence)
 
 
 def reliability(probability: np.ndarray, truth: np.ndarray) -> list[dict[str, float | int]]:
@@ -148,22 +189,71 @@ def youden_threshold(score: np.ndarray, positive: np.ndarray) -> float:
     return float(cuts[np.argmax(sens + spec)])
 
 
-def bootstrap(
-    metric: Callable[[np.ndarray], dict[str, np.ndarray]], patients: Sequence[str], draws: int, seed: int
-) -> dict[str, dict[str, float | None]]:
-    """Values with 95 % percentile intervals over patients.
+def specificity_thresholds(score: np.ndarray, positive: np.ndarray) -> dict[str, float | None]:
+    """The lowest threshold half-way between two scores that has each of ``SPECIFICITIES``, or just above all scores.
 
-    metric: weight [R, N] -> {name: [R]}. patients: [N], whose picture each one is. draws: resamples of the patients,
-    with replacement, each drawn with all their pictures; 0 leaves the interval out. The same seed gives the same
-    interval. Undefined draws (a class missing) are left out of the percentiles.
+    Meant for the validation split only. None where there is no negative.
+    """
+    negatives, values = np.sort(score[~positive]), np.unique(score)
+    if not len(negatives):
+        return dict.fromkeys(SPECIFICITIES)
+    cuts = np.append((values[1:] + values[:-1]) / 2, np.nextafter(values[-1], np.inf))
+    specificity = np.searchsorted(negatives, cuts) / len(negatives)
+    return {name: float(cuts[np.argmax(specificity >= float(name))]) for name in SPECIFICITIES}
+
+
+def sensitivity_at(score: np.ndarray, positive: np.ndarray, specificity: float, weight: np.ndarray) -> np.ndarray:
+    """The highest sensitivity [R] on the ROC curve whose specificity is no lower; not interpolated.
+
+    Its threshold is chosen on these very pictures, which is optimistic. NaN where a class is missing.
+    """
+    values, group = np.unique(score, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(len(values)))
+    pos = np.add.reduceat((weight * positive)[:, order], starts, axis=1)[:, ::-1].cumsum(1)  # from the highest score
+    neg = np.add.reduceat((weight * ~positive)[:, order], starts, axis=1)[:, ::-1].cumsum(1)
+    allowed = neg <= neg[:, -1:] * (1 - specificity) + 1e-9
+    sensitivity = _divide(np.where(allowed, pos, 0).max(1), pos[:, -1])
+    return np.where(neg[:, -1] > 0, sensitivity, np.nan)
+
+
+def bootstrap(
+    metric: Callable[[np.ndarray], dict[str, np.ndarray]],
+    patients: Sequence[str],
+    draws: int,
+    seed: int,
+    centred: Collection[str] = (),
+) -> dict[str, dict[str, float | None]]:
+    """Values with 95 % intervals over patients: ``entry`` of each of ``samples``.
+
     Returns {name: {"value": v, "low": l, "high": h}}.
     """
-    parts = [metric(weight) for weight in resamples(patients, draws, seed)]
-    result = {}
-    for name, v in metric(np.ones((1, len(patients)))).items():
-        low, high = interval(np.concatenate([part[name] for part in parts]) if parts else np.array([]))
-        result[name] = {"value": _number(v[0]), "low": low, "high": high}
-    return result
+    return {name: entry(s, name in centred) for name, s in samples(metric, patients, draws, seed).items()}
+
+
+def samples(
+    metric: Callable[[np.ndarray], dict[str, np.ndarray]], patients: Sequence[str], draws: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Of each metric its value, then its value in each draw: {name: [1 + draws]}.
+
+    metric: weight [R, N] -> {name: [R]}. patients: [N], whose picture each one is. draws: resamples of the patients,
+    with replacement, each drawn with all their pictures. The same seed gives the same draws.
+    """
+    parts = [metric(weight) for weight in (np.ones((1, len(patients))), *resamples(patients, draws, seed))]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def entry(sample: np.ndarray, centred: bool = False) -> dict[str, float | None]:
+    """Value and 95 % interval of a sample [1 + draws]: that of the draws' percentiles, without the undefined ones.
+
+    centred: the draws are first moved so that their mean is the value, for a metric that resampling biases: a draw
+    repeats patients, and its calibration error is larger than that of as many other patients.
+    """
+    value, drawn = sample[0], sample[1:]
+    if centred and not np.isnan(drawn).all():
+        drawn = drawn - np.nanmean(drawn) + value
+    low, high = interval(drawn)
+    return {"value": _number(value), "low": low, "high": high}
 
 
 def resamples(patients: Sequence[str], draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -196,14 +286,17 @@ def grading(
     draws: int,
     seed: int,
     uncalibrated: np.ndarray | None = None,
+    specificity: Mapping[str, float | None] | None = None,
 ) -> dict:
     """Every grading metric of one split with its interval.
 
     probability: [N, K], rows sum to 1. truth: [N] int classes. threshold: referable-DR decision, from validation.
-    uncalibrated: the probabilities before calibration, where there was one.
-    Returns a JSON-ready dict: metrics, confusion, majority (the floor: always the most frequent class), recall per
-    class, missing (classes without a picture; they are left out of the macro AUC), reliability before and after
-    calibration, roc of referable DR.
+    uncalibrated: the probabilities before calibration, where there was one. specificity: validation's
+    ``specificity_thresholds``.
+    Returns a JSON-ready dict: metrics, fixed_specificity of referable DR (for each of ``SPECIFICITIES`` validation's
+    threshold with its sensitivity and specificity here, and "roc_sensitivity", read off the ROC of these pictures),
+    confusion, majority (the floor: always the most frequent class), recall per class, missing (classes without a
+    picture; they are left out of the macro AUC), reliability before and after calibration, roc of referable DR.
     """
     probability, truth = np.asarray(probability, dtype=float), np.asarray(truth, dtype=int)
     uncalibrated = probability if uncalibrated is None else np.asarray(uncalibrated, dtype=float)
@@ -212,6 +305,7 @@ def grading(
         raise ValueError("the metrics need at least one picture; the split has none that could be read")
     predicted = probability.argmax(1)
     score, positive = referable(probability), is_referable(truth, classes)
+    fixed = {name: (specificity or {}).get(name) for name in SPECIFICITIES}
 
     def metric(weight: np.ndarray) -> dict[str, np.ndarray]:
         matrix = confusion(truth, predicted, classes, weight)
@@ -224,17 +318,33 @@ def grading(
             "referable_auc": roc_auc(score, positive, weight),
             "referable_sensitivity": sensitivity,
             "referable_specificity": specificity,
-            "ece": expected_calibration_error(probability, truth, weight),
-            "ece_uncalibrated": expected_calibration_error(uncalibrated, truth, weight),
+            "ece": debiased_calibration_error(probability, truth, patients, weight),
+            "ece_uncalibrated": debiased_calibration_error(uncalibrated, truth, patients, weight),
             "brier": brier(probability, truth, weight),
         }
 
+    def at_specificity(weight: np.ndarray) -> dict[str, np.ndarray]:
+        values = {}
+        for name, cut in fixed.items():
+            values[f"{name} roc_sensitivity"] = sensitivity_at(score, positive, float(name), weight)
+            if cut is not None:
+                pair = sensitivity_specificity(score, positive, cut, weight)
+                values[f"{name} sensitivity"], values[f"{name} specificity"] = pair
+        return values
+
+    at = bootstrap(at_specificity, patients, draws, seed)
+    plugin = expected_calibration_error(probability, truth, np.ones((1, count)))
     matrix = confusion(truth, predicted, classes, np.ones((1, count)))[0].astype(int)
     support = matrix.sum(1)
     return {
         "pictures": count,
         "patients": len(set(patients)),
-        "metrics": bootstrap(metric, patients, draws, seed),
+        "metrics": bootstrap(metric, patients, draws, seed, centred=("ece", "ece_uncalibrated"))
+        | {"ece_plugin": entry(plugin)},
+        "fixed_specificity": {
+            name: {"threshold": cut} | {key.split()[1]: value for key, value in at.items() if key.startswith(name)}
+            for name, cut in fixed.items()
+        },
         "confusion": matrix.tolist(),
         "majority": {"class": int(support.argmax()), "accuracy": float(support.max() / count), "kappa": 0.0},
         "recall": [_number(r) for r in _divide(np.diag(matrix), support)],

@@ -15,19 +15,35 @@ METRICS = {
     "referable_auc": "Referable-DR AUC",
     "referable_sensitivity": "Referable-DR sensitivity",
     "referable_specificity": "Referable-DR specificity",
-    "ece": "Expected calibration error",
+    "ece": "Expected calibration error, bias-corrected",
     "ece_uncalibrated": "… before calibration",
+    "ece_plugin": "… as usual, biased upward",
     "brier": "Brier score",
 }
+REFERENCES = {
+    "contrast": "best unlearned filter",
+    "stride_ceiling": "ceiling of the stride",
+    "supervised": "trained on masks",
+}
+TITLES = NAMES | REFERENCES
 LOCALIZATION = {
     "aupr": "Pixel AUPR",
+    "aupr_picture": "Pixel AUPR, mean over pictures",
     "iou": "IoU, threshold from validation",
     "iou_best": "IoU, best threshold here",
+    "recall": "Recall, threshold from validation",
+    "froc": "FROC score, by lesion",
     "pointing": "Pointing game",
     "lesion_aupr": "Pixel AUPR, mean over lesions",
     "lesion_iou": "IoU, mean over lesions",
 }
-FLOOR = {"aupr": "aupr", "iou": "iou", "iou_best": "iou", "pointing": "pointing"}  # of a constant map
+FLOOR = {"aupr": "aupr", "aupr_picture": "aupr_picture", "iou": "iou", "iou_best": "iou", "pointing": "pointing"}
+HEALTHY = {
+    "heat": "Mean heat",
+    "area": "Share of pixels above validation's threshold",
+    "alarm": "Share of pictures with any such pixel",
+}
+COMPARED = {key: LOCALIZATION[key] for key in ("aupr", "aupr_picture", "iou", "froc")}
 
 
 def reading(entry: dict[str, Any] | None) -> str:
@@ -58,12 +74,55 @@ def metric_rows(found: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def localization_rows(localization: dict[str, Any]) -> list[list[str]]:
-    """Metric, one column per map, floor of a constant map."""
-    maps, floor = localization["maps"].values(), localization["floor"]
+def specificity_rows(found: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What is fixed and what is told, one column per evaluation."""
+    rows = []
+    for name in found[0]["fixed_specificity"] if found else ():
+        for key, title in (
+            ("sensitivity", f"Sensitivity at {name}"),
+            ("specificity", "… specificity that this threshold has here"),
+            ("roc_sensitivity", "… read off the ROC of these pictures"),
+        ):
+            rows.append([title, *(reading(result["fixed_specificity"][name].get(key)) for result in found)])
+    return rows
+
+
+def measured(local: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The maps, then the references."""
+    return local["maps"] | local["references"]
+
+
+def localization_rows(localization: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """Metric, one column per map or reference, floor of a constant map."""
+    every, floor = measured(localization), localization["floor"]
     return [
-        [title, *(reading(values.get(key)) for values in maps), number(floor[FLOOR[key]]) if key in FLOOR else ""]
+        [title, *(reading(every[name].get(key)) for name in names), number(floor[FLOOR[key]]) if key in FLOOR else ""]
         for key, title in LOCALIZATION.items()
+    ]
+
+
+def lesion_rows(localization: dict[str, Any], names: Sequence[str], key: str) -> list[list[str]]:
+    """Lesion, its pictures and how many there are, the metric of each map or reference, floor of a constant map."""
+    return [
+        [kind.replace("_", " "), str(part["pictures"]), str(part["count"])]
+        + [reading(measured(part).get(name, {}).get(key)) for name in names]
+        + [number(part["floor"][FLOOR[key]]) if key in FLOOR else ""]
+        for kind, part in localization["lesions"].items()
+    ]
+
+
+def difference_rows(localization: dict[str, Any]) -> list[list[str]]:
+    """What is compared, and of each of ``COMPARED`` the difference."""
+    return [
+        [f"{NAMES[one['map']]} − {NAMES[one['minus']]}", *(reading(one.get(key)) for key in COMPARED)]
+        for one in localization["differences"]
+    ]
+
+
+def healthy_rows(healthy: dict[str, Any]) -> list[list[str]]:
+    """Map or reference, and each of ``HEALTHY``."""
+    return [
+        [TITLES[name], *(reading(values.get(key)) for key in HEALTHY)] for name, values in measured(healthy).items()
     ]
 
 
@@ -72,35 +131,46 @@ def print_metrics(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    what = f"{result['name']}: {result['pictures']} pictures of {result['patients']} patients, {result['dataset']}"
-    if result["metrics"]:
-        table = Table(title=what, title_justify="left")
-        for column in ("metric", "value (95 % interval)", "floor"):
+
+    def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(title=title, title_justify="left")
+        for column in columns:
             table.add_column(column)
-        for row in metric_rows([result]):
+        for row in rows:
             table.add_row(*row)
         console.print(table)
+
+    what = f"{result['name']}: {result['pictures']} pictures of {result['patients']} patients, {result['dataset']}"
+    if result["metrics"]:
+        show(what, ("metric", "value (95 % interval)", "floor"), metric_rows([result]))
+        show("referable DR at fixed specificity", ("metric", "value (95 % interval)"), specificity_rows([result]))
     else:
         console.print(f"{what}: no grades, so localisation only")
     if result["localization"]:
         local = result["localization"]
-        table = Table(title=f"lesions: {local['pictures']} pictures that have some", title_justify="left")
-        for column in ("metric", *(NAMES[name] for name in local["maps"]), "floor"):
-            table.add_column(column)
-        for row in localization_rows(local):
-            table.add_row(*row)
-        console.print(table)
-        if local["lesions"]:
-            table = Table(title="pixel AUPR by lesion; intervals are in the report", title_justify="left")
-            for column in ("lesion", "pictures", *(NAMES[name] for name in local["maps"]), "floor"):
-                table.add_column(column)
-            for kind, part in local["lesions"].items():
-                values = (number(part["maps"][name]["aupr"]["value"]) for name in local["maps"])
-                table.add_row(kind.replace("_", " "), str(part["pictures"]), *values, number(part["floor"]["aupr"]))
-            console.print(table)
+        title = f"lesions: {local['pictures']} pictures that have some"
+        maps, references = list(local["maps"]), list(local["references"])
+        show(title, ("metric", *(NAMES[name] for name in maps), "floor"), localization_rows(local, maps))
+        if references:
+            rows = [row[:-1] for row in localization_rows(local, references)]
+            title = "references: maps that no model of grades made"
+            show(title, ("metric", *(TITLES[name] for name in references)), rows)
+        if local["differences"]:
+            show("paired differences", ("maps", *COMPARED.values()), difference_rows(local))
+        for key in ("aupr", "recall") if local["lesions"] else ():
+            title = f"{LOCALIZATION[key][0].lower()}{LOCALIZATION[key][1:]}, by lesion; intervals are in the report"
+            columns = ("lesion", "pictures", "lesions", *(NAMES[name] for name in maps), "floor")
+            count = len(columns) - (key not in FLOOR)
+            rows = [[cell.partition(" (")[0] for cell in row[:count]] for row in lesion_rows(local, maps, key)]
+            show(title, columns[:count], rows)
+    if result["healthy"]:
+        title = f"heat on healthy eyes: {result['healthy']['pictures']} pictures of grade 0"
+        show(title, ("map", *HEALTHY.values()), healthy_rows(result["healthy"]))
     if result.get("missing"):
         names = ", ".join(result["class_names"][k] for k in result["missing"])
         console.print(f"no picture of: {names}; left out of the macro AUC")
     for name in result["unreadable"]:
         console.print(f"unreadable, skipped: {name}")
+    if result["localization"] or result["healthy"]:
+        console.print(result["disclosure"])
     console.print(result["notice"])

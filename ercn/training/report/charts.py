@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ercn.training.maps import NAMES
 from ercn.training.report.runs import Run
+from ercn.training.table import REFERENCES
 
 _STYLE = {
     "font.size": 9.5,
@@ -190,3 +191,35 @@ def lesions(local: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | Non
     panels[0].set_ylim(len(kinds) - 0.5, -0.5)
     panels[0].set_xlim(left=0)
     return {"image": _svg(figure), "text": f"Pixel AUPR by lesion. {'; '.join(texts)}"}
+
+
+@_styled
+def froc(local: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
+    """Lesions found against false marks per picture: a panel for each map, the first run's references in grey."""
+    if not local:
+        return None
+    maps = [name for name in NAMES if any(name in result["maps"] for _, result in local)]
+    figure = _figure(2.3 * len(maps) + 1.2, 2.9)
+    panels = figure.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]
+    texts = []
+    for name, axes in zip(maps, panels):
+        axes.set_title(NAMES[name], fontsize=9.5)
+        references = local[0][1]["references"]
+        for style, (reference, values) in zip(("-", "--", ":"), references.items()):
+            at = {"color": _FLOOR, "linewidth": 1.2, "linestyle": style}
+            axes.plot(local[0][1]["froc"]["rates"], values["froc"]["sensitivity"], label=REFERENCES[reference], **at)
+        for run, result in local:
+            if name in result["maps"]:
+                values = result["maps"][name]["froc"]
+                style = {"color": run.color, "marker": run.marker, "markersize": 4, "linewidth": 1.6}
+                label = run.label if len(local) > 1 else NAMES[name]
+                axes.plot(result["froc"]["rates"], values["sensitivity"], label=label, **style)
+                texts.append(f"{run.label}, {NAMES[name]}: mean sensitivity {values['value']:.3f}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(local[0][1]["froc"]["rates"], ["⅛", "¼", "½", "1", "2", "4", "8"])
+        axes.set_xlabel("false marks per picture")
+        axes.grid()
+    panels[0].set_ylim(-0.02, 1.02)
+    panels[0].set_ylabel("lesions found")
+    panels[0].legend(fontsize=8)
+    return {"image": _svg(figure), "text": f"FROC by lesion. {'; '.join(texts)}"}

@@ -46,6 +46,7 @@ def _result(name: str, every: Sequence[Run]) -> dict[str, Any]:
         "same_pictures": len({(result["manifest"], result["pictures"]) for result in found}) == 1,
         "graded": [run for run, _ in graded],
         "metrics": table.metric_rows([result for _, result in graded]),
+        "specificity": table.specificity_rows([result for _, result in graded]),
         "recall": _recall([result for _, result in graded]),
         "scales": _scales(graded),
         "missing": sorted({result["class_names"][k] for _, result in graded for k in result["missing"]}),
@@ -53,10 +54,21 @@ def _result(name: str, every: Sequence[Run]) -> dict[str, Any]:
         "roc": charts.roc(graded),
         "reliability": [(run, charts.reliability(result)) for run, result in graded],
         "localized": [run for run, _ in local],
-        "map_thresholds": sorted({run.evaluations[name]["map_thresholds"] for run, _ in local} - {None}),
         "maps": _map_tables(local),
+        "differences": [(run, row) for run, result in local for row in table.difference_rows(result)],
+        "compared": list(table.COMPARED.values()),
+        "froc": charts.froc(local),
+        "references": _references(local),
         "lesions": charts.lesions(local),
-        "lesion_rows": _lesion_rows(local),
+        "lesion_tables": _lesion_tables(local),
+        "healthy": [
+            (run, result["healthy"]["pictures"], row)
+            for run, result in zip(runs, found)
+            if result["healthy"]
+            for row in table.healthy_rows(result["healthy"])
+        ],
+        "healthy_columns": list(table.HEALTHY.values()),
+        "disclosures": list(dict.fromkeys(result["disclosure"] for result in found)),
         "discs": sorted({(result["optic_disc"]["excluded"], result["pictures"]) for _, result in local}),
         "gallery": _gallery(runs, found),
     }
@@ -89,32 +101,50 @@ def _map_tables(local: Sequence[tuple[Run, dict]]) -> dict[str, Any] | None:
     """One run: its maps side by side. Several: the runs side by side, a row for each metric and map."""
     if not local:
         return None
+    names = _measured(local)
     if len(local) == 1:
-        only = local[0][1]
-        return {"columns": [NAMES[name] for name in only["maps"]], "rows": table.localization_rows(only)}
+        return {
+            "columns": [table.TITLES[name] for name in names],
+            "rows": table.localization_rows(local[0][1], names),
+        }
     rows = []
     for key, title in table.LOCALIZATION.items():
         floors = {table.number(result["floor"][table.FLOOR[key]]) for _, result in local if key in table.FLOOR}
         floor = floors.pop() if len(floors) == 1 else ""
-        for name in dict.fromkeys(name for _, result in local for name in result["maps"]):
-            values = (table.reading(result["maps"].get(name, {}).get(key)) for _, result in local)
-            rows.append([title, NAMES[name], *values, floor])
+        for name in names:
+            values = (table.reading(table.measured(result).get(name, {}).get(key)) for _, result in local)
+            rows.append([title, table.TITLES[name], *values, floor])
             title = ""
     return {"columns": ["Map", *(run for run, _ in local)], "rows": rows}
 
 
-def _lesion_rows(local: Sequence[tuple[Run, dict]]) -> list[list[str]]:
-    """Run, lesion, pictures, AUPR of each map, floor."""
+def _measured(local: Sequence[tuple[Run, dict]]) -> list[str]:
+    """The maps and references that any of the runs has."""
+    return [name for name in table.TITLES if any(name in table.measured(result) for _, result in local)]
+
+
+def _references(local: Sequence[tuple[Run, dict]]) -> list[str]:
+    """A sentence on each kind of reference that is there."""
+    names = set(_measured(local))
+    filters = sorted({result["contrast"] for _, result in local} - {""})
+    told = {
+        "contrast": f"the unlearned filter {', '.join(filters)}",
+        "stride_ceiling": "the masks themselves on the grid of the maps",
+        "supervised": "a U-Net that was trained on masks",
+    }
+    return [f"{table.TITLES[name]}: {text}" for name, text in told.items() if name in names]
+
+
+def _lesion_tables(local: Sequence[tuple[Run, dict]]) -> list[dict[str, Any]]:
+    """By lesion a table of each of these metrics, with its rows of all runs."""
+    names = _measured(local)
     return [
-        [
-            run.label,
-            kind.replace("_", " "),
-            str(part["pictures"]),
-            *(table.reading(part["maps"].get(name, {}).get("aupr")) for name in NAMES),
-            table.number(part["floor"]["aupr"]),
-        ]
-        for run, result in local
-        for kind, part in result["lesions"].items()
+        {
+            "title": table.LOCALIZATION[key],
+            "columns": [table.TITLES[name] for name in names],
+            "rows": [[run.label, *row] for run, result in local for row in table.lesion_rows(result, names, key)],
+        }
+        for key in ("aupr", "recall", "froc")
     ]
 
 

@@ -75,7 +75,7 @@ def _read(folder: Path, label: str, color: str, marker: str) -> Run:
 
 def _evaluation(path: Path) -> dict[str, Any]:
     result = read_json(path)
-    if "map_thresholds" not in result:
+    if "disclosure" not in result:
         raise ValueError(f"{path} was written by an older version of ercn; run ercn evaluate again, or remove it")
     return result
 

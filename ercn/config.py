@@ -83,9 +83,12 @@ class ModelConfig:
         probability of the channel.
     mask: spatial mask on the CAM before refinement: "soft", "hard" or "off".
     mask_thresholds: the mask is the mean over these t of [max foreground CAM >= t].
-    steps: how often the normalised affinity is applied; 0 leaves the map as the mask made it.
-    refine_stride: input pixels per element of the refined CAM, at most output_stride and a divisor of it; 0 for the
-        CAM's own grid.
+    refinement: what is done to the masked CAM, in this order. "affinity": the pixel affinity of learned embeddings;
+        "pamr": ``ercn.nn.PixelAdaptiveRefinement`` at the picture's resolution, which has no parameters and is left out
+        while training. Nothing leaves the map as the mask made it.
+    steps: how often the normalised affinity is applied. pamr_steps: the same of "pamr".
+    refine_stride: input pixels per element where the affinity is computed, a divisor of output_stride; 0 for the CAM's
+        own grid.
     refine_stages: of the backbone, what the affinity embeds beside the picture, two of them: 0 is the finest, -1 the
         last.
     detach: stop gradients into the refinement's CAM and features (SEAM and Chikontwe do).
@@ -109,7 +112,9 @@ class ModelConfig:
     confidence: Literal["absolute", "relative"] = "absolute"
     mask: Literal["soft", "hard", "off"] = "soft"
     mask_thresholds: tuple[float, ...] = (0.2, 0.3, 0.4)
+    refinement: tuple[Literal["affinity", "pamr"], ...] = ("affinity",)
     steps: int = 1
+    pamr_steps: int = 10
     refine_stride: int = 0
     refine_stages: tuple[int, int] = (-3, -2)
     detach: bool = True
@@ -119,8 +124,8 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self, "at least 1", "output_stride", "embed_dim", "pool_dim")
-        _require(self, "at least 0", "patch", "steps", "refine_stride")
+        _require(self, "at least 1", "output_stride", "embed_dim", "pool_dim", "steps", "pamr_steps")
+        _require(self, "at least 0", "patch", "refine_stride")
         _require(self, "above 0", "cam_scale")
         if self.refine_stride and self.output_stride % self.refine_stride:
             raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ercn.config import ModelConfig
 from ercn.elements import GEOMETRY, aligned_corners, exact_side, resize, symmetrize
 from ercn.losses import add_background, normalize_cam
-from ercn.nn import GatedAttentionPool, PixelCorrelation
+from ercn.nn import GatedAttentionPool, PixelAdaptiveRefinement, PixelCorrelation
 
 OUTPUT_STRIDES = (8, 16, 32)
 _ALIGNED: dict[tuple[str, int], bool | None] = {}  # of (backbone, output stride), measured once
@@ -29,7 +29,7 @@ class ERCNOutput(NamedTuple):
     logits: [B, F], the fused prediction. cam_logits: [B, F]. mil_logits: [B, F], None without MIL.
     cam: [B, F, h, w] class activation maps before the activation of ``ModelConfig.cam_pool``, which makes cam_logits of
         them.
-    refined_cam: [B, 1 + F, h', w'] in [0, 1], float32, background first, on the grid of ``ModelConfig.refine_stride``.
+    refined_cam: [B, 1 + F, h', w'] in [0, 1], float32, background first, on the grid of its last refinement.
     mask: [B, 1, h, w] in [0, 1], the spatial mask m; all 1 when it is off.
     attention: [B, heads, h, w] attention scores before the softmax, None without MIL.
     """
@@ -112,6 +112,7 @@ class ERCN(nn.Module):
             center=config.center,
             align_corners=self.align_corners or not symmetric,
         )
+        self.pamr = PixelAdaptiveRefinement(steps=config.pamr_steps)
         self.pool = self.mil_classifier = self.mil_bias = None
         if config.pool != "none":
             heads = classes if config.evidence == "classwise" else 1
@@ -186,14 +187,22 @@ class ERCN(nn.Module):
             confidence = add_background(confidence[:, 1:] * channel_probabilities(logits, config)[:, :, None, None])
         mask = self._spatial_mask(confidence)
         refined = self._suppress(confidence, mask)
-        if config.refine_stride:
-            stride, corners = config.refine_stride, int(self.align_corners)
-            size = [(side - corners) // stride + corners for side in image.shape[-2:]]
-            refined = resize(refined, size, self.align_corners)
-            image = resize(image, size, self.align_corners, antialias=True)
-        if config.steps:
-            refined = self.refinement(refined, [features[i] for i in config.refine_stages], image)
+        for stage in config.refinement:
+            if stage == "affinity":
+                refined = self._propagate(refined, features, image)
+            elif not self.training:
+                refined = resize(refined, image.shape[-2:], self.align_corners)
+                refined = add_background(self.pamr(refined[:, 1:], image))
         return mask, refined
+
+    def _propagate(self, cam: Tensor, features: list[Tensor], image: Tensor) -> Tensor:
+        """``cam`` after the pixel affinity, on the grid of ``refine_stride``."""
+        stride, corners = self.config.refine_stride, int(self.align_corners)
+        if stride:
+            size = [(side - corners) // stride + corners for side in image.shape[-2:]]
+            cam = resize(cam, size, self.align_corners)
+            image = resize(image, size, self.align_corners, antialias=True)
+        return self.refinement(cam, [features[i] for i in self.config.refine_stages], image)
 
     def _features(self, image: Tensor) -> list[Tensor]:
         """All stages, [B, D, h, w] each; with patches, of each patch the mean over its own map."""

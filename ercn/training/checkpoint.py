@@ -97,7 +97,10 @@ def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
     info = {"normalize": "none", "temperature": 1.0, "trained_classes": info["class_names"], "geometry": 1} | info
     saved = info["config"]
     if info["geometry"] == 1 and isinstance(saved, Mapping) and isinstance(saved.get("model"), Mapping):
-        saved = saved | {"model": _MODEL_1 | saved["model"]}
+        old = _MODEL_1 | saved["model"]
+        if old.get("steps") == 0:
+            old |= {"steps": 1, "refinement": []}
+        saved = saved | {"model": old}
     info["config"] = from_dict(TrainConfig, saved, f"{folder / 'model.json'}: config")
     model = ERCN(without_pretrained(info["config"]).model, geometry=info["geometry"])
     check_state(model, state, str(folder / "model.safetensors"), f"{info['config'].model.backbone} of model.json")

@@ -25,7 +25,7 @@ from ercn.training.filters import FILTERS, contrasts
 from ercn.training.gallery import Shown, as_picture, gallery_choice, key_of, write_gallery
 from ercn.training.infer import ONE_VIEW, Views, forward, pick_device
 from ercn.training.localization import Localization
-from ercn.training.maps import enlarge
+from ercn.training.maps import ceiling_of, enlarge
 from ercn.training.model_card import write_model_card
 from ercn.training.pictures import load_manifest, make_loader, need_split, picture_dataset
 from ercn.training.report import write_report
@@ -71,8 +71,9 @@ def collect(
 ) -> Collected:
     """Runs the model over the pictures, each once, and keeps probabilities, map statistics and the gallery.
 
-    Where some have masks, the references are measured beside the maps: "contrast", by the filter ``info["contrast"]``,
-    and "supervised", by ``ceiling``, from pictures as the model sees them [B, 3, S, S] to maps [B, S, S]. Without that
+    Where some have masks, the references are measured beside the maps: "contrast", by the filter ``info["contrast"]``;
+    "stride_ceiling", what the masks themselves would be on the grid of the CAM; and "supervised", by ``ceiling``, from
+    pictures as the model sees them [B, 3, S, S] to maps [B, S, S]. Without that
     key, all filters are tried and the one of the highest AUPR on these pictures is kept, so they must be validation's.
     """
     config = info["config"]
@@ -101,6 +102,8 @@ def collect(
             references = {}
             if filters and (healthy or records[index].masks):
                 references |= contrasts(as_picture(batch["image"][i], info["mean"], info["std"]), filters)
+                union = np.logical_or.reduce(list(masks.values()))
+                references["stride_ceiling"] = ceiling_of(union, maps["cam"].shape[1:], corners)
             if told is not None:
                 references["supervised"] = told[i]
             patient = records[index].patient

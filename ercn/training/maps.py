@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,3 +89,9 @@ def merge(outputs: Sequence[tuple[ERCNOutput, bool]], align_corners: bool) -> ER
 def enlarge(heat: Tensor, size: int, align_corners: bool) -> Tensor:
     """Bilinear [B, h, w] -> [B, size, size], the pixels of the picture; stays in [0, 1]."""
     return resize(heat[:, None], (size, size), align_corners)[:, 0].clamp(0, 1)
+
+
+def ceiling_of(mask: np.ndarray, grid: Sequence[int], align_corners: bool) -> np.ndarray:
+    """What a map with the elements ``grid`` could show of a mask bool [S, S]: its share in each, enlarged to [S, S]."""
+    share = resize(torch.from_numpy(mask)[None, None].float(), grid, align_corners, antialias=True)
+    return enlarge(share[0], len(mask), align_corners)[0].numpy()

@@ -8,6 +8,7 @@ not public: this is a reconstruction from SEAM (CVPR 2020), Chikontwe et al. (Me
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -122,8 +123,10 @@ class ERCN(nn.Module):
             else:
                 self.mil_bias = nn.Parameter(torch.zeros(classes))
 
-    def forward(self, image: Tensor) -> ERCNOutput:
-        """image: [B, 3, H, W], normalised as the backbone was trained."""
+    def forward(self, image: Tensor, *, refine: bool = True) -> ERCNOutput:
+        """image: [B, 3, H, W], normalised as the backbone was trained. refine: False leaves ``refined_cam`` as the mask
+        made it, for who needs the logits.
+        """
         image = self._exact(image)
         features = self._features(image)
         last = self.dropout(features[-1])
@@ -142,7 +145,7 @@ class ERCN(nn.Module):
         if logits is None:
             logits = (cam_logits + mil_logits) / 2
 
-        mask, refined_cam = self._refine(cam, logits, features, image)
+        mask, refined_cam = self._refine(cam, logits, features, image, self.config.refinement if refine else ())
         return ERCNOutput(logits, cam_logits, mil_logits, cam, refined_cam, mask, attention)
 
     def _exact(self, image: Tensor) -> Tensor:
@@ -177,8 +180,10 @@ class ERCN(nn.Module):
         weight = self.classifier.weight.flatten(1)  # [F, D], broadcast over the heads: one, or one for each channel
         return (pooled * weight).sum(2) + self.mil_bias
 
-    def _refine(self, cam: Tensor, logits: Tensor, features: list[Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
-        """The spatial mask and the refined CAM."""
+    def _refine(
+        self, cam: Tensor, logits: Tensor, features: list[Tensor], image: Tensor, refinement: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """The spatial mask, and the masked CAM after the refinements."""
         config = self.config
         if config.detach:
             cam, logits, features = cam.detach(), logits.detach(), [x.detach() for x in features]
@@ -187,7 +192,7 @@ class ERCN(nn.Module):
             confidence = add_background(confidence[:, 1:] * channel_probabilities(logits, config)[:, :, None, None])
         mask = self._spatial_mask(confidence)
         refined = self._suppress(confidence, mask)
-        for stage in config.refinement:
+        for stage in refinement:
             if stage == "affinity":
                 refined = self._propagate(refined, features, image)
             elif not self.training:

@@ -80,7 +80,7 @@ class ERCNModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
         if batch is None:
             return
-        output = self.model(self._image(batch))
+        output = self.model(self._image(batch), refine=False)
         logits = output.logits.float()
         target = targets_from_grades(batch["grade"], self.config.model)
         loss = torch.stack([classification_loss(a[None], b[None]) for a, b in zip(logits, target)])

@@ -433,7 +433,8 @@ class PrepareConfig:
     label: which label column, where the data set has several; empty for the first. "one_figure" or "concatenated"
         (davis), "dr" or "dme" (messidor2, idrid), "ours" or "kaggle" (rldr), the column's name (csv, first "label").
     size: side of the cached pictures.
-    normalize: "graham" subtracts the local mean color (Graham 2015) from the cached pictures, "none" keeps them.
+    normalize: "none" keeps the pictures; "graham" subtracts the local mean color (Graham 2015), "local" that of a wider
+        neighbourhood, from the cached ones (``ercn.data.normalization``).
     fractions: train, val, test by patient; a split that the publishers made is kept.
     exclude: a prepared folder of pictures from the same source, whose patients are not taken.
     patients: phantom only, how many. difficulty: phantom only; the harder, the fainter the lesions, the more there is
@@ -449,7 +450,7 @@ class PrepareConfig:
     out: str = "runs/data"
     size: int = 513
     label: str = ""
-    normalize: Literal["none", "graham"] = "none"
+    normalize: Literal["none", "graham", "local"] = "none"
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
     exclude: str = ""
     patients: int = 200

@@ -27,7 +27,28 @@ def graham(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(out), 0, 255).astype(np.uint8))
 
 
+def local(picture: Image.Image) -> Image.Image:
+    """As ``graham``, with a wider mean, and of the field alone, so that its edge does not shine:
+
+        4 x - 4 Gauss(w x, sigma = R / 15) / Gauss(w, sigma = R / 15) + 128; 128 where w is 0
+
+    w is 1 within 0.97 R of the center where the brightest channel is above 8, else 0. Lesions of a few hundredths of
+    the field keep their inside, which a mean of R / 30 takes away.
+    """
+    x = np.asarray(picture, np.float32)
+    radius = x.shape[0] / 2
+    row, column = np.ogrid[: x.shape[0], : x.shape[1]]
+    inside = (row + 0.5 - radius) ** 2 + (column + 0.5 - radius) ** 2 <= (0.97 * radius) ** 2
+    field = (inside & (x.max(2) > 8)).astype(np.float32)[..., None]
+    mean = ndimage.gaussian_filter(field * x, (radius / 15, radius / 15, 0))
+    share = ndimage.gaussian_filter(field, (radius / 15, radius / 15, 0))
+    out = np.where(field > 0, 4 * x - 4 * mean / np.maximum(share, 1e-6) + 128, 128)
+    return Image.fromarray(np.clip(np.rint(out), 0, 255).astype(np.uint8))
+
+
+NORMALIZATIONS = {"none": lambda picture: picture, "graham": graham, "local": local}
+
+
 def prepared(picture: Image.Image, geometry: Geometry, normalize: str) -> Image.Image:
     """The picture that training sees, of a photograph. normalize: as in ``PrepareConfig``."""
-    square = geometry.crop(picture)
-    return graham(square) if normalize == "graham" else square
+    return NORMALIZATIONS[normalize](geometry.crop(picture))

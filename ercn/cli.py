@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "predict": ("ercn.training", configs.PredictConfig),
     "report": ("ercn.training.report", configs.ReportConfig),
     "ablate": ("ercn.training", configs.AblateConfig),
+    "select": ("ercn.training", configs.SelectConfig),
     "ceiling": ("ercn.training", configs.CeilingConfig),
 }
 FUNCTIONS = {"ceiling": "train_ceiling"}  # the others have their command's name
@@ -44,6 +45,7 @@ SUMMARIES = {
     "predict": "grades and full-resolution heat maps of any pictures",
     "report": "compare runs in one self-contained HTML page: ercn report RUN RUN …",
     "ablate": "train and evaluate a grid of configurations and seeds, one table",
+    "select": "choose a configuration of a grid on validation, without the test split",
     "ceiling": "train a U-Net on lesion masks, the ceiling of maps from grades alone",
     "bench": "time, memory and error of the operators and the network beside plain torch",
     "doctor": "what is installed, which backends run here, and why others do not",
@@ -202,4 +204,5 @@ def _interrupted(argv: list[str]) -> str:
     if argv[0] in ("pretrain", "train", "ceiling"):
         again = shlex.join(["ercn", *argv, *([] if any("run.resume" in a for a in argv) else ["--run.resume", "true"])])
         return f"\ninterrupted; finished epochs are kept. Go on with:\n  {again}"
-    return "\ninterrupted" + ("; finished cells are kept, the same command goes on" if argv[0] == "ablate" else "")
+    cells = argv[0] in ("ablate", "select")
+    return "\ninterrupted" + ("; finished cells are kept, the same command goes on" if cells else "")

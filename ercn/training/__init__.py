@@ -1,6 +1,6 @@
-"""Pre-training, training, evaluation, prediction and ablation; needs ``pip install 'ercn[train]'``.
+"""Pre-training, training, evaluation, prediction, ablation and selection; needs ``pip install 'ercn[train]'``.
 
-``from ercn.training import pretrain, train, evaluate, predict, ablate``: each takes its configuration from
+``from ercn.training import pretrain, train, evaluate, predict, ablate, select``: each takes its configuration from
 ``ercn.config``.
 """
 
@@ -15,6 +15,7 @@ _MODULES = {
     "evaluate": "evaluation",
     "predict": "prediction",
     "ablate": "ablation",
+    "select": "selection",
     "train_ceiling": "ceiling",
 }
 __all__ = list(_MODULES)

@@ -1,18 +1,23 @@
-"""The grid of ``ercn ablate``: a YAML file of rows, each a training configuration, times seeds.
+"""The grid of ``ercn ablate`` and ``ercn select``: a YAML file of rows, each a training configuration, times seeds.
 
-    seeds: [0, 1, 2]
-    prepare: {dataset: phantom, size: 256, patients: 300}   # or give data.root among the options
+    seeds: [0, 1, 2, 3, 4]
+    prepare: {dataset: phantom, size: 257, patients: 300, seed: 0}   # or give data.root among the options
     pretrain:
       simclr: {method: simclr, backbone: resnet10t, run.epochs: 10}
     preset: ercn
-    options: {model.backbone: resnet10t, data.image_size: 256}
+    options: {model.backbone: resnet10t, data.image_size: 257}
+    choose: {kappa: 1.0, aupr_refined_cam: 1.0}              # ercn select: a weighted sum of columns of the table
+    ceiling: {run.epochs: 40}                                # or the run folder of ercn ceiling
     rows:
-      - {group: losses, name: CAM, options: {model.pool: none, model.fusion: cam, loss.er: 0}, pretrain: simclr}
-      - {group: losses, name: + affinity, base: CAM, options: {model.steps: 1}, train: false}
+      - {group: losses, name: CAM, options: {model.refinement: [], loss.er: 0, loss.ecr: 0}, pretrain: simclr}
+      - {group: losses, name: + affinity, base: CAM, options: {model.refinement: [affinity]}, train: false}
       - {group: losses, name: + ER, base: + affinity, options: {loss.er: 1}}
 
 Options have the names of the command line. A row's configuration is the preset, then the grid's options, then those of
 its ``base`` and of the row itself; later ones win. Two rows of one configuration share their cells.
+
+What ``ercn select`` chose is measured where nothing was chosen by a second grid with another ``prepare.seed``: that is
+another phantom, with other patients in every split, on which ``ercn ablate`` trains anew and measures the test split.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ercn.config import PrepareConfig, PretrainConfig, TrainConfig, from_dict, preset
+from ercn.config import CeilingConfig, PrepareConfig, PretrainConfig, TrainConfig, from_dict, preset
 
 T = TypeVar("T")
 # Where and how a cell runs does not change what it is.
@@ -39,7 +44,8 @@ class Row:
     """name: of the row, unique. group: heading of the table. base: an earlier row that this one builds on and is
     compared with. preset: instead of the grid's. options: dotted. pretrain: a name among the grid's, "" for none;
     without it, that of the base. train: false takes the base's weights and only evaluates them with the row's options,
-    for those that change what is made of a network, not how it learns.
+    for those that change what is made of a network (its mask, confidence, refinement and their settings), neither how
+    it learns nor the shapes of its weights.
     """
 
     name: str
@@ -53,7 +59,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """What the YAML file says; ``Row`` explains the rows."""
+    """What the YAML file says; ``Row`` explains the rows.
+
+    choose: weights of the columns (``ablation_table.COLUMNS``) whose sum ``ercn select`` makes as large as it can; what
+    should be small has a negative one. ceiling: options of ``ercn ceiling`` for a U-Net that is trained once on the
+    data, or the run folder of one; the picture size is that of the grid's options.
+    """
 
     rows: tuple[Row, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -61,10 +72,14 @@ class Grid:
     prepare: dict = field(default_factory=dict)
     pretrain: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
+    choose: dict = field(default_factory=dict)
+    ceiling: object = None
 
     def __post_init__(self) -> None:
         if not self.rows or not self.seeds:
             raise ValueError(f"rows and seeds must have at least one entry; got {len(self.rows)} and {len(self.seeds)}")
+        if not isinstance(self.ceiling, (str, dict, type(None))):
+            raise ValueError(f"ceiling must be a folder, or options of ercn ceiling; got {self.ceiling!r}")  # noqa: TRY004
         seen: set[str] = set()
         for row in self.rows:
             if row.name in seen:
@@ -118,7 +133,26 @@ def prepare_config(grid: Grid, out: Path) -> PrepareConfig | None:
     if not grid.prepare:
         return None
     config = with_options(PrepareConfig(), grid.prepare, "prepare")
-    return replace(config, out=str(out / "data" / _hash(grid.prepare)))
+    return replace(config, out=str(out / "data" / digest(grid.prepare)))
+
+
+def grid_config(grid: Grid) -> TrainConfig:
+    """What rows without options have in common: the grid's preset and options."""
+    return with_options(preset(grid.preset), grid.options, "options")
+
+
+def ceiling_config(grid: Grid, out: Path, root: str, manifest: str) -> CeilingConfig | None:
+    """How to train the grid's U-Net below ``out``, on the pictures of its options; None where there is none to train.
+
+    ValueError names the option that is wrong.
+    """
+    if not isinstance(grid.ceiling, dict):
+        return None
+    own = grid_config(grid)
+    config = CeilingConfig(data=own.data, run=replace(CeilingConfig().run, accelerator=own.run.accelerator))
+    config = with_options(config, grid.ceiling, "ceiling")
+    config = _placed(config, config.run.seed, root)
+    return _in_folder(config, out / "ceiling" / _digest(config, manifest))
 
 
 def cells(grid: Grid, out: Path, root: str, manifest: str) -> dict[tuple[str, int], Cell]:
@@ -146,8 +180,8 @@ def cells(grid: Grid, out: Path, root: str, manifest: str) -> dict[tuple[str, in
                 base = result[row.base, seed]
                 weights = base.weights or base.folder
             own = replace(config, init=Path(first.run.out).name if first else None)
-            digest = _digest(own, manifest, weights.name if weights else "")
-            result[row.name, seed] = Cell(_in_folder(config, out / "cells" / digest), first, weights)
+            folder = out / "cells" / _digest(own, manifest, weights.name if weights else "")
+            result[row.name, seed] = Cell(_in_folder(config, folder), first, weights)
     return result
 
 
@@ -181,8 +215,9 @@ def _digest(config: Any, *origin: str) -> str:
     values = asdict(config)
     for part, name in _PLACE:
         del values[part][name]
-    return _hash([type(config).__name__, values, *origin])
+    return digest([type(config).__name__, values, *origin])
 
 
-def _hash(values: Any) -> str:
+def digest(values: Any) -> str:
+    """The name of a folder for what these JSON-ready values describe."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

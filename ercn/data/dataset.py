@@ -36,19 +36,24 @@ def to_tensor(picture: Image.Image, image_size: int, mean: Sequence[float], std:
     return _normalized(_resized(_pixels(picture), image_size), mean, std)
 
 
-def training_transform(image_size: int) -> v2.Transform:
-    """Mild: flips, up to 20 degrees, 5 % shift, 10 % scale, and color jitter; uint8 [3, H, W] to [3, S, S]."""
+def training_transform(image_size: int, surround: int = 0) -> v2.Transform:
+    """Mild: flips, up to 20 degrees, 5 % shift, 10 % scale, and color jitter; uint8 [3, H, W] to [3, S, S].
+
+    surround: the level beyond the picture. Where it is not black, the local mean has been removed, and brightness,
+    which went with it, is not varied.
+    """
+    bilinear = v2.InterpolationMode.BILINEAR
     return v2.Compose([
         v2.Resize([image_size, image_size], antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandomVerticalFlip(),
-        v2.RandomAffine(20, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
-        v2.ColorJitter(0.2, 0.2, 0.2, 0.02),
+        v2.RandomAffine(20, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=bilinear, fill=surround),
+        v2.ColorJitter(0 if surround else 0.2, 0.2, 0.2, 0.02),
     ])  # fmt: skip
 
 
-def contrastive_transform(image_size: int) -> v2.Transform:
-    """SimCLR's views, suited to fundus photographs; uint8 [3, H, W] to [3, S, S].
+def contrastive_transform(image_size: int, surround: int = 0) -> v2.Transform:
+    """SimCLR's views, suited to fundus photographs; uint8 [3, H, W] to [3, S, S]. surround: as above.
 
     The crop keeps 40 % of the area at least, and hue and blur are weaker than for natural pictures: lesions are small,
     and their color is what tells blood from exudate. Both flips and any small rotation are natural for a retina.
@@ -57,8 +62,8 @@ def contrastive_transform(image_size: int) -> v2.Transform:
         v2.RandomResizedCrop(image_size, scale=(0.4, 1.0), ratio=(0.9, 1.1), antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandomVerticalFlip(),
-        v2.RandomRotation(45, interpolation=v2.InterpolationMode.BILINEAR),
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.3, 0.05)], p=0.8),
+        v2.RandomRotation(45, interpolation=v2.InterpolationMode.BILINEAR, fill=surround),
+        v2.RandomApply([v2.ColorJitter(0 if surround else 0.4, 0.4, 0.3, 0.05)], p=0.8),
         v2.RandomGrayscale(0.2),
         v2.RandomApply([v2.GaussianBlur(5, sigma=(0.1, 1.0))], p=0.3),
     ])  # fmt: skip
@@ -71,6 +76,7 @@ class PictureDataset(Dataset):
         records: as ``Manifest.split`` returns them. image_size: S, side of the tensors.
         mean, std: RGB, in 0 … 1, that the pictures are normalized with.
         augment: vary the pictures (``training_transform``, or ``contrastive_transform`` if ``contrastive``).
+        surround: level around the disc (``ercn.data.normalization.surround``), which turned pictures are filled with.
         views: tensors for each picture, each varied on its own.
         max_unreadable: how many pictures may be skipped, counted over all workers of this data set.
         with_masks: also return the masks of ``mask_kinds``; not with ``augment``.
@@ -93,6 +99,7 @@ class PictureDataset(Dataset):
         mean: Sequence[float],
         std: Sequence[float],
         augment: bool,
+        surround: int = 0,
         views: int = 1,
         seed: int = 0,
         max_unreadable: int = 10,
@@ -108,7 +115,7 @@ class PictureDataset(Dataset):
         self.mask_kinds = (*sorted({kind for record in self.records for kind in record.masks}), OPTIC_DISC)
         self.transform: v2.Transform | None = None
         if augment:
-            self.transform = contrastive_transform(image_size) if contrastive else training_transform(image_size)
+            self.transform = (contrastive_transform if contrastive else training_transform)(image_size, surround)
         # shared memory: workers see a new epoch, and count unreadable pictures together
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._unreadable = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()

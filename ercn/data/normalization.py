@@ -49,6 +49,11 @@ def local(picture: Image.Image) -> Image.Image:
 NORMALIZATIONS = {"none": lambda picture: picture, "graham": graham, "local": local}
 
 
+def surround(normalize: str) -> int:
+    """The level of R, G and B around the disc of a prepared picture."""
+    return 0 if normalize == "none" else 128
+
+
 def prepared(picture: Image.Image, geometry: Geometry, normalize: str) -> Image.Image:
     """The picture that training sees, of a photograph. normalize: as in ``PrepareConfig``."""
     return NORMALIZATIONS[normalize](geometry.crop(picture))

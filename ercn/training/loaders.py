@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ercn.config import DataConfig
 from ercn.data import Manifest, PictureDataset, Record
+from ercn.data.normalization import surround
 from ercn.training.pictures import labelled, make_loader, picture_dataset, sampling_weights
 from ercn.training.seeding import generator
 
@@ -103,8 +104,9 @@ class PictureData(pl.LightningDataModule):
         return None
 
     def _pictures(self, records: list[Record], **options) -> PictureDataset:
-        mean, std = self.manifest.mean, self.manifest.std
-        return picture_dataset(records, mean, std, self.config, seed=self.seed, **options)
+        manifest = self.manifest
+        options |= {"seed": self.seed, "surround": surround(manifest.normalize)}
+        return picture_dataset(records, manifest.mean, manifest.std, self.config, **options)
 
 
 class GradedData(PictureData):

@@ -59,7 +59,8 @@ def batches(kind):
     for _ in range(STEPS):
         pictures = torch.randn(shape, generator=generator, dtype=torch.float64)
         grades = torch.randint(5, (6,), generator=generator)
-        yield {"image": pictures, "grade": grades} if kind == "train" else {"views": pictures}
+        index = torch.randperm(8, generator=generator)[:6]  # some pictures of a step are those of the step before
+        yield {"image": pictures, "grade": grades} if kind == "train" else {"views": pictures, "index": index}
 
 
 def gradient(kind, rank=0, counts=(6,)):
@@ -84,7 +85,7 @@ def gradient(kind, rank=0, counts=(6,)):
     result = {"loss": torch.stack(losses), "logged": torch.stack(logged)}
     result["grad"] = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
     if kind == "moco_v2":
-        result["queue"] = module.loss.memory_bank.bank
+        result["queue"] = torch.cat([module.loss.keys, module.loss.pictures[:, None]], 1)
     return result
 
 

@@ -1,9 +1,9 @@
 """Contrastive pre-training of the backbone on the training split's pictures, without their labels.
 
 SimCLR (Chen et al. 2020): both views through backbone and projection head, NT-Xent over the batch. MoCo v2 (He et al.
-2020, Chen et al. 2020): the second view through a momentum copy, NT-Xent against a queue of earlier keys. Losses,
-heads and the momentum update are lightly's. Several devices act as one with all their pictures, except that BatchNorm
-sees each device's own, if ``run.sync_batchnorm`` does not join them.
+2020, Chen et al. 2020): the second view through a momentum copy, InfoNCE against the keys of the batch and a queue of
+earlier ones (``KeyQueue``). NT-Xent, heads and the momentum update are lightly's. Several devices act as one with all
+their pictures, except that BatchNorm sees each device's own, if ``run.sync_batchnorm`` does not join them.
 """
 
 from __future__ import annotations
@@ -52,6 +52,45 @@ class Embedder(nn.Module):
         return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
 
 
+class KeyQueue(nn.Module):
+    """InfoNCE with the keys of the batch and the latest earlier ones, of which none of a query's own picture.
+
+        L = mean_i -log exp(q_i·k_i / T) / (exp(q_i·k_i / T) + Σ_j exp(q_i·k_j / T))
+
+    with q and k normalised to length 1 and j over the keys, of batch and queue, whose picture is not that of q_i. MoCo
+    keeps no count of pictures: on a small set the queue holds the key of a query's own picture from the last epoch, and
+    takes it for a negative. Its negatives are those of the queue only; here also those of the batch, so that there are
+    some from the first step on, and normalisation over the batch tells a positive from a part of the negatives only.
+
+    size: keys that it keeps, the latest; 0 for none. dim: their width. temperature: T.
+    keys [size, dim] and pictures [size], -1 where there is no key yet, are in the state dict.
+    """
+
+    def __init__(self, size: int, dim: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.register_buffer("keys", torch.zeros(size, dim))
+        self.register_buffer("pictures", torch.full((size,), -1))
+
+    def forward(self, query: Tensor, key: Tensor, picture: Tensor) -> Tensor:
+        """The loss of ``query`` and ``key`` [B, dim], views of pictures number ``picture`` [B]; then keeps the keys."""
+        with torch.autocast(query.device.type, enabled=False):
+            query, key = F.normalize(query, dim=1), F.normalize(key.detach(), dim=1)
+            keys, pictures = torch.cat([self.keys, key]), torch.cat([self.pictures, picture])
+            own = (pictures == picture[:, None]) | (pictures < 0)
+            negative = (query @ keys.T).masked_fill(own, -torch.inf)
+            logits = torch.cat([(query * key).sum(1, keepdim=True), negative], 1) / self.temperature
+            loss = F.cross_entropy(logits, torch.zeros_like(picture))
+        self.keys.copy_(keys[len(key) :])
+        self.pictures.copy_(pictures[len(key) :])
+        return loss
+
+
+def momentum_of(steps: int) -> float:
+    """The momentum with which the momentum encoder follows within a tenth of a run of ``steps`` steps."""
+    return min(0.999, max(0.0, 1 - 10 / steps))
+
+
 class Contrastive(pl.LightningModule):
     """One optimizer step on two views a picture. queue: keys that MoCo v2 keeps; not read by SimCLR."""
 
@@ -66,14 +105,9 @@ class Contrastive(pl.LightningModule):
         self.momentum = copy.deepcopy(self.online) if moco else None
         if moco:
             deactivate_requires_grad(self.momentum)
-        self.loss = NTXentLoss(
-            temperature=config.temperature,
-            memory_bank_size=(queue, config.projection_dim) if moco else 0,
-        )
-        if moco:  # lightly leaves the queue out of the state dict; an exact resume needs it
-            bank = self.loss.memory_bank
-            bank.register_buffer("bank", bank.bank)
-            bank.register_buffer("bank_ptr", bank.bank_ptr)
+            self.loss = KeyQueue(queue, config.projection_dim, config.temperature)
+        else:
+            self.loss = NTXentLoss(config.temperature)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw(self, self.config.run)
@@ -90,9 +124,10 @@ class Contrastive(pl.LightningModule):
             z1 = ranks.gather(self.online(second)[:read])
         else:
             z1 = self._keys(second[:read], step)
+            picture = ranks.gather(batch["index"] if batch else torch.zeros(0, dtype=torch.int64, device=self.device))
         if len(z0) < 2:
             return 0 * z0.sum()
-        loss = self.loss(z0, z1)
+        loss = self.loss(z0, z1) if self.momentum is None else self.loss(z0, z1, picture)
         with torch.no_grad():
             nearest = (F.normalize(z0, dim=1) @ F.normalize(z1, dim=1).T).argmax(1)
             top1 = (nearest == torch.arange(len(z0), device=nearest.device)).float().mean()
@@ -109,8 +144,10 @@ class Contrastive(pl.LightningModule):
     @torch.no_grad()
     def _keys(self, image: Tensor, step: int) -> Tensor:
         """The momentum copy's embeddings of all ranks' pictures, exchanged before, so that BatchNorm leaks nothing."""
-        update_momentum(self.online, self.momentum, self.config.momentum)
-        world = self.trainer.world_size
+        momentum, world = self.config.momentum, self.trainer.world_size
+        if momentum is None:
+            momentum = momentum_of(self.trainer.num_training_batches * self.trainer.max_epochs)
+        update_momentum(self.online, self.momentum, momentum)
         if world == 1:
             return self.momentum(image)
         everyone = ranks.gather(image)
@@ -139,8 +176,7 @@ def pretrain(config: PretrainConfig) -> Path:
             f"and {config.data.root} has {pictures} in the train split"
         )
     torch.manual_seed(derive(config.run.seed, "init"))
-    # A queue longer than an epoch would hold each picture several times, as negatives of itself.
-    module = Contrastive(config, min(config.queue_size, pictures))
+    module = Contrastive(config, min(config.queue_size, pictures // 8))
     runs.set_up(module, module.online, config.run)
     trainer = runs.make_trainer(config.run, monitor=None)
     checkpoint = runs.open_run(config)

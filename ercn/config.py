@@ -306,7 +306,7 @@ class CeilingConfig:
     """
 
     data: DataConfig = field(default_factory=DataConfig)
-    run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/ceiling"))
+    run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/ceiling", epochs=30, lr=5e-3))
     width: int = 16
 
     def __post_init__(self) -> None:

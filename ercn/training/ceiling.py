@@ -34,7 +34,7 @@ from ercn.training.schedule import adamw
 from ercn.training.seeding import derive
 
 MONITOR = "val_aupr"
-LEVELS_DOWN = 3  # of the U-Net: it sees pictures of sides that this many halvings leave whole
+LEVELS_DOWN = 3  # halvings
 PRIOR = -4.0  # logit of the share of lesion pixels that training begins with, some 2 %
 JITTER = 0.1  # standard deviation of the change of contrast and of brightness of each channel, in the pictures' own
 LESS_MEMORY = "less is needed with a smaller --data.batch_size or --data.image_size"
@@ -138,6 +138,11 @@ class Supervised(pl.LightningModule):
                 self.counts[0] += histograms(levels_of(own), lesion, ~left_out | lesion)
 
     def on_validation_epoch_end(self) -> None:
+        if not self.counts[0, 1].any():
+            raise ValueError(
+                f"no lesion of the val split could be read at {self.config.data.image_size} px, so the best epoch "
+                "cannot be chosen"
+            )
         precision, recall, _ = precision_recall(self.counts)
         self.counts = np.zeros_like(self.counts)
         self.log(MONITOR, float(average_precision(precision, recall)[0]), prog_bar=True)
@@ -188,7 +193,7 @@ def train_ceiling(config: CeilingConfig) -> Path:
                 f"{config.data.root} has no picture with a lesion mask in the {split} split; the supervised ceiling "
                 "needs them in train and val"
             )
-    if run.devices * run.num_nodes > 1 or run.grad_checkpointing:
+    if runs.processes(run) != (1, 1) or run.grad_checkpointing:
         raise ValueError(
             "the supervised ceiling is a small network: it is trained on one device, without gradient checkpointing; "
             f"got run.devices {run.devices}, run.num_nodes {run.num_nodes}, "

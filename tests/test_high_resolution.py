@@ -135,7 +135,7 @@ def test_what_to_change_ends_with_what_fits():
 
 
 def test_the_command_tells_what_fits(capsys):
-    options = ["--model.backbone", "test_resnet", "--data.image_size", "512", "--data.batch_size", "2"]
+    options = ["--model.backbone", "test_resnet", "--data.image_size", "513", "--data.batch_size", "2"]
     assert cli._run("plan", [*options, "--memory", "1"]) == 0
     printed = capsys.readouterr().out
     assert "fits into 1.00 GB, of which 90% are planned with" in printed and "optimizer" in printed

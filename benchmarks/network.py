@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.flop_counter import FlopCounterMode
 
 from ercn._memory import LiveBytes
@@ -71,7 +71,7 @@ def _model(case: ModelCase) -> nn.Module:
 def _step(case: ModelCase, model: nn.Module, image: Tensor, grade: Tensor, backend: str) -> Callable:
     from ercn.objective import ercn_loss
 
-    transform = _transform(case.image_size)
+    transform = _transform(case.image_size, model.align_corners)
     half = case.dtype in ("bfloat16", "float16")
 
     @contextlib.contextmanager
@@ -95,12 +95,15 @@ def _step(case: ModelCase, model: nn.Module, image: Tensor, grade: Tensor, backe
 
 
 @cache
-def _transform(image_size: int) -> Callable[[Tensor], Tensor]:
+def _transform(image_size: int, align_corners: bool) -> Callable[[Tensor], Tensor]:
     """The map between the two views of a step, from the seed."""
     from ercn.transforms import sample_transform
 
     config, generator = LossConfig(), torch.Generator().manual_seed(SEED)
-    return sample_transform(config.transform, generator, rescale=config.rescale, size=image_size)
+    with unset_fake_temporarily():  # it draws numbers, which tensors without data cannot
+        return sample_transform(
+            config.transform, generator, rescale=config.rescale, size=image_size, align_corners=align_corners
+        )
 
 
 @contextlib.contextmanager
@@ -122,7 +125,6 @@ def _operators(backend: str) -> Iterator[None]:
 def _without_data(case: ModelCase) -> Iterator[Callable]:
     """The step on tensors without data, in float32."""
     case = replace(case, dtype="float32")
-    _transform(case.image_size)  # draws numbers, which tensors without data cannot
     with FakeTensorMode():
         model = _model(case)
         yield _step(case, model, *inputs(case, "cpu").tensors, "reference")

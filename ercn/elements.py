@@ -14,12 +14,12 @@ gradients are still not symmetric is none for that output stride.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 GEOMETRY = 2  # version of the above that exports carry; 1: maps drawn as cells of unmended backbones
 
@@ -38,8 +38,8 @@ class BinomialPool(nn.Module):
         return F.avg_pool2d(F.avg_pool2d(x, 2, 1, padding=1, count_include_pad=False), 2, self.stride)
 
 
-def symmetrize(backbone: nn.Module) -> None:
-    """Replaces every 2 × 2 average pool by a ``BinomialPool`` of its stride, in place; no weights change."""
+def symmetrize(backbone: nn.Module) -> nn.Module:
+    """The backbone, 2 × 2 average pools replaced in place by ``BinomialPool`` of their stride; no weights change."""
 
     def replacement(module: nn.Module) -> nn.Module | None:
         if not isinstance(module, nn.AvgPool2d) or _pair(module.kernel_size) != (2, 2):
@@ -47,21 +47,42 @@ def symmetrize(backbone: nn.Module) -> None:
         return BinomialPool(_pair(module.stride)[0])
 
     _replace(backbone, replacement)
+    return backbone
 
 
-@torch.random.fork_rng(devices=[])
-def aligned_corners(backbone: nn.Module, stages: Callable[[nn.Module, Tensor], list[Tensor]]) -> bool | None:
+def aligned_corners(build: Callable[[], nn.Module], stages: Callable[[nn.Module, Tensor], list[Tensor]]) -> bool | None:
     """Whether the outer elements of the last stages lie on the outer pixels (True) or inside cells (False).
 
-    Measured on a copy whose kernels are constant and whose other layers are linear: the gradient of the middle element
-    with respect to a picture of 3 elements a side is then symmetric about the picture's centre to rounding, for sides
-    of 2 · stride + 1 where corners are aligned and 3 · stride where elements are cells. None where neither is so.
+    Measured on a network whose kernels are constant and whose other layers are linear: the gradient of the middle
+    element with respect to a picture of 3 elements a side is then symmetric about the picture's centre to rounding, for
+    sides of 2 · stride + 1 where corners are aligned and 3 · stride where elements are cells. None where neither is so.
     Networks that only take the size of their training (ViT, Swin) cut patches: False.
+
+    Args:
+        build: makes the network, untrained. Always called with data, on the CPU, in float32, whatever the caller's
+            modes and default device and dtype are, and leaves torch's random state as it was.
+        stages: gives its feature maps, [B, C, h, w] each.
     """
-    if (getattr(backbone, "pretrained_cfg", None) or {}).get("fixed_input_size"):
+    dtype = torch.get_default_dtype()
+    with (
+        unset_fake_temporarily(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+    ):
+        torch.set_default_dtype(torch.float32)
+        try:
+            return _aligned_corners(build().eval(), stages)
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def _aligned_corners(probe: nn.Module, stages: Callable[[nn.Module, Tensor], list[Tensor]]) -> bool | None:
+    if (getattr(probe, "pretrained_cfg", None) or {}).get("fixed_input_size"):
         return False
-    stride = backbone.feature_info.reduction()[-1]
-    probe = copy.deepcopy(backbone).eval()
+    stride = probe.feature_info.reduction()[-1]
     _replace(probe, _linear)
     for module in probe.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -267,16 +268,16 @@ def create_backbone(
     def build(stride: int, **kwargs) -> nn.Module | None:
         """The model, None where it does not support the stride; how timm's models say so differs."""
         for arguments in ({"output_stride": stride}, {}):
+            make = partial(_extractor, name, symmetric, **arguments)
             try:
-                model = timm.create_model(name, features_only=True, **arguments, **kwargs)
+                model = make(**kwargs)
             except (AssertionError, NotImplementedError, TypeError, ValueError):
                 continue
             if model.feature_info.reduction()[-1] != stride:
                 continue
             if symmetric:
-                symmetrize(model)
                 if (name, stride) not in _ALIGNED:
-                    _ALIGNED[name, stride] = aligned_corners(model, stages)
+                    _ALIGNED[name, stride] = aligned_corners(make, stages)
                 model.align_corners = _ALIGNED[name, stride]
                 if model.align_corners is None:
                     continue
@@ -291,6 +292,13 @@ def create_backbone(
             f"it supports {supported or 'none of 8, 16 and 32'}"
         )
     return model
+
+
+def _extractor(name: str, symmetric: bool, **arguments) -> nn.Module:
+    import timm
+
+    model = timm.create_model(name, features_only=True, **arguments)
+    return symmetrize(model) if symmetric else model
 
 
 def stages(backbone: nn.Module, image: Tensor) -> list[Tensor]:

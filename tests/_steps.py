@@ -128,8 +128,8 @@ def _two_steps(config):
         checkpoint_blocks(model.backbone)
     optimizer = torch.optim.AdamW(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    transform = sample_transform(config.loss.transform, generator, size=config.data.image_size)
     size = config.data.image_size
+    transform = sample_transform(config.loss.transform, generator, size=size, align_corners=model.align_corners)
     for _ in range(2):
         image = torch.randn(config.data.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
         grade = torch.arange(config.data.batch_size) % 5

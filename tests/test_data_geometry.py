@@ -108,19 +108,25 @@ squares = st.builds(
 )
 
 
-def centers(geometry, n):
+def centers(geometry, n, corners=0):
     """Photograph coordinates of the centers of an [n, n] map: x [1, n], y [n, 1]."""
-    steps = (np.arange(n) + 0.5) * geometry.side / n
+    places = (np.arange(n) * (corners - 1) / (n - 1) + 0.5) / corners if corners else (np.arange(n) + 0.5) / n
+    steps = places * geometry.side
     return geometry.left + steps[None, :], geometry.top + steps[:, None]
 
 
 @settings(deadline=None, max_examples=60)
-@given(geometry=squares, n=st.integers(2, 24))
-def test_a_ramp_maps_back_to_its_own_coordinates(geometry, n):
-    """A map that holds x + 1000 y at its elements' centers gives the same at the photograph's pixel centers."""
-    n = min(n, geometry.side)
-    x, y = centers(geometry, n)
-    back = geometry.to_original(x + 1000 * y)
+@given(geometry=squares, n=st.integers(2, 24), corners=st.sampled_from([0, 8, 17, 64]))
+def test_a_ramp_maps_back_to_its_own_coordinates(geometry, n, corners):
+    """A map that holds x + 1000 y at its elements' centers gives the same at the photograph's pixel centers.
+
+    Also where the outer elements are on the outer pixels of a picture of ``corners`` a side, and the map is finer.
+    """
+    n = min(n, geometry.side, 2 * corners - 1 if corners else n)
+    if corners and (n - 1) * corners > geometry.side * (corners - 1):  # finer than the photograph: antialiased
+        n -= 1
+    x, y = centers(geometry, n, corners)
+    back = geometry.to_original(x + 1000 * y, corners)
     assert back.shape == (geometry.height, geometry.width) and back.dtype == np.float32
     px, py = np.arange(geometry.width)[None, :] + 0.5, np.arange(geometry.height)[:, None] + 0.5
     inside = (px > geometry.left) & (px < geometry.left + geometry.side)

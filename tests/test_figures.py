@@ -1,22 +1,25 @@
 """A lesion planted at known pixels of the photograph is hot at these pixels, whatever the frame around the fundus.
 
-The network is a stub whose maps are how green the picture is, at full resolution: what remains is the way from the
-photograph to the network and back, and that of the lesion masks.
+The network is a stub whose maps are how green the picture is, at full resolution or on either kind of coarse grid:
+what remains is the way from the photograph to the network and back, and that of the lesion masks.
 """
 
 import numpy as np
 import pytest
 import torch
+from _stubs import Tents
 from PIL import Image, ImageDraw
 
 from ercn.config import DataConfig, ModelConfig, PredictConfig, PrepareConfig, TrainConfig
 from ercn.data import Geometry, Manifest, prepare
 from ercn.data.phantom import render_phantom
-from ercn.models import ERCNOutput
 from ercn.training import predict, prediction
 from ercn.training.evaluation import collect
+from ercn.training.overlay import overlay
 
-SIDE, SIZE, RADIUS = 320, 128, 16  # of the fundus in the photograph, of the network's picture, of the lesion
+SIDE, RADIUS = 320, 16  # of the fundus in the photograph, of the lesion
+# the side of the network's picture, its stride and whether its corners are aligned
+NETWORKS = {"pixels": (128, 1, False), "cells": (128, 8, False), "corners": (129, 8, True), "resized": (128, 8, True)}
 # width and height of the photograph, left and top of the fundus, the lesion in the fundus
 FRAMES = {
     "wide": (480, 330, 80, 5, (100, 210)),
@@ -28,26 +31,22 @@ FRAMES = {
 }
 
 
-class Green(torch.nn.Module):
-    def forward(self, image):
-        green = (image[:, 1:2] - image[:, 0:1]).clamp_min(0)
-        cam = green.expand(-1, 4, -1, -1)
-        logits = torch.full((len(image), 4), 9.0)
-        attention = torch.log(green + 1e-6)
-        return ERCNOutput(logits, logits, logits, cam, torch.cat([1 - green, cam], 1), green, attention)
-
-
-INFO = {
-    "config": TrainConfig(data=DataConfig(image_size=SIZE, workers=0), model=ModelConfig()),
-    "class_names": list("abcde"),
-    "image_size": SIZE,
-    "prepared_size": SIZE,
-    "mean": [0.0] * 3,
-    "std": [1.0] * 3,
-    "normalize": "none",
-    "temperature": 1.0,
-    "manifest": "",
-}
+def network(kind):
+    """The stub, and what a run of it would have exported."""
+    size, stride, align_corners = NETWORKS[kind]
+    model = ModelConfig(confidence="relative", evidence="separate")  # a product of maps has a centroid of its own
+    info = {
+        "config": TrainConfig(data=DataConfig(image_size=size, workers=0), model=model),
+        "class_names": list("abcde"),
+        "image_size": size,
+        "prepared_size": 128,
+        "mean": [0.0] * 3,
+        "std": [1.0] * 3,
+        "normalize": "none",
+        "temperature": 1.0,
+        "manifest": "",
+    }
+    return Tents(stride, align_corners), info
 
 
 def photograph(name):
@@ -73,8 +72,17 @@ def centroid(weight):
     return tuple(float((np.arange(len(one)) + 0.5) @ one) for one in (share.sum(0), share.sum(1)))
 
 
-@pytest.fixture(scope="module")
-def predicted(tmp_path_factory):
+def colored(overlay):
+    """Where there is heat: the picture under it is grey."""
+    return overlay.max(2).astype(int) - overlay.min(2) > 60
+
+
+KINDS = ("cam", "refined_cam", "attention", "mean")
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def predicted(request, tmp_path_factory):
+    """The kind of network and the folder of predictions."""
     root = tmp_path_factory.mktemp("figures")
     (root / "in").mkdir()
     for name in FRAMES:
@@ -86,49 +94,59 @@ def predicted(tmp_path_factory):
             picture, options = picture.transpose(Image.Transpose.ROTATE_90), {"exif": exif}
         picture.save(root / "in" / f"{name}.png", **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction, "load_model", lambda run: (Green(), INFO))
-        overlays = ("cam", "refined_cam", "attention", "mean")
+        patch.setattr(prediction, "load_model", lambda run: network(request.param))
+        overlays = KINDS
         config = PredictConfig(input=str(root / "in"), out=str(root / "out"), overlays=overlays, workers=0)
-        return predict(config)
+        return request.param, predict(config)
 
 
 @pytest.mark.parametrize("name", FRAMES)
 def test_overlays_are_hot_where_the_lesion_is(predicted, name):
+    network, folder = predicted
+    size, stride, align_corners = NETWORKS[network]
     picture, (x, y), mask = photograph(name)
-    saved = np.load(predicted / "maps" / f"{name}.npz")
+    saved = np.load(folder / "maps" / f"{name}.npz")
     geometry = Geometry(*(int(saved[f"geometry_{key}"]) for key in ("width", "height", "left", "top", "side", "size")))
-    assert (geometry.width, geometry.height) == picture.size
-    element = geometry.side / SIZE
-    for kind in ("cam", "refined_cam", "attention", "mean"):
-        heat = geometry.to_original(saved[kind])
-        # symmetric resampling of a symmetric spot keeps its centroid; JPEG and rounding are left
-        assert centroid(np.where(heat > 0.5, heat, 0)) == pytest.approx((x, y), abs=element / 2), kind
-        drawn = np.asarray(Image.open(predicted / "overlays" / f"{name}_{kind}.jpg"), float)
+    assert (geometry.width, geometry.height) == picture.size and saved["corners"] == size * align_corners
+    pixel = geometry.side / size
+    for kind in KINDS:
+        heat = geometry.to_original(saved[kind], int(saved["corners"]))
+        # the way there and back keeps the centroid; the network's picture has whole pixels
+        assert centroid(heat if stride > 1 else np.where(heat > 0.5, heat, 0)) == pytest.approx((x, y), abs=pixel / 2)
+        drawn = np.asarray(Image.open(folder / "overlays" / f"{name}_{kind}.jpg"), float)
         assert drawn.shape[:2] == picture.size[::-1]
-        hot = drawn.max(2) - drawn.min(2) > 60  # the picture is grey, and only heat has a colour
-        assert centroid(hot) == pytest.approx((x, y), abs=element / 2), kind
-        inside = np.asarray(mask) > 0
-        assert (hot & inside).sum() / (hot | inside).sum() > 1 - 2 * element / RADIUS, kind  # one element of rim
+        expected = overlay(np.asarray(picture), np.clip(heat, 0, 1))
+        assert centroid(colored(drawn)) == pytest.approx(centroid(colored(expected)), abs=pixel / 4), kind
+        if stride == 1:
+            hot = colored(drawn)
+            assert centroid(hot) == pytest.approx((x, y), abs=pixel / 2), kind
+            inside = np.asarray(mask) > 0
+            assert (hot & inside).sum() / (hot | inside).sum() > 1 - 2 * pixel / RADIUS, kind  # one pixel of rim
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("name", FRAMES)
-def test_lesion_masks_lie_under_the_maps(tmp_path, name):
+def test_lesion_masks_lie_under_the_maps(tmp_path, name, kind):
     picture, _, mask = photograph(name)
     picture.save(tmp_path / "a.png")
     mask.save(tmp_path / "m.png")
     (tmp_path / "list.csv").write_text("path,label,patient,mask_spot\na.png,0,p,m.png\n")
     out = prepare(
-        PrepareConfig(dataset="csv", root=str(tmp_path / "list.csv"), out=str(tmp_path / "d"), size=SIZE, workers=1,
+        PrepareConfig(dataset="csv", root=str(tmp_path / "list.csv"), out=str(tmp_path / "d"), size=128, workers=1,
                       fractions=(1, 0, 0), progress=False)
     )  # fmt: skip
     records = Manifest.load(out).records
     device = torch.device("cpu")
-    collected = collect(Green(), INFO, records, batch_size=1, workers=0, device=device, progress=False, title="")
+    (size, stride, _), (stub, info) = NETWORKS[kind], network(kind)
+    collected = collect(stub, info, records, batch_size=1, workers=0, device=device, progress=False, title="")
     (shown,) = collected.gallery
     spot = shown.masks["spot"]
-    for kind, heat in shown.maps.items():
-        assert centroid(np.where(heat > 0.5, heat, 0)) == pytest.approx(centroid(spot), abs=0.5), kind
+    for map_name, heat in shown.maps.items():
+        seen = heat if stride > 1 else np.where(heat > 0.5, heat, 0)
+        assert centroid(seen) == pytest.approx(centroid(spot), abs=0.5), map_name
+    if stride > 1:
+        return
     scores = collected.localization.summary(collected.localization.thresholds(), draws=0, seed=0)["maps"]
-    rim = SIZE / records[0].geometry.side * RADIUS  # radius of the lesion in the prepared picture
-    for kind, score in scores.items():
-        assert score["pointing"]["value"] == 1 and score["iou"]["value"] > 1 - 2 / rim, kind
+    rim = size / records[0].geometry.side * RADIUS  # radius of the lesion in the prepared picture
+    for map_name, score in scores.items():
+        assert score["pointing"]["value"] == 1 and score["iou"]["value"] > 1 - 2 / rim, map_name

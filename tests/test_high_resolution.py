@@ -32,7 +32,7 @@ def step(backbone, run):
 
 
 @pytest.mark.parametrize("name, stride, blocks", [
-    ("resnet18", 8, 8), ("mobilenetv3_small_050", 32, 12), ("test_convnext", 16, 9),
+    ("resnet18", 8, 8), ("mobilenetv3_small_050", 32, 12), ("test_convnext", 32, 9),
 ])  # fmt: skip
 def test_recomputed_blocks_change_no_bit(name, stride, blocks):
     torch.manual_seed(0)
@@ -64,11 +64,11 @@ def test_a_backbone_without_blocks_is_refused():
 @pytest.mark.parametrize("kind", ["rescale", "rot90", "affine"])
 @pytest.mark.parametrize("size", [(8, 512), (256, 24)])
 def test_maps_of_any_aspect_ratio(kind, size):
-    """Down to a single row: the cpu backend's loss and gradients are the reference's."""
+    """Down to two rows: the cpu backend's loss and gradients are the reference's."""
     torch.manual_seed(0)
     model = ERCN(SMALL).double()
     image = torch.randn(2, 3, *size, dtype=torch.float64)
-    transform = sample_transform(kind, torch.Generator().manual_seed(0), size=size)
+    transform = sample_transform(kind, torch.Generator().manual_seed(0), size=size, align_corners=model.align_corners)
     losses = LossConfig(min_pool=1.0)
     found = []
     for backend in ("cpu", "reference"):
@@ -76,7 +76,7 @@ def test_maps_of_any_aspect_ratio(kind, size):
             total, _ = ercn_loss(model, image, torch.tensor([1, 4]), SMALL, losses, transform)
             gradients = torch.autograd.grad(total, list(model.parameters()))
         found.append([total.detach(), *gradients])
-        assert model(image).cam.shape[2:] == (-(-size[0] // 8), -(-size[1] // 8))
+        assert model(image).cam.shape[2:] == (size[0] // 8 + 1, size[1] // 8 + 1)
     for a, b in zip(*found):
         torch.testing.assert_close(a, b)
 
@@ -135,7 +135,7 @@ def test_what_to_change_ends_with_what_fits():
 
 
 def test_the_command_tells_what_fits(capsys):
-    options = ["--model.backbone", "test_resnet", "--data.image_size", "512", "--data.batch_size", "2"]
+    options = ["--model.backbone", "test_resnet", "--data.image_size", "513", "--data.batch_size", "2"]
     assert cli._run("plan", [*options, "--memory", "1"]) == 0
     printed = capsys.readouterr().out
     assert "fits into 1.00 GB, of which 90% are planned with" in printed and "optimizer" in printed

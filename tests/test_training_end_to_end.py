@@ -109,7 +109,7 @@ def test_evaluation_of_another_data_set_and_of_wrong_input(root):
     evaluate(config)
     result = json.loads((root / "run" / "evaluation" / "phantom-all.json").read_text())
     maps = result["localization"]["maps"]
-    assert set(maps) == {"cam", "refined_cam", "attention", "mean"}
+    assert set(maps) == {"cam", "refined_cam", "attention", "evidence", "mean"}
     for values in maps.values():
         assert 0 < values["aupr"]["low"] < values["aupr"]["high"] < 1
         assert "iou" not in values and 0 < values["iou_best"]["value"] < 1  # no masks in validation, so no threshold
@@ -144,7 +144,8 @@ def test_predict_draws_maps_at_full_resolution_and_goes_on_after_bad_files(root)
         assert maps["attention"].max() == 1 and 0 <= maps["cam"].min() <= maps["cam"].max() <= 1
         fields = ("width", "height", "left", "top", "side", "size")
         geometry = Geometry(*(int(maps[f"geometry_{name}"]) for name in fields))
-        assert geometry.to_original(maps["cam"]).shape == size[::-1]
+        assert maps["corners"] == 64 and maps["cam"].shape == (5, 5)
+        assert geometry.to_original(maps["cam"], int(maps["corners"])).shape == size[::-1]
 
     config = PredictConfig(run=str(root / "run"), input=str(pictures), out=str(out), workers=0)
     with pytest.raises(ValueError, match="nothing is overwritten"):

@@ -43,8 +43,12 @@ class Geometry:
         map = np.asarray(map, np.float32)
         if map.ndim != 2:
             raise ValueError(f"map must be [h, w]; got shape {map.shape}")
+        x = y = 0.0  # from the map's edge to the square's, in elements
+        if corners:
+            pad = (max(map.shape) - 1) // (corners - 1)  # of a map finer than the picture: of larger views
+            y, x = (pad + 0.5 - 0.5 * (n - 1) / (corners - 1) for n in map.shape)
+            map = np.pad(map, pad, mode="edge")
         h, w = map.shape
-        x, y = (0.5 - 0.5 * (n - 1) / (corners - 1) if corners else 0.0 for n in (w, h))  # of map and square's edge
         square = np.asarray(
             Image.fromarray(map).resize((self.side, self.side), Image.Resampling.BILINEAR, box=(x, y, w - x, h - y))
         )

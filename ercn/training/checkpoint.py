@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ercn._files import write_atomic
 from ercn.config import TrainConfig, from_dict
+from ercn.elements import GEOMETRY
 from ercn.models import ERCN
 from ercn.training.files import DISCLAIMER, package_versions, read_json, write_json
 
@@ -95,6 +96,10 @@ def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
     state, info = load_weights(folder, "model", "ercn train", _NEEDED)
     # exports from before there was a choice
     info = {"normalize": "none", "temperature": 1.0, "trained_classes": info["class_names"], "geometry": 1} | info
+    if info["geometry"] not in (1, GEOMETRY):
+        raise ValueError(
+            f"{folder / 'model.json'} has geometry {info['geometry']!r}; this version of ercn reads 1 and {GEOMETRY}"
+        )
     saved = info["config"]
     if info["geometry"] == 1 and isinstance(saved, Mapping) and isinstance(saved.get("model"), Mapping):
         old = _MODEL_1 | saved["model"]

@@ -90,7 +90,8 @@ def footprint(config: TrainConfig) -> Footprint:
         loss.backward()
         step = live.peak
     devices, nodes = processes(run)
-    elements = data.batch_size * (data.image_size // (config.model.patch or config.model.output_stride)) ** 2
+    grid = config.model.patch or config.model.refine_stride or config.model.output_stride
+    elements = data.batch_size * (data.image_size // grid + 1) ** 2  # at most
     return Footprint(
         weights=weights,
         gradients=gradients,
@@ -175,8 +176,8 @@ def _coarser_map(config: TrainConfig) -> dict[str, object]:
 
 
 def _smaller_picture(config: TrainConfig) -> dict[str, object]:
-    size = config.data.image_size * 3 // 4 // 32 * 32
-    return {"data.image_size": size} if size >= 192 else {}
+    size = config.data.image_size * 3 // 4 // 32 * 32 + 1
+    return {"data.image_size": size} if size >= 193 else {}
 
 
 def advice(config: TrainConfig) -> str:

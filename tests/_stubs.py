@@ -1,0 +1,33 @@
+"""Networks whose maps are known: how green the picture is, seen through a tent."""
+
+import torch
+import torch.nn.functional as F
+
+from ercn.elements import exact_side, resize
+from ercn.models import ERCNOutput
+
+
+class Tents(torch.nn.Module):
+    """Element i of the maps weighs the pixels around its place by a tent that ends at its neighbours' places.
+
+    So each pixel's share goes to the elements around it as bilinear interpolation would take it from there: whatever
+    is green keeps its sum and its centre of mass, to rounding, at any place. stride 1 is the picture itself.
+    """
+
+    def __init__(self, stride, align_corners):
+        super().__init__()
+        self.stride, self.align_corners = stride, align_corners
+        last = stride - 1 if align_corners or stride == 1 else stride - 0.5  # the tent's last pixel
+        self.tent = 1 - torch.arange(-last, last + 1).abs() / stride
+
+    def forward(self, image):
+        size = [exact_side(side, self.stride, self.align_corners) for side in image.shape[2:]]
+        image = resize(image, size, self.align_corners)
+        green = (image[:, 1:2] - image[:, :1] - 0.1).clamp_min(0)  # more than JPEG's noise
+        kernel = self.tent[:, None] * self.tent / self.tent.sum() ** 2
+        padding = (len(self.tent) - (1 if self.align_corners else self.stride)) // 2
+        seen = F.conv2d(green, kernel[None, None], stride=self.stride, padding=padding)
+        cam = seen.expand(-1, 4, -1, -1)
+        logits = torch.full((len(image), 4), 9.0)
+        refined = torch.cat([1 - seen, cam], 1)
+        return ERCNOutput(logits, logits, logits, cam, refined, seen, torch.log(seen + 1e-6))

@@ -140,7 +140,7 @@ def test_a_microaneurysm_can_be_seen_at_161_pixels():
     for patient in range(8):
         _, masks = render_phantom(patient, "left", 1, 161, 0)
         labels, number = ndimage.label(masks["microaneurysms"], np.ones((3, 3)))
-        assert 3 <= np.median(np.bincount(labels.ravel())[1:]) <= 12 and number <= 45
+        assert 4 <= np.median(np.bincount(labels.ravel())[1:]) <= 16 and number <= 45
 
 
 def test_severe_hemorrhages_can_be_counted_in_the_mask():
@@ -239,7 +239,7 @@ def test_healthy_eyes_have_distractors_too():
         picture = before.copy()
         paint_distractors(picture, _stream(patient, "left", 0, 1), eye, STANDARD)
         share.append((np.abs(picture - before).max(-1) > 0.03).mean())
-    assert min(share) > 0.001 and np.median(share) > 0.01 and np.ptp(share) > 0.03
+    assert min(share) > 0.002 and np.median(share) > 0.012 and np.ptp(share) > 0.02
 
 
 def test_every_quadrant_has_a_vein_to_bead():

@@ -26,7 +26,7 @@ __all__ = ["Anatomy", "Eye"]
 Eye = Literal["left", "right"]
 
 APERTURE = 0.97  # radius of the camera's round field
-_ARTERY, _VEIN = np.array([0.80, 0.52, 0.50]), np.array([0.70, 0.40, 0.44])
+_ARTERY, _VEIN = np.array([0.88, 0.50, 0.52]), np.array([0.80, 0.36, 0.43])
 
 
 @dataclass(frozen=True)

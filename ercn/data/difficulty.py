@@ -14,13 +14,15 @@ DifficultyName = Literal["easy", "standard", "hard"]
 class Difficulty:
     """Ranges are of one picture's draw, lengths in half widths of the picture.
 
-    contrast: opacity of lesions, low and high end. spread: how much it varies between the lesions of an eye.
-    distractors: factor on their numbers. strength: factor on their opacity. vessels: opacity of healthy vessels.
-    texture: strength of the photograph's texture and of the choroid.
-    light: unevenness of the light. blur: standard deviation of the camera's. noise: of the sensor, in 0 … 1.
-    quality: of the JPEG compression.
+    size: factor on the lengths of lesions. contrast: their opacity, low and high end. spread: how much it varies
+        between the lesions of an eye.
+    distractors: factor on their numbers. strength: factor on their opacity.
+    vessels: factor on the opacity of healthy vessels.
+    texture: factor on the photograph's texture and on the choroid. light: factor on the unevenness of the light.
+    blur: standard deviation of the camera's. noise: of the sensor, in 0 … 1. quality: of the JPEG compression.
     """
 
+    size: float
     contrast: tuple[float, float]
     spread: float
     distractors: float
@@ -34,8 +36,8 @@ class Difficulty:
 
 
 _TABLE = (
-    Difficulty((0.85, 1.00), 0.15, 0.15, 0.6, 0.9, 0.7, 0.6, (0.002, 0.006), (0.003, 0.008), (88, 96)),
-    Difficulty((0.75, 1.00), 0.25, 0.6, 0.9, 1.0, 1.0, 1.0, (0.003, 0.008), (0.006, 0.014), (75, 95)),
-    Difficulty((0.55, 0.90), 0.35, 1.0, 1.0, 1.1, 1.2, 1.3, (0.004, 0.010), (0.008, 0.020), (65, 92)),
+    Difficulty(1.50, (0.85, 1.00), 0.15, 0.15, 0.60, 0.9, 0.7, 0.6, (0.002, 0.006), (0.003, 0.008), (88, 96)),
+    Difficulty(1.25, (0.85, 1.00), 0.20, 0.65, 1.00, 1.1, 1.0, 1.0, (0.003, 0.008), (0.006, 0.014), (75, 95)),
+    Difficulty(1.00, (0.65, 0.95), 0.30, 1.00, 1.00, 1.1, 1.2, 1.3, (0.004, 0.010), (0.008, 0.020), (65, 92)),
 )
 DIFFICULTIES: dict[str, Difficulty] = dict(zip(get_args(DifficultyName), _TABLE))

@@ -17,14 +17,14 @@ from ercn.data.shapes import blend, coverage
 
 # What a lesion does to the picture below it: "absorb" multiplies RGB by the tint, "cover" replaces RGB by it.
 _LOOK = {
-    "venous_beading": ("absorb", (0.74, 0.36, 0.54)),
-    "irma": ("absorb", (0.72, 0.38, 0.50)),
-    "microaneurysms": ("absorb", (0.66, 0.32, 0.44)),
-    "hemorrhages": ("absorb", (0.58, 0.24, 0.34)),
+    "venous_beading": ("absorb", (0.80, 0.32, 0.40)),
+    "irma": ("absorb", (0.84, 0.32, 0.40)),
+    "microaneurysms": ("absorb", (0.84, 0.28, 0.36)),
+    "hemorrhages": ("absorb", (0.78, 0.22, 0.30)),
     "soft_exudates": ("cover", (1.00, 0.92, 0.78)),
     "hard_exudates": ("cover", (1.00, 0.92, 0.42)),
-    "neovascularization": ("absorb", (0.76, 0.36, 0.46)),
-    "preretinal_hemorrhage": ("cover", (0.40, 0.06, 0.06)),
+    "neovascularization": ("absorb", (0.86, 0.34, 0.40)),
+    "preretinal_hemorrhage": ("cover", (0.46, 0.06, 0.06)),
 }
 LESIONS = tuple(_LOOK)
 FIELD = 0.90  # lesions lie within this radius; the aperture's is 0.97
@@ -63,6 +63,7 @@ class _Planner:
         self.rng = rng
         self.veins = veins
         self.contrast, self.spread = rng.uniform(*level.contrast), level.spread
+        self.size = level.size
         self.taken = [optic_disc]
         self.lesions: list[Lesion] = []
 
@@ -111,29 +112,29 @@ class _Planner:
 
     def microaneurysms(self, count):
         for _ in range(count):
-            r = self.rng.uniform(0.0155, 0.021)
+            r = self.size * self.rng.uniform(0.0155, 0.021)
             x, y = self.beside(r, 0.03, 0.15)
             self.add("microaneurysms", (x, y, r, r, 0), edge=0.008, opacity=self.opacity())
 
     def hemorrhages(self, count, quadrant=None, largest=0.045):
         for _ in range(count):
-            r = 0.020 * (largest / 0.020) ** (self.rng.random() ** 1.5)  # many dots, few blots
+            r = self.size * 0.020 * (largest / 0.020) ** (self.rng.random() ** 1.5)  # many dots, few blots
             x, y = self.beside(r, 0.008, 0.4) if quadrant is None else self.place(r, quadrant, gap=0.008)
-            flame = r > 0.028 and self.rng.random() < 0.4
+            flame = r > 0.028 * self.size and self.rng.random() < 0.4
             thin = self.rng.uniform(0.35, 0.5) if flame else self.rng.uniform(0.7, 1.0)
             blob = (x, y, r, thin * r, np.pi * self.rng.random())
             self.add("hemorrhages", blob, wobble=0.14, edge=0.012, opacity=self.opacity())
 
     def hard_exudates(self, clusters):
         for _ in range(clusters):
-            spread = self.rng.uniform(0.035, 0.08)
+            spread = self.size * self.rng.uniform(0.035, 0.08)
             cx, cy = self.place(spread, field=0.75)
             ring = self.rng.random() < 0.4
             blobs = []
             for _ in range(self.rng.integers(3, 10)):
                 a = 2 * np.pi * self.rng.random()
                 d = spread * (self.rng.uniform(0.75, 0.95) if ring else 0.9 * np.sqrt(self.rng.random()))
-                r = self.rng.uniform(0.013, 0.024)
+                r = self.size * self.rng.uniform(0.013, 0.024)
                 blobs.append(
                     (cx + d * np.cos(a), cy + d * np.sin(a), r, r * self.rng.uniform(0.6, 1), np.pi * self.rng.random())
                 )
@@ -141,7 +142,7 @@ class _Planner:
 
     def soft_exudates(self, count):
         for _ in range(count):
-            r = self.rng.uniform(0.035, 0.05)
+            r = self.size * self.rng.uniform(0.035, 0.05)
             x, y = self.place(1.3 * r, field=0.8)
             blob = (x, y, 1.2 * r, 0.8 * r, np.pi * self.rng.random())
             self.add("soft_exudates", blob, wobble=0.12, edge=0.6 * r, opacity=self.opacity())
@@ -159,15 +160,17 @@ class _Planner:
 
     def irma(self, quadrant):
         """Winding, branching channels inside the retina, in one quadrant."""
-        spread = self.rng.uniform(0.06, 0.12)
+        spread = self.size * self.rng.uniform(0.06, 0.12)
         x, y = self.place(spread, quadrant, gap=0.0)
         heading = 2 * np.pi * self.rng.random()
         x, y = x - 0.8 * spread * np.cos(heading), y - 0.8 * spread * np.sin(heading)
-        trunk = self.vessel(x, y, heading, 2.0 * spread, 0.0115, 2.0)
+        trunk = self.vessel(x, y, heading, 2.0 * spread, 0.0115 * self.size, 2.0)
         parts = [trunk]
         for side in (-1, 1):
             bx, by = trunk[self.rng.integers(len(trunk) // 5, len(trunk)), :2]
-            parts.append(self.vessel(bx, by, heading + side * self.rng.uniform(0.7, 1.3), spread, 0.010, 2.0))
+            parts.append(
+                self.vessel(bx, by, heading + side * self.rng.uniform(0.7, 1.3), spread, 0.010 * self.size, 2.0)
+            )
         self.add("irma", np.concatenate(parts), edge=0.008, opacity=self.opacity())
 
     def stretches(self) -> list[np.ndarray]:
@@ -194,25 +197,27 @@ class _Planner:
         start = self.rng.random() * (length[-1] - reach)
         s = np.arange(start, start + reach, 0.010)
         swell = 0.5 + 0.5 * np.sin(2 * np.pi * s / self.rng.uniform(0.065, 0.085))
-        r = 0.009 + 0.014 * swell**1.5
+        r = self.size * (0.009 + 0.014 * swell**1.5)
         x, y = np.interp(s, length, vein[:, 0]), np.interp(s, length, vein[:, 1])
         self.add("venous_beading", np.stack([x, y, r, r, 0 * r], 1), edge=0.010, opacity=self.opacity())
 
     def neovascularization(self):
         """A fan of fine new vessels with loops, grown from one point."""
-        spread = self.rng.uniform(0.07, 0.15)
+        spread = self.size * self.rng.uniform(0.07, 0.15)
         x, y = self.place(spread, gap=0.0)
         heading, n = 2 * np.pi * self.rng.random(), self.rng.integers(6, 11)
         parts = []
         for i in range(n):
             fan = heading + (i / (n - 1) - 0.5) * self.rng.uniform(4.5, 6.0)
-            parts.append(self.vessel(x, y, fan, spread * self.rng.uniform(0.6, 1.0), 0.0085, 2.6))
+            parts.append(self.vessel(x, y, fan, spread * self.rng.uniform(0.6, 1.0), 0.0085 * self.size, 2.6))
             bx, by = parts[-1][len(parts[-1]) // 2, :2]
-            parts.append(self.vessel(bx, by, fan + self.rng.choice([-1.2, 1.2]), 0.45 * spread, 0.0075, 2.6))
+            parts.append(
+                self.vessel(bx, by, fan + self.rng.choice([-1.2, 1.2]), 0.45 * spread, 0.0075 * self.size, 2.6)
+            )
         self.add("neovascularization", np.concatenate(parts), edge=0.008, opacity=self.opacity())
 
     def preretinal_hemorrhage(self):
-        r = self.rng.uniform(0.05, 0.11)
+        r = self.size * self.rng.uniform(0.05, 0.11)
         x, y = self.place(r, gap=0.0, field=0.85)
         blob = (x, y - 0.3 * r, r, 0.8 * r, 0.0)
         self.add("preretinal_hemorrhage", blob, wobble=0.03, edge=0.014, opacity=self.opacity(), flat=True)

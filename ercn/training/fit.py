@@ -43,6 +43,7 @@ def train(config: TrainConfig) -> Path:
     for split in ("train", "val"):
         need_split(manifest, split, config.data.root)
     check_classes(config, manifest)
+    check_losses(config)
     info = describe(config, manifest)
     torch.manual_seed(derive(config.run.seed, "init"))
     model = ERCN(config.model)
@@ -93,6 +94,17 @@ def finish(out: Path, model: ERCN, info: dict[str, Any], config: TrainConfig, ma
     print_metrics(result)
     write_report(out)
     write_model_card(out)
+
+
+def check_losses(config: TrainConfig) -> None:
+    """Raises ValueError for a loss that could teach nothing: all that it would train is the affinity's embedding."""
+    if config.model.detach and "affinity" not in config.model.refinement:
+        for name in ("ecr", "min_pool"):
+            if getattr(config.loss, name):
+                raise ValueError(
+                    f"loss.{name} is {getattr(config.loss, name)}, but it trains the embedding of the affinity, which "
+                    f"model.refinement {list(config.model.refinement)} does not have; set it to 0 or add the affinity"
+                )
 
 
 def describe(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:

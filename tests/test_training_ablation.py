@@ -4,15 +4,27 @@ import csv
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from ercn.cli import parse
 from ercn.config import AblateConfig, EvaluateConfig, PretrainConfig, SelectConfig, TrainConfig, from_dict, preset
 from ercn.data import Manifest, prepare
-from ercn.training import ablate, ablation, ablation_table, evaluate, select, selection
+from ercn.training import (
+    ablate,
+    ablation,
+    ablation_table,
+    evaluate,
+    evaluation,
+    fit,
+    pretraining,
+    select,
+    selection,
+)
 from ercn.training.checkpoint import load_model
 from ercn.training.grid import Grid, Row, ceiling_config, cells, load_grid, prepare_config, with_options
 
@@ -59,6 +71,19 @@ GRID = {
 
 
 FAILED = "4 of 10 cells failed; .*: no such backbone, seed 0; other shapes, seed 0; no such backbone, seed 1; other"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_reports():
+    """What takes most of the time and no one looks at here: reports, draws of a run's own validation, collections."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "BOOTSTRAP", 10)
+        for module in (fit, pretraining, evaluation):
+            patch.setattr(module, "write_report", lambda run: None)
+        for module in (fit, evaluation):
+            patch.setattr(module, "print_metrics", lambda result: None)
+        patch.setattr(ablation, "gc", SimpleNamespace(collect=lambda: None))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +150,7 @@ def test_values_are_those_of_evaluate(out):
     local = result["localization"]
     gains = {f"gain_{entry['map']}": entry for entry in local["differences"]}
     assert mine.keys() == ablation_table.COLUMNS.keys() | {
-        f"{key}_{name}" for key in ("aupr", "froc") for name in ("contrast", "stride_ceiling")
+        f"{key}_{name}" for key in ("aupr", "froc", "iou") for name in ("contrast", "stride_ceiling")
     }
     for name, entry in mine.items():
         key, _, map_name = name.partition("_")
@@ -167,6 +192,7 @@ def test_finished_cells_are_kept_and_failed_ones_tried_again(out, monkeypatch):
     monkeypatch.setattr(ablation, "_run", lambda cell, manifest, split: ran.append(cell.config.model))
     before = {path: path.read_bytes() for path in out.glob("cells/*/test.*")}
     assert len(before) == 2 * 6
+    monkeypatch.setattr(ablation_table, "_figure", lambda rows: Figure())
     ablate(config(out.parent))
     assert len(ran) >= 4 and all(model.backbone == "resnot" or model.embed_dim == 4 for model in ran)
     assert {path: path.read_bytes() for path in out.glob("cells/*/test.*")} == before

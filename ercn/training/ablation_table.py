@@ -268,7 +268,8 @@ def paragraphs(result: dict[str, Any]) -> list[str]:
         parts.append("Maps beside those of the rows, which no model of grades made:")
         lines = [["reference", "", *(LESIONS[key] for key in ("aupr", "froc")), "rows"]]
         for entry in result["references"]:
-            rows = "" if len(entry["rows"]) in (0, len(result["rows"])) else ", ".join(entry["rows"])
+            done = [row["name"] for row in result["rows"] if row["seeds"]]
+            rows = "" if entry["rows"] in ([], done) else ", ".join(entry["rows"])
             values = [reading(entry[key], signed=False) for key in ("aupr", "froc")]
             lines.append([entry["title"], entry["detail"], *values, rows or "all"])
         parts.append(markdown_table(lines))

@@ -175,10 +175,10 @@ def _paragraphs(result: dict[str, Any]) -> list[str]:
 def _margin(entry: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     if entry["second"] is None:
         return "there is no second."
-    leaves = "leaves out 0" if entry["beyond"] else "does not leave out 0"
+    leaves = "the interval leaves out 0" if entry["beyond"] else "the interval does not leave out 0"
     margin = reading(entry["margin"], signed=True).strip("*")
     ahead = f"ahead in {entry['ahead']} of {len(result['seeds'])} seeds"
-    return f"{margin} before {entry['second']}, which {leaves}; {ahead}."
+    return f"{margin} before {entry['second']}; {leaves}; {ahead}."
 
 
 def _yaml(grid: Grid, cells: Mapping[tuple[str, int], Cell], name: str) -> str:

@@ -78,15 +78,17 @@ class ModelConfig:
     embed_dim: D, channels of the pixel embedding (SEAM: 192).
     center: subtract the picture's mean from the embedding before the affinity (``ercn.nn.PixelCorrelation``); SEAM and
         Chikontwe do not.
-    confidence: what the mask judges and the affinity propagates: "relative", a CAM by its own maximum in the picture
-        (SEAM, Chikontwe), which makes noise of a healthy eye as strong as a lesion; "absolute", that times the
-        probability of the channel.
+    confidence: what the mask judges and the refinement works on: "relative", each CAM by its own maximum in the picture
+        and of every element only the largest (SEAM, Chikontwe), which makes noise of a healthy eye as strong as a
+        lesion, and is at odds with ordinal targets, whose classes contain each other; "absolute", each CAM by its own
+        maximum, times the probability of its channel.
     mask: spatial mask on the CAM before refinement: "soft", "hard" or "off".
     mask_thresholds: the mask is the mean over these t of [max foreground CAM >= t].
     refinement: what is done to the masked CAM, in this order. "affinity": the pixel affinity of learned embeddings;
         "pamr": ``ercn.nn.PixelAdaptiveRefinement`` at the picture's resolution, which has no parameters and is left out
         while training. Nothing leaves the map as the mask made it.
-    steps: how often the normalised affinity is applied. pamr_steps: the same of "pamr".
+    steps: how often the normalised affinity is applied.
+    pamr_steps: the same of "pamr". pamr_reach: its farthest neighbour, as a share of the picture's side.
     refine_stride: input pixels per element where the affinity is computed, a divisor of output_stride; 0 for the CAM's
         own grid.
     refine_stages: of the backbone, what the affinity embeds beside the picture, two of them: 0 is the finest, -1 the
@@ -114,7 +116,8 @@ class ModelConfig:
     mask_thresholds: tuple[float, ...] = (0.2, 0.3, 0.4)
     refinement: tuple[Literal["affinity", "pamr"], ...] = ("affinity",)
     steps: int = 1
-    pamr_steps: int = 10
+    pamr_steps: int = 20
+    pamr_reach: float = 0.3
     refine_stride: int = 0
     refine_stages: tuple[int, int] = (-3, -2)
     detach: bool = True
@@ -126,7 +129,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require(self, "at least 1", "output_stride", "embed_dim", "pool_dim", "steps", "pamr_steps")
         _require(self, "at least 0", "patch", "refine_stride")
-        _require(self, "above 0", "cam_scale")
+        _require(self, "above 0", "cam_scale", "pamr_reach")
         if self.refine_stride and self.output_stride % self.refine_stride:
             raise ValueError(
                 f"refine_stride must divide output_stride {self.output_stride}, or be 0; got {self.refine_stride}"

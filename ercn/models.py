@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ercn.config import ModelConfig
 from ercn.elements import GEOMETRY, aligned_corners, exact_side, resize, symmetrize
-from ercn.losses import add_background, normalize_cam
+from ercn.losses import EPS, add_background, normalize_cam
 from ercn.nn import GatedAttentionPool, PixelAdaptiveRefinement, PixelCorrelation
 
 OUTPUT_STRIDES = (8, 16, 32)
@@ -114,7 +114,6 @@ class ERCN(nn.Module):
             center=config.center,
             align_corners=self.align_corners or not symmetric,
         )
-        self.pamr = PixelAdaptiveRefinement(steps=config.pamr_steps)
         self.pool = self.mil_classifier = self.mil_bias = None
         if config.pool != "none":
             heads = classes if config.evidence == "classwise" else 1
@@ -188,9 +187,7 @@ class ERCN(nn.Module):
         config = self.config
         if config.detach:
             cam, logits, features = cam.detach(), logits.detach(), [x.detach() for x in features]
-        confidence = normalize_cam(activation(cam, config.cam_pool))  # [B, 1 + F, h, w]
-        if config.confidence == "absolute":
-            confidence = add_background(confidence[:, 1:] * channel_probabilities(logits, config)[:, :, None, None])
+        confidence = self._confidence(cam, logits)
         mask = self._spatial_mask(confidence)
         refined = self._suppress(confidence, mask)
         for stage in refinement:
@@ -198,8 +195,17 @@ class ERCN(nn.Module):
                 refined = self._propagate(refined, features, image)
             elif not self.training:
                 refined = resize(refined, image.shape[-2:], self.align_corners)
-                refined = add_background(self.pamr(refined[:, 1:], image))
+                pamr = PixelAdaptiveRefinement(dilations(min(image.shape[-2:]), config.pamr_reach), config.pamr_steps)
+                refined = add_background(pamr(refined[:, 1:], image))
         return mask, refined
+
+    def _confidence(self, cam: Tensor, logits: Tensor) -> Tensor:
+        """Class confidences, [B, 1 + F, h, w] in [0, 1], background first."""
+        evidence = activation(cam, self.config.cam_pool)
+        if self.config.confidence == "relative":
+            return normalize_cam(evidence)
+        evidence = evidence / (evidence.amax((2, 3), keepdim=True) + EPS)
+        return add_background(evidence * channel_probabilities(logits, self.config)[:, :, None, None])
 
     def _propagate(self, cam: Tensor, features: list[Tensor], image: Tensor) -> Tensor:
         """``cam`` after the pixel affinity, on the grid of ``refine_stride``."""
@@ -330,6 +336,16 @@ def channel_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
     if config.targets == "onehot":
         return grade_probabilities(logits, config)[:, 1:]
     return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).sigmoid()
+
+
+def dilations(side: int, reach: float) -> list[int]:
+    """Distances for ``PixelAdaptiveRefinement`` on pictures of ``side`` pixels: powers of 2 up to reach · side, and that.
+
+    >>> dilations(161, 0.3)
+    [1, 2, 4, 8, 16, 32, 48]
+    """
+    most = max(1, round(reach * side))
+    return sorted({*(2**k for k in range(most.bit_length()) if 2**k <= most), most})
 
 
 def activation(cam: Tensor, cam_pool: str) -> Tensor:

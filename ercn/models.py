@@ -339,7 +339,7 @@ def channel_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
 
 
 def dilations(side: int, reach: float) -> list[int]:
-    """Distances for ``PixelAdaptiveRefinement`` on pictures of ``side`` pixels: powers of 2 up to reach · side, and that.
+    """Distances for ``PixelAdaptiveRefinement`` at ``side`` pixels: the powers of 2 up to reach · side, and that.
 
     >>> dilations(161, 0.3)
     [1, 2, 4, 8, 16, 32, 48]

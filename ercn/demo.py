@@ -34,11 +34,12 @@ def configs(root: Path) -> tuple[PrepareConfig, PretrainConfig, TrainConfig, Eva
     data = replace(recipe.data, root=str(root / "data"))
     run = str(root / "run")
     return (
-        PrepareConfig(dataset="phantom", out=data.root, size=data.image_size, patients=PATIENTS),
+        PrepareConfig(dataset="phantom", out=data.root, size=data.image_size, normalize="local", patients=PATIENTS),
         PretrainConfig(
-            data=DataConfig(root=data.root, image_size=data.image_size * 3 // 5, batch_size=64, workers=data.workers),
-            run=RunConfig(out=str(root / "pretrain"), resume=True, epochs=PRETRAIN_EPOCHS),
+            data=DataConfig(root=data.root, image_size=97, batch_size=20, workers=data.workers),
+            run=RunConfig(out=str(root / "pretrain"), resume=True, epochs=PRETRAIN_EPOCHS, lr=recipe.run.lr),
             backbone=recipe.model.backbone,
+            output_stride=recipe.model.output_stride,
         ),
         replace(recipe, data=data, init=str(root / "pretrain"), run=replace(recipe.run, out=run, resume=True)),
         EvaluateConfig(run=run),

@@ -123,10 +123,9 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool, *, antialias: bo
         return x
     if not antialias:
         return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
-    rows, columns = (
-        _triangles(n, m, align_corners, x.device).to(x.dtype) for n, m in zip(x.shape[-2:], size)
-    )  # [m, n] each
-    return rows @ x @ columns.T
+    rows, columns = (_triangles(n, m, align_corners, x.device).to(x.dtype) for n, m in zip(x.shape[-2:], size))
+    with torch.autocast(x.device.type, enabled=False):  # a resize is no layer to be rounded
+        return rows @ x @ columns.T
 
 
 def _triangles(n: int, m: int, align_corners: bool, device: torch.device) -> Tensor:

@@ -158,7 +158,7 @@ class ERCN(nn.Module):
 
     def _pool_cam(self, cam: Tensor) -> Tensor:
         """Picture logits from the CAM, [B, F]; the formulas are those of ``ModelConfig.cam_pool``."""
-        kind, cam = self.config.cam_pool, cam.flatten(2)
+        kind, cam = self.config.cam_pool, _full(cam).flatten(2)
         if kind == "topk":
             pooled = cam.topk(max(1, cam.shape[2] // 10), sorted=False).values.mean(2)
         elif kind == "lse":
@@ -201,7 +201,7 @@ class ERCN(nn.Module):
 
     def _confidence(self, cam: Tensor, logits: Tensor) -> Tensor:
         """Class confidences, [B, 1 + F, h, w] in [0, 1], background first."""
-        evidence = activation(cam, self.config.cam_pool)
+        evidence = activation(_full(cam), self.config.cam_pool)
         if self.config.confidence == "relative":
             return normalize_cam(evidence)
         evidence = evidence / (evidence.amax((2, 3), keepdim=True) + EPS)
@@ -331,11 +331,15 @@ def targets_from_grades(grade: Tensor, config: ModelConfig) -> Tensor:
     return (grade >= levels if config.targets == "ordinal" else grade == levels).float()
 
 
+def _full(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def channel_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
     """Probability of every foreground channel, [B, F]: sigmoid of its logit; with "onehot" that of its grade."""
     if config.targets == "onehot":
         return grade_probabilities(logits, config)[:, 1:]
-    return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).sigmoid()
+    return _full(logits).sigmoid()
 
 
 def dilations(side: int, reach: float) -> list[int]:
@@ -365,7 +369,7 @@ def grade_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
     Returns:
         [B, K], K = 2 for referable; at least float32, rows sum to 1.
     """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = _full(logits)
     if config.targets == "onehot":
         return F.pad(logits, (1, 0)).softmax(1)
     at_least = logits.sigmoid().cummin(1).values  # [B, F]

@@ -222,7 +222,7 @@ class PoolCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """The whole network at ``image_size`` pixels, ResNet-50, with the default losses.
+    """The whole network at ``image_size`` pixels, ResNet-50, with pixel affinity and gated attention.
 
     "forward" is inference in eval mode; "forward_backward" one training step (two views, the hybrid equivariant loss,
     gradients of all parameters, no optimizer), with ``checkpointing`` of the backbone's blocks or without. bfloat16 and
@@ -263,8 +263,8 @@ class ModelCase:
 
     def affinity_bytes(self) -> float:
         """Eager's N² buffers alone; what the rest of the network takes comes on top for every variant alike."""
-        pixels = (self.image_size // self.stride) ** 2
-        views, buffers = (1, 2.07) if self.direction == "forward" else (1 + 0.3**4, 6.1)  # view 2 has sides of 0.3
+        pixels = (self.image_size // self.stride + 1) ** 2
+        views, buffers = (1, 2.07) if self.direction == "forward" else (2, 6.1)
         return views * buffers * self.batch * pixels**2 * 4
 
 

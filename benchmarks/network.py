@@ -20,6 +20,9 @@ from ercn.config import LossConfig, ModelConfig
 from ercn.ops import use_backend
 
 EAGER = "eager"
+# All that the operators take part in, whatever the defaults are.
+LOSS = LossConfig(er=0.1, ecr=1.0, consistency=0.1, transform="flip")
+REFINEMENT = ("affinity",)
 
 
 def obstacle(case: ModelCase, device: str) -> str | None:
@@ -62,7 +65,7 @@ def _model(case: ModelCase) -> nn.Module:
     from ercn.grad_checkpointing import checkpoint_blocks
     from ercn.models import ERCN
 
-    model = ERCN(ModelConfig(backbone=case.backbone, output_stride=case.stride))
+    model = ERCN(ModelConfig(backbone=case.backbone, output_stride=case.stride, refinement=REFINEMENT))
     if case.checkpointing:
         checkpoint_blocks(model.backbone)
     return model
@@ -87,7 +90,7 @@ def _step(case: ModelCase, model: nn.Module, image: Tensor, grade: Tensor, backe
 
     def train() -> tuple[Tensor, ...]:
         with scope():
-            loss, _ = ercn_loss(model, image, grade, model.config, LossConfig(), transform)
+            loss, _ = ercn_loss(model, image, grade, model.config, LOSS, transform)
         return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
 
     model.train(case.direction != "forward")
@@ -99,10 +102,10 @@ def _transform(image_size: int, align_corners: bool) -> Callable[[Tensor], Tenso
     """The map between the two views of a step, from the seed."""
     from ercn.transforms import sample_transform
 
-    config, generator = LossConfig(), torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
     with unset_fake_temporarily():  # it draws numbers, which tensors without data cannot
         return sample_transform(
-            config.transform, generator, rescale=config.rescale, size=image_size, align_corners=align_corners
+            LOSS.transform, generator, rescale=LOSS.rescale, size=image_size, align_corners=align_corners
         )
 
 

@@ -106,7 +106,7 @@ class ModelConfig:
     targets: Targets = "ordinal"
     output_stride: int = 16
     patch: int = 0
-    cam_pool: Literal["relu", "softplus", "gem", "lse", "topk", "linear"] = "relu"
+    cam_pool: Literal["relu", "softplus", "gem", "lse", "topk", "linear"] = "lse"
     cam_scale: float = 1.0
     evidence: Literal["shared", "classwise", "additive", "separate"] = "shared"
     embed_dim: int = 192
@@ -114,7 +114,7 @@ class ModelConfig:
     confidence: Literal["absolute", "relative"] = "absolute"
     mask: Literal["soft", "hard", "off"] = "soft"
     mask_thresholds: tuple[float, ...] = (0.2, 0.3, 0.4)
-    refinement: tuple[Literal["affinity", "pamr"], ...] = ("affinity",)
+    refinement: tuple[Literal["affinity", "pamr"], ...] = ("pamr",)
     steps: int = 1
     pamr_steps: int = 20
     pamr_reach: float = 0.3
@@ -163,8 +163,8 @@ class LossConfig:
 
     cls: float = 1.0
     er: float = 0.1
-    ecr: float = 1.0
-    consistency: float = 0.1
+    ecr: float = 0.0
+    consistency: float = 0.0
     min_pool: float = 0.0
     transform: Literal["rescale", "flip", "rot90", "translate", "affine", "all", "none"] = "flip"
     rescale: float = 0.3
@@ -172,7 +172,7 @@ class LossConfig:
     scale_refined: bool = False
     detach_refined: bool = True
     hard_fraction: float = 0.2
-    warmup_epochs: int = 0
+    warmup_epochs: int = 4
 
     def __post_init__(self) -> None:
         _require(self, "at least 0", "cls", "er", "ecr", "consistency", "min_pool", "warmup_epochs")

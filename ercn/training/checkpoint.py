@@ -23,7 +23,13 @@ from ercn.training.files import DISCLAIMER, package_versions, read_json, write_j
 
 FORMAT = 1
 # Of models with geometry 1, which had no choice of these.
-_MODEL_1 = {"cam_scale": 1.0, "evidence": "separate", "confidence": "relative", "refine_stride": 0}
+_MODEL_1 = {
+    "cam_scale": 1.0,
+    "evidence": "separate",
+    "confidence": "relative",
+    "refinement": ["affinity"],
+    "refine_stride": 0,
+}
 _NEEDED = ("config", "class_names", "image_size", "prepared_size", "mean", "std", "manifest", "thresholds")
 
 

@@ -28,11 +28,11 @@ def heat_maps(output: ERCNOutput, config: ModelConfig, align_corners: bool) -> d
     cam: max_k p_k · c_k over the foreground channels; c_k is the channel's evidence (``ercn.models.activation``)
         divided by its maximum in the picture, and p_k the probability of the channel (sigmoid of its logit; softmax
         with "onehot"), so that a picture graded healthy stays cold.
-    refined_cam: the same of the refined CAM, on its own grid; with confidence "absolute" p_k is in it already.
+    refined_cam: the same of the refined CAM, on its own grid.
     attention: softmax over the elements, mean over heads, divided by its maximum; relative within one picture. Only
         where the model pools.
-    evidence: as cam, of attention times CAM, whose sum over the elements is what the MIL logit has beside its bias;
-        only where the model pools and the evidence is not "separate".
+    evidence: as cam, of attention times the CAM's evidence; only where the model pools and the evidence is not
+        "separate". The sum of attention times CAM over the elements is what the MIL logit has beside its bias.
     mean: of these, on the finest grid, elements where ``align_corners`` says.
     """
     logits = output.logits.float()
@@ -42,8 +42,7 @@ def heat_maps(output: ERCNOutput, config: ModelConfig, align_corners: bool) -> d
         return (probability * channels / (channels.amax((2, 3), keepdim=True) + _EPS)).amax(1)
 
     cam, refined = activation(output.cam.float(), config.cam_pool), output.refined_cam[:, 1:].float()
-    absolute = config.confidence == "absolute"
-    maps = {"cam": heat(cam), "refined_cam": refined.amax(1) if absolute else heat(refined)}
+    maps = {"cam": heat(cam), "refined_cam": heat(refined)}
     if output.attention is not None:
         weight = output.attention.float().flatten(2).softmax(-1).view_as(output.attention)
         attention = weight.mean(1)

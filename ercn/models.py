@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ercn.config import ModelConfig
 from ercn.elements import GEOMETRY, aligned_corners, exact_side, resize, symmetrize
-from ercn.losses import EPS, add_background, normalize_cam
+from ercn.losses import EPS, add_background, full, normalize_cam
 from ercn.nn import GatedAttentionPool, PixelAdaptiveRefinement, PixelCorrelation
 
 OUTPUT_STRIDES = (8, 16, 32)
@@ -134,10 +134,7 @@ class ERCN(nn.Module):
         pooled = attention = mil_logits = None
         if self.pool is not None:
             pooled, attention = self.pool(last)  # [B, heads, D], [B, heads, h, w]
-        if self.config.evidence == "additive":
-            weight = attention.flatten(2).softmax(2).view_as(attention)
-            last = last * (weight * weight[0, 0].numel()).to(last.dtype)
-        cam = self.classifier(last)  # [B, F, h, w]
+        cam = self._cam(last, attention)
         cam_logits = self._pool_cam(cam)
         if pooled is not None:
             mil_logits = self._mil_logits(pooled, cam)
@@ -156,9 +153,17 @@ class ERCN(nn.Module):
         size = [exact_side(side, stride, self.align_corners) for side in image.shape[-2:]]
         return resize(image, size, self.align_corners)
 
+    def _cam(self, last: Tensor, attention: Tensor | None) -> Tensor:
+        """The CAM of the last features, [B, F, h, w]."""
+        if self.config.evidence != "additive":
+            return self.classifier(last)
+        weight = full(attention).flatten(2).softmax(2).view_as(attention)
+        with torch.autocast(last.device.type, enabled=False):  # N a_i h_i can be beyond float16
+            return self.classifier((full(last) * weight * weight[0, 0].numel()).to(self.mil_bias.dtype))
+
     def _pool_cam(self, cam: Tensor) -> Tensor:
-        """Picture logits from the CAM, [B, F]; the formulas are those of ``ModelConfig.cam_pool``."""
-        kind, cam = self.config.cam_pool, cam.flatten(2)
+        """Picture logits from the CAM, [B, F], not in half precision; the formulas are ``ModelConfig.cam_pool``'s."""
+        kind, cam = self.config.cam_pool, full(cam).flatten(2)
         if kind == "topk":
             pooled = cam.topk(max(1, cam.shape[2] // 10), sorted=False).values.mean(2)
         elif kind == "lse":
@@ -176,7 +181,7 @@ class ERCN(nn.Module):
         if kind == "separate":
             return self.mil_classifier(pooled.flatten(1))
         if kind == "additive":
-            return cam.mean((2, 3)) + self.mil_bias
+            return full(cam).mean((2, 3)) + self.mil_bias
         weight = self.classifier.weight.flatten(1)  # [F, D], broadcast over the heads: one, or one for each channel
         return (pooled * weight).sum(2) + self.mil_bias
 
@@ -201,7 +206,7 @@ class ERCN(nn.Module):
 
     def _confidence(self, cam: Tensor, logits: Tensor) -> Tensor:
         """Class confidences, [B, 1 + F, h, w] in [0, 1], background first."""
-        evidence = activation(cam, self.config.cam_pool)
+        evidence = activation(full(cam), self.config.cam_pool)
         if self.config.confidence == "relative":
             return normalize_cam(evidence)
         evidence = evidence / (evidence.amax((2, 3), keepdim=True) + EPS)
@@ -335,7 +340,7 @@ def channel_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
     """Probability of every foreground channel, [B, F]: sigmoid of its logit; with "onehot" that of its grade."""
     if config.targets == "onehot":
         return grade_probabilities(logits, config)[:, 1:]
-    return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).sigmoid()
+    return full(logits).sigmoid()
 
 
 def dilations(side: int, reach: float) -> list[int]:
@@ -365,7 +370,7 @@ def grade_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
     Returns:
         [B, K], K = 2 for referable; at least float32, rows sum to 1.
     """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = full(logits)
     if config.targets == "onehot":
         return F.pad(logits, (1, 0)).softmax(1)
     at_least = logits.sigmoid().cummin(1).values  # [B, F]

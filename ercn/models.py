@@ -53,8 +53,8 @@ class ERCN(nn.Module):
     exports. The refinement embeds the picture and the stages ``refine_stages``, by default the two before the last one,
     as SEAM does (of a ResNet-50: 512 and 1024 channels, SEAM's widths).
 
-    Modules, and so the first part of every parameter's name: backbone, classifier, refinement, and, with MIL, pool and,
-    with evidence "separate", mil_classifier.
+    The first part of every parameter's name: backbone, classifier, refinement; prior, but with cam_pool "linear"; and,
+    with MIL, pool and mil_bias or, with evidence "separate", mil_classifier.
 
     Attributes:
         align_corners: whether the outer elements of the maps lie on the outer pixels of the picture, or inside cells.
@@ -82,6 +82,11 @@ class ERCN(nn.Module):
             )
         if config.patch and config.refine_stride:
             raise ValueError("refine_stride needs maps finer than the patches: it must be 0 with patch > 0")
+        if "pamr" in config.refinement and "affinity" in config.refinement[config.refinement.index("pamr") :]:
+            raise ValueError(
+                "refinement must have 'affinity' before 'pamr', after which every pixel would be an element; "
+                f"got {list(config.refinement)}"
+            )
         self.config, self.geometry = config, geometry
         symmetric = geometry > 1
         self.backbone = create_backbone(
@@ -245,8 +250,7 @@ class ERCN(nn.Module):
         """Multiply the foreground by m ("soft") or keep it where m is 1 ("hard"); the background takes the rest."""
         if self.config.mask == "hard":
             mask = (mask == 1).to(mask.dtype)
-        foreground = mask * confidence[:, 1:]
-        return torch.cat([1 - foreground.amax(1, keepdim=True), foreground], 1)
+        return add_background(mask * confidence[:, 1:])
 
 
 def create_backbone(

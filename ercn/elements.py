@@ -121,10 +121,12 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool, *, antialias: bo
     """
     if x.shape[-2:] == tuple(size):
         return x
-    if not antialias:
+    if not antialias or all(m >= n for n, m in zip(x.shape[-2:], size)):
         return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
-    rows, columns = (_triangles(n, m, align_corners, x.device).to(x.dtype) for n, m in zip(x.shape[-2:], size))
-    with torch.autocast(x.device.type, enabled=False):  # a resize is no layer to be rounded
+    rows, columns = (
+        _triangles(n, m, align_corners, x.device).to(x.dtype) for n, m in zip(x.shape[-2:], size)
+    )  # [m, n] each
+    with torch.autocast(x.device.type, enabled=False):  # which would take these products in half precision
         return rows @ x @ columns.T
 
 

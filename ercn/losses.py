@@ -16,7 +16,8 @@ from torch import Tensor
 EPS = 1e-5  # SEAM's; below float16's normal range, one more reason to leave half precision first
 
 
-def _full(x: Tensor) -> Tensor:
+def full(x: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -31,7 +32,7 @@ def max_norm(cam: Tensor, eps: float = EPS) -> Tensor:
     Returns:
         [B, C, h, w].
     """
-    p = _full(cam).relu()
+    p = full(cam).relu()
     low, high = p.amin((2, 3), keepdim=True), p.amax((2, 3), keepdim=True)
     return (p - low - eps).relu() / (high - low + eps)
 
@@ -61,7 +62,7 @@ def normalize_cam(cam: Tensor, eps: float = EPS) -> Tensor:
     Returns:
         [B, 1 + F, h, w] in [0, 1]. Differentiable; SEAM itself stops the gradient here.
     """
-    p = _full(cam).relu()
+    p = full(cam).relu()
     return _keep_largest_class(add_background((p - eps).relu() / (p.amax((2, 3), keepdim=True) + eps)))
 
 
@@ -78,7 +79,7 @@ def classification_loss(
 
     Source: SEAM's L_cls (``multilabel_soft_margin_loss`` on the spatial mean of the CAM).
     """
-    logits = _full(logits)  # its dtype is the loss', where torch would take the target's
+    logits = full(logits)  # its dtype is the loss', where torch would take the target's
     return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), weight, pos_weight=pos_weight)
 
 
@@ -91,7 +92,7 @@ def equivariance_loss(cam1: Tensor, cam2: Tensor, *, valid: Tensor | None = None
         cam1, cam2: [B, F, h, w], both in the frame of view 2, after ``max_norm`` and multiplied by the picture's label.
         valid: bool, broadcast to [B, 1, h, w]; only these elements count. None counts all.
     """
-    difference = (_full(cam1) - _full(cam2)).abs()
+    difference = (full(cam1) - full(cam2)).abs()
     if valid is None:
         return difference.mean()
     valid = valid.expand_as(difference)
@@ -137,8 +138,8 @@ def equivariant_cross_loss(
         raise ValueError(f"fraction must be in (0, 1], the share of values to average, but is {fraction}")
 
     def direction(cam: Tensor, refined: Tensor) -> Tensor:
-        reference = _keep_largest_class(add_background(_full(cam.detach())))
-        return _hardest_mean((reference - _full(refined)).abs(), fraction, valid)
+        reference = _keep_largest_class(add_background(full(cam.detach())))
+        return _hardest_mean((reference - full(refined)).abs(), fraction, valid)
 
     return direction(cam2, refined1) + direction(cam1, refined2)
 
@@ -153,7 +154,7 @@ def refinement_consistency(cam: Tensor, refined: Tensor, mask: Tensor, *, eps: f
             label.
         mask: [B, 1, h, w] in [0, 1].
     """
-    cam, refined, mask = _full(cam), _full(refined), _full(mask)
+    cam, refined, mask = full(cam), full(refined), full(mask)
     entropy = -(mask * refined * (cam + eps).log()).sum((1, 2, 3))
     weight = mask.sum((1, 2, 3))
     return (entropy / torch.where(weight > 0, weight, torch.ones_like(weight))).mean()
@@ -165,5 +166,5 @@ def min_pooling_loss(refined: Tensor) -> Tensor:
     Args:
         refined: [B, F, h, w], foreground of the refined map multiplied by the picture's label.
     """
-    largest = _full(refined).amax(1).flatten(1)
+    largest = full(refined).amax(1).flatten(1)
     return largest.topk(max(1, largest.shape[1] // 4), largest=False, sorted=False).values.relu().mean()

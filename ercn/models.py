@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ercn.config import ModelConfig
 from ercn.elements import GEOMETRY, aligned_corners, exact_side, resize, symmetrize
-from ercn.losses import EPS, add_background, normalize_cam
+from ercn.losses import EPS, add_background, full, normalize_cam
 from ercn.nn import GatedAttentionPool, PixelAdaptiveRefinement, PixelCorrelation
 
 OUTPUT_STRIDES = (8, 16, 32)
@@ -53,8 +53,8 @@ class ERCN(nn.Module):
     exports. The refinement embeds the picture and the stages ``refine_stages``, by default the two before the last one,
     as SEAM does (of a ResNet-50: 512 and 1024 channels, SEAM's widths).
 
-    Modules, and so the first part of every parameter's name: backbone, classifier, refinement, and, with MIL, pool and,
-    with evidence "separate", mil_classifier.
+    The first part of every parameter's name: backbone, classifier, refinement; prior, but with cam_pool "linear"; and,
+    with MIL, pool and mil_bias or, with evidence "separate", mil_classifier.
 
     Attributes:
         align_corners: whether the outer elements of the maps lie on the outer pixels of the picture, or inside cells.
@@ -82,6 +82,11 @@ class ERCN(nn.Module):
             )
         if config.patch and config.refine_stride:
             raise ValueError("refine_stride needs maps finer than the patches: it must be 0 with patch > 0")
+        if "pamr" in config.refinement and "affinity" in config.refinement[config.refinement.index("pamr") :]:
+            raise ValueError(
+                "refinement must have 'affinity' before 'pamr', after which every pixel would be an element; "
+                f"got {list(config.refinement)}"
+            )
         self.config, self.geometry = config, geometry
         symmetric = geometry > 1
         self.backbone = create_backbone(
@@ -134,10 +139,7 @@ class ERCN(nn.Module):
         pooled = attention = mil_logits = None
         if self.pool is not None:
             pooled, attention = self.pool(last)  # [B, heads, D], [B, heads, h, w]
-        if self.config.evidence == "additive":
-            weight = attention.flatten(2).softmax(2).view_as(attention)
-            last = last * (weight * weight[0, 0].numel()).to(last.dtype)
-        cam = self.classifier(last)  # [B, F, h, w]
+        cam = self._cam(last, attention)
         cam_logits = self._pool_cam(cam)
         if pooled is not None:
             mil_logits = self._mil_logits(pooled, cam)
@@ -156,9 +158,17 @@ class ERCN(nn.Module):
         size = [exact_side(side, stride, self.align_corners) for side in image.shape[-2:]]
         return resize(image, size, self.align_corners)
 
+    def _cam(self, last: Tensor, attention: Tensor | None) -> Tensor:
+        """The CAM of the last features, [B, F, h, w]."""
+        if self.config.evidence != "additive":
+            return self.classifier(last)
+        weight = full(attention).flatten(2).softmax(2).view_as(attention)
+        with torch.autocast(last.device.type, enabled=False):  # N a_i h_i can be beyond float16
+            return self.classifier((full(last) * weight * weight[0, 0].numel()).to(self.mil_bias.dtype))
+
     def _pool_cam(self, cam: Tensor) -> Tensor:
-        """Picture logits from the CAM, [B, F]; the formulas are those of ``ModelConfig.cam_pool``."""
-        kind, cam = self.config.cam_pool, _full(cam).flatten(2)
+        """Picture logits from the CAM, [B, F], not in half precision; the formulas are ``ModelConfig.cam_pool``'s."""
+        kind, cam = self.config.cam_pool, full(cam).flatten(2)
         if kind == "topk":
             pooled = cam.topk(max(1, cam.shape[2] // 10), sorted=False).values.mean(2)
         elif kind == "lse":
@@ -176,7 +186,7 @@ class ERCN(nn.Module):
         if kind == "separate":
             return self.mil_classifier(pooled.flatten(1))
         if kind == "additive":
-            return cam.mean((2, 3)) + self.mil_bias
+            return full(cam).mean((2, 3)) + self.mil_bias
         weight = self.classifier.weight.flatten(1)  # [F, D], broadcast over the heads: one, or one for each channel
         return (pooled * weight).sum(2) + self.mil_bias
 
@@ -201,7 +211,7 @@ class ERCN(nn.Module):
 
     def _confidence(self, cam: Tensor, logits: Tensor) -> Tensor:
         """Class confidences, [B, 1 + F, h, w] in [0, 1], background first."""
-        evidence = activation(_full(cam), self.config.cam_pool)
+        evidence = activation(full(cam), self.config.cam_pool)
         if self.config.confidence == "relative":
             return normalize_cam(evidence)
         evidence = evidence / (evidence.amax((2, 3), keepdim=True) + EPS)
@@ -240,8 +250,7 @@ class ERCN(nn.Module):
         """Multiply the foreground by m ("soft") or keep it where m is 1 ("hard"); the background takes the rest."""
         if self.config.mask == "hard":
             mask = (mask == 1).to(mask.dtype)
-        foreground = mask * confidence[:, 1:]
-        return torch.cat([1 - foreground.amax(1, keepdim=True), foreground], 1)
+        return add_background(mask * confidence[:, 1:])
 
 
 def create_backbone(
@@ -331,15 +340,11 @@ def targets_from_grades(grade: Tensor, config: ModelConfig) -> Tensor:
     return (grade >= levels if config.targets == "ordinal" else grade == levels).float()
 
 
-def _full(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def channel_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
     """Probability of every foreground channel, [B, F]: sigmoid of its logit; with "onehot" that of its grade."""
     if config.targets == "onehot":
         return grade_probabilities(logits, config)[:, 1:]
-    return _full(logits).sigmoid()
+    return full(logits).sigmoid()
 
 
 def dilations(side: int, reach: float) -> list[int]:
@@ -369,7 +374,7 @@ def grade_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
     Returns:
         [B, K], K = 2 for referable; at least float32, rows sum to 1.
     """
-    logits = _full(logits)
+    logits = full(logits)
     if config.targets == "onehot":
         return F.pad(logits, (1, 0)).softmax(1)
     at_least = logits.sigmoid().cummin(1).values  # [B, F]

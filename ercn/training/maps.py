@@ -22,6 +22,12 @@ NAMES = {
 _EPS = 1e-5
 
 
+def maps_of(config: ModelConfig) -> list[str]:
+    """The names of the maps that a model of this configuration has."""
+    absent = ["evidence"] * (config.evidence == "separate") + ["attention", "evidence"] * (config.pool == "none")
+    return [name for name in NAMES if name not in absent]
+
+
 def heat_maps(output: ERCNOutput, config: ModelConfig, align_corners: bool) -> dict[str, Tensor]:
     """Maps [B, h, w] in [0, 1], float32 on the CPU, by the names of ``NAMES``.
 

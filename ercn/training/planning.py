@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -92,6 +93,7 @@ def footprint(config: TrainConfig) -> Footprint:
     devices, nodes = processes(run)
     grid = config.model.patch or config.model.refine_stride or config.model.output_stride
     elements = data.batch_size * (data.image_size // grid + 1) ** 2  # at most
+    copies = 2 if "affinity" in config.model.refinement else 0  # of the pixel embedding, in float32
     return Footprint(
         weights=weights,
         gradients=gradients,
@@ -99,7 +101,7 @@ def footprint(config: TrainConfig) -> Footprint:
         average=weights if run.ema else 0,
         buckets=gradients if devices * nodes > 1 else 0,
         activations=max(step - weights - gradients, gradients),  # the optimizer's step takes a copy of the gradients
-        scratch=2 * 4 * elements * config.model.embed_dim,  # two float32 copies of the pixel embedding
+        scratch=copies * 4 * elements * config.model.embed_dim,
     )
 
 
@@ -176,8 +178,9 @@ def _coarser_map(config: TrainConfig) -> dict[str, object]:
 
 
 def _smaller_picture(config: TrainConfig) -> dict[str, object]:
-    size = config.data.image_size * 3 // 4 // 32 * 32 + 1
-    return {"data.image_size": size} if size >= 193 else {}
+    step, corners = math.lcm(32, config.model.patch or 1), not config.model.patch  # a picture of whole patches
+    size = config.data.image_size * 3 // 4 // step * step + corners
+    return {"data.image_size": size} if size >= 192 else {}
 
 
 def advice(config: TrainConfig) -> str:

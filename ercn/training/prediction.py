@@ -21,7 +21,7 @@ from ercn.training.calibration import temper
 from ercn.training.checkpoint import load_model
 from ercn.training.files import DISCLAIMER, write_csv, write_json
 from ercn.training.infer import Views, forward, pick_device
-from ercn.training.maps import NAMES
+from ercn.training.maps import NAMES, maps_of
 from ercn.training.overlay import overlay, save_jpeg
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
@@ -80,10 +80,11 @@ def predict(config: PredictConfig) -> Path:
             raise ValueError(f"overlays must be of {', '.join(NAMES)}; {name!r} is none")
     device = pick_device(config.accelerator)
     model, info = load_model(config.run)
-    if "attention" in config.overlays and info["config"].model.pool == "none":
+    made = maps_of(info["config"].model)
+    if absent := [name for name in config.overlays if name not in made]:
         raise ValueError(
-            f"overlays has 'attention', but the model of {config.run} has no attention (model.pool none); "
-            "leave it out: --overlays [cam,refined_cam]"
+            f"overlays has {', '.join(absent)}, which the model of {config.run} does not make (model.pool "
+            f"{info['config'].model.pool}, model.evidence {info['config'].model.evidence}); it has {', '.join(made)}"
         )
     dataset = RawPictures(paths, info, config.max_pixels)
     loader = DataLoader(dataset, config.batch_size, num_workers=config.workers, collate_fn=gather)

@@ -8,6 +8,7 @@ Source of the texture: `skimage/data/retina.jpg` (M. Häggström 2014, WikiJourn
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +32,7 @@ _ARTERY, _VEIN = np.array([0.88, 0.50, 0.52]), np.array([0.80, 0.36, 0.43])
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the picture shows eye point q: M (zoom · Rot(angle) (q + Σ_k b_k sin(f_k · q + φ_k)) + shift).
+    """Where the picture shows the point q of an eye: M (zoom · Rot(angle) (q + Σ_k b_k sin(f_k · q + φ_k)) + shift).
 
     M mirrors x for a right eye.
     """
@@ -66,9 +67,9 @@ class Pose:
 
 @dataclass(frozen=True)
 class Vessels:
-    """One generation of vessels of one kind. points: [V, P, 2], eye or picture coordinates. radius: [V, P].
+    """One generation of vessels of one kind.
 
-    A vessel ends where its radius is 0.
+    points: [V, P, 2], in coordinates of the eye or the picture. radius: [V, P]; a vessel ends where it is 0.
     """
 
     points: np.ndarray
@@ -93,7 +94,10 @@ def _along(ways: np.ndarray, count: int) -> np.ndarray:
 
 
 def _branch(rng, parent: Vessels, children: int, length, tortuosity: float, steps: int, shrink) -> Vessels:
-    """``children`` branches of every vessel of ``parent``: they leave at random places to alternating sides."""
+    """Up to ``children`` branches of every vessel of ``parent``, which leave at random places to alternating sides.
+
+    length, shrink: ranges, the latter of the radius relative to the parent's there. steps: points of a branch.
+    """
     vessels, count = parent.radius.shape
     alive = (parent.radius > 0).sum(1)
     place = (np.arange(children) + rng.random((vessels, children))) / children
@@ -126,12 +130,13 @@ def _avoid(vessels: Vessels, center: np.ndarray, radius: float) -> Vessels:
 class Anatomy:
     """One eye of one patient, in picture coordinates.
 
-    disc: [5] of an ellipse (x, y, radius along, radius across, angle). fovea: [2].
-    arteries, veins: lists of ``Vessels``, one a generation. zoom: the pose's.
+    disc: the optic disc's ellipse [5], (x, y, radius along, radius across, angle). cup: its radius, the disc's is 1.
+    fovea: [2]. arteries, veins: lists of ``Vessels``, a generation each, trunks first. zoom: the pose's.
+    melanin, tessellation: how dark the pigment is and how much of the choroid shows, 0 … 1.
     """
 
     def __init__(self, shared: np.random.Generator, own: np.random.Generator, side: Eye):
-        """shared: stream of the patient, own: stream of the eye; both are used up in the same order for both eyes."""
+        """shared: stream of the patient, the same for both eyes. own: stream of the eye."""
         self._patient(shared)
         pose = Pose.draw(own, side)
         self.zoom = pose.zoom
@@ -154,7 +159,7 @@ class Anatomy:
             for one in generations:
                 one = _avoid(one, np.zeros(2), self._avascular)
                 kind.append(Vessels(pose(one.points), pose.zoom * one.radius))
-        self.own = own
+        self._own = own
 
     def _patient(self, rng: np.random.Generator) -> None:
         """What both eyes share."""
@@ -189,11 +194,12 @@ class Anatomy:
             trunks.append(Vessels(points, radius * np.clip(1.0 - 0.42 * length, 0.3, 1)))
         self._arteries, self._veins = trunks
 
-    def on_disc(self, size: int, grow: float = 1.0) -> np.ndarray:
+    def on_disc(self, size: int) -> np.ndarray:
         """The optic disc, bool [S, S]."""
-        return self._disc_distance(size) <= grow
+        return self._disc_distance(size) <= 1
 
     def _disc_distance(self, size: int) -> np.ndarray:
+        """0 in its middle, 1 on its outline."""
         x, y = grid(size)
         cx, cy, along, across, angle = self.disc
         c, s = np.cos(angle), np.sin(angle)
@@ -218,9 +224,12 @@ class Anatomy:
         return coverage(size, np.concatenate(blobs), 0.004)
 
     def paint(self, size: int, vessels: float, texture: float) -> np.ndarray:
-        """The healthy retina without distractors, float64 [S, S, 3] in 0 … 1."""
+        """The healthy retina without distractors, float64 [S, S, 3] in 0 … 1.
+
+        vessels, texture: factors on the opacity of vessels and on the strength of texture and choroid.
+        """
         x, y = grid(size)
-        own = self.own
+        own = deepcopy(self._own)  # so that it is the same each time
         light, dark = np.array([0.88, 0.50, 0.30]), np.array([0.52, 0.235, 0.125])
         base = (light * (1 - self.melanin) + dark * self.melanin) * (1 + self._hue)
         log = np.zeros((size, size))  # pigment and choroid: logarithm of the light that comes back

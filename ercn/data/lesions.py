@@ -9,6 +9,7 @@ Source of the rules: Wilkinson et al. 2003, the International Clinical Diabetic 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -36,8 +37,7 @@ class Lesion:
 
     kind: a name from ``LESIONS``. quadrant: 0 … 3, where its center lies.
     blobs: float64 [n, 5], rows (x, y, radius along, radius across, angle). wobble: float64 [k, 2], amplitude and phase
-    of the outline's harmonics 2 … k+1. edge: width over which the opacity falls from 1 to 0 (at least one pixel is
-    used).
+    of the outline's harmonics 2 … k+1. edge: width over which the cover falls from 1 to 0 (at least one pixel is used).
     opacity: in (0, 1]. flat: the upper half is cut off, as where blood settles before the retina.
     """
 
@@ -51,6 +51,7 @@ class Lesion:
 
 
 def quadrant_of(x, y):
+    """0 … 3, of numbers or arrays."""
     return (x >= 0) + 2 * (y >= 0)
 
 
@@ -68,8 +69,12 @@ class _Planner:
         self.lesions: list[Lesion] = []
 
     def place(self, radius: float, quadrant: int | None = None, gap: float = 0.03, field: float = FIELD):
-        """A random center; its disc of ``radius`` keeps ``gap`` to all others, halved each time no place was found."""
-        while True:
+        """A random center; its disc of ``radius`` keeps ``gap`` to all others.
+
+        Each time that 64 draws found no place, the gap is halved, and from the 40th time on discs may overlap more and
+        more.
+        """
+        for tried in count(1):
             r, a = (field - radius) * np.sqrt(self.rng.random(64)), 2 * np.pi * self.rng.random(64)
             x, y = r * np.cos(a), r * np.sin(a)
             if quadrant is not None:  # off the axes, so that a lesion lies in one quadrant
@@ -81,7 +86,7 @@ class _Planner:
             if len(free):
                 self.taken.append((x[free[0]], y[free[0]], radius))
                 return self.taken[-1][:2]
-            gap /= 2
+            gap = gap / 2 if tried < 40 else gap - 0.01
 
     def beside(self, radius: float, gap: float, cluster: float):
         """A free place, or with chance ``cluster`` one that touches the last lesion, where they flow together."""
@@ -110,14 +115,14 @@ class _Planner:
         x, y = blobs[:, :2].mean(0)
         self.lesions.append(Lesion(kind, int(quadrant_of(x, y)), blobs, shape, edge, opacity, flat))
 
-    def microaneurysms(self, count):
-        for _ in range(count):
+    def microaneurysms(self, number):
+        for _ in range(number):
             r = self.size * self.rng.uniform(0.0155, 0.021)
             x, y = self.beside(r, 0.03, 0.15)
             self.add("microaneurysms", (x, y, r, r, 0), edge=0.008, opacity=self.opacity())
 
-    def hemorrhages(self, count, quadrant=None, largest=0.045):
-        for _ in range(count):
+    def hemorrhages(self, number, quadrant=None, largest=0.045):
+        for _ in range(number):
             r = self.size * 0.020 * (largest / 0.020) ** (self.rng.random() ** 1.5)  # many dots, few blots
             x, y = self.beside(r, 0.008, 0.4) if quadrant is None else self.place(r, quadrant, gap=0.008)
             flame = r > 0.028 * self.size and self.rng.random() < 0.4
@@ -140,8 +145,8 @@ class _Planner:
                 )
             self.add("hard_exudates", blobs, wobble=0.12, edge=0.008, opacity=self.opacity())
 
-    def soft_exudates(self, count):
-        for _ in range(count):
+    def soft_exudates(self, number):
+        for _ in range(number):
             r = self.size * self.rng.uniform(0.035, 0.05)
             x, y = self.place(1.3 * r, field=0.8)
             blob = (x, y, 1.2 * r, 0.8 * r, np.pi * self.rng.random())

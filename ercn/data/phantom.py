@@ -50,8 +50,8 @@ def render_phantom(
 
     A generator draws the eye, distractors are painted that do not depend on the grade, then lesions by the ICDR rules
     (``ercn.data.lesions.plan_lesions``); light, blur, noise and JPEG compression do not depend on the grade either.
-    Small lesions are drawn somewhat larger than life (a microaneurysm is 1/65 of the picture's width), so that they
-    can be seen at 128 pixels.
+    Small lesions are drawn somewhat larger than life (a microaneurysm is 1/65 of the picture's width at least), so that
+    they can be seen at 128 pixels.
 
     Args:
         patient, seed: non-negative numbers. eye: "left" or "right". grade: 0 … 4. size: side S in pixels, at least 32.

@@ -94,3 +94,17 @@ def test_without_affinity_there_is_no_workspace_for_it():
     config = TrainConfig(data=DataConfig(image_size=97, batch_size=1), model=SMALL)
     assert footprint(config).scratch > 0
     assert footprint(replace(config, model=replace(SMALL, refinement=("pamr",)))).scratch == 0
+
+
+def test_pamr_is_one_operator_of_a_graph():
+    operator = torch.ops.ercn.pixel_adaptive_refinement.default
+    cam = torch.rand(2, 2, 9, 8).to(memory_format=torch.channels_last)
+    for image in (torch.rand(2, 3, 9, 8), torch.randint(0, 256, (2, 3, 9, 8), dtype=torch.uint8)):
+        torch.library.opcheck(operator, (cam, image, [1, 3], 2))
+    model = build(refinement=("affinity", "pamr")).eval()
+    image = pictures(65, 65)
+    program = torch.export.export(model, (image,))
+    assert [node.target for node in program.graph.nodes].count(operator) == 1
+    torch.testing.assert_close(program.module()(image).refined_cam, model(image).refined_cam)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image).refined_cam, model(image).refined_cam)

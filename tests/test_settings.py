@@ -10,8 +10,9 @@ from ercn.elements import resize
 from ercn.losses import add_background
 from ercn.models import ERCN, dilations
 from ercn.nn import PixelAdaptiveRefinement
-from ercn.training import predict
+from ercn.training import froc, predict
 from ercn.training.checkpoint import save_model
+from ercn.training.localization import Localization
 from ercn.training.maps import heat_maps, maps_of
 from ercn.training.planning import changes, footprint
 
@@ -108,3 +109,14 @@ def test_pamr_is_one_operator_of_a_graph():
     torch.testing.assert_close(program.module()(image).refined_cam, model(image).refined_cam)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(image).refined_cam, model(image).refined_cam)
+
+
+def test_a_split_without_masks_is_measured_without_looking_for_marks(monkeypatch):
+    heat = {"cam": torch.rand(33, 33).numpy()}
+    whole, quick = Localization(), Localization(marked=False)
+    whole.add(heat, {}, "p", healthy=True)
+    monkeypatch.setattr(froc, "peaks", None)
+    quick.add(heat, {}, "p", healthy=True)
+    options = {"draws": 10, "seed": 0}
+    assert quick.healthy_summary({}, **options) == whole.healthy_summary({}, **options)
+    assert quick.summary({}, **options) is whole.summary({}, **options) is None

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ercn.config import DataConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig
+from ercn.config import DataConfig, LossConfig, ModelConfig, PredictConfig, RunConfig, TrainConfig
 from ercn.elements import resize
 from ercn.losses import add_background
 from ercn.models import ERCN, dilations
 from ercn.nn import PixelAdaptiveRefinement
 from ercn.training import froc, predict
 from ercn.training.checkpoint import save_model
+from ercn.training.fit import check_batchnorm
 from ercn.training.localization import Localization
 from ercn.training.maps import heat_maps, maps_of
 from ercn.training.planning import changes, footprint
@@ -120,3 +121,12 @@ def test_a_split_without_masks_is_measured_without_looking_for_marks(monkeypatch
     options = {"draws": 10, "seed": 0}
     assert quick.healthy_summary({}, **options) == whole.healthy_summary({}, **options)
     assert quick.summary({}, **options) is whole.summary({}, **options) is None
+
+
+def test_frozen_batchnorm_needs_a_pretraining():
+    frozen = TrainConfig(run=RunConfig(freeze_batchnorm=True))
+    with pytest.raises(ValueError, match="run.freeze_batchnorm keeps .* and there is none: give --init"):
+        check_batchnorm(frozen)
+    check_batchnorm(replace(frozen, init="runs/pretrain"))
+    check_batchnorm(replace(frozen, model=replace(frozen.model, pretrained=True)))
+    check_batchnorm(TrainConfig())

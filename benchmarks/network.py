@@ -20,6 +20,9 @@ from ercn.config import LossConfig, ModelConfig
 from ercn.ops import use_backend
 
 EAGER = "eager"
+# The whole method, whatever the defaults leave out: the affinity on the CAM's grid, three terms of two views.
+MODEL = ModelConfig(refinement=("affinity",), refine_stride=0)
+LOSS = LossConfig(er=0.1, ecr=1.0, consistency=0.1, transform="flip")
 
 
 def obstacle(case: ModelCase, device: str) -> str | None:
@@ -43,7 +46,7 @@ def inputs(case: ModelCase, device: str, dtype: torch.dtype = torch.float32) -> 
 def arguments(case: ModelCase, inputs: Inputs) -> dict[str, tuple[Tensor | None, ...]]:
     """What the operators are given in the network, of one pixel."""
     image, _ = inputs.tensors
-    dtype, width = DTYPES[case.dtype], ModelConfig().embed_dim
+    dtype, width = DTYPES[case.dtype], MODEL.embed_dim
     value, feat = image.new_zeros(1, 1, 1), image.new_zeros(1, width, 1, dtype=dtype)
     one = image.new_zeros(1, 1, dtype=dtype)
     pool = (one[None], one, one[0], one, one[0], one, one[0], None, None)
@@ -62,7 +65,7 @@ def _model(case: ModelCase) -> nn.Module:
     from ercn.grad_checkpointing import checkpoint_blocks
     from ercn.models import ERCN
 
-    model = ERCN(ModelConfig(backbone=case.backbone, output_stride=case.stride))
+    model = ERCN(replace(MODEL, backbone=case.backbone, output_stride=case.stride))
     if case.checkpointing:
         checkpoint_blocks(model.backbone)
     return model
@@ -87,7 +90,7 @@ def _step(case: ModelCase, model: nn.Module, image: Tensor, grade: Tensor, backe
 
     def train() -> tuple[Tensor, ...]:
         with scope():
-            loss, _ = ercn_loss(model, image, grade, model.config, LossConfig(), transform)
+            loss, _ = ercn_loss(model, image, grade, model.config, LOSS, transform)
         return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
 
     model.train(case.direction != "forward")
@@ -99,10 +102,10 @@ def _transform(image_size: int, align_corners: bool) -> Callable[[Tensor], Tenso
     """The map between the two views of a step, from the seed."""
     from ercn.transforms import sample_transform
 
-    config, generator = LossConfig(), torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
     with unset_fake_temporarily():  # it draws numbers, which tensors without data cannot
         return sample_transform(
-            config.transform, generator, rescale=config.rescale, size=image_size, align_corners=align_corners
+            LOSS.transform, generator, rescale=LOSS.rescale, size=image_size, align_corners=align_corners
         )
 
 

@@ -222,7 +222,7 @@ class PoolCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """The whole network at ``image_size`` pixels, ResNet-50, with pixel affinity and gated attention.
+    """The whole network at ``image_size`` pixels, ResNet-50, with affinity, MIL and the hybrid loss (``network``).
 
     "forward" is inference in eval mode; "forward_backward" one training step (two views, the hybrid equivariant loss,
     gradients of all parameters, no optimizer), with ``checkpointing`` of the backbone's blocks or without. bfloat16 and

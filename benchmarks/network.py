@@ -20,9 +20,9 @@ from ercn.config import LossConfig, ModelConfig
 from ercn.ops import use_backend
 
 EAGER = "eager"
-# All that the operators take part in, whatever the defaults are.
+# The whole method, whatever the defaults leave out: the affinity on the CAM's grid, three terms of two views.
+MODEL = ModelConfig(refinement=("affinity",), refine_stride=0)
 LOSS = LossConfig(er=0.1, ecr=1.0, consistency=0.1, transform="flip")
-REFINEMENT = ("affinity",)
 
 
 def obstacle(case: ModelCase, device: str) -> str | None:
@@ -46,7 +46,7 @@ def inputs(case: ModelCase, device: str, dtype: torch.dtype = torch.float32) -> 
 def arguments(case: ModelCase, inputs: Inputs) -> dict[str, tuple[Tensor | None, ...]]:
     """What the operators are given in the network, of one pixel."""
     image, _ = inputs.tensors
-    dtype, width = DTYPES[case.dtype], ModelConfig().embed_dim
+    dtype, width = DTYPES[case.dtype], MODEL.embed_dim
     value, feat = image.new_zeros(1, 1, 1), image.new_zeros(1, width, 1, dtype=dtype)
     one = image.new_zeros(1, 1, dtype=dtype)
     pool = (one[None], one, one[0], one, one[0], one, one[0], None, None)
@@ -65,7 +65,7 @@ def _model(case: ModelCase) -> nn.Module:
     from ercn.grad_checkpointing import checkpoint_blocks
     from ercn.models import ERCN
 
-    model = ERCN(ModelConfig(backbone=case.backbone, output_stride=case.stride, refinement=REFINEMENT))
+    model = ERCN(replace(MODEL, backbone=case.backbone, output_stride=case.stride))
     if case.checkpointing:
         checkpoint_blocks(model.backbone)
     return model

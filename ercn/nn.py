@@ -134,8 +134,8 @@ class PixelAdaptiveRefinement(nn.Module):
         dilations: distances of the neighbours in pixels, each at least 1.
         steps: how often w is applied; 0 returns the map.
 
-    The weights take 8·len(dilations)·H·W values a picture: with six dilations in float32 12.7 MB at 257 × 257 and
-    806 MB at 2049 × 2049.
+    The weights of one picture at a time take 8·len(dilations)·H·W values: with six dilations in float32 12.7 MB at
+    257 × 257 and 806 MB at 2049 × 2049. Compiled and exported networks hold it as one operator.
 
     Inputs are detached: nothing here gives a gradient. Computed in float32, or in float64 where an input is.
     Deterministic. Source: Araslanov and Roth, CVPR 2020 (arXiv 2005.08104), and its published code, which also resizes
@@ -178,43 +178,62 @@ class PixelAdaptiveRefinement(nn.Module):
             )
         if not cam.is_floating_point():
             raise TypeError(f"cam must be floating point; got {cam.dtype}")
-        dtype = torch.promote_types(torch.promote_types(cam.dtype, image.dtype), torch.float32)
-        weights = self._weights(image.detach().to(dtype))
-        m = cam.detach().to(dtype)
-        for _ in range(self.steps):
-            neighbours = self._neighbours(m)
-            m = torch.zeros_like(m)
-            for weight, neighbour in zip(weights.split(1, 1), neighbours):
-                m.addcmul_(weight, neighbour)
-        return m.to(cam.dtype)
-
-    def _neighbours(self, x: Tensor) -> list[Tensor]:
-        """Views of the padded ``x``, each [B, C, H, W]: at every pixel its neighbour in one direction and distance."""
-        reach, (h, w) = max(self.dilations), x.shape[2:]
-        padded = F.pad(x, [reach] * 4, mode="replicate")
-        moves = [(d * dy, d * dx) for d in self.dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
-        return [padded[:, :, reach + dy : reach + dy + h, reach + dx : reach + dx + w] for dy, dx in moves]
-
-    def _weights(self, image: Tensor) -> Tensor:
-        """w as [B, 8·len(dilations), H, W]."""
-        neighbours = self._neighbours(image)
-        first, second = torch.zeros_like(image), torch.zeros_like(image)
-        for neighbour in neighbours:  # moments about pixel i, which is 1 of 9: the difference keeps 1/9 of ``second``
-            difference = neighbour - image
-            first += difference
-            second.addcmul_(difference, difference)
-        count = 9 * len(self.dilations)
-        deviation = ((second - first.square() / count).clamp(min=0) / (count - 1)).sqrt()
-        scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
-        weights = image.new_empty(len(image), len(neighbours), *image.shape[2:])
-        for j, neighbour in enumerate(neighbours):
-            weights[:, j] = ((neighbour - image).abs_() * scale).sum(1)
-        weights -= weights.amax(1, keepdim=True)
-        weights.exp_()
-        return weights.div_(weights.sum(1, keepdim=True))
+        if not self.steps:
+            return cam.detach()
+        return _refined_to_edges(cam.detach(), image.detach(), self.dilations, self.steps)
 
     def extra_repr(self) -> str:
         return f"dilations={self.dilations}, steps={self.steps}"
+
+
+@torch.library.custom_op("ercn::pixel_adaptive_refinement", mutates_args=())
+def _refined_to_edges(cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int) -> Tensor:
+    """One node of a compiled or exported network, where its steps would be thousands. Picture by picture: the weights
+    are the largest tensor of an evaluation.
+    """
+    dtype = torch.promote_types(torch.promote_types(cam.dtype, image.dtype), torch.float32)
+    refined = torch.empty_like(cam, memory_format=torch.contiguous_format)
+    for out, m, picture in zip(refined.split(1), cam.to(dtype).split(1), image.split(1)):
+        weights = _adaptive_weights(picture.to(dtype), dilations)
+        for _ in range(steps):
+            neighbours = _neighbours(m, dilations)
+            m = torch.zeros_like(m)
+            for weight, neighbour in zip(weights.split(1, 1), neighbours):
+                m.addcmul_(weight, neighbour)
+        out.copy_(m)
+    return refined
+
+
+@_refined_to_edges.register_fake
+def _(cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int) -> Tensor:
+    return torch.empty_like(cam, memory_format=torch.contiguous_format)
+
+
+def _neighbours(x: Tensor, dilations: Sequence[int]) -> list[Tensor]:
+    """Views of the padded ``x``, each [B, C, H, W]: at every pixel its neighbour in one direction and distance."""
+    reach, (h, w) = max(dilations), x.shape[2:]
+    padded = F.pad(x, [reach] * 4, mode="replicate")
+    moves = [(d * dy, d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+    return [padded[:, :, reach + dy : reach + dy + h, reach + dx : reach + dx + w] for dy, dx in moves]
+
+
+def _adaptive_weights(image: Tensor, dilations: Sequence[int]) -> Tensor:
+    """w of ``PixelAdaptiveRefinement`` as [B, 8·len(dilations), H, W]."""
+    neighbours = _neighbours(image, dilations)
+    first, second = torch.zeros_like(image), torch.zeros_like(image)
+    for neighbour in neighbours:  # moments about pixel i, which is 1 of 9: the difference keeps 1/9 of ``second``
+        difference = neighbour - image
+        first += difference
+        second.addcmul_(difference, difference)
+    count = 9 * len(dilations)
+    deviation = ((second - first.square() / count).clamp(min=0) / (count - 1)).sqrt()
+    scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
+    weights = image.new_empty(len(image), len(neighbours), *image.shape[2:])
+    for j, neighbour in enumerate(neighbours):
+        weights[:, j] = ((neighbour - image).abs_() * scale).sum(1)
+    weights -= weights.amax(1, keepdim=True)
+    weights.exp_()
+    return weights.div_(weights.sum(1, keepdim=True))
 
 
 # Published attention layers whose weights ``GatedAttentionPool.from_state_dict`` takes; each entry is V, [U,] w.

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ercn.config import DataConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig
+from ercn.config import DataConfig, LossConfig, ModelConfig, PredictConfig, RunConfig, TrainConfig
 from ercn.elements import resize
 from ercn.losses import add_background
 from ercn.models import ERCN, dilations
 from ercn.nn import PixelAdaptiveRefinement
-from ercn.training import predict
+from ercn.training import froc, predict
 from ercn.training.checkpoint import save_model
+from ercn.training.fit import check_batchnorm
+from ercn.training.localization import Localization
 from ercn.training.maps import heat_maps, maps_of
 from ercn.training.planning import changes, footprint
 
@@ -94,3 +96,37 @@ def test_without_affinity_there_is_no_workspace_for_it():
     config = TrainConfig(data=DataConfig(image_size=97, batch_size=1), model=SMALL)
     assert footprint(config).scratch > 0
     assert footprint(replace(config, model=replace(SMALL, refinement=("pamr",)))).scratch == 0
+
+
+def test_pamr_is_one_operator_of_a_graph():
+    operator = torch.ops.ercn.pixel_adaptive_refinement.default
+    cam = torch.rand(2, 2, 9, 8).to(memory_format=torch.channels_last)
+    for image in (torch.rand(2, 3, 9, 8), torch.randint(0, 256, (2, 3, 9, 8), dtype=torch.uint8)):
+        torch.library.opcheck(operator, (cam, image, [1, 3], 2))
+    model = build(refinement=("affinity", "pamr")).eval()
+    image = pictures(65, 65)
+    program = torch.export.export(model, (image,))
+    assert [node.target for node in program.graph.nodes].count(operator) == 1
+    torch.testing.assert_close(program.module()(image).refined_cam, model(image).refined_cam)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image).refined_cam, model(image).refined_cam)
+
+
+def test_a_split_without_masks_is_measured_without_looking_for_marks(monkeypatch):
+    heat = {"cam": torch.rand(33, 33).numpy()}
+    whole, quick = Localization(), Localization(marked=False)
+    whole.add(heat, {}, "p", healthy=True)
+    monkeypatch.setattr(froc, "peaks", None)
+    quick.add(heat, {}, "p", healthy=True)
+    options = {"draws": 10, "seed": 0}
+    assert quick.healthy_summary({}, **options) == whole.healthy_summary({}, **options)
+    assert quick.summary({}, **options) is whole.summary({}, **options) is None
+
+
+def test_frozen_batchnorm_needs_a_pretraining():
+    frozen = TrainConfig(run=RunConfig(freeze_batchnorm=True))
+    with pytest.raises(ValueError, match="run.freeze_batchnorm keeps .* and there is none: give --init"):
+        check_batchnorm(frozen)
+    check_batchnorm(replace(frozen, init="runs/pretrain"))
+    check_batchnorm(replace(frozen, model=replace(frozen.model, pretrained=True)))
+    check_batchnorm(TrainConfig())

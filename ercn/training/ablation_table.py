@@ -20,7 +20,7 @@ from ercn.training import froc, metrics
 from ercn.training.files import DISCLAIMER, environment, read_json, write_csv, write_json
 from ercn.training.grid import Cell, Grid, Row
 from ercn.training.localization import DIFFERENCES, LEVELS, average_precision, precision_recall
-from ercn.training.maps import NAMES
+from ercn.training.maps import LOST, NAMES
 from ercn.training.table import TITLES
 
 GRADING = {"kappa": "Quadratic weighted kappa", "referable_auc": "Referable-DR AUC"}
@@ -31,7 +31,6 @@ COLUMNS = GRADING | {f"{key}_{name}": f"{title}, {NAMES[name]}" for key, title i
 COLUMNS |= {key: f"lesion AUPR, {NAMES[one]} − {NAMES[other]}" for key, (one, other) in GAINS.items()}
 COLUMNS |= {key: f"heat on healthy eyes, {NAMES[name]}" for key, name in HEATS.items()}
 PROBES = {"knn_kappa": "kNN", "linear_kappa": "linear probe"}
-LOST = 0.5  # share of the val pictures with disease whose CAM is flat, above which a network has lost its CAM
 SEED = 0  # of the bootstrap
 
 

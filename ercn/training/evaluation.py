@@ -79,12 +79,13 @@ def collect(
     config = info["config"]
     chosen = info.get("contrast")
     filters = list(FILTERS) if chosen is None else [chosen] if chosen else []
-    if not any(record.masks for record in records):
+    masked = any(record.masks for record in records)
+    if not masked:
         filters, ceiling = [], None
     dataset = picture_dataset(records, info["mean"], info["std"], config.data, seed=0, augment=False, with_masks=True)
     loader = make_loader(dataset, batch_size, workers)
     shown = set(gallery_choice(records))
-    result, parts, seen = Collected(), [], []
+    result, parts, seen = Collected(localization=Localization(marked=masked)), [], []
     batches = with_progress(loader, title, len(loader), progress)
     for batch, probability, maps in forward(model, config.model, batches, device, views):
         size, corners = config.data.image_size, model.align_corners

@@ -19,6 +19,7 @@ from ercn.training.checkpoint import load_backbone, save_model
 from ercn.training.evaluation import check_classes, choose_on_validation, collect, ground_of, write_evaluation
 from ercn.training.infer import pick_device
 from ercn.training.loaders import GradedData
+from ercn.training.maps import LOST
 from ercn.training.model_card import write_model_card
 from ercn.training.module import MONITOR, ERCNModule
 from ercn.training.pictures import class_counts, labelled, load_manifest, need_split
@@ -44,6 +45,7 @@ def train(config: TrainConfig) -> Path:
         need_split(manifest, split, config.data.root)
     check_classes(config, manifest)
     check_losses(config)
+    check_batchnorm(config)
     info = describe(config, manifest)
     torch.manual_seed(derive(config.run.seed, "init"))
     model = ERCN(config.model)
@@ -84,7 +86,7 @@ def finish(out: Path, model: ERCN, info: dict[str, Any], config: TrainConfig, ma
     info["parameters"] = sum(p.numel() for p in model.parameters())
     with open(out / "metrics.csv", encoding="utf-8") as file:
         info["flat_cam"] = float(list(csv.DictReader(file))[best["epoch"]]["val_flat_cam"])
-    if info["flat_cam"] > 0.5:
+    if info["flat_cam"] > LOST:
         print(f"the CAM is flat in {info['flat_cam']:.0%} of the val pictures with disease: its maps point at nothing")
     save_model(out, model, config, {key: value for key, value in info.items() if key != "config"})
     chosen = info["thresholds"] | {"from": f"val of {manifest.dataset}"}
@@ -94,6 +96,15 @@ def finish(out: Path, model: ERCN, info: dict[str, Any], config: TrainConfig, ma
     print_metrics(result)
     write_report(out)
     write_model_card(out)
+
+
+def check_batchnorm(config: TrainConfig) -> None:
+    """Raises ValueError for BatchNorm that would stay as a new network has it, which normalises nothing."""
+    if config.run.freeze_batchnorm and config.init is None and not config.model.pretrained:
+        raise ValueError(
+            "run.freeze_batchnorm keeps BatchNorm as the pre-training has it, and there is none: give --init (a run of "
+            "ercn pretrain) or --model.pretrained true, or set --run.freeze_batchnorm false"
+        )
 
 
 def check_losses(config: TrainConfig) -> None:

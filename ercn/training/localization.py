@@ -110,6 +110,7 @@ class Localization:
 
     owners: the patient of each. discs: in how many pictures with lesions the optic disc was left out. marks: by map,
     of each picture the levels of the marks that find no lesion. references: names of the maps that are references.
+    marked: False looks for no marks, for a split without masks, where no lesion could be found.
     """
 
     owners: list[str] = field(default_factory=list)
@@ -118,6 +119,7 @@ class Localization:
     healthy: _Healthy = field(default_factory=_Healthy)
     marks: dict[str, list[np.ndarray]] = field(default_factory=dict)
     references: set[str] = field(default_factory=set)
+    marked: bool = True
 
     def add(
         self,
@@ -147,7 +149,7 @@ class Localization:
         self.discs += int(bool(present) and not counted.all())
         levels = {name: levels_of(heat) for name, heat in heats.items()}
         places = {}
-        for name, level in levels.items():
+        for name, level in levels.items() if self.marked else ():
             place = froc.peaks(heats[name], int(tolerance))
             places[name] = place[(counted & (level > 0))[tuple(place.T)]]  # marks on the disc are none
         close = np.zeros_like(union)
@@ -164,9 +166,9 @@ class Localization:
                 own.hits.setdefault(name, []).append(pointing(heat, near, counted))
                 at = places[name][near[tuple(places[name].T)]]
                 own.found.setdefault(name, []).append(spots.found(at, levels[name][tuple(at.T)]))
-        for name, level in levels.items():
-            at = places[name][~close[tuple(places[name].T)]]
-            self.marks.setdefault(name, []).append(level[tuple(at.T)])
+        for name, place in places.items():
+            at = place[~close[tuple(place.T)]]
+            self.marks.setdefault(name, []).append(levels[name][tuple(at.T)])
         if not present:
             self.healthy.rows.append(row)
             for name, heat in heats.items():

@@ -19,6 +19,7 @@ NAMES = {
     "evidence": "attention × CAM",
     "mean": "mean map",
 }
+LOST = 0.5  # share of the val pictures with disease whose CAM is flat, above which a network has lost its CAM
 _EPS = 1e-5
 
 

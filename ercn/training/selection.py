@@ -3,7 +3,7 @@
     score = sum over the grid's ``choose`` of weight · mean over seeds of the column
 
 The row of the highest score wins, in its group and of all. A row is eligible where all its seeds are finished, it has
-every column that counts, and no seed lost its CAM (``ablation_table.LOST``); where each such row lost some, that is no
+every column that counts, and no seed lost its CAM (``maps.LOST``); where each such row lost some, that is no
 hindrance. The second, against which the margin is told, is the best eligible row with other cells; the difference is
 taken draw by draw of the same validation patients. Its interval says nothing about the seeds: for them, in how many of
 them the winner is ahead.

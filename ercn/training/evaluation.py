@@ -73,13 +73,14 @@ def collect(
 
     Where some have masks, the references are measured beside the maps: "contrast", by the filter ``info["contrast"]``;
     "stride_ceiling", what the masks themselves would be on the grid of the CAM; and "supervised", by ``ceiling``, from
-    pictures as the model sees them [B, 3, S, S] to maps [B, S, S]. Without that
-    key, all filters are tried and the one of the highest AUPR on these pictures is kept, so they must be validation's.
+    pictures as the model sees them [B, 3, S, S] to maps [B, S, S]. Without that key, all filters are tried and the one
+    of the highest AUPR on these pictures is kept, so they must be validation's; where it is "", there is none.
     """
     config = info["config"]
     chosen = info.get("contrast")
     filters = list(FILTERS) if chosen is None else [chosen] if chosen else []
-    if not any(record.masks for record in records):
+    masked = any(record.masks for record in records)
+    if not masked:
         filters, ceiling = [], None
     dataset = picture_dataset(records, info["mean"], info["std"], config.data, seed=0, augment=False, with_masks=True)
     loader = make_loader(dataset, batch_size, workers)
@@ -100,8 +101,9 @@ def collect(
             disc = masks.pop(OPTIC_DISC)
             healthy = records[index].grade == 0
             references = {}
-            if filters and (healthy or records[index].masks):
-                references |= contrasts(as_picture(batch["image"][i], info["mean"], info["std"]), filters)
+            if masked and (healthy or records[index].masks):
+                if filters:
+                    references |= contrasts(as_picture(batch["image"][i], info["mean"], info["std"]), filters)
                 union = np.logical_or.reduce(list(masks.values()))
                 references["stride_ceiling"] = ceiling_of(union, maps["cam"].shape[1:], corners)
             if told is not None:

@@ -44,8 +44,8 @@ def module_of(kind):
     if kind == "train":
         config = TrainConfig(
             data=DATA,
-            model=ModelConfig(backbone="test_resnet", embed_dim=8, pool_dim=8, detach=False),
-            loss=LossConfig(transform="affine", min_pool=0.5),
+            model=ModelConfig(backbone="test_resnet", embed_dim=8, pool_dim=8, refinement=("affinity",), detach=False),
+            loss=LossConfig(transform="affine", ecr=1.0, consistency=0.1, min_pool=0.5),
         )
         return ERCNModule(ERCN(config.model), config, class_weight=torch.linspace(0.5, 2, 5)).double()
     config = PretrainConfig(data=DATA, backbone="test_resnet", method=kind, projection_dim=8, momentum=0.9)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ercn.config import PrepareConfig
 from ercn.data import DataError, Manifest, PictureDataset, collate, prepare
-from ercn.data.dataset import to_tensor
+from ercn.data.dataset import contrastive_transform, to_tensor, training_transform
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,30 @@ def test_augmentation_is_mild_and_contrast_is_not(manifest):
         return np.mean([(data[i]["image"] - plain[i]["image"]).mean((1, 2)).abs().mean().item() for i in range(20)])
 
     assert 0.01 < color_shift(mild) < color_shift(strong) < 1.0
+
+
+@pytest.mark.parametrize("transform", [training_transform, contrastive_transform])
+def test_where_the_local_mean_is_gone_gray_stays_gray(transform):
+    """Gray is turned on gray without a seam, and no brighter or darker; on black, where that is around, it varies."""
+    gray = torch.full((3, 40, 40), 128, dtype=torch.uint8)
+    even, black = transform(40, 128), transform(40)
+    levels, corners = [], []
+    torch.manual_seed(0)
+    for _ in range(24):
+        assert ((even(gray).float() - 128).abs() <= 3).all()  # each jitter may lose a level
+        view = black(gray)
+        levels.append(view[:, 20, 20].float().mean().item())
+        corners.append(int(view[:, (0, 0, -1, -1), (0, -1, 0, -1)].min()))
+    assert np.ptp(levels) > 20 and 0 in corners
+
+
+def test_where_the_local_mean_is_gone_contrast_is_varied(manifest):
+    options = {"augment": True, "surround": 128}
+    data = PictureDataset(manifest.records, 48, mean=manifest.mean, std=manifest.std, **options)
+    first = data[0]["image"]
+    data.set_epoch(1)
+    assert not torch.equal(data[0]["image"], first)
+    assert not torch.equal(dataset(manifest, augment=True)[0]["image"], first)
 
 
 def test_masks_are_those_of_the_lesions_and_of_the_optic_disc(manifest):

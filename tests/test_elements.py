@@ -147,7 +147,7 @@ def test_turned_pictures_have_turned_evidence_and_refinement(name, stride, refin
     torch.manual_seed(0)
     config = ModelConfig(backbone=name, output_stride=stride, embed_dim=8, pool_dim=16, mask="off", evidence=evidence)
     settings = {"refine_stride": refine_stride, "refine_stages": (0, 1) if refine_stride else (-3, -2)}
-    model = mirrored_kernels(ERCN(ModelConfig(**vars(config) | settings)))
+    model = mirrored_kernels(ERCN(ModelConfig(**vars(config) | settings | {"refinement": ("affinity",)})))
     for side in (65, 64):
         assert_turns_with_the_picture(model, side)
 

@@ -21,7 +21,7 @@ from ercn.training.evaluation import collect
 from ercn.training.filters import FILTERS, contrasts
 from ercn.training.infer import Views
 from ercn.training.localization import Localization
-from ercn.training.maps import NAMES
+from ercn.training.maps import NAMES, ceiling_of
 from ercn.training.metrics import SPECIFICITIES, debiased_calibration_error
 from ercn.training.pictures import picture_dataset
 
@@ -115,7 +115,7 @@ def test_the_filter_is_chosen_on_validation_and_measured_apart(root, monkeypatch
     monkeypatch.setattr(evaluation, "contrasts", watched)
     local = evaluated(root)["localization"]
     assert set(tried) == {(info["contrast"],)}
-    assert list(local["references"]) == ["contrast"] and not set(local["maps"]) - set(NAMES)
+    assert set(local["references"]) == {"contrast", "stride_ceiling"} and not set(local["maps"]) - set(NAMES)
     assert local["references"]["contrast"]["iou"]["threshold"] == info["thresholds"]["maps"]["contrast"]
     assert local["contrast"] == info["contrast"]
 
@@ -127,7 +127,8 @@ def test_an_export_that_knows_no_filter_gets_none_on_the_test_pictures(root, tmp
     del exported["contrast"], exported["thresholds"]["specificity"]
     path.write_text(json.dumps(exported))
     result = evaluated(tmp_path)
-    assert result["localization"]["references"] == {} and result["localization"]["contrast"] == ""
+    assert list(result["localization"]["references"]) == ["stride_ceiling"]  # which needs none
+    assert result["localization"]["contrast"] == ""
     assert result["fixed_specificity"]["0.95"].keys() == {"threshold", "roc_sensitivity"}
 
 
@@ -146,7 +147,7 @@ def test_a_ceiling_is_measured_beside_the_maps_with_its_own_threshold(root, monk
     monkeypatch.setattr(evaluation, "load_ceiling", lambda folder, device: Green())
     plain = evaluated(root)["localization"]
     local = evaluated(root, ceiling="unet")["localization"]
-    assert set(local["references"]) == {"contrast", "supervised"} and local["maps"] == plain["maps"]
+    assert set(local["references"]) == {"contrast", "stride_ceiling", "supervised"} and local["maps"] == plain["maps"]
     assert local["references"]["contrast"] == plain["references"]["contrast"]
     assert 0 < local["references"]["supervised"]["iou"]["threshold"] < 1
     assert all(0 <= image.min() + 1e-5 and image.max() < 1 + 1e-5 for image in seen)  # 0 to 1 again, in its own scale
@@ -167,16 +168,21 @@ def test_a_trained_u_net_is_read_from_its_run(root):
     records, config = manifest.split("test"), info["config"].data
     options = {"seed": 0, "augment": False, "with_masks": True}
     dataset = picture_dataset(records, manifest.mean, manifest.std, config, **options)
-    own = Localization()
+    own, stride = Localization(), Localization()
     with torch.inference_mode():
         for item in map(dataset.__getitem__, range(len(records))):
             heat = network.eval()(item["image"][None]).sigmoid()[0].numpy()
             *lesions, disc = item["masks"].numpy()
             patient = records[item["index"]].patient
-            own.add({"it": heat}, dict(zip(dataset.mask_kinds, lesions)), patient, disc, healthy=item["grade"] == 0)
-    expected = own.summary({}, draws=0, seed=0)["maps"]["it"]
-    for key in ("aupr", "froc", "pointing"):
-        assert local["references"]["supervised"][key]["value"] == pytest.approx(expected[key]["value"])
+            about = dict(zip(dataset.mask_kinds, lesions)), patient, disc
+            own.add({"it": heat}, *about, healthy=item["grade"] == 0)
+            best = ceiling_of(np.logical_or.reduce(lesions), (5, 5), True)  # 65 px at stride 16
+            stride.add({"it": best}, *about, healthy=item["grade"] == 0)
+    for name, counted in (("supervised", own), ("stride_ceiling", stride)):
+        expected = counted.summary({}, draws=0, seed=0)["maps"]["it"]
+        for key in ("aupr", "froc", "pointing"):
+            assert local["references"][name][key]["value"] == pytest.approx(expected[key]["value"])
+    assert local["references"]["stride_ceiling"]["aupr"]["value"] > 2 * local["maps"]["cam"]["aupr"]["value"]
 
 
 def test_healthy_eyes_are_those_of_grade_0_also_without_masks(root):

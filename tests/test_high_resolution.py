@@ -20,7 +20,8 @@ from ercn.training.planning import changes, footprint
 from ercn.training.pretraining import Contrastive
 from ercn.transforms import sample_transform
 
-SMALL = ModelConfig(backbone="test_resnet", output_stride=8, embed_dim=8, pool_dim=8)
+SMALL = ModelConfig(backbone="test_resnet", output_stride=8, embed_dim=8, pool_dim=8, refinement=("affinity",))
+WHOLE = LossConfig(ecr=1.0, consistency=0.1)
 
 
 def step(backbone, run):
@@ -69,7 +70,7 @@ def test_maps_of_any_aspect_ratio(kind, size):
     model = ERCN(SMALL).double()
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     transform = sample_transform(kind, torch.Generator().manual_seed(0), size=size, align_corners=model.align_corners)
-    losses = LossConfig(min_pool=1.0)
+    losses = replace(WHOLE, min_pool=1.0)
     found = []
     for backend in ("cpu", "reference"):
         with use_backend(backend):
@@ -96,7 +97,9 @@ def test_settings_of_a_run_reach_the_network():
 
 
 BASE = TrainConfig(
-    data=DataConfig(image_size=224, batch_size=2), model=ModelConfig(backbone="resnet18", output_stride=8)
+    data=DataConfig(image_size=224, batch_size=2),
+    model=ModelConfig(backbone="resnet18", output_stride=8, refinement=("affinity",)),
+    loss=WHOLE,
 )
 
 

@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from _stubs import Tents
 
 from ercn.config import EvaluateConfig, ModelConfig, PredictConfig
 from ercn.elements import GEOMETRY, exact_side, resize
+from ercn.losses import add_background
 from ercn.models import ERCN, ERCNOutput
 from ercn.training.infer import ONE_VIEW, Views, forward, see
-from ercn.training.maps import NAMES, enlarge, heat_maps, merge
+from ercn.training.maps import NAMES, ceiling_of, enlarge, flat, heat_maps, merge
 
 CONFIG = ModelConfig(confidence="relative", evidence="separate")
 VIEWS = Views((1.0, 0.5, 2.0), True)
@@ -43,7 +45,9 @@ def symmetric(seed=0, geometry=GEOMETRY, **changes):
     return model
 
 
-@pytest.mark.parametrize("changes", [{}, {"refine_stride": 4, "evidence": "classwise"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"refinement": ("affinity",), "refine_stride": 4, "evidence": "classwise"}], ids=str
+)
 @pytest.mark.parametrize("side", [97, 96])
 def test_of_an_equivariant_network_mirrored_views_change_nothing(side, changes):
     model, image = symmetric(**changes), torch.rand(2, 3, side, side, dtype=torch.float64)
@@ -109,6 +113,100 @@ def test_enlarge(align_corners):
     torch.testing.assert_close(row, expected)
 
 
+@both_alignments
+@pytest.mark.parametrize("stride, n", [(8, 5), (5, 7)])
+def test_the_ceiling_of_a_stride(align_corners, stride, n):
+    """An element's share of a mask by a triangle that ends at its neighbours' places, drawn by interpolation."""
+    place = stride * np.arange(n) if align_corners else stride * (np.arange(n) + 0.5) - 0.5
+    side = stride * (n - 1) + 1 if align_corners else stride * n
+    pixel = np.arange(side)
+    weight = np.maximum(1 - np.abs(place[:, None] - pixel) / stride, 0)
+    weight /= weight.sum(1, keepdims=True)
+    draw = np.stack([np.interp(pixel, place, one) for one in np.eye(n)])  # [n, side]
+    mask = np.random.default_rng(0).random((side, side)) < 0.2
+    found = ceiling_of(mask, (n, n), align_corners)
+    assert found.shape == mask.shape and found.dtype == np.float32
+    np.testing.assert_allclose(found, draw.T @ (weight @ mask @ weight.T) @ draw, atol=1e-6)
+    assert not ceiling_of(np.zeros_like(mask), (n, n), align_corners).any()
+    np.testing.assert_allclose(ceiling_of(np.ones_like(mask), (n, n), align_corners), 1, atol=1e-6)
+
+
+@both_alignments
+def test_the_ceiling_of_a_lesion_of_one_element(align_corners):
+    """The element has it all but the corners of its triangle, and its eight neighbours have those."""
+    side = 33 if align_corners else 40
+    mask = np.zeros((side, side), bool)
+    if align_corners:
+        mask[13:20, 5:12] = True  # 7 pixels a side about element (2, 1)
+    else:
+        mask[16:24, 16:24] = True  # the cell of element (2, 2)
+    found = ceiling_of(mask, (5, 5), align_corners)
+    own, beside = (0.6875, 0.09375) if align_corners else (0.75, 0.125)  # sums of 1 - |d| / 8, over 8
+    if align_corners:
+        assert found[16, 8] == found.max() == pytest.approx(own**2)
+        assert found[8, 8] == found[16, 16] == pytest.approx(own * beside)
+        assert found[8, 16] == pytest.approx(beside**2) and found[0].max() == 0 == found[:, 24:].max()
+    else:
+        assert found.max() == pytest.approx(((15 * own + beside) / 16) ** 2)  # between pixels, 1/16 to the neighbours
+    seen = np.argwhere(found > found.max() - 1e-5).mean(0)
+    assert seen == pytest.approx(np.argwhere(mask).mean(0))
+
+
+FLAT = {"relu": ("nowhere", "constant", "low"), "softplus": ("constant", "low")}
+FLAT |= {"gem": FLAT["softplus"], "lse": FLAT["relu"], "topk": FLAT["relu"], "linear": FLAT["relu"]}
+
+
+@pytest.mark.parametrize("cam_pool", FLAT)
+def test_flat(cam_pool):
+    """Nowhere positive there still is evidence under a softplus; one spot in one channel is enough, a slope is not."""
+    slope = torch.linspace(0, 1, 36).view(6, 6)
+    spot = torch.zeros(6, 6)
+    spot[2, 3] = 1
+    channels = {
+        "nowhere": -3 + 2 * slope,
+        "constant": torch.full((6, 6), 0.7),
+        "low": torch.full((6, 6), -60.0),
+        "spot": spot * 4 - 2,
+        "gentle": 5 + slope,
+    }
+    cam = torch.stack([torch.stack([channel] * 4) for channel in channels.values()])
+    found = flat(cam, replace(CONFIG, cam_pool=cam_pool))
+    assert found.dtype == torch.bool and found.shape == (len(channels),)
+    expected = {*FLAT[cam_pool], "gentle"}
+    assert {name for name, is_flat in zip(channels, found.tolist()) if is_flat} == expected
+    cam[1, 2] = channels["spot"]
+    assert flat(cam, replace(CONFIG, cam_pool=cam_pool)).tolist()[1:] == [False, True, False, True]
+    assert flat(cam.half(), replace(CONFIG, cam_pool=cam_pool)).tolist()[1:] == [False, True, False, True]
+
+
+def test_flat_begins_at_a_tenth():
+    for low, is_flat in ((0.88, False), (0.92, True)):
+        cam = torch.full((1, 1, 10, 10), low)
+        cam[..., 0, 0] = 1  # the mean is low + (1 - low) / 100
+        assert flat(cam, replace(CONFIG, cam_pool="relu")).item() is is_flat
+
+
+@pytest.mark.parametrize("cam_pool", ["relu", "gem"])
+@pytest.mark.parametrize("evidence", ["shared", "classwise", "additive", "separate"])
+def test_the_evidence_map(evidence, cam_pool):
+    """Attention times what the CAM's activation leaves; in the CAM of the additive form the attention already is."""
+    generator = torch.Generator().manual_seed(0)
+    cam = torch.randn(2, 4, 6, 7, generator=generator)
+    scores = torch.randn(2, 4 if evidence == "classwise" else 1, 6, 7, generator=generator)
+    logits = torch.randn(2, 4, generator=generator)
+    output = ERCNOutput(logits, logits, logits, cam, torch.rand(2, 5, 6, 7, generator=generator), cam[:, :1], scores)
+    maps = heat_maps(output, replace(CONFIG, evidence=evidence, cam_pool=cam_pool), True)
+    if evidence == "separate":
+        assert "evidence" not in maps
+        return
+    act = torch.log1p(cam.exp()) if cam_pool == "gem" else cam.clamp_min(0)
+    if evidence != "additive":
+        act = act * scores.exp() / scores.exp().sum((2, 3), keepdim=True)
+    expected = logits.sigmoid()[:, :, None, None] * act / act.amax((2, 3), keepdim=True)
+    torch.testing.assert_close(maps["evidence"], expected.amax(1), rtol=2e-3, atol=0)  # 1e-5 under the fraction
+    assert torch.equal(maps["evidence"], maps["cam"]) == (evidence == "additive")
+
+
 def test_the_grades_are_those_of_the_picture_as_it_is():
     model, image = symmetric(), torch.rand(2, 3, 97, 97, dtype=torch.float64)
     with torch.no_grad():
@@ -137,16 +235,16 @@ def test_the_mean_map_is_the_mean_of_the_maps_that_there_are(align_corners):
 
 @pytest.mark.parametrize("confidence", ["absolute", "relative"])
 def test_the_refined_map_is_as_hot_as_it_is_confident(confidence):
-    """Absolutely it is the refined CAM itself; relatively its channels' shares of their maxima, times probabilities."""
+    """Each channel's share of its maximum, times its probability once, though absolute confidence has that in it."""
     generator = torch.Generator().manual_seed(0)
-    refined = 0.4 * torch.rand(2, 5, 6, 6, generator=generator)
+    share, cam = 0.4 * torch.rand(2, 4, 6, 6, generator=generator), torch.randn(2, 4, 6, 6, generator=generator)
     logits = torch.randn(2, 4, generator=generator)
-    output = ERCNOutput(logits, logits, None, torch.randn(2, 4, 6, 6, generator=generator), refined, refined, None)
-    heat = heat_maps(output, replace(CONFIG, confidence=confidence), True)["refined_cam"]
-    foreground = refined[:, 1:]
-    if confidence == "relative":
-        foreground = logits.sigmoid()[:, :, None, None] * foreground / (foreground.amax((2, 3), keepdim=True) + 1e-5)
-    torch.testing.assert_close(heat, foreground.amax(1))
+    p = logits.sigmoid()[:, :, None, None]
+    refined = add_background(p * share if confidence == "absolute" else share)
+    output = ERCNOutput(logits, logits, None, cam, refined, refined[:, :1], None)
+    heat = heat_maps(output, replace(CONFIG, confidence=confidence), True)
+    expected = (p * share / share.amax((2, 3), keepdim=True)).amax(1)
+    torch.testing.assert_close(heat["refined_cam"], expected, rtol=1e-3, atol=0)  # 1e-5 under the fraction
 
 
 @pytest.mark.parametrize("config", [EvaluateConfig, PredictConfig])

@@ -1,6 +1,7 @@
 """The network, its objective and the presets, on small backbones and small pictures."""
 
 import dataclasses
+import doctest
 import importlib.resources
 import math
 import subprocess
@@ -18,10 +19,12 @@ from ercn.config import LossConfig, ModelConfig, TrainConfig, from_dict, preset
 from ercn.elements import resize
 from ercn.models import ERCN, create_backbone, foreground_channels, grade_probabilities, targets_from_grades
 from ercn.objective import ercn_loss
+from ercn.training.fit import check_losses
 from ercn.training.maps import heat_maps
 from ercn.transforms import Flip, Identity, Rescale, sample_transform
 
-SMALL = ModelConfig(backbone="test_resnet", embed_dim=16, pool_dim=8)
+SMALL = ModelConfig(backbone="test_resnet", embed_dim=16, pool_dim=8, cam_pool="relu", refinement=("affinity",))
+WHOLE = LossConfig(er=0.1, ecr=1.0, consistency=0.1, transform="flip", warmup_epochs=0)
 
 
 def build(**changes):
@@ -172,15 +175,45 @@ def test_confidence():
     assert foreground["relative", 0.0].max() > 0.5
 
 
-def test_absolute_confidence_is_the_relative_one_times_the_probability():
-    for targets in ("ordinal", "onehot"):
-        model = drawn(build(steps=0, mask="off", targets=targets)).eval()
-        out = model(pictures())
-        logits = out.logits
-        p = logits.sigmoid() if targets == "ordinal" else F.pad(logits, (1, 0)).softmax(1)[:, 1:]
-        foreground = p[:, :, None, None] * losses.normalize_cam(out.cam.relu())[:, 1:]
-        torch.testing.assert_close(out.refined_cam[:, 1:], foreground)
-        torch.testing.assert_close(out.refined_cam[:, 0], 1 - foreground.amax(1))
+class Drawn(torch.nn.Module):
+    """A classifier whose CAM has both signs in every channel."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x):
+        shape = len(x), self.channels, *x.shape[2:]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+
+
+@pytest.mark.parametrize("targets", ["ordinal", "onehot", "referable"])
+@pytest.mark.parametrize("cam_pool", ["relu", "softplus", "lse"])
+def test_absolute_confidence_keeps_every_class(targets, cam_pool):
+    """p_k · act_k / max act_k of each channel, whatever the others are; the background is what the largest leaves."""
+    changes = {"refinement": (), "mask": "off", "evidence": "separate", "targets": targets, "cam_pool": cam_pool}
+    model = drawn(build(**changes).double()).eval()
+    model.classifier = Drawn(foreground_channels(model.config))
+    out = model(pictures().double())
+    logits = out.logits
+    p = F.pad(logits, (1, 0)).softmax(1)[:, 1:] if targets == "onehot" else logits.sigmoid()
+    act = torch.log1p(out.cam.exp()) if cam_pool == "softplus" else out.cam.clamp_min(0)
+    foreground = p[:, :, None, None] * act / act.amax((2, 3), keepdim=True)
+    if foreground.shape[1] > 1:
+        assert ((foreground > 0.01).sum(1) > 1).any()  # of which only one would be left
+    torch.testing.assert_close(out.refined_cam[:, 1:], foreground, rtol=1e-3, atol=0)  # 1e-5 under the fraction
+    assert torch.equal(out.refined_cam[:, 0], 1 - out.refined_cam[:, 1:].amax(1))
+
+
+@pytest.mark.parametrize("cam_pool", ["relu", "softplus"])
+def test_relative_confidence_is_that_of_seam(cam_pool):
+    changes = {"refinement": (), "mask": "off", "evidence": "separate", "confidence": "relative", "cam_pool": cam_pool}
+    model = build(**changes).eval()
+    model.classifier = Drawn(4)
+    out = model(pictures())
+    evidence = F.softplus(out.cam) if cam_pool == "softplus" else out.cam
+    assert torch.equal(out.refined_cam, losses.normalize_cam(evidence))
+    assert ((out.refined_cam[:, 1:] > 0).sum(1) <= 1).all()
 
 
 @pytest.mark.parametrize(
@@ -194,15 +227,11 @@ def test_absolute_confidence_is_the_relative_one_times_the_probability():
         ("convnext_atto", 32, 4, (16, 24)),
     ],
 )
-@pytest.mark.parametrize("steps", [0, 1])
-def test_refine_stride(backbone, stride, refine, grid, steps):
+def test_refine_stride(backbone, stride, refine, grid):
     """The affinity is on its own grid, with the listed stages and the picture, the mask and the CAM on theirs."""
-    config = {"backbone": backbone, "output_stride": stride, "refine_stride": refine, "steps": steps}
+    config = {"backbone": backbone, "output_stride": stride, "refine_stride": refine}
     model = build(**config, refine_stages=(0, -2)).eval()
     image = pictures(2, 65, 97) if model.align_corners else pictures(2, 64, 96)
-    if not steps:
-        assert model(image).refined_cam.shape == (2, 5, *grid)
-        return
     out, (propagated, features, picture) = capture_propagated(model, image)
     assert out.refined_cam.shape == (2, 5, *grid) and propagated.shape[2:] == grid
     assert out.mask.shape[2:] == out.cam.shape[2:] == tuple(side // stride + model.align_corners for side in (64, 96))
@@ -212,6 +241,96 @@ def test_refine_stride(backbone, stride, refine, grid, steps):
         torch.testing.assert_close(picture, resize(image, grid, model.align_corners, antialias=True))
     else:
         assert picture is image
+
+
+def same_weights(model, **changes):
+    """A network of other settings with the model's weights, in its mode."""
+    other = ERCN(replace(model.config, **changes))
+    other.load_state_dict(model.state_dict())
+    return other.train(model.training)
+
+
+@pytest.mark.parametrize("refine_stride", [0, 4])
+@pytest.mark.parametrize("size", [(65, 97), (64, 96)])
+def test_the_refined_map_is_on_the_grid_of_its_last_refinement(refine_stride, size):
+    """The CAM's, that of the affinity, or the picture's where its map is exact; PAMR is left out while training."""
+    model = drawn(build(output_stride=8, refine_stride=refine_stride, pamr_steps=2)).eval()
+    cam, affinity, picture = (9, 13), (17, 25) if refine_stride else (9, 13), (65, 97)
+    grids = {
+        (): (cam, cam),
+        ("affinity",): (affinity, affinity),
+        ("pamr",): (picture, cam),
+        ("affinity", "pamr"): (picture, affinity),
+    }
+    seen = {}
+    for refinement, (grid, trained) in grids.items():
+        other = same_weights(model, refinement=refinement)
+        seen[refinement] = other(pictures(2, *size)).refined_cam
+        assert seen[refinement].shape == (2, 5, *grid)
+        assert other.train()(pictures(2, *size)).refined_cam.shape == (2, 5, *trained)
+        assert (seen[refinement] >= 0).all() and (seen[refinement] <= 1 + 1e-5).all()
+        if not refinement or refinement[-1] == "pamr":
+            assert torch.equal(seen[refinement][:, 0], 1 - seen[refinement][:, 1:].amax(1))
+    assert not torch.equal(seen["pamr",], seen["affinity", "pamr"])
+
+
+def test_pamr_is_left_out_while_training():
+    model = drawn(build(output_stride=8)).train()
+    image = pictures()
+    lists = (), ("pamr",), ("affinity",), ("affinity", "pamr")
+    refined = {names: same_weights(model, refinement=names)(image).refined_cam for names in lists}
+    assert torch.equal(refined["pamr",], refined[()])
+    assert torch.equal(refined["affinity", "pamr"], refined["affinity",])
+    assert not torch.equal(refined["affinity",], refined[()])
+
+
+@pytest.mark.parametrize("refinement", [("affinity",), ("affinity", "pamr")])
+def test_without_refinement_the_map_is_the_masked_one(refinement, monkeypatch):
+    model = drawn(build(output_stride=8, refinement=refinement)).eval()
+    expected = same_weights(model, refinement=())(pictures())
+    monkeypatch.setattr(models, "PixelAdaptiveRefinement", None)  # neither is called
+    monkeypatch.setattr(model.refinement, "forward", None)
+    out = model(pictures(), refine=False)
+    for name, value in expected._asdict().items():
+        assert torch.equal(getattr(out, name), value), name
+
+
+@pytest.mark.parametrize("reach, steps", [(0.3, 20), (0.05, 3)])
+def test_pamr_of_the_model(reach, steps, monkeypatch):
+    """On the masked CAM at the size at which the picture is exact; the distances are a share of its shorter side."""
+    model = drawn(build(output_stride=8, refinement=("pamr",), pamr_reach=reach, pamr_steps=steps)).eval()
+    made = []
+
+    class Watched(models.PixelAdaptiveRefinement):
+        def forward(self, cam, image):
+            made.append((self, cam, image))
+            return super().forward(cam, image)
+
+    monkeypatch.setattr(models, "PixelAdaptiveRefinement", Watched)
+    image = pictures(2, 64, 96)
+    out = model(image)
+    ((layer, cam, seen),) = made
+    assert layer.dilations == ((1, 2, 4, 8, 16, 20) if reach == 0.3 else (1, 2, 3)) and layer.steps == steps
+    torch.testing.assert_close(seen, resize(image, (65, 97), True))
+    masked = model(image, refine=False).refined_cam[:, 1:]
+    torch.testing.assert_close(cam, resize(masked, (65, 97), True))
+    torch.testing.assert_close(out.refined_cam, losses.add_background(layer(cam, seen)))
+    assert not out.refined_cam.requires_grad and not torch.equal(out.refined_cam[:, 1:], cam)
+
+
+@pytest.mark.parametrize(
+    "side, reach, expected",
+    [(161, 0.3, [1, 2, 4, 8, 16, 32, 48]), (100, 0.32, [1, 2, 4, 8, 16, 32]), (10, 0.01, [1]), (20, 0.1, [1, 2])],
+)
+def test_dilations(side, reach, expected):
+    assert models.dilations(side, reach) == expected
+
+
+@pytest.mark.parametrize("name", ["elements", "models", "grad_checkpointing", "training.calibration"])
+def test_docstring_examples(name):
+    module = importlib.import_module(f"ercn.{name}")
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
 
 
 @pytest.mark.parametrize("fusion", ["cam", "mil", "mean"])
@@ -264,13 +383,13 @@ def test_patches_are_encoded_each_on_its_own():
         build(patch=40)
 
 
-def test_without_steps_the_refined_map_is_the_masked_one():
-    model = build(steps=0, output_stride=8, confidence="relative").eval()
+def test_of_no_refinements_the_refined_map_is_the_masked_one():
+    model = build(refinement=(), output_stride=8, confidence="relative").eval()
     out = model(pictures())
     confidence = losses.normalize_cam(out.cam)
     torch.testing.assert_close(out.refined_cam[:, 1:], out.mask * confidence[:, 1:])
     torch.testing.assert_close(out.refined_cam.detach()[:, 0], 1 - out.refined_cam.detach()[:, 1:].amax(1))
-    assert model.state_dict().keys() == build().state_dict().keys()  # weights fit, whatever the steps
+    assert model.state_dict().keys() == build().state_dict().keys()  # weights fit, whatever is done to the map
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard", "off"])
@@ -434,7 +553,7 @@ def test_autocast():
     model = build()
     with torch.autocast("cpu", torch.bfloat16):
         total, terms = ercn_loss(
-            model, pictures(), torch.tensor([0, 3]), SMALL, LossConfig(min_pool=1.0), Rescale(0.5)
+            model, pictures(), torch.tensor([0, 3]), SMALL, replace(WHOLE, min_pool=1.0), Rescale(0.5)
         )
         out = model(pictures())
     assert total.dtype == out.refined_cam.dtype == torch.float32 and all(t.isfinite() for t in terms.values())
@@ -582,7 +701,7 @@ def test_one_view_is_chikontwe():
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     image, grade = pictures(), torch.tensor([1, 3])
-    loss_config = LossConfig(ecr=0.0, transform="none", scale_refined=True)
+    loss_config = replace(WHOLE, ecr=0.0, transform="none", scale_refined=True)
     _, terms = ercn_loss(model, image, grade, model.config, loss_config, Identity())
     assert len(calls) == 1 and list(terms) == ["cls", "er", "consistency"]
     out = model(image)
@@ -639,7 +758,7 @@ def test_training_learns():
     model = ERCN(config)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(25):
-        total, _ = ercn_loss(model, image, grade, config, LossConfig(transform="flip"), Flip(3))
+        total, _ = ercn_loss(model, image, grade, config, WHOLE, Flip(3))
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -647,36 +766,44 @@ def test_training_learns():
     assert torch.equal(grade_probabilities(model(image).logits, config).argmax(1), grade)
 
 
-# What a method changes against our reading; everything else in the presets is equal.
-DIFFERENCES = {
-    "ercn": {"model": {"cam_scale"}},
+# What a preset says whatever the defaults are, which "ercn" has; in all else it equals them. For the demo only what.
+NO_MIL = {"pool": "none", "fusion": "cam"}
+OF_SEAM = {"cam_pool": "linear", "cam_scale": 10.0, "center": False, "confidence": "relative"}
+OF_SEAM |= {"refinement": ("affinity",), "steps": 1, "refine_stride": 0, "detach": True}
+ONE_VIEW = {"er": 1.0, "ecr": 0.0, "consistency": 1.0, "min_pool": 0.0, "transform": "none"}
+TWO_VIEWS = {"er": 0.2, "ecr": 1.0, "consistency": 0.0, "min_pool": 1.0, "transform": "rescale", "rescale": 0.3}
+PRESETS = {
+    "ercn": {},
     "seam": {
-        "model": {"output_stride", "cam_pool", "cam_scale", "center", "confidence", "mask", "pool", "fusion"}
-        | {"dropout"},
-        "loss": {"er", "consistency", "min_pool", "scale_refined", "transform", "hard_fraction"},
-        "run": {"out", "freeze_batchnorm"},
+        "model": OF_SEAM | NO_MIL | {"output_stride": 8, "embed_dim": 192, "mask": "off", "dropout": 0.5},
+        "loss": {"cls": 1.0, **TWO_VIEWS, "scale_refined": True, "hard_fraction": 0.84, "warmup_epochs": 0},
+        "run": {"out": "runs/seam", "freeze_batchnorm": True},
     },
     "chikontwe": {
-        "model": {"cam_pool", "cam_scale", "embed_dim", "center", "confidence", "mask", "pool", "fusion"},
-        "loss": {"er", "ecr", "consistency", "consistency_eps", "scale_refined", "detach_refined", "transform"},
-        "run": {"out"},
+        "model": OF_SEAM | NO_MIL | {"embed_dim": 64, "mask": "hard", "mask_thresholds": (0.2, 0.3, 0.4)},
+        "loss": {"cls": 1.0, **ONE_VIEW, "consistency_eps": 1e-10, "scale_refined": True, "detach_refined": False}
+        | {"warmup_epochs": 0},
+        "run": {"out": "runs/chikontwe"},
     },
     "demo": {
-        "data": {"image_size", "batch_size"},
-        "model": {"backbone", "embed_dim", "cam_scale"},
-        "loss": {"warmup_epochs"},
-        "run": {"out", "epochs"},
+        "data": {"image_size"},
+        "model": {"backbone", "output_stride", "embed_dim"},
+        "run": {"out", "epochs", "lr"},
     },
 }
 
 
-@pytest.mark.parametrize("name", DIFFERENCES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
     chosen, base = dataclasses.asdict(preset(name)), dataclasses.asdict(TrainConfig())
     assert chosen["init"] is None
     for section in ("data", "model", "loss", "run"):
+        own = PRESETS[name].get(section, {})
+        if isinstance(own, dict):
+            assert {key: chosen[section][key] for key in own} == own
         differing = {key for key in base[section] if chosen[section][key] != base[section][key]}
-        assert differing == DIFFERENCES[name].get(section, set())
+        assert differing <= set(own)
+    check_losses(preset(name))  # raises nothing
     text = (importlib.resources.files("ercn") / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
     written = yaml.safe_load(text)
     assert {k: set(v) if isinstance(v, dict) else v for k, v in written.items()} == {
@@ -684,7 +811,30 @@ def test_presets(name):
     }
 
 
-@pytest.mark.parametrize("name", DIFFERENCES)
+def test_every_preset_is_tested():
+    folder = importlib.resources.files("ercn") / "configs"
+    assert {file.name for file in folder.iterdir() if not file.is_dir()} == {f"{name}.yaml" for name in PRESETS}
+
+
+@pytest.mark.parametrize("name, weight", [("ecr", 0.5), ("min_pool", 2.0)])
+@pytest.mark.parametrize("refinement", [(), ("pamr",)])
+def test_a_loss_that_could_teach_nothing_is_refused(name, weight, refinement):
+    """With the gradient stopped, all that these terms train is the embedding of an affinity."""
+    others = LossConfig(er=1.0, ecr=0.0, consistency=1.0, min_pool=0.0)
+    config = TrainConfig(model=replace(SMALL, refinement=refinement), loss=replace(others, **{name: weight}))
+    assert config.model.detach
+    with pytest.raises(ValueError) as error:
+        check_losses(config)
+    assert str(error.value) == (
+        f"loss.{name} is {weight}, but it trains the embedding of the affinity, which model.refinement "
+        f"{list(refinement)} does not have; set it to 0 or add the affinity"
+    )
+    check_losses(replace(config, loss=others))
+    check_losses(replace(config, model=replace(config.model, detach=False)))
+    check_losses(replace(config, model=replace(config.model, refinement=("affinity", *refinement))))
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_train(name):
     recipe = preset(name)
     model_config = replace(recipe.model, backbone="test_resnet")
@@ -694,7 +844,10 @@ def test_presets_train(name):
     )
     total, _ = ercn_loss(model, pictures(2, 97, 97), torch.tensor([1, 4]), model_config, recipe.loss, transform)
     total.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())  # DDP needs all of them used
+    without = {name for name, p in model.named_parameters() if p.grad is None}  # the embedding of an affinity left out
+    affinity = {name for name, _ in model.named_parameters() if name.startswith("refinement.")}
+    assert without == (set() if "affinity" in model_config.refinement else affinity)
+    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if name not in without)
 
 
 def test_unknown_preset():

@@ -17,7 +17,7 @@ from ercn.training.localization import Localization
 from ercn.training.maps import heat_maps, maps_of
 from ercn.training.planning import changes, footprint
 
-SMALL = ModelConfig(backbone="test_resnet", output_stride=8, embed_dim=8, pool_dim=8)
+SMALL = ModelConfig(backbone="test_resnet", output_stride=8, embed_dim=8, pool_dim=8, refinement=("affinity",))
 EVIDENCE = ("shared", "classwise", "additive", "separate")
 
 

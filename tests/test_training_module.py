@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ercn.models import ERCN
+from ercn.models import ERCN, ERCNOutput
 from ercn.training.module import ERCNModule
 
 
@@ -40,3 +40,30 @@ def test_frozen_batchnorm_keeps_statistics_and_weights(freeze):
         assert not moved & of_norms
     else:
         assert of_norms <= moved
+
+
+@pytest.mark.parametrize("grades, expected", [([0, 1, 2, 4], 2 / 3), ([0, 0, 3, 3], 0.5), ([0, 0, 0, 0], 0.0)])
+def test_validation_tells_the_share_of_flat_cams_among_the_diseased(grades, expected):
+    """Of four pictures the first three have a CAM that points at nothing; in batches of two."""
+    config = _steps.module_of("train").config
+    cam = torch.full((4, 4, 6, 6), -1.0)
+    cam[1], cam[3, 2, 1, 4] = 0.5, 2.0
+    logits = torch.zeros(2, 4)
+
+    class Known(nn.Module):
+        def forward(self, image, *, refine=True):
+            assert not refine and len(image) == 2
+            part = cam[int(image[0, 0, 0, 0]) :][:2]
+            return ERCNOutput(logits, logits, None, part, part, part, None)
+
+    module = ERCNModule(Known(), replace(config, model=replace(config.model, cam_pool="relu")))
+    module.trainer = SimpleNamespace(world_size=1, global_rank=0)
+    logged = {}
+    module.log_dict = lambda values, **_: logged.update(values)
+    image = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    for first in (0, 2):
+        batch = {"image": image[first : first + 2], "grade": torch.tensor(grades[first : first + 2])}
+        module.validation_step(batch, first)
+    module.on_validation_epoch_end()
+    assert logged["val_flat_cam"] == pytest.approx(expected)
+    assert {"val_accuracy", "val_kappa", "val_loss"} < logged.keys() and module.validated == []

@@ -20,6 +20,8 @@ from ercn.training import pretrain, train
 from ercn.training.module import ERCNModule
 from ercn.training.pretraining import Contrastive
 
+MODEL = ModelConfig(backbone="mobilenetv3_small_050", embed_dim=16, pool_dim=16, dropout=0.2, refinement=("affinity",))
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -31,8 +33,8 @@ def data(tmp_path_factory):
 def train_config(data, out, **run):
     return TrainConfig(
         data=DataConfig(root=data, image_size=64, batch_size=4, workers=1),
-        model=ModelConfig(backbone="mobilenetv3_small_050", embed_dim=16, pool_dim=16, dropout=0.2),
-        loss=LossConfig(transform="all", warmup_epochs=1),
+        model=MODEL,
+        loss=LossConfig(transform="all", ecr=1.0, consistency=0.1, warmup_epochs=1),
         run=RunConfig(out=str(out), accelerator="cpu", **{"epochs": 4, "lr": 3e-3, "ema": 0.9, **run}),
     )
 

@@ -73,8 +73,8 @@ def collect(
 
     Where some have masks, the references are measured beside the maps: "contrast", by the filter ``info["contrast"]``;
     "stride_ceiling", what the masks themselves would be on the grid of the CAM; and "supervised", by ``ceiling``, from
-    pictures as the model sees them [B, 3, S, S] to maps [B, S, S]. Without that
-    key, all filters are tried and the one of the highest AUPR on these pictures is kept, so they must be validation's.
+    pictures as the model sees them [B, 3, S, S] to maps [B, S, S]. Without that key, all filters are tried and the one
+    of the highest AUPR on these pictures is kept, so they must be validation's; where it is "", there is none.
     """
     config = info["config"]
     chosen = info.get("contrast")
@@ -101,8 +101,9 @@ def collect(
             disc = masks.pop(OPTIC_DISC)
             healthy = records[index].grade == 0
             references = {}
-            if filters and (healthy or records[index].masks):
-                references |= contrasts(as_picture(batch["image"][i], info["mean"], info["std"]), filters)
+            if masked and (healthy or records[index].masks):
+                if filters:
+                    references |= contrasts(as_picture(batch["image"][i], info["mean"], info["std"]), filters)
                 union = np.logical_or.reduce(list(masks.values()))
                 references["stride_ceiling"] = ceiling_of(union, maps["cam"].shape[1:], corners)
             if told is not None:

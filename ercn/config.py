@@ -185,7 +185,8 @@ class DataConfig:
 
     root: that folder.
     image_size: side of the square pictures given to the network, in pixels. Best is a multiple of 32 and one more:
-        other sides are resized once more, to one at which the maps are symmetric (``ercn.elements``).
+        other sides are resized once more, to one at which the maps are symmetric (``ercn.elements``). With
+        ``model.patch`` it must be a multiple of that.
     batch_size: pictures per step and device.
     workers: loader processes.
     augment: flips, rotation, colour and scale jitter in training.

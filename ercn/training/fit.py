@@ -46,6 +46,7 @@ def train(config: TrainConfig) -> Path:
     check_classes(config, manifest)
     check_losses(config)
     check_batchnorm(config)
+    check_patches(config)
     info = describe(config, manifest)
     torch.manual_seed(derive(config.run.seed, "init"))
     model = ERCN(config.model)
@@ -104,6 +105,16 @@ def check_batchnorm(config: TrainConfig) -> None:
         raise ValueError(
             "run.freeze_batchnorm keeps BatchNorm as the pre-training has it, and there is none: give --init (a run of "
             "ercn pretrain) or --model.pretrained true, or set --run.freeze_batchnorm false"
+        )
+
+
+def check_patches(config: TrainConfig) -> None:
+    """Raises ValueError for pictures that patches do not fill."""
+    patch, size = config.model.patch, config.data.image_size
+    if patch and size % patch:
+        raise ValueError(
+            f"data.image_size must be a multiple of model.patch {patch}; got {size}, next to it is "
+            f"{max(1, round(size / patch)) * patch}"
         )
 
 

@@ -19,7 +19,7 @@ from ercn.config import LossConfig, ModelConfig, TrainConfig, from_dict, preset
 from ercn.elements import resize
 from ercn.models import ERCN, create_backbone, foreground_channels, grade_probabilities, targets_from_grades
 from ercn.objective import ercn_loss
-from ercn.training.fit import check_losses
+from ercn.training.fit import check_losses, check_patches
 from ercn.training.maps import heat_maps
 from ercn.transforms import Flip, Identity, Rescale, sample_transform
 
@@ -832,6 +832,15 @@ def test_a_loss_that_could_teach_nothing_is_refused(name, weight, refinement):
     check_losses(replace(config, loss=others))
     check_losses(replace(config, model=replace(config.model, detach=False)))
     check_losses(replace(config, model=replace(config.model, refinement=("affinity", *refinement))))
+
+
+def test_pictures_that_patches_do_not_fill_are_refused():
+    config = TrainConfig(model=replace(SMALL, patch=32), data=configs.DataConfig(image_size=161))
+    message = "data.image_size must be a multiple of model.patch 32; got 161, next to it is 160"
+    with pytest.raises(ValueError, match=message):
+        check_patches(config)
+    check_patches(replace(config, data=configs.DataConfig(image_size=160)))
+    check_patches(replace(config, model=SMALL))
 
 
 @pytest.mark.parametrize("name", PRESETS)

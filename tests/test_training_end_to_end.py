@@ -24,7 +24,7 @@ from ercn.config import (
     TrainConfig,
 )
 from ercn.data import DataError, Geometry, Manifest, prepare
-from ercn.training import evaluate, predict, train
+from ercn.training import evaluate, module, predict, train
 from ercn.training.checkpoint import load_model
 from ercn.training.evaluation import check_classes
 
@@ -59,7 +59,8 @@ def root(tmp_path_factory):
     for method in ("simclr", "moco_v2"):
         ercn("pretrain", *small, "--method", method, "--backbone", BACKBONE, "--run.out", str(root / method))
     model = ["--model.backbone", BACKBONE, "--model.embed_dim", "16", "--init", str(root / "moco_v2")]
-    ercn("train", *small, *model, "--data.balance", "sampler", "--run.out", str(root / "run"))
+    printed = ercn("train", *small, *model, "--data.balance", "sampler", "--run.out", str(root / "run"))
+    assert "the CAM is flat" not in printed
     ercn("evaluate", "--run", str(root / "run"), "--bootstrap", "200")
     return root
 
@@ -74,7 +75,11 @@ def test_the_run_folder_is_complete(root):
     ):
         assert (run / name).stat().st_size > 0, name
     assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["1", "2"]
-    assert {"loss", "loss_cls", "loss_er", "val_kappa", "val_accuracy", "lr"} <= rows(run / "metrics.csv")[0].keys()
+    history = rows(run / "metrics.csv")
+    assert {"loss", "loss_cls", "loss_er", "val_kappa", "val_accuracy", "val_flat_cam", "lr"} <= history[0].keys()
+    assert all(0 <= float(row["val_flat_cam"]) <= 1 for row in history)
+    exported = json.loads((run / "export" / "model.json").read_text())
+    assert exported["flat_cam"] == float(history[exported["epoch"] - 1]["val_flat_cam"])
     for method in ("simclr", "moco_v2"):
         assert {"loss", "top1"} <= rows(root / method / "metrics.csv")[1].keys()
         assert (root / method / "export" / "backbone.safetensors").exists()
@@ -169,13 +174,17 @@ def test_prediction_of_a_prepared_picture_equals_its_evaluation(root):
     assert [float(one[f"p{k}"]) for k in range(5)] == pytest.approx([float(same[f"p{k}"]) for k in range(5)], abs=0.02)
 
 
-def test_weights_trained_in_half_precision_are_exported_in_float32(root):
+def test_weights_trained_in_half_precision_are_exported_in_float32(root, monkeypatch, capsys):
+    """And a CAM that points at nothing is told at the end."""
+    monkeypatch.setattr(module, "flat", lambda cam, config: torch.ones(len(cam), dtype=torch.bool))
     config = TrainConfig(
         data=DataConfig(root=str(root / "data"), image_size=64, batch_size=6, workers=0),
         model=ModelConfig(backbone=BACKBONE, embed_dim=8),
         run=RunConfig(out=str(root / "half"), epochs=1, precision="bf16-true", accelerator="cpu"),
     )
-    model, _ = load_model(train(config))
+    model, info = load_model(train(config))
+    sentence = "the CAM is flat in 100% of the val pictures with disease: its maps point at nothing"
+    assert info["flat_cam"] == 1 and sentence in capsys.readouterr().out.splitlines()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert (root / "half" / "evaluation" / "val.json").exists()
 

@@ -17,6 +17,7 @@ from ercn import cli
 from ercn.config import EvaluateConfig, PrepareConfig, ReportConfig
 from ercn.data import prepare
 from ercn.training import evaluate
+from ercn.training.maps import NAMES
 from ercn.training.report import report, write_report
 from ercn.training.table import print_metrics, reading
 
@@ -91,7 +92,7 @@ def test_every_picture_can_be_decoded_and_says_what_it_shows(compared):
         else:
             Image.open(io.BytesIO(data)).load()
     for canvas in page.all("canvas"):
-        assert {"data-cam", "data-refined_cam", "data-attention", "data-mean"} == canvas.keys()
+        assert {f"data-{name}" for name in NAMES} == canvas.keys()
         for uri in canvas.values():
             assert Image.open(io.BytesIO(decoded(uri)[1])).mode == "L"
 

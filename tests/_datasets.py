@@ -94,11 +94,14 @@ def write_idrid_tree(root: Path, train: int = 10, test: int = 5) -> None:
         write_csv(base / "2. Groundtruths" / labels, "Image name,Retinopathy grade,Risk of macular edema ,,,", rows)
 
 
+IDRID_EYES = (50, 107, 123, 142, 155, 159)  # with all of the set's lesions
+
+
 def write_idrid_segmentation_tree(root: Path, train: int = 4, test: int = 2) -> None:
     """Part A: masks as a palette of black and red, one of them with transparency, files of absent lesions missing."""
     for number in range(1, train + test + 1):
         part = IDRID_PARTS[number > train][0]
-        picture, masks = photograph(number, 3)
+        picture, masks = photograph(IDRID_EYES[number - 1], 3)
         save(root / "A. Segmentation" / "1. Original Images" / part / f"IDRiD_{number:02}.jpg", picture)
         for kind, (folder, suffix) in IDRID_FOLDERS.items():
             where = root / "A. Segmentation" / "2. All Segmentation Groundtruths" / part / folder

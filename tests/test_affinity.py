@@ -30,6 +30,17 @@ def dense(value, feat):
     return value @ torch.relu(feat.mT @ feat)
 
 
+def least_lucky(value, feat, grad, exact):
+    """Plain torch's (out, grad_value, grad_feat), each with its largest error of eight orders of the sum over D: a
+    single order may be near by chance, and which one a BLAS takes is the processor's."""
+    results = []
+    for i in range(8):
+        order = torch.randperm(feat.shape[1], generator=torch.Generator().manual_seed(i))
+        grad_value, grad_feat = gradients(dense, grad, value, feat[:, order])
+        results.append((dense(value, feat[:, order]), grad_value, grad_feat[:, order.argsort()]))
+    return [max(each, key=lambda x: error(x, truth, channels=True)) for each, truth in zip(zip(*results), exact)]
+
+
 def dense_propagate(cam, feat, eps=1e-5):
     f = feat / (feat.norm(dim=1, keepdim=True) + eps)
     affinity = torch.relu(f.mT @ f)
@@ -81,14 +92,11 @@ def test_forward_and_gradients_within_budget(backend, shape, dtype):
     out = relu_affinity(value.float() if dtype != torch.float64 else value, feat.to(dtype), backend=backend)
     assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert out.is_contiguous()
-    exact, plain = dense(value, feat), dense(value.to(dtype), feat.to(dtype))
-    assert_within_budget(out, plain, exact, channels=True)
-
     wide = out.dtype
     ours = gradients(lambda v, f: relu_affinity(v, f, backend=backend), grad.to(wide), value.to(wide), feat.to(dtype))
-    exact = gradients(dense, grad, value, feat)
-    plain = gradients(dense, grad.to(dtype), value.to(dtype), feat.to(dtype))
-    for mine, torchs, truth in zip(ours, plain, exact):
+    exact = (dense(value, feat), *gradients(dense, grad, value, feat))
+    plain = least_lucky(value.to(dtype), feat.to(dtype), grad.to(dtype), exact)
+    for mine, torchs, truth in zip((out, *ours), plain, exact):
         assert_within_budget(mine, torchs, truth, channels=True)
 
 

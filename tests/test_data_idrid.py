@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from _datasets import (
+    IDRID_EYES,
     IDRID_FOLDERS,
     IDRID_PARTS,
     fault,
@@ -95,7 +96,7 @@ def test_the_published_segmentation_tree(segmentation):
     ]
     assert found.class_names == () and {e.grade for e in found.entries} == {None} and not found.notes
     for number, entry in enumerate(found.entries, 1):
-        assert set(entry.masks) == set(photograph(number, 3)[1]) & set(IDRID_FOLDERS)
+        assert set(entry.masks) == set(photograph(IDRID_EYES[number - 1], 3)[1]) & set(IDRID_FOLDERS)
         assert all(path.is_file() and entry.id in path.name for path in entry.masks.values())
 
 
@@ -108,7 +109,7 @@ def test_prepared_masks_cover_what_the_published_ones_do(segmentation, tmp_path)
     assert manifest.class_names == [] and [len(manifest.split(s)) for s in ("train", "val", "test")] == [2, 2, 2]
     for record in manifest.records:
         assert record.grade is None
-        masks = photograph(int(record.id[-2:]), 3)[1]
+        masks = photograph(IDRID_EYES[int(record.id[-2:]) - 1], 3)[1]
         scale = (record.geometry.side / 160) ** 2
         assert set(record.masks) == set(masks) & set(IDRID_FOLDERS) - {"optic_disc"}
         for kind, path in record.masks.items() | {("optic_disc", record.optic_disc)}:

@@ -142,9 +142,9 @@ def test_the_command_tells_what_fits(capsys):
     assert cli._run("plan", [*options, "--memory", "1"]) == 0
     printed = capsys.readouterr().out
     assert "fits into 1.00 GB, of which 90% are planned with" in printed and "optimizer" in printed
-    assert cli._run("plan", ["--preset", "demo", *options, "--memory", "0.08"]) == 1
+    assert cli._run("plan", ["--preset", "demo", *options, "--memory", "0.1"]) == 1
     printed = capsys.readouterr().out
-    assert "does not fit into 0.08 GB" in printed
+    assert "does not fit into 0.10 GB" in printed
     assert "fits          with --run.precision bf16-mixed" in printed
 
 

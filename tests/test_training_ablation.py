@@ -273,19 +273,21 @@ def test_a_claimed_folder_is_left_to_its_owner(tmp_path):
         assert mine
 
 
-def test_the_packaged_grid_is_what_it_names(tmp_path):
+def test_the_packaged_grids_are_what_they_name(tmp_path):
     grid = load_grid("phantom")
     plan = cells(grid, tmp_path, "data", "hash")
     configs = {name: cell.config for (name, seed), cell in plan.items() if seed == grid.seeds[0]}
-    for name in ("ercn", "seam", "chikontwe"):
+    for name in ("demo", "seam", "chikontwe"):
         recipe = preset(name)
         kept = {"backbone": "", "output_stride": 8, "embed_dim": 64}
         assert replace(configs[name].model, **kept) == replace(recipe.model, **kept)
-        assert replace(configs[name].loss, warmup_epochs=0) == recipe.loss
+        assert configs[name].loss == recipe.loss
     folders = {name: plan[name, 0].folder for name in configs}
-    assert folders["ercn"] == folders["SimCLR"] == folders["gated attention"]
-    assert folders["+ consistency"] == folders["mean (GAP)"]
-    assert len({cell.config.run.seed for cell in plan.values()}) == len(grid.seeds) >= 3
+    assert folders["demo"] == folders["shared"] == folders["log-sum-exp"] == folders["untrained"]
+    assert len({cell.config.run.seed for cell in plan.values()}) == len(grid.seeds) >= 5
+    chosen_by = load_grid("select")
+    assert chosen_by.choose and len(chosen_by.seeds) >= 5
+    assert chosen_by.prepare["seed"] != grid.prepare["seed"]  # of which the test pictures are
 
 
 def test_a_cell_is_known_by_what_matters(tmp_path):

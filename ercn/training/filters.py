@@ -100,8 +100,8 @@ def field(picture: np.ndarray) -> np.ndarray:
     """Where the camera's round field is in a picture uint8 [S, S, 3], without its edge: bool [S, S].
 
     The border has one color, that of the corners: black, or the gray of ``ercn.data.normalization``. Pixels that differ
-    from black by 12 % of the picture's range, or from gray at all, and what lies between such pixels in its row and in its column, are
-    the field, of which a ring of ``MARGIN`` is left out. Without such a border, all is field.
+    from black by 12 % of the picture's range, or from gray at all, and what lies between such pixels in its row and in
+    its column, are the field, of which a ring of ``MARGIN`` is left out. Without such a border, all is field.
     """
     corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]].astype(np.float32)
     value = np.abs(picture - np.median(corners, axis=0)).max(2).astype(np.float32)

@@ -391,21 +391,17 @@ class AblateConfig:
 
 
 @dataclass(frozen=True)
-class SelectConfig:
+class SelectConfig(AblateConfig):
     """``ercn select``: the best row of a grid, chosen on the validation split over at least 5 seeds.
 
-    grid: a YAML file (``ercn.training.grid``) whose ``choose`` says by what.
+    grid: a YAML file whose ``choose`` says by what, or "select", the packaged one that chose the defaults.
     out: folder of cells and choice; ``ercn ablate`` may share it. Started again, the command goes on; started several
         times at once on one folder, the processes share the cells.
     bootstrap: draws over patients.
     """
 
-    grid: str = "phantom"
+    grid: str = "select"
     out: str = "runs/selection"
-    bootstrap: int = 2000
-
-    def __post_init__(self) -> None:
-        _require(self, "at least 1", "bootstrap")
 
 
 @dataclass(frozen=True)

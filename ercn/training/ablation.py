@@ -40,7 +40,7 @@ from ercn.training.files import package_versions, read_json, write_json
 from ercn.training.fit import train
 from ercn.training.grid import Cell, Grid, ceiling_config, cells, digest, grid_config, load_grid, prepare_config
 from ercn.training.infer import pick_device
-from ercn.training.localization import ALL, LEVELS, Localization
+from ercn.training.localization import ALL, Localization, level_counts
 from ercn.training.pictures import load_manifest, make_loader, need_split, picture_dataset
 from ercn.training.pretraining import pretrain
 
@@ -183,7 +183,7 @@ def _measured(local: Localization, patients: list[str], manifest: Manifest, spli
     for name in lesions.histograms:
         arrays[f"counts_{name}"] = np.stack(lesions.histograms[name])
         for key, levels in (("found", lesions.found[name]), ("marks", local.marks[name])):
-            arrays[f"{key}_{name}"] = np.stack([np.bincount(own, minlength=LEVELS) for own in levels]).astype(np.int32)
+            arrays[f"{key}_{name}"] = level_counts(levels).astype(np.int32)
         arrays[f"heat_{name}"] = np.array(local.healthy.heat.get(name, []))
     return arrays
 

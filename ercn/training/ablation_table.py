@@ -19,7 +19,7 @@ from ercn._files import write_atomic, write_text
 from ercn.training import froc, metrics
 from ercn.training.files import DISCLAIMER, environment, read_json, write_csv, write_json
 from ercn.training.grid import Cell, Grid, Row
-from ercn.training.localization import DIFFERENCES, LEVELS, average_precision, precision_recall
+from ercn.training.localization import DIFFERENCES, LEVELS, at_least, average_precision, precision_recall
 from ercn.training.maps import LOST, NAMES
 from ercn.training.table import TITLES
 
@@ -91,8 +91,8 @@ def draws_of(folder: Path, draws: int, split: str) -> dict[str, np.ndarray]:
             pooled = (own @ counts.reshape(len(counts), -1).astype(float)).reshape(-1, 2, LEVELS)
             precision, recall, iou = precision_recall(pooled)
             result[f"aupr_{name}"] = average_precision(precision, recall)
-            points = froc.operating_points(_above(pictures @ data[f"marks_{name}"]), pictures.sum(1))
-            found = _above(own @ data[f"found_{name}"])
+            points = froc.operating_points(at_least(pictures @ data[f"marks_{name}"]), pictures.sum(1))
+            found = at_least(own @ data[f"found_{name}"])
             result[f"froc_{name}"] = froc.sensitivities(found, points, own @ data["lesions"]).mean(1)
             if name in thresholds:
                 result[f"iou_{name}"] = iou[:, round(thresholds[name] * LEVELS)]
@@ -115,11 +115,6 @@ def _grading(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> 
     matrix = metrics.confusion(truth, probability.argmax(1), classes, weight)
     score, positive = metrics.referable(probability), metrics.is_referable(truth, classes)
     return {"kappa": metrics.quadratic_kappa(matrix), "referable_auc": metrics.roc_auc(score, positive, weight)}
-
-
-def _above(counts: np.ndarray) -> np.ndarray:
-    """Of each level or above, from histograms [R, LEVELS]."""
-    return counts[:, ::-1].cumsum(1)[:, ::-1]
 
 
 def _row(grid: Grid, row: Row, cells: Mapping[tuple[str, int], Cell], draws: int, split: str) -> dict[str, Any]:

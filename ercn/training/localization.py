@@ -52,12 +52,22 @@ def pointing(heat: np.ndarray, near: np.ndarray, counted: np.ndarray) -> float:
     return float(near[counted & (heat == heat[counted].max())].mean())
 
 
+def at_least(counts: np.ndarray) -> np.ndarray:
+    """How many are at each level or above, float [..., LEVELS], from how many are at it."""
+    return np.cumsum(counts[..., ::-1], axis=-1, dtype=float)[..., ::-1]
+
+
+def level_counts(levels: Sequence[np.ndarray]) -> np.ndarray:
+    """How many of each picture's levels are each level: int [N, LEVELS]."""
+    return np.array([np.bincount(own, minlength=LEVELS) for own in levels])
+
+
 def precision_recall(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Precision, recall and IoU [R, LEVELS] of {map >= level / LEVELS} from histograms [R, 2, LEVELS].
 
     Recall and IoU are NaN where there is no lesion.
     """
-    above = np.cumsum(counts[..., ::-1], axis=-1, dtype=float)[..., ::-1]
+    above = at_least(counts)
     false, true = above[:, 0], above[:, 1]
     lesion = np.where(true[:, :1] > 0, true[:, :1], np.nan)
     return true / np.maximum(true + false, 1e-300), true / lesion, true / (lesion + false)
@@ -295,8 +305,8 @@ class Localization:
         hits = {kind: np.array(c.hits[name]) for kind, c in counts.items()}
         curves = {kind: precision_recall(np.array(c.histograms[name])) for kind, c in counts.items()}
         each = {kind: average_precision(curve[0], curve[1]) for kind, curve in curves.items()}
-        found = {kind: _above(c.found[name]) for kind, c in counts.items()}
-        marks = _above(self.marks[name])
+        found = {kind: at_least(level_counts(c.found[name])) for kind, c in counts.items()}
+        marks = at_least(level_counts(self.marks[name]))
 
         def metric(weight: np.ndarray) -> dict[str, np.ndarray]:
             values = {}
@@ -334,12 +344,6 @@ class Localization:
 def _difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, dict]:
     """Of each metric that both have; samples are paired, draw by draw."""
     return {key: entry(one[key] - other[key]) for key in _COMPARED if key in one and key in other}
-
-
-def _above(levels: Sequence[np.ndarray]) -> np.ndarray:
-    """How many of each picture's levels are at least each level: float [N, LEVELS]."""
-    counts = np.array([np.bincount(own, minlength=LEVELS) for own in levels], float)
-    return counts[:, ::-1].cumsum(1)[:, ::-1]
 
 
 def _share(weight: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -20,11 +20,8 @@ def graham(picture: Image.Image) -> Image.Image:
     """
     x = np.asarray(picture, np.float32)  # [S, S, 3]
     radius = x.shape[0] / 2
-    out = 4 * x - 4 * ndimage.gaussian_filter(x, (radius / 30, radius / 30, 0)) + 128
-    y, x = np.ogrid[: x.shape[0], : x.shape[1]]
-    outside = (y + 0.5 - radius) ** 2 + (x + 0.5 - radius) ** 2 > (0.9 * radius) ** 2
-    out[outside] = 128
-    return Image.fromarray(np.clip(np.rint(out), 0, 255).astype(np.uint8))
+    mean = ndimage.gaussian_filter(x, (radius / 30, radius / 30, 0))
+    return _around_gray(x, mean, _disc(x.shape[0], 0.9))
 
 
 def local(picture: Image.Image) -> Image.Image:
@@ -37,12 +34,23 @@ def local(picture: Image.Image) -> Image.Image:
     """
     x = np.asarray(picture, np.float32)
     radius = x.shape[0] / 2
-    row, column = np.ogrid[: x.shape[0], : x.shape[1]]
-    inside = (row + 0.5 - radius) ** 2 + (column + 0.5 - radius) ** 2 <= (0.97 * radius) ** 2
-    field = (inside & (x.max(2) > 8)).astype(np.float32)[..., None]
-    mean = ndimage.gaussian_filter(field * x, (radius / 15, radius / 15, 0))
-    share = ndimage.gaussian_filter(field, (radius / 15, radius / 15, 0))
-    out = np.where(field > 0, 4 * x - 4 * mean / np.maximum(share, 1e-6) + 128, 128)
+    field = _disc(x.shape[0], 0.97) & (x.max(2) > 8)
+    weight = field.astype(np.float32)[..., None]
+    mean = ndimage.gaussian_filter(weight * x, (radius / 15, radius / 15, 0))
+    share = ndimage.gaussian_filter(weight, (radius / 15, radius / 15, 0))
+    return _around_gray(x, mean / np.maximum(share, 1e-6), field)
+
+
+def _disc(size: int, share: float) -> np.ndarray:
+    """Pixels within ``share`` of half the side from the center, bool [size, size]."""
+    radius = size / 2
+    row, column = np.ogrid[:size, :size]
+    return (row + 0.5 - radius) ** 2 + (column + 0.5 - radius) ** 2 <= (share * radius) ** 2
+
+
+def _around_gray(x: np.ndarray, mean: np.ndarray, field: np.ndarray) -> Image.Image:
+    """4 x - 4 mean + 128, rounded and clipped to 0 … 255; 128 where ``field`` [S, S] is False."""
+    out = np.where(field[..., None], 4 * x - 4 * mean + 128, 128)
     return Image.fromarray(np.clip(np.rint(out), 0, 255).astype(np.uint8))
 
 

@@ -128,11 +128,12 @@ class ERCN(nn.Module):
             else:
                 self.mil_bias = nn.Parameter(torch.zeros(classes))
 
-    def forward(self, image: Tensor, *, refine: bool = True) -> ERCNOutput:
-        """image: [B, 3, H, W], normalised as the backbone was trained. refine: False leaves ``refined_cam`` as the mask
-        made it, for who needs the logits.
+    def forward(self, image: Tensor, *, refine: bool | Sequence[str] = True) -> ERCNOutput:
+        """image: [B, 3, H, W], normalised as the backbone was trained. refine: which refinements to run, True for those
+        of the configuration; False leaves ``refined_cam`` as the mask made it, for who needs the logits.
         """
-        image = self._exact(image)
+        if not self.config.patch:
+            image = self._exact(image)
         features = self._features(image)
         last = self.dropout(features[-1])
 
@@ -147,16 +148,16 @@ class ERCN(nn.Module):
         if logits is None:
             logits = (cam_logits + mil_logits) / 2
 
-        mask, refined_cam = self._refine(cam, logits, features, image, self.config.refinement if refine else ())
+        refinement = self.config.refinement if refine is True else refine or ()
+        mask, refined_cam = self._refine(cam, logits, features, image, refinement)
         return ERCNOutput(logits, cam_logits, mil_logits, cam, refined_cam, mask, attention)
 
     def _exact(self, image: Tensor) -> Tensor:
-        """The picture at the sides where the map is symmetric; patches have their own."""
-        if self.geometry == 1 or self.config.patch:
+        """Pictures, or patches of them, at the sides where their maps are symmetric."""
+        if self.geometry == 1:
             return image
-        stride = self.config.output_stride
-        size = [exact_side(side, stride, self.align_corners) for side in image.shape[-2:]]
-        return resize(image, size, self.align_corners)
+        stride, corners = self.config.output_stride, self.backbone.align_corners
+        return resize(image, [exact_side(side, stride, corners) for side in image.shape[-2:]], corners)
 
     def _cam(self, last: Tensor, attention: Tensor | None) -> Tensor:
         """The CAM of the last features, [B, F, h, w]."""
@@ -204,10 +205,15 @@ class ERCN(nn.Module):
             if stage == "affinity":
                 refined = self._propagate(refined, features, image)
             elif not self.training:
-                refined = resize(refined, image.shape[-2:], self.align_corners)
-                pamr = PixelAdaptiveRefinement(dilations(min(image.shape[-2:]), config.pamr_reach), config.pamr_steps)
-                refined = add_background(pamr(refined[:, 1:], image))
+                refined = self.refine_to_edges(refined, image)
         return mask, refined
+
+    def refine_to_edges(self, refined_cam: Tensor, image: Tensor) -> Tensor:
+        """The refinement "pamr": [B, 1 + F, h, w] to the side at which the picture [B, 3, H, W] is exact."""
+        image = image if self.config.patch else self._exact(image)
+        refined = resize(refined_cam, image.shape[-2:], self.align_corners)
+        reach = dilations(min(image.shape[-2:]), self.config.pamr_reach)
+        return add_background(PixelAdaptiveRefinement(reach, self.config.pamr_steps)(refined[:, 1:], image))
 
     def _confidence(self, cam: Tensor, logits: Tensor) -> Tensor:
         """Class confidences, [B, 1 + F, h, w] in [0, 1], background first."""
@@ -236,7 +242,7 @@ class ERCN(nn.Module):
             raise ValueError(f"patches of {patch} px need sides that are multiples of it; got {height} x {width} px")
         h, w = height // patch, width // patch
         tiles = image.unflatten(3, (w, patch)).unflatten(2, (h, patch))  # [B, 3, h, P, w, P]
-        maps = stages(self.backbone, tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))  # [B·h·w, D, ·, ·]
+        maps = stages(self.backbone, self._exact(tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)))  # [B·h·w, D, ·, ·]
         return [x.mean((2, 3)).view(b, h, w, -1).permute(0, 3, 1, 2) for x in maps]
 
     def _spatial_mask(self, confidence: Tensor) -> Tensor:

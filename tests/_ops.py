@@ -47,6 +47,27 @@ def assert_within_budget(actual, plain, exact, channels: bool = False) -> None:
     assert error(actual, exact, channels) <= allowed(error(plain, exact, channels), actual.dtype)
 
 
+def dense_affinity(value, feat, grad) -> list[torch.Tensor]:
+    """[out, grad_value, grad_feat] of the affinity in plain torch."""
+    leaves = [x.detach().clone().requires_grad_() for x in (value, feat)]
+    out = leaves[0] @ torch.relu(leaves[1].mT @ leaves[1])
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def least_lucky(value, feat, grad, exact) -> list[torch.Tensor]:
+    """``dense_affinity``, each result with its largest error of eight orders of the sums over C, D and N: a single
+    order may be near by chance, most of all where a sum cancels, and which one a BLAS takes is the processor's."""
+    results = []
+    for i in range(8):
+        c, d, n = (torch.randperm(size, generator=generator(i)) for size in (*value.shape[1:2], *feat.shape[1:]))
+        out, grad_value, grad_feat = dense_affinity(
+            *(x[:, rows][:, :, n] for x, rows in ((value, c), (feat, d), (grad, c)))
+        )
+        back = n.argsort()
+        results.append([x[:, rows.argsort()][:, :, back] for x, rows in ((out, c), (grad_value, c), (grad_feat, d))])
+    return [max(each, key=lambda x: error(x, truth, channels=True)) for each, truth in zip(zip(*results), exact)]
+
+
 def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same values of a 3-D tensor in the memory layouts that callers hand over."""
     padded = torch.full((x.shape[0], x.shape[1] + 1, 2 * x.shape[2] + 1), float("nan"), dtype=x.dtype)

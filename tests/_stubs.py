@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ercn.config import ModelConfig
 from ercn.elements import exact_side, resize
 from ercn.models import ERCNOutput
 
@@ -14,13 +15,15 @@ class Tents(torch.nn.Module):
     is green keeps its sum and its centre of mass, to rounding, at any place. stride 1 is the picture itself.
     """
 
+    config = ModelConfig(refinement=())
+
     def __init__(self, stride, align_corners):
         super().__init__()
         self.stride, self.align_corners = stride, align_corners
         last = stride - 1 if align_corners or stride == 1 else stride - 0.5  # the tent's last pixel
         self.tent = 1 - torch.arange(-last, last + 1).abs() / stride
 
-    def forward(self, image):
+    def forward(self, image, *, refine=True):
         size = [exact_side(side, self.stride, self.align_corners) for side in image.shape[2:]]
         image = resize(image, size, self.align_corners)
         green = (image[:, 1:2] - image[:, :1] - 0.1).clamp_min(0)  # more than JPEG's noise

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _ops import assert_within_budget, backends_of, error, finite_parts, golden, layouts, randn, require
+from _ops import assert_within_budget, backends_of, error, finite_parts, golden, layouts, least_lucky, randn, require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -28,17 +28,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def dense(value, feat):
     return value @ torch.relu(feat.mT @ feat)
-
-
-def least_lucky(value, feat, grad, exact):
-    """Plain torch's (out, grad_value, grad_feat), each with its largest error of eight orders of the sum over D: a
-    single order may be near by chance, and which one a BLAS takes is the processor's."""
-    results = []
-    for i in range(8):
-        order = torch.randperm(feat.shape[1], generator=torch.Generator().manual_seed(i))
-        grad_value, grad_feat = gradients(dense, grad, value, feat[:, order])
-        results.append((dense(value, feat[:, order]), grad_value, grad_feat[:, order.argsort()]))
-    return [max(each, key=lambda x: error(x, truth, channels=True)) for each, truth in zip(zip(*results), exact)]
 
 
 def dense_propagate(cam, feat, eps=1e-5):

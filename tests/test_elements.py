@@ -91,8 +91,10 @@ def test_no_branch_of_a_network_moves_the_element(name, stride, n, draws):
         assert offsets(backbone, side, n, places, draws=draws, power=4).abs().max() < TOLERANCE
 
 
-def mirrored_kernels(model):
+def symmetric_model(config):
     """Kernels that look the same from all sides, so that nothing but the geometry has sides; norms fit the features."""
+    torch.manual_seed(0)
+    model = ERCN(config)
     for key, parameter in model.named_parameters():
         if key.startswith("backbone.") and parameter.ndim == 4:
             kernel = parameter.data
@@ -107,7 +109,8 @@ def mirrored_kernels(model):
     for layer in norms:
         layer.momentum = None
     with torch.no_grad():
-        model.double().train()(torch.randn(2, 3, 97, 97, dtype=torch.float64))
+        side = 3 * config.patch or 97
+        model.double().train()(torch.randn(2, 3, side, side, dtype=torch.float64))
     return model.eval()
 
 
@@ -133,21 +136,26 @@ def assert_turns_with_the_picture(model, side):
     + [("efficientnet_b0", 16), ("tf_efficientnet_b0", 8), ("tf_efficientnet_b0", 32), ("convnext_atto", 32)],
 )
 def test_turned_pictures_have_turned_maps(name, stride):
-    torch.manual_seed(0)
-    config = ModelConfig(backbone=name, output_stride=stride, embed_dim=8, pool_dim=16, mask="off")
-    model = mirrored_kernels(ERCN(config))
+    model = symmetric_model(ModelConfig(backbone=name, output_stride=stride, embed_dim=8, pool_dim=16, mask="off"))
     for side in (97, 96) if stride == 32 else (65, 64):
         assert_turns_with_the_picture(model, side)
+
+
+@pytest.mark.parametrize("patch, stride", [(32, 8), (32, 32), (48, 16)])
+def test_turned_pictures_have_turned_patches(patch, stride):
+    config = ModelConfig(
+        backbone="test_resnet", output_stride=stride, patch=patch, embed_dim=8, pool_dim=16, mask="off", refinement=()
+    )
+    assert_turns_with_the_picture(symmetric_model(config), 3 * patch)
 
 
 @pytest.mark.parametrize("evidence", ["shared", "classwise", "additive", "separate"])
 @pytest.mark.parametrize("refine_stride", [0, 4])
 @pytest.mark.parametrize("name, stride", [("test_resnet", 16), ("convnext_atto", 32)])
 def test_turned_pictures_have_turned_evidence_and_refinement(name, stride, refine_stride, evidence):
-    torch.manual_seed(0)
     config = ModelConfig(backbone=name, output_stride=stride, embed_dim=8, pool_dim=16, mask="off", evidence=evidence)
     settings = {"refine_stride": refine_stride, "refine_stages": (0, 1) if refine_stride else (-3, -2)}
-    model = mirrored_kernels(ERCN(ModelConfig(**vars(config) | settings | {"refinement": ("affinity",)})))
+    model = symmetric_model(ModelConfig(**vars(config) | settings | {"refinement": ("affinity",)}))
     for side in (65, 64):
         assert_turns_with_the_picture(model, side)
 

@@ -59,6 +59,19 @@ def test_of_an_equivariant_network_mirrored_views_change_nothing(side, changes):
         torch.testing.assert_close(heat, before[name], msg=name, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("refinement", [("pamr",), ("affinity", "pamr")])
+def test_of_several_views_pamr_refines_what_they_merged(refinement):
+    model, image = symmetric(refinement=refinement), torch.rand(2, 3, 96, 96, dtype=torch.float64)
+    views = Views((1.0, 1.5), True)
+    with torch.no_grad():
+        ours = see(model, image, views)
+        coarse = [name for name in refinement if name != "pamr"]
+        model.config = replace(model.config, refinement=coarse)
+        merged = see(model, image, views).refined_cam
+    assert ours.refined_cam.shape == (2, 5, 97, 97) and merged.shape == (2, 5, 10, 10)
+    torch.testing.assert_close(ours.refined_cam, model.refine_to_edges(merged, image), rtol=0, atol=0)
+
+
 def test_maps_of_geometry_1_were_not_in_their_place():
     """What the test above would have seen: as timm has it, the network moves the mirrored map by nearly an element."""
     model, image = symmetric(geometry=1), torch.rand(2, 3, 96, 96, dtype=torch.float64)

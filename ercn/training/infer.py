@@ -59,15 +59,19 @@ def forward(
 
 
 def see(model: ERCN, image: Tensor, views: Views) -> ERCNOutput:
-    """The model's output for pictures [B, 3, H, W], its maps those of all views."""
-    output = model(image)
+    """The model's output for pictures [B, 3, H, W], its maps those of all views; "pamr" refines what they merged."""
     if views == ONE_VIEW:
-        return output
-    outputs = [(output, False)]
+        return model(image)
+    refine = [name for name in model.config.refinement if name != "pamr"]
+    outputs = [(model(image, refine=refine), False)]
     for scale in views.scales:
         for mirrored in (False, True) if views.flip else (False,):
             if (scale, mirrored) != (1, False):
                 view = image.flip(-1) if mirrored else image
                 size = [round(scale * side) for side in view.shape[-2:]]
-                outputs.append((model(resize(view, size, model.align_corners, antialias=True)), mirrored))
-    return merge(outputs, model.align_corners)
+                view = resize(view, size, model.align_corners, antialias=True)
+                outputs.append((model(view, refine=refine), mirrored))
+    output = merge(outputs, model.align_corners)
+    if len(refine) == len(model.config.refinement):
+        return output
+    return output._replace(refined_cam=model.refine_to_edges(output.refined_cam, image))

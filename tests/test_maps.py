@@ -12,7 +12,7 @@ from ercn.elements import GEOMETRY, exact_side, resize
 from ercn.losses import add_background
 from ercn.models import ERCN, ERCNOutput
 from ercn.training.infer import ONE_VIEW, Views, forward, see
-from ercn.training.maps import NAMES, ceiling_of, enlarge, flat, heat_maps, merge
+from ercn.training.maps import NAMES, ceiling_of, enlarge, extent, flat, heat_maps, merge
 
 CONFIG = ModelConfig(confidence="relative", evidence="separate")
 VIEWS = Views((1.0, 0.5, 2.0), True)
@@ -190,6 +190,14 @@ def test_flat(cam_pool):
     cam[1, 2] = channels["spot"]
     assert flat(cam, replace(CONFIG, cam_pool=cam_pool)).tolist()[1:] == [False, True, False, True]
     assert flat(cam.half(), replace(CONFIG, cam_pool=cam_pool)).tolist()[1:] == [False, True, False, True]
+
+
+def test_extent():
+    cam = torch.full((4, 2, 6, 6), -1.0)
+    cam[1], cam[2, 1, 2, 3], cam[3, 0, :2] = 0.5, 4.0, 3.0
+    cam[2, 0, :3], cam[3, 1, 2:5] = 1.9, 1.6  # of two channels the largest is the measure
+    found = extent(cam.half(), replace(CONFIG, cam_pool="lse"))
+    torch.testing.assert_close(found, torch.tensor([0, 1, 1 / 36, 5 / 6]))
 
 
 def test_flat_begins_at_a_tenth():

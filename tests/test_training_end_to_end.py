@@ -77,7 +77,7 @@ def test_the_run_folder_is_complete(root):
     assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["1", "2"]
     history = rows(run / "metrics.csv")
     assert {"loss", "loss_cls", "loss_er", "val_kappa", "val_accuracy", "val_flat_cam", "lr"} <= history[0].keys()
-    assert all(0 <= float(row["val_flat_cam"]) <= 1 for row in history)
+    assert all(0 <= float(row[name]) <= 1 for name in ("val_flat_cam", "val_cam_extent") for row in history)
     exported = json.loads((run / "export" / "model.json").read_text())
     assert exported["flat_cam"] == float(history[exported["epoch"] - 1]["val_flat_cam"])
     for method in ("simclr", "moco_v2"):

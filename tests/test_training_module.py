@@ -42,9 +42,12 @@ def test_frozen_batchnorm_keeps_statistics_and_weights(freeze):
         assert of_norms <= moved
 
 
-@pytest.mark.parametrize("grades, expected", [([0, 1, 2, 4], 2 / 3), ([0, 0, 3, 3], 0.5), ([0, 0, 0, 0], 0.0)])
-def test_validation_tells_the_share_of_flat_cams_among_the_diseased(grades, expected):
-    """Of four pictures the first three have a CAM that points at nothing; in batches of two."""
+@pytest.mark.parametrize(
+    "grades, dead, extent",
+    [([0, 1, 2, 4], 2 / 3, (1 + 0 + 1 / 36) / 3), ([0, 0, 3, 3], 0.5, 1 / 72), ([0, 0, 0, 0], 0.0, 0.0)],
+)
+def test_validation_tells_what_has_become_of_the_cams_of_the_diseased(grades, dead, extent):
+    """Of four pictures the first three have a CAM that points at nothing, the second all over; in batches of two."""
     config = _steps.module_of("train").config
     cam = torch.full((4, 4, 6, 6), -1.0)
     cam[1], cam[3, 2, 1, 4] = 0.5, 2.0
@@ -65,5 +68,5 @@ def test_validation_tells_the_share_of_flat_cams_among_the_diseased(grades, expe
         batch = {"image": image[first : first + 2], "grade": torch.tensor(grades[first : first + 2])}
         module.validation_step(batch, first)
     module.on_validation_epoch_end()
-    assert logged["val_flat_cam"] == pytest.approx(expected)
+    assert logged["val_flat_cam"] == pytest.approx(dead) and logged["val_cam_extent"] == pytest.approx(extent)
     assert {"val_accuracy", "val_kappa", "val_loss"} < logged.keys() and module.validated == []

@@ -71,6 +71,15 @@ def flat(cam: Tensor, config: ModelConfig) -> Tensor:
     return ((high - low) <= 0.1 * high).all(1)
 
 
+def extent(cam: Tensor, config: ModelConfig) -> Tensor:
+    """How much of the map a CAM covers, [B]: the share of its elements with more than half of its largest evidence.
+
+    Of the largest evidence of all channels. 0 where the CAM is nowhere positive ("relu"), 1 where it is constant.
+    """
+    evidence = activation(cam.float(), config.cam_pool).amax(1)
+    return (evidence > evidence.amax((1, 2), keepdim=True) / 2).float().mean((1, 2))
+
+
 def merge(outputs: Sequence[tuple[ERCNOutput, bool]], align_corners: bool) -> ERCNOutput:
     """One output from several views of the same pictures, each with whether it was mirrored left to right.
 

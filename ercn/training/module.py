@@ -14,7 +14,7 @@ from ercn.losses import classification_loss
 from ercn.models import ERCN, grade_probabilities, targets_from_grades
 from ercn.objective import ercn_loss
 from ercn.training import metrics, ranks
-from ercn.training.maps import flat
+from ercn.training.maps import extent, flat
 from ercn.training.schedule import adamw
 from ercn.training.seeding import derive, generator
 from ercn.transforms import sample_transform
@@ -23,8 +23,8 @@ MONITOR = "val_kappa"
 
 
 class ERCNModule(pl.LightningModule):
-    """``ercn_loss`` under AdamW; once an epoch validation accuracy, quadratic weighted kappa, loss, and the share of
-    the pictures of disease whose CAM is flat.
+    """``ercn_loss`` under AdamW; once an epoch validation accuracy, quadratic weighted kappa and loss, and of pictures
+    with disease the share whose CAM is flat and how much of its map a CAM covers (``maps.flat``, ``maps.extent``).
 
     The map A of a step is drawn from (seed, epoch, step) alone and the same on all ranks, dropout from the rank too.
     Loss and gradients of several ranks are those of all their pictures as one batch, however many each could read.
@@ -85,8 +85,8 @@ class ERCNModule(pl.LightningModule):
         target = targets_from_grades(batch["grade"], self.config.model)
         loss = torch.stack([classification_loss(a[None], b[None]) for a, b in zip(logits, target)])
         probability = grade_probabilities(logits, self.config.model)
-        dead = flat(output.cam, self.config.model)
-        self.validated.append((probability.cpu(), batch["grade"].cpu(), loss.cpu(), dead.cpu()))
+        maps = (measure(output.cam, self.config.model).cpu() for measure in (flat, extent))
+        self.validated.append((probability.cpu(), batch["grade"].cpu(), loss.cpu(), *maps))
 
     def on_validation_epoch_end(self) -> None:
         parts, self.validated = self.validated, []
@@ -96,7 +96,7 @@ class ERCNModule(pl.LightningModule):
             parts = [part for rank in gathered for part in rank]
         if not parts:
             raise ValueError("no picture of the val split could be read, so the best epoch cannot be chosen")
-        probability, grade, loss, dead = (torch.cat(columns).double().numpy() for columns in zip(*parts))
+        probability, grade, loss, *maps = (torch.cat(columns).double().numpy() for columns in zip(*parts))
         classes = probability.shape[1]
         truth = metrics.classes_of(grade.astype(int), self.config.model.targets)
         matrix = metrics.confusion(truth, probability.argmax(1), classes, np.ones((1, len(truth))))
@@ -104,8 +104,9 @@ class ERCNModule(pl.LightningModule):
             "val_accuracy": metrics.accuracy(matrix)[0],
             MONITOR: metrics.quadratic_kappa(matrix)[0],
             "val_loss": loss.mean(),
-            "val_flat_cam": dead[grade > 0].mean() if (grade > 0).any() else 0.0,
         }
+        for name, values_of in zip(("val_flat_cam", "val_cam_extent"), maps):
+            values[name] = values_of[grade > 0].mean() if (grade > 0).any() else 0.0
         self.log_dict({name: float(v) for name, v in values.items()}, prog_bar=True)
 
     def _image(self, batch: dict[str, Tensor]) -> Tensor:

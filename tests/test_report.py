@@ -17,7 +17,9 @@ from ercn import cli
 from ercn.config import EvaluateConfig, PrepareConfig, ReportConfig
 from ercn.data import prepare
 from ercn.training import evaluate
+from ercn.training.files import read_evaluations
 from ercn.training.maps import NAMES
+from ercn.training.model_card import write_model_card
 from ercn.training.report import report, write_report
 from ercn.training.table import print_metrics, reading
 
@@ -177,11 +179,21 @@ def test_wrong_input_is_named(root, tmp_path, capsys):
         report(ReportConfig(runs=("x",), out=str(tmp_path)))
     with pytest.raises(ValueError, match="the same run is named twice"):
         report(ReportConfig(runs=(str(root / "plain" / "run"),) * 2))
+
+
+def test_evaluations_of_an_older_version_are_told_and_left_out(root, tmp_path, capsys):
     old = shutil.copytree(root / "plain" / "run", tmp_path / "old")
     path = old / "evaluation" / "val.json"
+    shutil.copy(path, path.with_name("test.json"))
+    assert list(read_evaluations(old)) == ["test", "val"]
     path.write_text(path.read_text().replace('"disclosure"', '"before"'))
-    with pytest.raises(ValueError, match="val.json was written by an older version of ercn"):
-        report(ReportConfig(runs=(str(old),)))
+    capsys.readouterr()
+    report(ReportConfig(runs=(str(old),), out=str(tmp_path / "report.html")))
+    assert f"{path} was written by an older version of ercn and is left out" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert "Results on test" in page and "Results on val" not in page
+    write_model_card(old)
+    assert "older version" in capsys.readouterr().out
 
 
 def test_runs_are_named_without_an_option():

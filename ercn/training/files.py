@@ -31,6 +31,18 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
 
 
+def read_evaluations(run: Path) -> dict[str, dict[str, Any]]:
+    """The evaluations of a run by name, test first and val last; tells and leaves out those of an older version."""
+    paths = (run / "evaluation").glob("*.json")
+    result = {}
+    for path in sorted(paths, key=lambda path: (path.stem != "test", path.stem == "val", path)):
+        if "disclosure" in (evaluation := read_json(path)):
+            result[path.stem] = evaluation
+        else:
+            print(f"{path} was written by an older version of ercn and is left out; evaluate it again", flush=True)
+    return result
+
+
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """A header from the keys of all rows in order of appearance; missing values stay empty."""
     rows = list(rows)

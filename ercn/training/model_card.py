@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ercn._files import write_text
 from ercn.config import flatten
 from ercn.training import table
-from ercn.training.files import DISCLAIMER, read_json
+from ercn.training.files import DISCLAIMER, read_evaluations, read_json
 from ercn.training.maps import NAMES
 
 # What only people can say: (text, items of CLAIM, items of TRIPOD+AI).
@@ -44,7 +44,7 @@ NOT_PROVIDED = (
 def write_model_card(run: Path) -> Path:
     """Writes ``run/export/model_card.md`` from the export, the evaluations and the environment of the run."""
     model = read_json(run / "export" / "model.json")
-    evaluations = [read_json(path) for path in sorted((run / "evaluation").glob("*.json"))]
+    evaluations = list(read_evaluations(run).values())
     environment = Environment(
         loader=PackageLoader("ercn.training", "."), undefined=StrictUndefined, trim_blocks=True, autoescape=False
     )

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ercn.config import flatten
-from ercn.training.files import read_json
+from ercn.training.files import read_evaluations, read_json
 
 # Okabe and Ito's colours, for colour-blind readers too; a marker each for readers without colour.
 STYLES = (
@@ -45,7 +45,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """FileNotFoundError where a folder is no run of ercn; ValueError where an evaluation is of an older version."""
+    """FileNotFoundError where a folder is no run of ercn."""
     labels = _labels(folders)
     return [_read(folder, label, *STYLES[i % len(STYLES)]) for i, (folder, label) in enumerate(zip(folders, labels))]
 
@@ -57,7 +57,6 @@ def _read(folder: Path, label: str, color: str, marker: str) -> Run:
     exported = [read_json(p) for name in ("model", "backbone") if (p := folder / "export" / f"{name}.json").is_file()]
     model = exported[0] if exported else {}
     text = config.read_text(encoding="utf-8")
-    paths = sorted((folder / "evaluation").glob("*.json"), key=_test_first)
     return Run(
         folder,
         label,
@@ -66,22 +65,11 @@ def _read(folder: Path, label: str, color: str, marker: str) -> Run:
         model,
         flatten(yaml.safe_load(text)),
         _history(folder / "metrics.csv"),
-        {path.stem: _evaluation(path) for path in paths},
+        read_evaluations(folder),
         text,
         yaml.safe_dump(read_json(folder / "environment.json"), sort_keys=False),
         model.get("unreadable", []),
     )
-
-
-def _evaluation(path: Path) -> dict[str, Any]:
-    result = read_json(path)
-    if "disclosure" not in result:
-        raise ValueError(f"{path} was written by an older version of ercn; run ercn evaluate again, or remove it")
-    return result
-
-
-def _test_first(path: Path) -> tuple[bool, bool, str]:
-    return path.stem != "test", path.stem == "val", path.stem
 
 
 def _history(path: Path) -> dict[str, list[float]]:

@@ -124,14 +124,14 @@ class Supervised(pl.LightningModule):
         if self.config.data.augment:
             torch.manual_seed(derive(self.config.run.seed, "step", self.current_epoch, step))
             image, lesion = squares(image, lesion)
-        loss = F.binary_cross_entropy_with_logits(self.network(self._laid_out(image)).float(), lesion)
+        loss = F.binary_cross_entropy_with_logits(self.network(runs.laid_out(image, self.config.run)).float(), lesion)
         self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
         if batch is None:
             return
-        heat = self.network(self._laid_out(batch["image"])).float().sigmoid().cpu().numpy()
+        heat = self.network(runs.laid_out(batch["image"], self.config.run)).float().sigmoid().cpu().numpy()
         disc = batch["masks"][:, -1].cpu().numpy()
         for own, lesion, left_out in zip(heat, lesions_of(batch).cpu().numpy(), disc):
             if lesion.any():
@@ -146,11 +146,6 @@ class Supervised(pl.LightningModule):
         precision, recall, _ = precision_recall(self.counts)
         self.counts = np.zeros_like(self.counts)
         self.log(MONITOR, float(average_precision(precision, recall)[0]), prog_bar=True)
-
-    def _laid_out(self, image: Tensor) -> Tensor:
-        return image.contiguous(
-            memory_format=torch.channels_last if self.config.run.channels_last else torch.contiguous_format
-        )
 
 
 def squares(image: Tensor, lesion: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from ercn.models import ERCN, grade_probabilities, targets_from_grades
 from ercn.objective import ercn_loss
 from ercn.training import metrics, ranks
 from ercn.training.maps import extent, flat
+from ercn.training.runs import laid_out
 from ercn.training.schedule import adamw
 from ercn.training.seeding import derive, generator
 from ercn.transforms import sample_transform
@@ -65,7 +66,7 @@ class ERCNModule(pl.LightningModule):
         )
         total, terms = ercn_loss(
             self.model,
-            self._image(batch),
+            laid_out(batch["image"], config.run),
             batch["grade"],
             config.model,
             config.loss,
@@ -80,7 +81,7 @@ class ERCNModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
         if batch is None:
             return
-        output = self.model(self._image(batch), refine=False)
+        output = self.model(laid_out(batch["image"], self.config.run), refine=False)
         logits = output.logits.float()
         target = targets_from_grades(batch["grade"], self.config.model)
         loss = torch.stack([classification_loss(a[None], b[None]) for a, b in zip(logits, target)])
@@ -108,10 +109,6 @@ class ERCNModule(pl.LightningModule):
         for name, values_of in zip(("val_flat_cam", "val_cam_extent"), maps):
             values[name] = values_of[grade > 0].mean() if (grade > 0).any() else 0.0
         self.log_dict({name: float(v) for name, v in values.items()}, prog_bar=True)
-
-    def _image(self, batch: dict[str, Tensor]) -> Tensor:
-        layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
-        return batch["image"].contiguous(memory_format=layout)
 
     def _blank(self) -> dict[str, Tensor]:
         """A picture for a rank without any, for whose gradients, which then count nothing, the others wait."""

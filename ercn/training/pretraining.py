@@ -117,8 +117,7 @@ class Contrastive(pl.LightningModule):
         if world == 1 and read < 2:  # the others were unreadable: nothing to contrast with
             return None
         torch.manual_seed(derive(self.config.run.seed, "step", self.current_epoch, step, self.global_rank))
-        layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
-        first, second = (views.contiguous(memory_format=layout) for views in self._views(batch).unbind(1))
+        first, second = (runs.laid_out(views, self.config.run) for views in self._views(batch).unbind(1))
         z0 = ranks.gather(self.online(first)[:read])
         if self.momentum is None:
             z1 = ranks.gather(self.online(second)[:read])

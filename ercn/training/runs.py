@@ -194,6 +194,11 @@ def set_up(module: pl.LightningModule, network: torch.nn.Module, run: RunConfig)
         network.compile()
 
 
+def laid_out(image: torch.Tensor, run: RunConfig) -> torch.Tensor:
+    """Pictures [B, C, H, W] in the memory layout that ``set_up`` gives the weights."""
+    return image.contiguous(memory_format=torch.channels_last if run.channels_last else torch.contiguous_format)
+
+
 def _quiet() -> None:
     """Lightning's advice about loggers, workers and devices is not the user's concern; real warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -84,7 +84,8 @@ class ModelConfig:
         maximum, times the probability of its channel.
     mask: spatial mask on the CAM before refinement: "soft", "hard" or "off".
     mask_thresholds: the mask is the mean over these t of [max foreground CAM >= t].
-    refinement: what is done to the masked CAM, in this order. "affinity": the pixel affinity of learned embeddings;
+    refinement: what is done to the masked CAM, in this order. "affinity": the pixel affinity of embeddings, random
+        projections of features and picture where no loss teaches them (ecr, min_pool, H without detach_refined);
         "pamr": ``ercn.nn.PixelAdaptiveRefinement`` at the picture's resolution, which has no parameters and is left out
         while training. Nothing leaves the map as the mask made it.
     steps: how often the normalised affinity is applied.
@@ -114,7 +115,7 @@ class ModelConfig:
     confidence: Literal["absolute", "relative"] = "absolute"
     mask: Literal["soft", "hard", "off"] = "soft"
     mask_thresholds: tuple[float, ...] = (0.2, 0.3, 0.4)
-    refinement: tuple[Literal["affinity", "pamr"], ...] = ("pamr",)
+    refinement: tuple[Literal["affinity", "pamr"], ...] = ("affinity", "pamr")
     steps: int = 1
     pamr_steps: int = 20
     pamr_reach: float = 0.3

@@ -13,6 +13,11 @@ from ercn.models import ERCN, ERCNOutput, activation, targets_from_grades
 from ercn.transforms import Identity, Transform
 
 
+def reads_refined(loss: LossConfig) -> bool:
+    """Whether a term compares the refined CAM, so that a step has to make it."""
+    return bool(loss.ecr or loss.consistency or loss.min_pool or loss.er and loss.transform == "none")
+
+
 def ercn_loss(
     model: ERCN,
     image: Tensor,
@@ -59,9 +64,10 @@ def ercn_loss(
     present = target[:, :, None, None]
     present_all = F.pad(present, (0, 0, 0, 0, 1, 0), value=1.0)  # [B, 1 + F, 1, 1], background first
 
-    view1 = model(image)
+    refine = reads_refined(loss_config)
+    view1 = model(image, refine=refine)
     one_view = isinstance(transform, Identity)
-    view2 = view1 if one_view else model(transform(image))
+    view2 = view1 if one_view else model(transform(image), refine=refine)
     views = (view1,) if one_view else (view1, view2)
     h, w = view2.cam.shape[-2:]
 

@@ -57,4 +57,4 @@ def test_as_published_the_map_floods_while_the_loss_falls():
 
 def test_by_default_it_does_not():
     covered, before, after = trained({}, {})
-    assert after < before / 2 and covered < 0.2
+    assert after < before / 2 and covered < 0.4

@@ -18,7 +18,7 @@ from ercn import losses, models
 from ercn.config import LossConfig, ModelConfig, TrainConfig, from_dict, preset
 from ercn.elements import resize
 from ercn.models import ERCN, create_backbone, foreground_channels, grade_probabilities, targets_from_grades
-from ercn.objective import ercn_loss
+from ercn.objective import ercn_loss, reads_refined
 from ercn.training.fit import check_losses, check_patches
 from ercn.training.maps import heat_maps
 from ercn.transforms import Flip, Identity, Rescale, sample_transform
@@ -364,7 +364,7 @@ def capture_propagated(model, image):
 
 
 def test_patches_are_encoded_each_on_its_own():
-    """The model of a grid of patches equals the mean features of every crop, put where the crop was."""
+    """The model of a grid of patches equals the mean features of every crop at its exact side, put where it was."""
     model = build(patch=32, output_stride=16).eval()
     assert model.align_corners is False
     image = pictures(h=64, w=96)
@@ -373,7 +373,7 @@ def test_patches_are_encoded_each_on_its_own():
     for row in range(2):
         for column in range(3):
             crop = image[:, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
-            low, mid, last = (x.mean((2, 3)) for x in model.backbone(crop)[-3:])
+            low, mid, last = (x.mean((2, 3)) for x in model.backbone(resize(crop, (33, 33), True))[-3:])
             torch.testing.assert_close(out.cam[:, :, row, column], last @ model.classifier.weight[:, :, 0, 0].T)
             torch.testing.assert_close(features[0][:, :, row, column], low)
             torch.testing.assert_close(features[1][:, :, row, column], mid)
@@ -853,9 +853,9 @@ def test_presets_train(name):
     )
     total, _ = ercn_loss(model, pictures(2, 97, 97), torch.tensor([1, 4]), model_config, recipe.loss, transform)
     total.backward()
-    without = {name for name, p in model.named_parameters() if p.grad is None}  # the embedding of an affinity left out
+    without = {name for name, p in model.named_parameters() if p.grad is None}  # the embedding that no loss teaches
     affinity = {name for name, _ in model.named_parameters() if name.startswith("refinement.")}
-    assert without == (set() if "affinity" in model_config.refinement else affinity)
+    assert without == (set() if reads_refined(recipe.loss) else affinity)
     assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if name not in without)
 
 

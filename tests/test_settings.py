@@ -93,9 +93,10 @@ def test_smaller_pictures_hold_whole_patches(patch):
 
 
 def test_without_affinity_there_is_no_workspace_for_it():
-    config = TrainConfig(data=DataConfig(image_size=97, batch_size=1), model=SMALL)
+    config = TrainConfig(data=DataConfig(image_size=97, batch_size=1), model=SMALL, loss=LossConfig(ecr=1.0))
     assert footprint(config).scratch > 0
     assert footprint(replace(config, model=replace(SMALL, refinement=("pamr",)))).scratch == 0
+    assert footprint(replace(config, loss=LossConfig())).scratch == 0  # no term reads the refined CAM
 
 
 def test_pamr_is_one_operator_of_a_graph():

@@ -283,7 +283,7 @@ def test_the_packaged_grids_are_what_they_name(tmp_path):
         assert replace(configs[name].model, **kept) == replace(recipe.model, **kept)
         assert configs[name].loss == recipe.loss
     folders = {name: plan[name, 0].folder for name in configs}
-    assert folders["demo"] == folders["PAMR"] == folders["ER"] == folders["untrained"]
+    assert folders["demo"] == folders["affinity and PAMR"] == folders["ER"] == folders["untrained"]
     assert len({cell.config.run.seed for cell in plan.values()}) == len(grid.seeds) >= 5
     chosen_by = load_grid("select")
     assert chosen_by.choose and len(chosen_by.seeds) >= 5

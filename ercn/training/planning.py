@@ -14,7 +14,7 @@ from ercn._memory import RESERVE, LiveBytes, free_bytes, resident_bytes
 from ercn.config import PlanConfig, TrainConfig
 from ercn.grad_checkpointing import checkpoint_blocks
 from ercn.models import ERCN
-from ercn.objective import ercn_loss
+from ercn.objective import ercn_loss, reads_refined
 from ercn.training.infer import pick_device
 from ercn.training.runs import processes
 from ercn.transforms import Flip, Identity, Rescale, Transform
@@ -93,7 +93,8 @@ def footprint(config: TrainConfig) -> Footprint:
     devices, nodes = processes(run)
     grid = config.model.patch or config.model.refine_stride or config.model.output_stride
     elements = data.batch_size * (data.image_size // grid + 1) ** 2  # at most
-    copies = 2 if "affinity" in config.model.refinement else 0  # of the pixel embedding, in float32
+    affinity = "affinity" in config.model.refinement and reads_refined(config.loss)
+    copies = 2 if affinity else 0  # of the pixel embedding, in float32
     return Footprint(
         weights=weights,
         gradients=gradients,

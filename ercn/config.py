@@ -85,9 +85,9 @@ class ModelConfig:
     mask: spatial mask on the CAM before refinement: "soft", "hard" or "off".
     mask_thresholds: the mask is the mean over these t of [max foreground CAM >= t].
     refinement: what is done to the masked CAM, in this order. "affinity": the pixel affinity of embeddings, random
-        projections of features and picture where no loss teaches them (ecr, min_pool, H without detach_refined);
-        "pamr": ``ercn.nn.PixelAdaptiveRefinement`` at the picture's resolution, which has no parameters and is left out
-        while training. Nothing leaves the map as the mask made it.
+        projections of features and picture where no loss teaches them (ecr, min_pool, er of one view, H without
+        detach_refined); "pamr": ``ercn.nn.PixelAdaptiveRefinement`` at the picture's resolution, which has no
+        parameters and is left out while training. Nothing leaves the map as the mask made it.
     steps: how often the normalised affinity is applied.
     pamr_steps: the same of "pamr". pamr_reach: its farthest neighbour, as a share of the picture's side.
     refine_stride: input pixels per element where the affinity is computed, a divisor of output_stride; 0 for the CAM's

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-GEOMETRY = 2  # version of the above that exports carry; 1: maps drawn as cells of unmended backbones
+GEOMETRY = 3  # version of the above that exports carry; 1: maps drawn as cells of unmended backbones; 2: patches as cut
 
 
 class BinomialPool(nn.Module):

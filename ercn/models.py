@@ -60,7 +60,8 @@ class ERCN(nn.Module):
         align_corners: whether the outer elements of the maps lie on the outer pixels of the picture, or inside cells.
 
     Args:
-        geometry: 1 reads exports from before ``ercn.elements``: nothing is mended or resized, and maps are cells.
+        geometry: of an export. 1 is from before ``ercn.elements``: nothing is mended or resized, and maps are cells;
+            with 2, patches are not resized.
 
     Raises:
         ValueError: a configuration that does not fit together, or a backbone that is unknown or does not support the
@@ -128,12 +129,11 @@ class ERCN(nn.Module):
             else:
                 self.mil_bias = nn.Parameter(torch.zeros(classes))
 
-    def forward(self, image: Tensor, *, refine: bool | Sequence[str] = True) -> ERCNOutput:
-        """image: [B, 3, H, W], normalised as the backbone was trained. refine: which refinements to run, True for those
-        of the configuration; False leaves ``refined_cam`` as the mask made it, for who needs the logits.
+    def forward(self, image: Tensor, *, refine: bool = True, pamr: bool = True) -> ERCNOutput:
+        """image: [B, 3, H, W], normalised as the backbone was trained. refine: False leaves ``refined_cam`` as the mask
+        made it, for who needs the logits. pamr: False leaves out that refinement, for ``refine_to_edges`` later.
         """
-        if not self.config.patch:
-            image = self._exact(image)
+        image = self._exact(image)
         features = self._features(image)
         last = self.dropout(features[-1])
 
@@ -148,14 +148,15 @@ class ERCN(nn.Module):
         if logits is None:
             logits = (cam_logits + mil_logits) / 2
 
-        refinement = self.config.refinement if refine is True else refine or ()
+        refinement = [name for name in self.config.refinement if refine and (pamr or name != "pamr")]
         mask, refined_cam = self._refine(cam, logits, features, image, refinement)
         return ERCNOutput(logits, cam_logits, mil_logits, cam, refined_cam, mask, attention)
 
     def _exact(self, image: Tensor) -> Tensor:
-        """Pictures, or patches of them, at the sides where their maps are symmetric."""
-        if self.geometry == 1:
-            return image
+        """The picture at the sides where the map is symmetric; patches have their own."""
+        return image if self.config.patch or self.geometry == 1 else self._at_exact_sides(image)
+
+    def _at_exact_sides(self, image: Tensor) -> Tensor:
         stride, corners = self.config.output_stride, self.backbone.align_corners
         return resize(image, [exact_side(side, stride, corners) for side in image.shape[-2:]], corners)
 
@@ -210,7 +211,7 @@ class ERCN(nn.Module):
 
     def refine_to_edges(self, refined_cam: Tensor, image: Tensor) -> Tensor:
         """The refinement "pamr": [B, 1 + F, h, w] to the side at which the picture [B, 3, H, W] is exact."""
-        image = image if self.config.patch else self._exact(image)
+        image = self._exact(image)
         refined = resize(refined_cam, image.shape[-2:], self.align_corners)
         reach = dilations(min(image.shape[-2:]), self.config.pamr_reach)
         return add_background(PixelAdaptiveRefinement(reach, self.config.pamr_steps)(refined[:, 1:], image))
@@ -242,7 +243,8 @@ class ERCN(nn.Module):
             raise ValueError(f"patches of {patch} px need sides that are multiples of it; got {height} x {width} px")
         h, w = height // patch, width // patch
         tiles = image.unflatten(3, (w, patch)).unflatten(2, (h, patch))  # [B, 3, h, P, w, P]
-        maps = stages(self.backbone, self._exact(tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)))  # [B·h·w, D, ·, ·]
+        tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        maps = stages(self.backbone, self._at_exact_sides(tiles) if self.geometry > 2 else tiles)  # [B·h·w, D, ·, ·]
         return [x.mean((2, 3)).view(b, h, w, -1).permute(0, 3, 1, 2) for x in maps]
 
     def _spatial_mask(self, confidence: Tensor) -> Tensor:

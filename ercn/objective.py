@@ -13,9 +13,9 @@ from ercn.models import ERCN, ERCNOutput, activation, targets_from_grades
 from ercn.transforms import Identity, Transform
 
 
-def reads_refined(loss: LossConfig) -> bool:
+def reads_refined(loss: LossConfig, one_view: bool) -> bool:
     """Whether a term compares the refined CAM, so that a step has to make it."""
-    return bool(loss.ecr or loss.consistency or loss.min_pool or loss.er and loss.transform == "none")
+    return bool(loss.ecr or loss.consistency or loss.min_pool or loss.er and one_view)
 
 
 def ercn_loss(
@@ -45,7 +45,7 @@ def ercn_loss(
     the picture does not count in er and ecr.
 
     Args:
-        model: gives ``ERCNOutput``; called once per view.
+        model: gives ``ERCNOutput``; called once per view, with ``refine``, whether a term reads the refined CAM.
         image: [B, 3, H, W]. grade: [B] integers.
         transform: A, from ``sample_transform`` with the model's ``align_corners``; ``Identity`` means one view.
         weight_scale: multiplies every weight but that of cls (warm-up).
@@ -64,9 +64,9 @@ def ercn_loss(
     present = target[:, :, None, None]
     present_all = F.pad(present, (0, 0, 0, 0, 1, 0), value=1.0)  # [B, 1 + F, 1, 1], background first
 
-    refine = reads_refined(loss_config)
-    view1 = model(image, refine=refine)
     one_view = isinstance(transform, Identity)
+    refine = reads_refined(loss_config, one_view)
+    view1 = model(image, refine=refine)
     view2 = view1 if one_view else model(transform(image), refine=refine)
     views = (view1,) if one_view else (view1, view2)
     h, w = view2.cam.shape[-2:]

@@ -23,7 +23,7 @@ class Tents(torch.nn.Module):
         last = stride - 1 if align_corners or stride == 1 else stride - 0.5  # the tent's last pixel
         self.tent = 1 - torch.arange(-last, last + 1).abs() / stride
 
-    def forward(self, image, *, refine=True):
+    def forward(self, image, *, refine=True, pamr=True):
         size = [exact_side(side, self.stride, self.align_corners) for side in image.shape[2:]]
         image = resize(image, size, self.align_corners)
         green = (image[:, 1:2] - image[:, :1] - 0.1).clamp_min(0)  # more than JPEG's noise

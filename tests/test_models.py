@@ -18,7 +18,7 @@ from ercn import losses, models
 from ercn.config import LossConfig, ModelConfig, TrainConfig, from_dict, preset
 from ercn.elements import resize
 from ercn.models import ERCN, create_backbone, foreground_channels, grade_probabilities, targets_from_grades
-from ercn.objective import ercn_loss, reads_refined
+from ercn.objective import ercn_loss
 from ercn.training.fit import check_losses, check_patches
 from ercn.training.maps import heat_maps
 from ercn.transforms import Flip, Identity, Rescale, sample_transform
@@ -711,18 +711,37 @@ def test_one_view_is_chikontwe():
 
 
 def test_gradients_reach_what_each_term_trains():
-    def reached(**weights):
-        model = build()
+    def reached(one_view=False, **weights):
+        model, transform = build(), Identity() if one_view else Flip(3)
         off = {"cls": 0.0, "er": 0.0, "ecr": 0.0, "consistency": 0.0, "min_pool": 0.0}
-        total, _ = ercn_loss(model, pictures(), torch.tensor([2, 4]), SMALL, LossConfig(**off | weights), Flip(3))
+        total, _ = ercn_loss(model, pictures(), torch.tensor([2, 4]), SMALL, LossConfig(**off | weights), transform)
         total.backward()
         return {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
     assert reached(cls=1.0) == {"backbone", "classifier", "prior", "pool", "mil_bias"}
     assert reached(er=1.0) == {"backbone", "classifier"}
+    assert reached(one_view=True, er=1.0) == {"backbone", "classifier", "refinement"}
     assert reached(ecr=1.0) == reached(min_pool=1.0) == {"refinement"}
     assert reached(consistency=1.0) == {"backbone", "classifier"}
     assert reached(consistency=1.0, detach_refined=False) == {"backbone", "classifier", "refinement"}
+
+
+@pytest.mark.parametrize(
+    "transform, weights, count",
+    [
+        (Flip(3), {"er": 1.0}, 0),
+        (Identity(), {"er": 1.0}, 1),
+        (Flip(3), {"ecr": 1.0}, 2),
+        (Flip(3), {"min_pool": 1.0}, 2),
+        (Identity(), {"consistency": 1.0}, 1),
+    ],
+    ids=str,
+)
+def test_a_step_refines_only_where_a_term_reads_it(transform, weights, count):
+    model, calls = build(), []
+    model.refinement.register_forward_pre_hook(lambda *_: calls.append(1))
+    ercn_loss(model, pictures(), torch.tensor([2, 4]), SMALL, LossConfig(**{"er": 0.0} | weights), transform)
+    assert len(calls) == count
 
 
 def test_grade_0_has_no_foreground():
@@ -843,8 +862,8 @@ def test_pictures_that_patches_do_not_fill_are_refused():
     check_patches(replace(config, model=SMALL))
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_train(name):
+@pytest.mark.parametrize("name, taught", [("ercn", False), ("demo", False), ("seam", True), ("chikontwe", True)])
+def test_presets_train(name, taught):
     recipe = preset(name)
     model_config = replace(recipe.model, backbone="test_resnet")
     model = ERCN(model_config)
@@ -855,7 +874,7 @@ def test_presets_train(name):
     total.backward()
     without = {name for name, p in model.named_parameters() if p.grad is None}  # the embedding that no loss teaches
     affinity = {name for name, _ in model.named_parameters() if name.startswith("refinement.")}
-    assert without == (set() if reads_refined(recipe.loss) else affinity)
+    assert without == (set() if taught else affinity)
     assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if name not in without)
 
 

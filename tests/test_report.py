@@ -185,15 +185,16 @@ def test_evaluations_of_an_older_version_are_told_and_left_out(root, tmp_path, c
     old = shutil.copytree(root / "plain" / "run", tmp_path / "old")
     path = old / "evaluation" / "val.json"
     shutil.copy(path, path.with_name("test.json"))
-    assert list(read_evaluations(old)) == ["test", "val"]
+    assert [list(part) for part in read_evaluations(old)] == [["test", "val"], []]
     path.write_text(path.read_text().replace('"disclosure"', '"before"'))
     capsys.readouterr()
     report(ReportConfig(runs=(str(old),), out=str(tmp_path / "report.html")))
     assert f"{path} was written by an older version of ercn and is left out" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     assert "Results on test" in page and "Results on val" not in page
-    write_model_card(old)
-    assert "older version" in capsys.readouterr().out
+    card = write_model_card(old).read_text()
+    assert "of an older version of the software: evaluation/val.json" in card
+    assert "No external data set has been evaluated" not in card
 
 
 def test_runs_are_named_without_an_option():

@@ -44,7 +44,7 @@ def test_what_is_saved_comes_back(run):
     assert info["config"] == CONFIG and info["thresholds"]["referable"] == 0.4
     assert "medical device" in info["notice"] and info["packages"]["torch"] == torch.__version__.split("+")[0]
     image = torch.randn(1, 3, 64, 64)
-    assert not loaded.training and info["geometry"] == loaded.geometry == GEOMETRY == 2 and loaded.align_corners
+    assert not loaded.training and info["geometry"] == loaded.geometry == GEOMETRY == 3 and loaded.align_corners
     torch.testing.assert_close(loaded(image).logits, model(image).logits)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
     assert sorted(p.name for p in (folder / "export").iterdir()) == ["model.json", "model.safetensors"]
@@ -94,8 +94,8 @@ def test_damaged_or_newer_description_is_named(run):
     path.write_text(text.replace('"format": 1', '"format": 7'))
     with pytest.raises(ValueError, match="has format 7; this version of ercn reads format 1"):
         load_model(folder)
-    path.write_text(text.replace('"geometry": 2', '"geometry": 3'))
-    with pytest.raises(ValueError, match="has geometry 3; this version of ercn reads 1 and 2"):
+    path.write_text(text.replace('"geometry": 3', '"geometry": 4'))
+    with pytest.raises(ValueError, match="has geometry 4; this version of ercn reads 1 to 3"):
         load_model(folder)
     path.write_text(text.replace('"backbone"', '"bakcbone"'))
     with pytest.raises(ValueError, match=r"model\.json: config\.model\.bakcbone"):

@@ -102,9 +102,9 @@ def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
     state, info = load_weights(folder, "model", "ercn train", _NEEDED)
     # exports from before there was a choice
     info = {"normalize": "none", "temperature": 1.0, "trained_classes": info["class_names"], "geometry": 1} | info
-    if info["geometry"] not in (1, GEOMETRY):
+    if info["geometry"] not in range(1, GEOMETRY + 1):
         raise ValueError(
-            f"{folder / 'model.json'} has geometry {info['geometry']!r}; this version of ercn reads 1 and {GEOMETRY}"
+            f"{folder / 'model.json'} has geometry {info['geometry']!r}; this version of ercn reads 1 to {GEOMETRY}"
         )
     saved = info["config"]
     if info["geometry"] == 1 and isinstance(saved, Mapping) and isinstance(saved.get("model"), Mapping):

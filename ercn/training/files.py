@@ -31,16 +31,13 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
 
 
-def read_evaluations(run: Path) -> dict[str, dict[str, Any]]:
-    """The evaluations of a run by name, test first and val last; tells and leaves out those of an older version."""
+def read_evaluations(run: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The evaluations of a run by name, test first and val last; and the files left out, of an older version."""
     paths = (run / "evaluation").glob("*.json")
-    result = {}
-    for path in sorted(paths, key=lambda path: (path.stem != "test", path.stem == "val", path)):
-        if "disclosure" in (evaluation := read_json(path)):
-            result[path.stem] = evaluation
-        else:
-            print(f"{path} was written by an older version of ercn and is left out; evaluate it again", flush=True)
-    return result
+    paths = sorted(paths, key=lambda path: (path.stem != "test", path.stem == "val", path))
+    read = {path: read_json(path) for path in paths}
+    old = [str(path.relative_to(run)) for path, evaluation in read.items() if "disclosure" not in evaluation]
+    return {path.stem: evaluation for path, evaluation in read.items() if "disclosure" in evaluation}, old
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -12,6 +12,7 @@ pictures and at all sizes:
     black_hat  f = closing of g - g                 white_hat  f = g - opening of g, with the square of B_17
     dog_s      f = max over the channels of |G_s x - G_4s x|
     green_n    f = |G_1 g - B_n g|
+    ratio_n    f = G_1 |L - B_n L| with L = log((r + 1/64) / (g + 1/64)), r the red channel: the density of blood
     log_s      f = (s S / 256)² |Laplacian of G_s g|
     std_n      f = sqrt(B_n g² - (B_n g)²)
 
@@ -73,6 +74,11 @@ def _green(x: np.ndarray, n: float) -> np.ndarray:
     return np.abs(_gauss(x[1], 1) - _mean(x[1], n))
 
 
+def _ratio(x: np.ndarray, n: float) -> np.ndarray:
+    density = np.log((x[0] + 1 / 64) / (x[1] + 1 / 64))
+    return _gauss(np.abs(density - _mean(density, n)), 1)
+
+
 def _log(x: np.ndarray, s: float) -> np.ndarray:
     return (s * x.shape[-1] / 256) ** 2 * np.abs(ndimage.laplace(_gauss(x[1], s), mode="nearest"))
 
@@ -96,7 +102,8 @@ _CONTRASTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "white_hat": partial(_white_hat, n=17),
     "dog_1": partial(_dog, s=1),
     "dog_2": partial(_dog, s=2),
-    "green_65": partial(_green, n=65),
+    "green_49": partial(_green, n=49),
+    "ratio_17": partial(_ratio, n=17),
     "log_2": partial(_log, s=2),
     "std_9": partial(_std, n=9),
 }

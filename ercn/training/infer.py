@@ -62,16 +62,15 @@ def see(model: ERCN, image: Tensor, views: Views) -> ERCNOutput:
     """The model's output for pictures [B, 3, H, W], its maps those of all views; "pamr" refines what they merged."""
     if views == ONE_VIEW:
         return model(image)
-    refine = [name for name in model.config.refinement if name != "pamr"]
-    outputs = [(model(image, refine=refine), False)]
+    outputs = [(model(image, pamr=False), False)]
     for scale in views.scales:
         for mirrored in (False, True) if views.flip else (False,):
             if (scale, mirrored) != (1, False):
                 view = image.flip(-1) if mirrored else image
                 size = [round(scale * side) for side in view.shape[-2:]]
                 view = resize(view, size, model.align_corners, antialias=True)
-                outputs.append((model(view, refine=refine), mirrored))
+                outputs.append((model(view, pamr=False), mirrored))
     output = merge(outputs, model.align_corners)
-    if len(refine) == len(model.config.refinement):
-        return output
-    return output._replace(refined_cam=model.refine_to_edges(output.refined_cam, image))
+    if "pamr" in model.config.refinement:
+        output = output._replace(refined_cam=model.refine_to_edges(output.refined_cam, image))
+    return output

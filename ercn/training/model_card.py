@@ -44,7 +44,8 @@ NOT_PROVIDED = (
 def write_model_card(run: Path) -> Path:
     """Writes ``run/export/model_card.md`` from the export, the evaluations and the environment of the run."""
     model = read_json(run / "export" / "model.json")
-    evaluations = list(read_evaluations(run).values())
+    named, old = read_evaluations(run)
+    evaluations = list(named.values())
     environment = Environment(
         loader=PackageLoader("ercn.training", "."), undefined=StrictUndefined, trim_blocks=True, autoescape=False
     )
@@ -54,6 +55,7 @@ def write_model_card(run: Path) -> Path:
         settings=flatten(model["config"]),
         environment=read_json(run / "environment.json"),
         evaluations=evaluations,
+        old=old,
         results=[(result, _rows(result)) for result in evaluations],
         lesions=[(result, _lesions(result)) for result in evaluations if result["localization"]],
         external=sorted({e["dataset"] for e in evaluations if e["manifest"] != model["manifest"]}),

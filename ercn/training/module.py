@@ -25,7 +25,8 @@ MONITOR = "val_kappa"
 
 class ERCNModule(pl.LightningModule):
     """``ercn_loss`` under AdamW; once an epoch validation accuracy, quadratic weighted kappa and loss, and of pictures
-    with disease the share whose CAM is flat and how much of its map a CAM covers (``maps.flat``, ``maps.extent``).
+    with disease (0 without any) the share whose CAM is flat and how much of its map a CAM covers (``maps.flat``,
+    ``maps.extent``).
 
     The map A of a step is drawn from (seed, epoch, step) alone and the same on all ranks, dropout from the rank too.
     Loss and gradients of several ranks are those of all their pictures as one batch, however many each could read.

@@ -93,7 +93,7 @@ def footprint(config: TrainConfig) -> Footprint:
     devices, nodes = processes(run)
     grid = config.model.patch or config.model.refine_stride or config.model.output_stride
     elements = data.batch_size * (data.image_size // grid + 1) ** 2  # at most
-    affinity = "affinity" in config.model.refinement and reads_refined(config.loss)
+    affinity = "affinity" in config.model.refinement and reads_refined(config.loss, config.loss.transform == "none")
     copies = 2 if affinity else 0  # of the pixel embedding, in float32
     return Footprint(
         weights=weights,

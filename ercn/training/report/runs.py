@@ -57,6 +57,9 @@ def _read(folder: Path, label: str, color: str, marker: str) -> Run:
     exported = [read_json(p) for name in ("model", "backbone") if (p := folder / "export" / f"{name}.json").is_file()]
     model = exported[0] if exported else {}
     text = config.read_text(encoding="utf-8")
+    evaluations, old = read_evaluations(folder)
+    for name in old:
+        print(f"{folder / name} was written by an older version of ercn and is left out; evaluate it again", flush=True)
     return Run(
         folder,
         label,
@@ -65,7 +68,7 @@ def _read(folder: Path, label: str, color: str, marker: str) -> Run:
         model,
         flatten(yaml.safe_load(text)),
         _history(folder / "metrics.csv"),
-        read_evaluations(folder),
+        evaluations,
         text,
         yaml.safe_dump(read_json(folder / "environment.json"), sort_keys=False),
         model.get("unreadable", []),

@@ -46,15 +46,6 @@ def isa(request, monkeypatch):
     return request.param
 
 
-def torch_affinity(value, feat):
-    return value @ torch.relu(feat.transpose(1, 2) @ feat)
-
-
-def torch_gradients(grad_out, value, feat):
-    value, feat = value.clone().requires_grad_(), feat.clone().requires_grad_()
-    return torch.autograd.grad(torch_affinity(value, feat), (value, feat), grad_out)
-
-
 def inputs(B, C, D, N, dtype=torch.float64):
     generator = torch.Generator().manual_seed(B + C + D + N)
     draw = [torch.randn(B, size, N, generator=generator, dtype=dtype) for size in (C, C, D)]
@@ -72,9 +63,9 @@ def thread_counts():
 def test_forward_and_gradients_equal_torch_in_float64(B, C, D, N):
     value, grad_out, feat = inputs(B, C, D, N)
     native = torch.ops.ercn_native
-    torch.testing.assert_close(native.relu_affinity_cpu(value, feat), torch_affinity(value, feat))
-    expected = torch_gradients(grad_out, value, feat)
-    torch.testing.assert_close(native.relu_affinity_backward_cpu(grad_out, value, feat, True), expected)
+    expected, *gradients = dense_affinity(value, feat, grad_out)
+    torch.testing.assert_close(native.relu_affinity_cpu(value, feat), expected)
+    torch.testing.assert_close(native.relu_affinity_backward_cpu(grad_out, value, feat, True), tuple(gradients))
 
 
 @pytest.mark.parametrize("B, C, D, N", SHAPES[:6])
@@ -120,7 +111,7 @@ def test_one_thread_does_the_work_of_several_workers(isa):
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
     values = torch.arange(24 * 500).reshape(2, 12, 500).remainder(7) - 3.0  # exact in float32
-    assert float(run.stdout) == torch_affinity(values[:, :3], values[:, 3:]).sum().item()
+    assert float(run.stdout) == (values[:, :3] @ torch.relu(values[:, 3:].mT @ values[:, 3:])).sum().item()
 
 
 def test_any_strides():
@@ -207,9 +198,9 @@ def test_any_shape_layout_and_dtype(data):
 
 def test_bfloat16_products_are_exact_in_float32(isa):
     """The dot-product instructions add products of bfloat16 in float32, as widening does."""
-    value, _, feat = inputs(1, 3, 66, 250, torch.float32)
+    value, grad_out, feat = inputs(1, 3, 66, 250, torch.float32)
     feat = feat.bfloat16()
-    exact = torch_affinity(value.double(), feat.double())
+    exact = dense_affinity(value.double(), feat.double(), grad_out.double())[0]
     assert error(relu_affinity(value, feat, backend="cpu"), exact) < 2e-6
 
 

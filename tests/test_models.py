@@ -377,6 +377,11 @@ def test_patches_are_encoded_each_on_its_own():
             torch.testing.assert_close(out.cam[:, :, row, column], last @ model.classifier.weight[:, :, 0, 0].T)
             torch.testing.assert_close(features[0][:, :, row, column], low)
             torch.testing.assert_close(features[1][:, :, row, column], mid)
+    old = ERCN(model.config, geometry=2).eval()  # exports from before patches had an exact side
+    old.load_state_dict(model.state_dict())
+    low = old.backbone(image[:, :, :32, :32])[-1].mean((2, 3)) @ model.classifier.weight[:, :, 0, 0].T
+    torch.testing.assert_close(old(image).cam[:, :, 0, 0], low)
+    assert not torch.allclose(out.cam[:, :, 0, 0], low, rtol=1e-3)
     with pytest.raises(ValueError, match="patches of 32 px need sides that are multiples of it; got 64 x 80 px"):
         model(pictures(h=64, w=80))
     with pytest.raises(ValueError, match="patch must be a multiple of output_stride 16, or 0; got 40"):

@@ -273,7 +273,7 @@ class PretrainConfig:
     (``test_resnet``, 3 seeds) validation kappa of kNN and linear probe is 0.81 and 0.86 for SimCLR (lr 0.003) and 0.69
     and 0.83 for MoCo v2 (temperature 0.2, lr 0.001); 0.20 and 0.74 untrained. MoCo v2 needs many steps, so small
     batches, and a learning rate at which keys do not age (0.002 and 0.003 were worse). Its steps take 0.7 of SimCLR's
-    time.
+    time. Whether what follows gains is another question: on the phantom of docs/ablation.md it did not.
     temperature: of the contrastive loss (SimCLR: 0.5, MoCo v2: 0.2).
     projection_dim: width of the embedding it compares.
     queue_size: moco_v2 only, keys of earlier batches kept as negatives beside the batch's own; at most those of an

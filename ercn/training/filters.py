@@ -103,7 +103,7 @@ _CONTRASTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "dog_1": partial(_dog, s=1),
     "dog_2": partial(_dog, s=2),
     "green_49": partial(_green, n=49),
-    "ratio_17": partial(_ratio, n=17),
+    "ratio_27": partial(_ratio, n=27),
     "log_2": partial(_log, s=2),
     "std_9": partial(_std, n=9),
 }

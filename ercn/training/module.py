@@ -87,8 +87,8 @@ class ERCNModule(pl.LightningModule):
         target = targets_from_grades(batch["grade"], self.config.model)
         loss = torch.stack([classification_loss(a[None], b[None]) for a, b in zip(logits, target)])
         probability = grade_probabilities(logits, self.config.model)
-        maps = (measure(output.cam, self.config.model).cpu() for measure in (flat, extent))
-        self.validated.append((probability.cpu(), batch["grade"].cpu(), loss.cpu(), *maps))
+        dead, covered = flat(output.cam, self.config.model), extent(output.cam, self.config.model)
+        self.validated.append(tuple(x.cpu() for x in (probability, batch["grade"], loss, dead, covered)))
 
     def on_validation_epoch_end(self) -> None:
         parts, self.validated = self.validated, []
@@ -98,7 +98,7 @@ class ERCNModule(pl.LightningModule):
             parts = [part for rank in gathered for part in rank]
         if not parts:
             raise ValueError("no picture of the val split could be read, so the best epoch cannot be chosen")
-        probability, grade, loss, *maps = (torch.cat(columns).double().numpy() for columns in zip(*parts))
+        probability, grade, loss, dead, covered = (torch.cat(columns).double().numpy() for columns in zip(*parts))
         classes = probability.shape[1]
         truth = metrics.classes_of(grade.astype(int), self.config.model.targets)
         matrix = metrics.confusion(truth, probability.argmax(1), classes, np.ones((1, len(truth))))
@@ -106,9 +106,9 @@ class ERCNModule(pl.LightningModule):
             "val_accuracy": metrics.accuracy(matrix)[0],
             MONITOR: metrics.quadratic_kappa(matrix)[0],
             "val_loss": loss.mean(),
+            "val_flat_cam": dead[grade > 0].mean() if (grade > 0).any() else 0.0,
+            "val_cam_extent": covered[grade > 0].mean() if (grade > 0).any() else 0.0,
         }
-        for name, values_of in zip(("val_flat_cam", "val_cam_extent"), maps):
-            values[name] = values_of[grade > 0].mean() if (grade > 0).any() else 0.0
         self.log_dict({name: float(v) for name, v in values.items()}, prog_bar=True)
 
     def _blank(self) -> dict[str, Tensor]:

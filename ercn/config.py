@@ -146,7 +146,7 @@ class LossConfig:
 
     cls: weight of the classification loss.
     er: weight of the equivariance loss. An empty map is equivariant too: at 1, SEAM's (whose mean over 20 classes makes
-        it small), the CAM can fade away while the MIL head classifies.
+        it small), the CAM can fade away while a MIL head with evidence of its own classifies.
     ecr: weight of the equivariant cross loss.
     consistency: weight of H, CAM against refined CAM. min_pool: weight of the min-pooling loss.
     transform: the map A between the two views: "rescale", "flip", "rot90", "translate", "affine", "all" or "none"

@@ -1,58 +1,174 @@
-"""How an op joins torch: one schema, one Python kernel per device, autocast, and help for vmap."""
+"""How an op joins torch: one schema, kernels in C++ or in the table of backends, autograd, autocast, help for vmap."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
-from torch.autograd import forward_ad
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _are_functorch_transforms_active,
+    _ExcludeDispatchKeyGuard,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch.autograd import _profiler_enabled, forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
-from ercn.ops import _backends
+from ercn.ops import _backends, _extension, cpu
 
+_extension.load()  # it defines the schemas, which Python defines where it is absent
 _LIBRARY = torch.library.Library("ercn", "FRAGMENT")
-_DEVICES = ("CPU", "CUDA")
+_META = DispatchKeySet(DispatchKey.Meta)
+_DEVICES = ("CPU", "CUDA", "XPU", "MPS")  # that have autocast
+_ABOVE = (DispatchKey.AutogradFunctionality, DispatchKey.AutogradOther, DispatchKey.AutogradNestedTensor)
+_ABOVE += tuple(getattr(DispatchKey, f"Autocast{device}") for device in _DEVICES)
+_ABOVE_BACKENDS = functools.reduce(DispatchKeySet.__or__, map(DispatchKeySet, _ABOVE))
 
 
 def define(schema: str) -> torch._ops.OpOverload:
-    """Define ``ercn::<schema>``, whose last argument is ``str backend``; its kernel asks the backend table."""
-    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = name.split("::")[-1]
+    """Define ``ercn::<schema>``, whose last argument is ``str backend``, where no library has; the table of backends
+    answers its calls.
+
+    It does so before any kernel of a device, libercn's own included: torch's key for that is BackendSelect. So every
+    device has the op, and what a backend raises reaches the caller as it is, which the stable ABI would not let through.
+    """
+    op = schema.partition("(")[0]
+    if not hasattr(torch.ops.ercn, op):
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.ercn, op).default
+    count = len(overload._schema.arguments)
 
     def kernel(*args):
         if len(args) < count:  # the dispatcher leaves out an argument that equals its default
             args += ("",)
+        if next(x for x in args if isinstance(x, Tensor)).is_meta:
+            return overload.redispatch(_META, *args)
         *args, backend = args
         return _backends.launch(op, backend, *args)
 
-    for device in _DEVICES:
-        _LIBRARY.impl(op, kernel, device)
-    overload = getattr(torch.ops.ercn, op).default
-    count = len(overload._schema.arguments)
+    for key in ("BackendSelect", "CompositeExplicitAutograd"):
+        _LIBRARY.impl(op, kernel, key)
     return overload
 
 
-def autocast(overload: torch._ops.OpOverload, cast_arguments: Callable[[Callable, tuple], tuple]) -> None:
+Cast = Callable[[Callable[[Tensor | None], Tensor | None], tuple], tuple]
+
+
+def autocast(overload: torch._ops.OpOverload, cast_arguments: Cast) -> None:
     """Under autocast run ``overload`` on ``cast_arguments(cast, args)``, ``cast`` being to autocast's dtype.
 
     ``torch.library.register_autocast`` fixes one dtype and casts every argument; this follows the dtype in force.
     float64 stays, as in torch's own autocast.
     """
     for device in _DEVICES:
-        key = getattr(DispatchKey, "Autocast" + device)
+        key = f"Autocast{device}"
 
-        def kernel(*args, key=key, device=device):
-            dtype = torch.get_autocast_dtype(device.lower())
+        def kernel(*args, device=device.lower(), keys=DispatchKeySet(getattr(DispatchKey, key))):
+            with _ExcludeDispatchKeyGuard(keys):
+                return overload(*_casted(device, cast_arguments, args))
 
-            def cast(tensor: Tensor | None) -> Tensor | None:
-                keep = tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64
-                return tensor if keep else tensor.to(dtype)
+        _LIBRARY.impl(overload._schema.name.split("::")[-1], kernel, key)
 
-            with _ExcludeDispatchKeyGuard(DispatchKeySet(key)):
-                return overload(*cast_arguments(cast, args))
 
-        _LIBRARY.impl(overload._schema.name.split("::")[-1], kernel, key.name)
+def _casted(device: str, cast_arguments: Cast, args: tuple) -> tuple:
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        keep = tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64
+        return tensor if keep else tensor.to(dtype)
+
+    return cast_arguments(cast, args)
+
+
+def autocasts(device: torch.device) -> bool:
+    return (
+        _is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device.type)
+        and torch.is_autocast_enabled(device.type)
+    )
+
+
+def run(overload: torch._ops.OpOverload, *args) -> Any:
+    """The op below autograd and autocast; its kernel of libercn at once where the table would take it and nobody looks.
+
+    It may be called like that for ops that libercn has, and whose CPU kernels take all arguments.
+    """
+    if (
+        _backends.takes_cpu(args[0], args[-1])
+        and all(map(_is_plain, args))
+        and not _len_torch_dispatch_stack()
+        and not _profiler_enabled()
+    ):
+        return overload.redispatch(cpu.KEY, *args)
+    with _ExcludeDispatchKeyGuard(_ABOVE_BACKENDS):
+        return overload(*args)
+
+
+def _is_plain(x: Any) -> bool:
+    return type(x) in _PLAIN
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, str, bool, type(None))
+
+
+def eager(function: type[torch.autograd.Function], overload: torch._ops.OpOverload, cast_arguments: Cast | None = None):
+    """How a public function calls its op: the op itself in a compiled graph, which is registered for autograd and all
+    else, and in eager mode ``function``, whose overhead is a fraction of that and which ``torch.func`` knows.
+
+    function: its forward takes the op's arguments and calls ``run``; it has ``setup_context``.
+    """
+    single = _single_level(function).apply
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        if cast_arguments is not None and autocasts(args[0].device):
+            args = _casted(args[0].device.type, cast_arguments, args)
+        if _are_functorch_transforms_active():
+            return function.apply(*args)
+        if forward_ad._current_level >= 0 or torch.is_grad_enabled() and any(map(_requires_grad, args)):
+            return single(*args)
+        return run(overload, *args)
+
+    return call
+
+
+def is_plain_eager(*tensors: Tensor) -> bool:
+    """Whether plain tensors are computed with as they come: nothing compiles, transforms, casts, or is a subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and not _are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not _is_any_autocast_enabled()
+        and all(map(_is_plain, tensors))
+    )
+
+
+def save_for_forward(ctx: torch.autograd.function.FunctionCtx, *tensors: Tensor) -> None:
+    if forward_ad._current_level >= 0:  # else they would be kept for nothing
+        ctx.save_for_forward(*tensors)
+
+
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _single_level(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same for plain autograd alone: torch binds the arguments of a Function with ``setup_context`` anew at every
+    call, which takes 10 µs."""
+
+    def forward(ctx, *args):
+        outputs = function.forward(*args)
+        function.setup_context(ctx, args, outputs)
+        return outputs
+
+    body = {"forward": staticmethod(forward), "setup_context": staticmethod(_SingleLevelFunction.setup_context)}
+    return type(function.__name__, (function,), body)
 
 
 def refuse_double_backward(overload: torch._ops.OpOverload) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 
 from ercn.ops._extension import load as unavailable
-from ercn.ops.reference import accumulate_dtype, bag_slices
+from ercn.ops.reference import bag_slices
 
 __all__ = [
     "can_run",
@@ -21,22 +22,24 @@ __all__ = [
     "unavailable",
 ]
 
+KEY = DispatchKeySet(DispatchKey.CPU)
+
 
 def can_run(op: str, *args) -> str | None:
     return None if op in __all__ else f"it has no kernel for {op}"
 
 
 def relu_affinity(value: Tensor, feat: Tensor) -> Tensor:
-    acc = accumulate_dtype(value, feat)
-    return torch.ops.ercn_native.relu_affinity_cpu(value.to(acc), _accepted(feat, acc))
+    return _native("relu_affinity", value, feat)
 
 
 def relu_affinity_backward(grad_out: Tensor, value: Tensor, feat: Tensor, need_value: bool) -> tuple[Tensor, Tensor]:
-    acc = accumulate_dtype(value, feat)
-    grad_value, grad_feat = torch.ops.ercn_native.relu_affinity_backward_cpu(
-        grad_out.to(acc), value.to(acc), _accepted(feat, acc), need_value
-    )
-    return grad_value.to(value.dtype), grad_feat.to(feat.dtype)
+    return _native("relu_affinity_backward", grad_out, value, feat, need_value)
+
+
+def _native(op: str, *args):
+    """The op's own kernel, in C++."""
+    return getattr(torch.ops.ercn, op).default.redispatch(KEY, *args, "cpu")
 
 
 def gated_attention_pool(
@@ -92,7 +95,3 @@ def _pool_tensors(cu_seqlens: Tensor | None, h: Tensor, *weights: Tensor | None)
         return h, *weights
     return tuple(None if x is None else x.float() for x in (h, *weights))
 
-
-def _accepted(x: Tensor, acc: torch.dtype) -> Tensor:
-    """x as the kernels read it: in the dtype of the sums, or bfloat16 beside float32 sums."""
-    return x if x.dtype == torch.bfloat16 and acc == torch.float32 else x.to(acc)

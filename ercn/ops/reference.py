@@ -66,6 +66,22 @@ def relu_affinity_backward(
     return grad_value.to(value.dtype), grad_feat.to(feat.dtype)
 
 
+def relu_affinity_derivative(left: Tensor, p: Tensor, q: Tensor, feat: Tensor) -> Tensor:
+    """L·(1[T>0] ⊙ (PᵀQ + QᵀP)), T = FᵀF: what every derivative of A = relu(T) comes to. left L [B, R, N], p and q
+    [B, C, N], feat F [B, D, N] -> [B, R, N], in the dtype of the sums.
+
+    A tangent Ḟ changes V·A by (V; Ḟ, F); the gradient of F is (F; V, G), and that gradient's derivatives are these again.
+    """
+    acc = accumulate_dtype(left, p, q, feat)
+    left, p, q, f = (x.to(acc) for x in (left, p, q, feat))
+    batch, _, n = f.shape
+    out = torch.empty(left.shape, dtype=acc, device=left.device)
+    for cols in _blocks(n, batch * n):
+        w = p.mT @ q[..., cols] + q.mT @ p[..., cols]  # [B, N, cols]
+        out[..., cols] = left @ w.masked_fill_(f.mT @ f[..., cols] <= 0, 0)
+    return out
+
+
 def _branches(h: Tensor, v_weight: Tensor, v_bias: Tensor | None, u_weight: Tensor | None, u_bias: Tensor | None):
     """tanh(V h + b_V) and σ(U h + b_U) (None if ungated): each [B, n, L]."""
     t = torch.tanh(torch.nn.functional.linear(h, v_weight, v_bias))

@@ -3,8 +3,8 @@
 They are plain shared libraries that register operators through the LibTorch stable ABI: they know no Python, so that
 one build serves every version of it, and processes without it. ERCN_BUILD=auto (default) builds each where that is
 possible and installs without it otherwise, ERCN_BUILD=cpu builds libercn alone and ERCN_BUILD=cuda both, and a failure
-is an error; ERCN_BUILD=none leaves both out. ERCN_CUDA_ARCHS chooses the compute capabilities, ERCN_CXXFLAGS is appended
-to the C++ compiler's flags. ercn/_build.json records what happened, for ``ercn doctor``.
+is an error; ERCN_BUILD=none leaves both out. ERCN_CUDA_ARCHS chooses the compute capabilities, ERCN_CXXFLAGS is
+appended to the C++ compiler's flags. ercn/_build.json records what happened, for ``ercn doctor``.
 """
 
 import json
@@ -30,7 +30,7 @@ except ImportError:
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("ERCN_BUILD", "auto")
 TARGET_TORCH = (2, 10)  # the oldest torch that the libraries load in
-SOURCES = {"libercn": [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))], "libercn_cuda": toolchain.sources()}
+SOURCES = {"libercn": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")), "libercn_cuda": toolchain.sources()}
 DEMANDED = {"auto": (), "none": (), "cpu": ("libercn",), "cuda": ("libercn", "libercn_cuda")}
 FAILED = "the compiler failed on"
 FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", *os.environ.get("ERCN_CXXFLAGS", "").split()]

@@ -150,12 +150,28 @@ std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Te
   return {grad_value, grad_feat};
 }
 
+bool is_floating(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+    case ScalarType::Float8_e5m2:
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2fnuz:
+    case ScalarType::Float8_e4m3fnuz: return true;
+    default: return false;
+  }
+}
+
 void check(const Tensor& tensor, const char* name, const Tensor& feat) {
   STD_TORCH_CHECK(feat.dim() == 3, "feat must be [B, D, N], it has ", feat.dim(), " dimensions");
   STD_TORCH_CHECK(
       tensor.dim() == 3 && tensor.size(0) == feat.size(0) && tensor.size(2) == feat.size(2),
       name, " must be [B, C, N] with feat's B and N");
   STD_TORCH_CHECK(tensor.is_cpu() && feat.is_cpu(), name, " and feat must be on the CPU");
+  STD_TORCH_CHECK(
+      is_floating(tensor.scalar_type()) && is_floating(feat.scalar_type()), name, " and feat must be floating point");
 }
 
 Tensor converted(const Tensor& x, ScalarType type) {

@@ -68,10 +68,10 @@ def requested(backend: str | None) -> str:
     return backend or _override
 
 
-def takes_cpu(x: Tensor, backend: str) -> bool:
-    """Whether ``launch`` would take the ``cpu`` row, if that takes every argument of the op."""
+def takes_cpu(backend: str) -> bool:
+    """Whether ``launch`` would take the ``cpu`` row for tensors on the CPU, if that takes every argument of the op."""
     row = TABLE[0]
-    if row.launcher is not cpu or not x.is_cpu or cpu.unavailable() is not None:
+    if row.launcher is not cpu or cpu.unavailable() is not None:
         return False
     name = backend or os.environ.get("ERCN_BACKEND", "")
     return row.automatic if not name else name == row.name

@@ -28,7 +28,7 @@ def load(name: str = "libercn") -> str | None:
     try:
         torch.ops.load_library(str(file))
     except OSError as error:
-        return f"{name} failed to load: {error}"
+        return f"{name} failed to load: {error.__cause__ or error}"  # torch's own says which file, no more
     return None
 
 
@@ -41,8 +41,9 @@ def _recorded_reason(name: str) -> str:
 
 @functools.cache
 def cpu_info() -> dict[str, Any]:
-    """Of libercn: ``build`` (compiler, C++ standard, flags, the oldest torch it runs on), ``features`` (instruction sets
-    usable on this machine) and ``isas`` (values of ERCN_CPU_ISA that it has kernels for here, the best last)."""
+    """Of libercn: ``build`` (compiler, C++ standard, flags, the oldest torch it runs on), ``features`` (instruction
+    sets usable on this machine) and ``isas`` (values of ERCN_CPU_ISA that it has kernels for here, the best last).
+    """
     return json.loads(torch.ops.ercn_native.cpu_info())
 
 

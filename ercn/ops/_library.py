@@ -12,6 +12,7 @@ from torch._C import (
     DispatchKey,
     DispatchKeySet,
     _are_functorch_transforms_active,
+    _dispatch_keys,
     _ExcludeDispatchKeyGuard,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
@@ -23,6 +24,7 @@ from ercn.ops import _backends, _extension, cpu
 
 _extension.load()  # it defines the schemas, which Python defines where it is absent
 _LIBRARY = torch.library.Library("ercn", "FRAGMENT")
+DEFINED: list[torch._ops.OpOverload] = []
 _META = DispatchKeySet(DispatchKey.Meta)
 _DEVICES = ("CPU", "CUDA", "XPU", "MPS")  # that have autocast
 _ABOVE = (DispatchKey.AutogradFunctionality, DispatchKey.AutogradOther, DispatchKey.AutogradNestedTensor)
@@ -35,12 +37,13 @@ def define(schema: str) -> torch._ops.OpOverload:
     answers its calls.
 
     It does so before any kernel of a device, libercn's own included: torch's key for that is BackendSelect. So every
-    device has the op, and what a backend raises reaches the caller as it is, which the stable ABI would not let through.
+    device has the op, and what a backend raises reaches the caller as it is; through the stable ABI it would not.
     """
     op = schema.partition("(")[0]
     if not hasattr(torch.ops.ercn, op):
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.ercn, op).default
+    DEFINED.append(overload)
     count = len(overload._schema.arguments)
 
     def kernel(*args):
@@ -65,14 +68,15 @@ def autocast(overload: torch._ops.OpOverload, cast_arguments: Cast) -> None:
     ``torch.library.register_autocast`` fixes one dtype and casts every argument; this follows the dtype in force.
     float64 stays, as in torch's own autocast.
     """
+
+    def kernel(*args, device: str, keys: DispatchKeySet):
+        with _ExcludeDispatchKeyGuard(keys):
+            return overload(*_casted(device, cast_arguments, args))
+
     for device in _DEVICES:
-        key = f"Autocast{device}"
-
-        def kernel(*args, device=device.lower(), keys=DispatchKeySet(getattr(DispatchKey, key))):
-            with _ExcludeDispatchKeyGuard(keys):
-                return overload(*_casted(device, cast_arguments, args))
-
-        _LIBRARY.impl(overload._schema.name.split("::")[-1], kernel, key)
+        keys = DispatchKeySet(getattr(DispatchKey, f"Autocast{device}"))
+        of_device = functools.partial(kernel, device=device.lower(), keys=keys)
+        _LIBRARY.impl(overload._schema.name.split("::")[-1], of_device, f"Autocast{device}")
 
 
 def _casted(device: str, cast_arguments: Cast, args: tuple) -> tuple:
@@ -99,8 +103,8 @@ def run(overload: torch._ops.OpOverload, *args) -> Any:
     It may be called like that for ops that libercn has, and whose CPU kernels take all arguments.
     """
     if (
-        _backends.takes_cpu(args[0], args[-1])
-        and all(map(_is_plain, args))
+        _backends.takes_cpu(args[-1])
+        and all(map(_is_dense_cpu, args))
         and not _len_torch_dispatch_stack()
         and not _profiler_enabled()
     ):
@@ -109,11 +113,14 @@ def run(overload: torch._ops.OpOverload, *args) -> Any:
         return overload(*args)
 
 
-def _is_plain(x: Any) -> bool:
-    return type(x) in _PLAIN
+def _is_dense_cpu(x: Any) -> bool:
+    """No subclass, no transform's wrapper, no lazy negation, nothing that the dispatcher would do more for."""
+    return not isinstance(x, Tensor) or _dispatch_keys(x).raw_repr() in _DENSE_CPU
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, str, bool, type(None))
+_DENSE_CPU = {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+with torch.inference_mode():
+    _DENSE_CPU.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
 
 
 def eager(function: type[torch.autograd.Function], overload: torch._ops.OpOverload, cast_arguments: Cast | None = None):
@@ -139,13 +146,13 @@ def eager(function: type[torch.autograd.Function], overload: torch._ops.OpOverlo
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
-    """Whether plain tensors are computed with as they come: nothing compiles, transforms, casts, or is a subclass."""
+    """Whether plain tensors are computed with as they come: nothing compiles, transforms, casts or is a subclass."""
     return (
         not torch.compiler.is_compiling()
         and not _are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not _is_any_autocast_enabled()
-        and all(map(_is_plain, tensors))
+        and all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
     )
 
 

@@ -32,8 +32,9 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
-        NotImplementedError: a third derivative. The first two, forward and reverse mode, ``vmap`` and what ``torch.func``
-            makes of them are there; second derivatives of T's kink are 0, and run in plain torch on every backend.
+        NotImplementedError: a third derivative. The first two are there, in reverse and forward mode, and so are
+            ``vmap`` and the transforms of ``torch.func``; the kink at T = 0 has no second derivative. Beyond the first
+            gradient they are in part plain torch, blockwise, on every backend.
 
     FLOPs are 2·B·N²·(D + C) counted densely; memory is O(B·N·(C + D)). Two runs on one machine are bit-equal.
     Under autocast ``feat`` is cast to autocast's dtype and ``value`` is not.
@@ -124,54 +125,57 @@ class _SingleLevelPropagation(torch.autograd.Function):
         ctx.settings = eps, normalize, steps, backend
         acc = accumulate_dtype(cam, feat)
         f = _flat(feat)
-        norm = None
+        norm = divisor = None
         if normalize:
-            wide = f.to(acc)
-            norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-            f = (wide / (norm + eps)).to(feat.dtype)
-        out = _flat(cam).to(acc)
-        channels = out.shape[1]
+            wide = _to(f, acc)
+            norm = torch.linalg.vector_norm(wide, 2, 1, True)
+            divisor = norm + eps
+            f = _to(wide / divisor, feat.dtype)
+        out = _to(_flat(cam), acc)
+        ones = out.new_ones(out.shape[0], 1, out.shape[2])
+        parts = out.shape[1], 1
         kept = []
         for _ in range(steps):
-            value = torch.nn.functional.pad(out, (0, 0, 0, 1), value=1.0)  # a row of ones, as above
-            product = _library.run(_FORWARD, value, f, backend)
-            denominator = product.narrow(1, channels, 1).add_(eps)
-            out = product.narrow(1, 0, channels) / denominator
-            kept += [value, denominator, out]
-        ctx.save_for_backward(cam, feat, norm, f, *kept)
-        return out.reshape(cam.shape).to(cam.dtype)
+            value = torch.cat((out, ones), 1)
+            product, denominator = torch.split_with_sizes(_library.run(_FORWARD, value, f, backend), parts, 1)
+            out = product / denominator.add_(eps)
+            kept += (value, denominator, out)
+        ctx.save_for_backward(cam, feat, norm, divisor, f, *kept)
+        return _to(_shaped(out, cam), cam.dtype)
 
     @staticmethod
     def backward(ctx, grad_out):
-        cam, feat, norm, f, *kept = ctx.saved_tensors
-        eps, _, _, backend = ctx.settings
+        cam, feat, norm, divisor, f, *kept = ctx.saved_tensors
+        backend = ctx.settings[-1]
         need_cam, need_feat, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a derivative of this is asked for
             inputs = [x for x, need in ((cam, need_cam), (feat, need_feat)) if need]
-            grads = iter(torch.autograd.grad(_propagated(cam, feat, *ctx.settings), inputs, grad_out, create_graph=True))
+            out = _propagated(cam, feat, *ctx.settings)
+            grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
             return next(grads) if need_cam else None, next(grads) if need_feat else None, None, None, None, None
-        grad = _flat(grad_out).to(kept[0].dtype)
+        acc = kept[0].dtype
+        grad = _to(_flat(grad_out), acc)
         channels, total = grad.shape[1], None
         for step in range(len(kept) - 3, -1, -3):
             value, denominator, out = kept[step : step + 3]
             grad = grad / denominator
-            grad = torch.cat([grad, (grad * out).sum(1, keepdim=True).neg_()], dim=1)
+            grad = torch.cat((grad, (grad * out).sum(1, True).neg_()), 1)
             need_value = need_cam or step > 0
             if need_feat:
                 grad, part = _library.run(_BACKWARD, grad, value, f, need_value, backend)
-                part = part.to(kept[0].dtype)
-                total = part if total is None else total + part
+                total = _to(part, acc) if total is None else total + part
             else:
                 grad = _library.run(_FORWARD, grad, f, backend)
             if need_value:
                 grad = grad.narrow(1, 0, channels)
-        if need_feat and norm is not None:  # of x / (|x| + eps); 0 where x is
-            wide = _flat(feat).to(kept[0].dtype)
-            along = (wide * total).sum(1, keepdim=True) / (norm * (norm + eps)).clamp_min_(_TINY)
-            total = (total - wide * along) / (norm + eps)
-        grad_cam = grad.reshape(cam.shape).to(cam.dtype) if need_cam else None
-        grad_feat = total.reshape(feat.shape).to(feat.dtype) if need_feat else None
-        return grad_cam, grad_feat, None, None, None, None
+        grad_cam = _to(_shaped(grad, cam), cam.dtype) if need_cam else None
+        if not need_feat:
+            return grad_cam, None, None, None, None, None
+        if norm is not None:  # of x / (|x| + eps), whose second term is 0 where x is
+            wide = _to(_flat(feat), acc)
+            along = (wide * total).sum(1, True) / (norm * divisor).clamp_min_(_TINY)
+            total = torch.addcmul(total, wide, along, value=-1) / divisor
+        return grad_cam, _to(_shaped(total, feat), feat.dtype), None, None, None, None
 
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -179,6 +183,14 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def _flat(x: Tensor) -> Tensor:
     return x.flatten(2) if x.dim() == 4 else x
+
+
+def _shaped(x: Tensor, like: Tensor) -> Tensor:
+    return x.reshape(like.shape) if like.dim() == 4 else x
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _check_pair(name: str, value: Tensor, feat: Tensor) -> None:

@@ -70,7 +70,7 @@ def relu_affinity_derivative(left: Tensor, p: Tensor, q: Tensor, feat: Tensor) -
     """L·(1[T>0] ⊙ (PᵀQ + QᵀP)), T = FᵀF: what every derivative of A = relu(T) comes to. left L [B, R, N], p and q
     [B, C, N], feat F [B, D, N] -> [B, R, N], in the dtype of the sums.
 
-    A tangent Ḟ changes V·A by (V; Ḟ, F); the gradient of F is (F; V, G), and that gradient's derivatives are these again.
+    A tangent Ḟ changes V·A by (V; Ḟ, F); the gradient of F is (F; V, G), whose derivatives are such terms again.
     """
     acc = accumulate_dtype(left, p, q, feat)
     left, p, q, f = (x.to(acc) for x in (left, p, q, feat))

@@ -32,6 +32,8 @@ def test_operators_and_kernels_are_registered():
     for op in ("relu_affinity", "gated_attention_pool"):
         for name in (f"{op}_cuda", f"{op}_backward_cuda"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ercn_native::{name}", "CUDA")
+    for op in ("relu_affinity", "relu_affinity_backward"):  # for processes without Python
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ercn::{op}", "CUDA")
     names = [kernel["name"] for kernel in _extension.cuda_kernels()]
     assert len(names) == len(set(names)) and all(name.startswith("ercn::") for name in names)
     assert all(kernel["launches"] == 0 for kernel in _extension.cuda_kernels()) or torch.cuda.is_available()

@@ -17,6 +17,7 @@
 #include "../backend.h"
 #include "affinity_packing.h"
 #include "affinity_pairs.h"
+#include "convert.h"
 #include "kernels.h"
 
 namespace ercn {
@@ -172,20 +173,6 @@ void check(const Tensor& tensor, const char* name, const Tensor& feat) {
   STD_TORCH_CHECK(tensor.is_cpu() && feat.is_cpu(), name, " and feat must be on the CPU");
   STD_TORCH_CHECK(
       is_floating(tensor.scalar_type()) && is_floating(feat.scalar_type()), name, " and feat must be floating point");
-}
-
-Tensor converted(const Tensor& x, ScalarType type) {
-  return x.scalar_type() == type ? x : torch::stable::to(x, type);
-}
-
-ScalarType type_of_sums(const Tensor& value, const Tensor& feat) {
-  const bool wide = value.scalar_type() == ScalarType::Double || feat.scalar_type() == ScalarType::Double;
-  return wide ? ScalarType::Double : ScalarType::Float;
-}
-
-// feat as the kernels read it beside these sums.
-Tensor accepted(const Tensor& feat, ScalarType sums) {
-  return feat.scalar_type() == ScalarType::BFloat16 && sums == ScalarType::Float ? feat : converted(feat, sums);
 }
 
 Tensor relu_affinity(const Tensor& value, const Tensor& feat, const std::string& backend) {

@@ -115,21 +115,36 @@ def run(overload: torch._ops.OpOverload, *args) -> Any:
 
 def _is_dense_cpu(x: Any) -> bool:
     """No subclass, no transform's wrapper, no lazy negation, nothing that the dispatcher would do more for."""
-    return not isinstance(x, Tensor) or _dispatch_keys(x).raw_repr() in _DENSE_CPU
+    kind = type(x)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return _dispatch_keys(x).raw_repr() in _DENSE_CPU
+    return kind in _CONSTANTS
 
+
+_CONSTANTS = {type(None), bool, float, list, str}
 
 _DENSE_CPU = {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
 with torch.inference_mode():
     _DENSE_CPU.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
 
 
-def eager(function: type[torch.autograd.Function], overload: torch._ops.OpOverload, cast_arguments: Cast | None = None):
-    """How a public function calls its op: the op itself in a compiled graph, which is registered for autograd and all
-    else, and in eager mode ``function``, whose overhead is a fraction of that and which ``torch.func`` knows.
+def join(
+    overload: torch._ops.OpOverload,
+    function: type[torch.autograd.Function],
+    vmap: Callable,
+    cast_arguments: Cast | None = None,
+) -> Callable:
+    """Register the op for autograd, vmap and autocast, and return how a public function calls it: the op itself in a
+    compiled graph; in eager mode ``function``, whose overhead is a fraction of that and which ``torch.func`` knows.
 
-    function: its forward takes the op's arguments and calls ``run``; it has ``setup_context``.
+    function: has setup_context, backward and jvp for the op's arguments; forward and vmap come from here.
+    vmap: (op, info, in_dims, *args) -> outputs, their dimensions; ``op`` is what it calls.
     """
-    single = _single_level(function).apply
+    torch.library.register_autograd(overload, function.backward, setup_context=function.setup_context)
+    torch.library.register_vmap(overload, functools.partial(vmap, overload))
+    if cast_arguments is not None:
+        autocast(overload, cast_arguments)
+    function.forward = staticmethod(functools.partial(run, overload))
 
     def call(*args):
         if torch.compiler.is_compiling():
@@ -142,6 +157,8 @@ def eager(function: type[torch.autograd.Function], overload: torch._ops.OpOverlo
             return single(*args)
         return run(overload, *args)
 
+    function.vmap = staticmethod(functools.partial(vmap, call))
+    single = _single_level(function).apply
     return call
 
 
@@ -162,7 +179,7 @@ def save_for_forward(ctx: torch.autograd.function.FunctionCtx, *tensors: Tensor)
 
 
 def _requires_grad(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
+    return type(x) not in _CONSTANTS and x.requires_grad
 
 
 def _single_level(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
@@ -206,10 +223,10 @@ def fold(in_dim: int | None, size: int, x: Tensor | None) -> Tensor | None:
     return x.reshape(-1, *x.shape[2:])
 
 
-def loop(overload: torch._ops.OpOverload, size: int, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple]:
+def loop(op: Callable, size: int, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple]:
     """vmap of an op with several outputs by running it once per slice."""
     slices = (
-        overload(*(x if dim is None else x.select(dim, i) for dim, x in zip(in_dims, args))) for i in range(size)
+        op(*(x.select(dim, i) if isinstance(dim, int) else x for dim, x in zip(in_dims, args))) for i in range(size)
     )
     outputs = tuple(torch.stack(parts) for parts in zip(*slices))
     return outputs, (0,) * len(outputs)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -225,10 +223,6 @@ def _(grad_out, value, feat, need_value, backend=""):
 
 class _Affinity(torch.autograd.Function):
     @staticmethod
-    def forward(value, feat, backend):
-        return _library.run(_FORWARD, value, feat, backend)
-
-    @staticmethod
     def setup_context(ctx, inputs, output):
         value, feat, ctx.backend = inputs
         ctx.value_dtype = value.dtype
@@ -250,20 +244,12 @@ class _Affinity(torch.autograd.Function):
         along_value = _relu_affinity(value_tangent, feat, ctx.backend)
         return along_value + _Derivative.apply(value, feat_tangent, feat, feat).to(along_value.dtype)
 
-    @staticmethod
-    def vmap(info, in_dims, value, feat, backend=""):
-        return _mapped(_relu_affinity, info, in_dims, value, feat, backend)
-
 
 class _AffinityBackward(torch.autograd.Function):
     """(G·A, F·W) with W = 1[T>0] ⊙ (VᵀG + GᵀV). For cotangents (Y, X) of the two, and S = FᵀX + XᵀF:
 
         dG = Y·A + V·(1 ⊙ S),   dV = G·(1 ⊙ S),   dF = F·(1 ⊙ (GᵀY + YᵀG)) + X·W
     """
-
-    @staticmethod
-    def forward(grad_out, value, feat, need_value, backend):
-        return _library.run(_BACKWARD, grad_out, value, feat, need_value, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -304,10 +290,6 @@ class _AffinityBackward(torch.autograd.Function):
         along = _relu_affinity(grad_tangent, feat, ctx.backend) + _Derivative.apply(grad_out, feat_tangent, feat, feat)
         return along.to(value.dtype), moved
 
-    @staticmethod
-    def vmap(info, in_dims, grad_out, value, feat, need_value, backend=""):
-        return _mapped_backward(_relu_affinity_backward, info, in_dims, grad_out, value, feat, need_value, backend)
-
 
 class _Derivative(torch.autograd.Function):
     """``reference.relu_affinity_derivative``, which has no derivative of its own here."""
@@ -338,13 +320,13 @@ def _sum(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b
 
 
-def _mapped(op, info, in_dims, value, feat, backend=""):
+def _map(op, info, in_dims, value, feat, backend=""):
     size = info.batch_size
     out = op(_library.fold(in_dims[0], size, value), _library.fold(in_dims[1], size, feat), backend)
     return out.unflatten(0, (size, -1)), 0
 
 
-def _mapped_backward(op, info, in_dims, grad_out, value, feat, need_value, backend=""):
+def _map_backward(op, info, in_dims, grad_out, value, feat, need_value, backend=""):
     size = info.batch_size
     folded = (_library.fold(dim, size, x) for dim, x in zip(in_dims, (grad_out, value, feat)))
     grad_value, grad_feat = op(*folded, need_value, backend)
@@ -356,13 +338,8 @@ def _cast(cast, args):
     return (args[0], cast(args[1]), *args[2:])
 
 
-torch.library.register_autograd(_FORWARD, _Affinity.backward, setup_context=_Affinity.setup_context)
-torch.library.register_autograd(_BACKWARD, _AffinityBackward.backward, setup_context=_AffinityBackward.setup_context)
-torch.library.register_vmap(_FORWARD, partial(_mapped, _FORWARD))
-torch.library.register_vmap(_BACKWARD, partial(_mapped_backward, _BACKWARD))
-_library.autocast(_FORWARD, _cast)
-_relu_affinity = _library.eager(_Affinity, _FORWARD, _cast)
-_relu_affinity_backward = _library.eager(_AffinityBackward, _BACKWARD)
+_relu_affinity = _library.join(_FORWARD, _Affinity, _map, _cast)
+_relu_affinity_backward = _library.join(_BACKWARD, _AffinityBackward, _map_backward)
 
 
 @register_flop_formula(torch.ops.ercn.relu_affinity)

@@ -1,4 +1,4 @@
-"""Launchers of the ``cpu`` backend: C++ in ``csrc/cpu`` for float32, float64 and bfloat16; float16 becomes float32.
+"""Launchers of the ``cpu`` backend: the kernels of ``csrc/cpu``, which libercn registers with torch for CPU tensors.
 
 The instruction set is chosen at run time (``ercn doctor`` names it); ``ERCN_CPU_ISA`` = portable, avx2, avx512 or
 avx512_bf16 forces a lower one, read at every call.
@@ -6,35 +6,29 @@ avx512_bf16 forces a lower one, read at every call.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
 from ercn.ops._extension import load as unavailable
-from ercn.ops.reference import bag_slices
 
-__all__ = [
-    "can_run",
-    "gated_attention_pool",
-    "gated_attention_pool_backward",
-    "relu_affinity",
-    "relu_affinity_backward",
-    "unavailable",
-]
+__all__ = ["KEY", "can_run", "unavailable"]
 
 KEY = DispatchKeySet(DispatchKey.CPU)
+_OPS = (
+    "attention_scores",
+    "gated_attention_pool",
+    "gated_attention_pool_backward",
+    "pool_by_scores",
+    "pool_by_scores_backward",
+    "relu_affinity",
+    "relu_affinity_backward",
+)
 
 
 def can_run(op: str, *args) -> str | None:
-    return None if op in __all__ else f"it has no kernel for {op}"
-
-
-def relu_affinity(value: Tensor, feat: Tensor) -> Tensor:
-    return _native("relu_affinity", value, feat)
-
-
-def relu_affinity_backward(grad_out: Tensor, value: Tensor, feat: Tensor, need_value: bool) -> tuple[Tensor, Tensor]:
-    return _native("relu_affinity_backward", grad_out, value, feat, need_value)
+    return None if op in _OPS else f"it has no kernel for {op}"
 
 
 def _native(op: str, *args):
@@ -42,56 +36,10 @@ def _native(op: str, *args):
     return getattr(torch.ops.ercn, op).default.redispatch(KEY, *args, "cpu")
 
 
-def gated_attention_pool(
-    h: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    u_weight: Tensor | None,
-    u_bias: Tensor | None,
-    w_weight: Tensor,
-    w_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    tensors = _pool_tensors(cu_seqlens, h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    pooled, scores = torch.ops.ercn_native.gated_attention_pool_cpu(*tensors, mask, cu_seqlens)
-    return pooled.to(h.dtype), scores
-
-
-def gated_attention_pool_backward(
-    grad_pooled: Tensor | None,
-    grad_scores: Tensor | None,
-    h: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    u_weight: Tensor | None,
-    u_bias: Tensor | None,
-    w_weight: Tensor,
-    w_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pooled: Tensor,
-    scores: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    inputs = (h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    tensors = _pool_tensors(cu_seqlens, *inputs)
-    grads = torch.ops.ercn_native.gated_attention_pool_backward_cpu(
-        None if grad_pooled is None else grad_pooled.to(tensors[0].dtype),
-        None if grad_scores is None else grad_scores.to(scores.dtype),
-        *tensors,
-        mask,
-        cu_seqlens,
-        scores.contiguous(),
-        sum(need << i for i, need in enumerate(needs)),
-    )
-    return tuple(g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs))
-
-
-def _pool_tensors(cu_seqlens: Tensor | None, h: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
-    if cu_seqlens is not None:
-        bag_slices(cu_seqlens, h.shape[0])  # raises where they do not fit
-    if h.dtype != torch.float16:
-        return h, *weights
-    return tuple(None if x is None else x.float() for x in (h, *weights))
-
+relu_affinity = partial(_native, "relu_affinity")
+relu_affinity_backward = partial(_native, "relu_affinity_backward")
+gated_attention_pool = partial(_native, "gated_attention_pool")
+gated_attention_pool_backward = partial(_native, "gated_attention_pool_backward")
+attention_scores = partial(_native, "attention_scores")
+pool_by_scores = partial(_native, "pool_by_scores")
+pool_by_scores_backward = partial(_native, "pool_by_scores_backward")

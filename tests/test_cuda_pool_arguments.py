@@ -8,38 +8,13 @@ import pytest
 import torch
 from _cuda import DEVICE, HOPPER, marks, operators, pool_with
 from _ops import assert_within_budget, finite_parts, randn
+from _pool import kept, pooled_of, twin
 from test_attention_pool import inputs, leaf
-from torch.nn.functional import gelu, linear
-
-from ercn.ops.reference import dropout_factors, dropout_threshold
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = marks(DEVICE)
 DEVICES = {"generic": DEVICE, "sm90": HOPPER}
-ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": gelu}
 SEED = torch.tensor([-(2**62) + 12345])
-
-
-def factors_of(h: torch.Tensor, hidden: int, p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference's mask of the instances of h [B, N, D] or [T, D], which are counted in order."""
-    instances = torch.arange(h[..., 0].numel()).view(h.shape[:-1])
-    return dropout_factors(SEED, p, instances, hidden, torch.float64)
-
-
-def by_hand(h, v, bv, u, bu, w, bw, mask=None, cu_seqlens=None, dropout_p=0.0, activation="tanh"):
-    """Plain torch with the reference's mask, for autograd."""
-    factors = factors_of(h, len(v), dropout_p) if dropout_p else (torch.ones(()), torch.ones(()))
-    v_factor, u_factor = (x.to(h) for x in factors)
-    gate = ACTIVATIONS[activation](linear(h, v, bv)) * v_factor
-    if u is not None:
-        gate = gate * (torch.sigmoid(linear(h, u, bu)) * u_factor)
-    scores = linear(gate, w, bw).mT
-    if cu_seqlens is not None:
-        bags = [slice(a, b) for a, b in itertools.pairwise(cu_seqlens.tolist())]
-        return torch.stack([torch.softmax(scores[:, bag], -1) @ h[bag] for bag in bags]), scores
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None], float("-inf"))
-    return torch.softmax(scores, -1) @ h, scores
 
 
 def results(function, device, arguments, dtype, mask=None, cu_seqlens=None, **kwargs):
@@ -58,7 +33,11 @@ def check(family, arguments, dtype, dropout_p=0.0, **kwargs):
     pool = pool_with(family, device=DEVICES[family])
     seed = SEED.to(DEVICES[family]) if dropout_p else None
     ours = results(pool, DEVICES[family], arguments, dtype, dropout_p=dropout_p, seed=seed, **kwargs)
-    plain, exact = (results(by_hand, "cpu", arguments, t, dropout_p=dropout_p, **kwargs) for t in (dtype, torch.float64))
+    seed = SEED if dropout_p else None
+    plain, exact = (
+        results(twin, "cpu", arguments, cast, dropout_p=dropout_p, seed=seed, **kwargs)
+        for cast in (dtype, torch.float64)
+    )
     for mine, torchs, truth in zip(ours, plain, exact, strict=True):
         assert mine.isfinite().all()
         assert_within_budget(mine, torchs, truth)
@@ -77,7 +56,7 @@ def test_generic_within_budget(dtype, gated, activation, dropout_p):
     hidden = {FP32: 77, BF16: 65, FP16: 24}[dtype]
     ragged = dtype == FP32
     arguments = inputs(None if ragged else 2, 70, 25, hidden, heads=2, gated=gated)
-    bags = dict(cu_seqlens=BOUNDS) if ragged else dict(mask=MASK)
+    bags = {"cu_seqlens": BOUNDS} if ragged else {"mask": MASK}
     check("generic", arguments, dtype, dropout_p, activation=activation, **bags)
 
 
@@ -85,7 +64,7 @@ def test_generic_within_budget(dtype, gated, activation, dropout_p):
 @pytest.mark.parametrize("dtype, hidden, ragged", [(BF16, 192, False), (FP16, 64, True)], ids=str)
 def test_hopper_within_budget(dtype, hidden, ragged, activation, dropout_p):
     arguments = inputs(None if ragged else 2, 70, 64, hidden, heads=2)
-    bags = dict(cu_seqlens=BOUNDS) if ragged else dict(mask=MASK)
+    bags = {"cu_seqlens": BOUNDS} if ragged else {"mask": MASK}
     check("sm90", arguments, dtype, dropout_p, activation=activation, **bags)
 
 
@@ -102,14 +81,13 @@ def test_bits_of_the_mask(family, gated, ragged, dropout_p):
         w[k, 24 * k : 24 * (k + 1)] = 2.0 ** torch.arange(24)
     arguments = [x if x is None else x.to(DEVICES[family], BF16) for x in (h, v, None, v if gated else None, None, w)]
     cu_seqlens = torch.tensor([0, 3, 70], device=DEVICES[family]) if ragged else None
-    kwargs = dict(cu_seqlens=cu_seqlens, seed=SEED.to(DEVICES[family]), dropout_p=dropout_p)
     pool = pool_with(family, device=DEVICES[family])
-    scores = pool(*arguments, None, **kwargs)[1].cpu()
-    v_factor, u_factor = factors_of(h, hidden, dropout_p)
-    kept = (v_factor > 0) & (u_factor > 0) if gated else v_factor > 0
-    threshold = dropout_threshold(dropout_p)
-    scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
-    expected = (kept.double() @ w.double().mT).float() * torch.tensor(scale * scale if gated else scale).float()
+    seed = SEED.to(DEVICES[family])
+    scores = pool(*arguments, None, cu_seqlens=cu_seqlens, seed=seed, dropout_p=dropout_p)[1].cpu()
+    of_v, of_u = kept(int(SEED), dropout_p, torch.arange(70).view(h.shape[:-1]), hidden)
+    scale = 65536 / max(65536 - round(65536 * dropout_p), 1)
+    expected = ((of_v & of_u if gated else of_v).double() @ w.double().mT).float()
+    expected *= torch.tensor(scale * scale if gated else scale)
     assert torch.equal(scores, expected.mT)
 
 
@@ -121,7 +99,7 @@ def test_no_dropout(family):
     pool = pool_with(family, device=device)
     runs = [
         results(pool, device, arguments, BF16, mask=MASK, **kwargs)
-        for kwargs in ({}, dict(dropout_p=2**-18, seed=SEED.to(device)))
+        for kwargs in ({}, {"dropout_p": 2**-18, "seed": SEED.to(device)})
     ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -154,7 +132,7 @@ def test_relu_propagates_nan_and_inf(family, bad):
     arguments = [x.to(BF16) for x in inputs(2, 70, 64, 64, 3)]
     arguments[0][1, 2, 3] = bad
     ours = pool_with(family, device=DEVICES[family])(*(x.to(DEVICES[family]) for x in arguments), activation="relu")
-    for mine, theirs in zip(ours, by_hand(*arguments, activation="relu"), strict=True):
+    for mine, theirs in zip(ours, twin(*arguments, activation="relu"), strict=True):
         finite_parts(mine.cpu(), theirs)
 
 
@@ -173,14 +151,11 @@ def test_scores_alone(family):
     assert torch.equal(alone, ops.gated_attention_pool_cuda(*ragged, *options, False, family)[1])
 
 
-def softmax_pool(scores, value, mask=None, cu_seqlens=None):
+def by_hand(scores, value, mask=None, cu_seqlens=None):
     if cu_seqlens is not None:
-        bags = [slice(a, b) for a, b in itertools.pairwise(cu_seqlens.tolist())]
-        return torch.stack([torch.softmax(scores[:, bag], -1).to(value) @ value[bag] for bag in bags])
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None], float("-inf"))
-        value = value.masked_fill(~mask[..., None], 0)
-    return torch.softmax(scores, -1).to(value) @ value
+        bounds = itertools.pairwise(cu_seqlens.tolist())
+        return torch.cat([by_hand(scores[None, :, a:b], value[None, a:b]) for a, b in bounds])
+    return pooled_of(scores, value.to(scores.dtype), mask).to(value.dtype)
 
 
 @pytest.mark.parametrize("layout", ["rows", "channels_first", "masked", "ragged"])
@@ -209,7 +184,7 @@ def test_pool_by_scores(heads, dim, dtype, layout):
     both = [[x.cpu() for x in (ops.pool_by_scores_cuda(*given), *grads)]]
     for score_type, cast in ((FP32, dtype), (torch.float64, torch.float64)):
         leaves = [leaf(scores.nan_to_num(0, neginf=float("-inf")).to(score_type)), leaf(value.to(cast))]
-        pooled = softmax_pool(*leaves, mask, cu_seqlens)
+        pooled = by_hand(*leaves, mask, cu_seqlens)
         both.append([pooled.detach(), *torch.autograd.grad(pooled, leaves, grad.to(cast))])
     for mine, torchs, truth in zip(*both, strict=True):
         assert mine.isfinite().all()

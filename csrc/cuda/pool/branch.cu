@@ -8,7 +8,7 @@ template <typename Precision, bool CHANNELS_FIRST>
 struct PoolBranch {
   using Element = typename Precision::Element;
   using Params = PackedParams<BranchParams>;
-  static constexpr int kThreads = 128, kMinBlocks = 2;
+  static constexpr int kThreads = 128, kMinBlocks = Precision::kExact ? 2 : 3;
   static constexpr int kPitch = kColumns + 8;  // of P in shared memory: no bank is met twice
   struct Shared {
     union {
@@ -29,8 +29,8 @@ struct PoolBranch {
       if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
     }
     const Instances<Element> h(p.problem, segment);
-    const int groups = column_count(columns_of(p.problem)) / kColumns;
-    for (int group = 0; group < groups; ++group) {
+    const int units = p.problem.gated ? kColumns / 2 : kColumns;
+    for (int group = 0; group * units < p.problem.L; ++group) {
       Sums sums;
       project<Precision, CHANNELS_FIRST>(sums, h, p.packed, group, shared.stages);
       if (p.problem.gated) {

@@ -16,7 +16,7 @@ struct PoolForward {
   using Element = typename Precision::Element;
   using Params = PackedParams<ForwardParams>;
   using Streams = Streaming<Element, CHANNELS_FIRST>;
-  static constexpr int kThreads = 128, kMinBlocks = 2, kWarps = kThreads / 32;
+  static constexpr int kThreads = 128, kMinBlocks = Precision::kExact ? 2 : 3, kWarps = kThreads / 32;
   struct Shared {
     union {
       unsigned char stages[Projection<Precision, CHANNELS_FIRST>::kBytes];
@@ -40,8 +40,8 @@ struct PoolForward {
       const uint32_t real = arch::ballot(is_real(problem, segment, arch::thread_index()));
       if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
     }
-    const int groups = column_count(columns_of(problem)) / kColumns;
-    for (int group = 0; group < groups; ++group) {
+    const int units = problem.gated ? kColumns / 2 : kColumns;
+    for (int group = 0; group * units < problem.L; ++group) {
       Sums sums;
       project<Precision, CHANNELS_FIRST>(sums, h, p.packed, group, shared.stages);
       if (problem.gated) {

@@ -50,24 +50,30 @@ ERCN_DEVICE int unit_at(int group, int n, int i) {
 constexpr uint32_t kDropped = 0xffd20b0d;
 
 // Dropout of a group's units for the instances from `first` on. A unit that is dropped has a gate of σ(-Inf) = 0, or
-// the mark above. The words of a draw are those of four tiles, of every second one if not gated.
+// the mark above. The words of a draw are those of four tiles, of every second one if not gated. Draws follow each
+// other in a loop, for their registers would cost a block of the multiprocessor.
 template <bool GATED>
 ERCN_DEVICE void drop(const Dropout& dropout, int64_t first, int group, Sums& sums) {
   constexpr int kStep = GATED ? 1 : 2;
   const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
 #pragma unroll
   for (int m = 0; m < Sums::kRowTiles; ++m) {
+    uint32_t dropped = 0;
+#pragma unroll 1
+    for (int draw = 0; draw < 4 * kStep; ++draw) {
+      const uint64_t instance = static_cast<uint64_t>(first + Sums::row(m, draw % 4));
+      const Words words = random_words(seed, instance, counter_of(unit_at<GATED>(group, draw / 4, draw)));
 #pragma unroll
-    for (int n = 0; n < kStep; ++n) {
+      for (int word = 0; word < 4; ++word) {
+        dropped = dropped << 1 | (is_dropped<GATED>(words.at[word], dropout.limit) ? 1 : 0);
+      }
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint64_t instance = static_cast<uint64_t>(first + Sums::row(m, i));
-        const Words words = random_words(seed, instance, counter_of(unit_at<GATED>(group, n, i)));
+    for (int draw = 0; draw < 4 * kStep; ++draw) {
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          float& sum = sums.at[m][n + kStep * word + (GATED ? 4 : 0)][i];
-          if (is_dropped<GATED>(words.at[word], dropout.limit)) sum = GATED ? -INFINITY : arch::float_of(kDropped);
-        }
+      for (int word = 0; word < 4; ++word) {
+        float& sum = sums.at[m][draw / 4 + kStep * word + (GATED ? 4 : 0)][draw % 4];
+        if (dropped >> (16 * kStep - 1 - 4 * draw - word) & 1) sum = GATED ? -INFINITY : arch::float_of(kDropped);
       }
     }
   }

@@ -1,6 +1,8 @@
 #pragma once
-// A call of ercn::* in a process without Python; with it the launcher gives what is given here: float32 products keep
+// A call of ercn::* in a process without Python, whose launcher gives else what is given here: float32 products keep
 // its accuracy, as torch's own do by default, and ERCN_CUDA_KERNELS rules.
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdlib>
 #include <string>
 
@@ -8,7 +10,9 @@
 
 namespace ercn {
 
-constexpr bool kExactAlone = true;
+inline bool exact_alone(const torch::stable::Tensor& x) {
+  return x.scalar_type() == torch::headeronly::ScalarType::Float;
+}
 
 inline std::string kernels_alone(const std::string& backend) {
   check_backend(backend, "cuda");

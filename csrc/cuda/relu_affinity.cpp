@@ -103,12 +103,12 @@ namespace ercn {
 namespace {
 
 Tensor relu_affinity_alone(const Tensor& value, const Tensor& feat, const std::string& backend) {
-  return relu_affinity(value, feat, kExactAlone, kernels_alone(backend));
+  return relu_affinity(value, feat, exact_alone(feat), kernels_alone(backend));
 }
 
 std::tuple<Tensor, Tensor> relu_affinity_backward_alone(
     const Tensor& grad_out, const Tensor& value, const Tensor& feat, bool need_value, const std::string& backend) {
-  return relu_affinity_backward(grad_out, value, feat, need_value, kExactAlone, kernels_alone(backend));
+  return relu_affinity_backward(grad_out, value, feat, need_value, exact_alone(feat), kernels_alone(backend));
 }
 
 }  // namespace

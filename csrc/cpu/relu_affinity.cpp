@@ -185,7 +185,8 @@ Tensor relu_affinity(const Tensor& value, const Tensor& feat, const std::string&
     case ScalarType::Double: return forward<double>(k.affinity_double, v, f);
     case ScalarType::Float: return forward<float>(k.affinity_float, v, f);
     default:
-      return k.affinity_bf16.pair ? forward<uint16_t>(k.affinity_bf16, v, f) : forward<uint16_t>(k.affinity_float, v, f);
+      return k.affinity_bf16.pair ? forward<uint16_t>(k.affinity_bf16, v, f)
+                                  : forward<uint16_t>(k.affinity_float, v, f);
   }
 }
 

@@ -1,5 +1,5 @@
-// Gated attention pooling on CUDA: ercn_native::gated_attention_pool_cuda, attention_scores_cuda, pool_by_scores_cuda and
-// …_backward_cuda, which Python calls, and their ercn::* for processes without it (LibTorch stable ABI).
+// Gated attention pooling on CUDA: ercn_native::gated_attention_pool_cuda, attention_scores_cuda, pool_by_scores_cuda
+// and …_backward_cuda, which Python calls, and their ercn::* for processes without it (LibTorch stable ABI).
 //   s = w · (drop(act(V h + b_V)) ⊙ drop(σ(U h + b_U))) + b_w,   a = softmax(s),   z = Σ a h
 // h [B, N, D] or ragged [T, D], the weights and grad_pooled are fp32, bf16 or fp16 of one type, with any strides;
 // scores and sums are fp32. Here: checks, and which kernels run.

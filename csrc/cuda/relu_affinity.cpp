@@ -1,5 +1,5 @@
-// ReLU affinity on CUDA: ercn_native::relu_affinity_cuda and …_backward_cuda, which Python calls, and ercn::relu_affinity
-// and …_backward for processes without it (LibTorch stable ABI).
+// ReLU affinity on CUDA: ercn_native::relu_affinity_cuda and …_backward_cuda, which Python calls, and their ercn::* for
+// processes without it (LibTorch stable ABI).
 //   Y = V · A,  A = relu(FᵀF);   dV = G · A;   dF = F · W,  W = 1[FᵀF > 0] ⊙ (VᵀG + GᵀV)
 // V, G [B, C, N] and F [B, D, N] in fp32, bf16 or fp16, any strides; Y in fp32. Here: checks, and which kernels run.
 #include <string>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,17 @@ def define(schema: str) -> torch._ops.OpOverload:
 
     for key in ("BackendSelect", "CompositeExplicitAutograd"):
         _LIBRARY.impl(op, kernel, key)
+    _shard()
     return overload
+
+
+def _shard() -> None:
+    """Tell DTensor its rules for every op, where it is imported."""
+    if "torch.distributed.tensor" in sys.modules:
+        from ercn.ops import _sharding
+
+        for overload in DEFINED:
+            _sharding.register(overload)
 
 
 Cast = Callable[[Callable[[Tensor | None], Tensor | None], tuple], tuple]
@@ -109,6 +120,7 @@ def run(overload: torch._ops.OpOverload, *args) -> Any:
         and not _profiler_enabled()
     ):
         return overload.redispatch(cpu.KEY, *args)
+    _shard()
     with _ExcludeDispatchKeyGuard(_ABOVE_BACKENDS):
         return overload(*args)
 

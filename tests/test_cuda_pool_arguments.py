@@ -126,6 +126,12 @@ def test_large_activations_in_half_precision(family, activation):
     check(family, arguments, FP16, activation=activation)
 
 
+@pytest.mark.parametrize("family", DEVICES)
+def test_dropout_of_most_units_in_half_precision(family):
+    """What is left is times 400, and the gradients of the branches are float16 on their way."""
+    check(family, inputs(1, 70, 64, 64, heads=2), FP16, 0.95)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("family", DEVICES)
 def test_relu_propagates_nan_and_inf(family, bad):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ercn.elements import resize
-from ercn.ops import affinity_propagate, gated_attention_pool
+from ercn.ops import affinity_propagate, attention_scores, gated_attention_pool
 
 
 class PixelCorrelation(nn.Module):
@@ -454,6 +454,7 @@ class GatedAttentionPool(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         key_padding_mask: Tensor | None = None,
+        masked_score: float = -torch.inf,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Pool bags.
@@ -463,8 +464,9 @@ class GatedAttentionPool(nn.Module):
                 in place, not copied); or ragged bags [T, D] with ``cu_seqlens``.
             mask: bool or 0/1 of any dtype, True = real instance: [B, N], [N] or, for feature maps, [B, H, W].
             cu_seqlens: [B + 1] int32 or int64, where each ragged bag begins and ends.
-            key_padding_mask: the opposite of ``mask`` and in its place: True = padding, as in
+            key_padding_mask: in the place of ``mask`` and its opposite: True = padding, as in
                 ``torch.nn.MultiheadAttention``.
+            masked_score: the score that masked instances have.
             generator: of the dropout, on x's device; None is torch's own.
 
         Returns:
@@ -474,28 +476,46 @@ class GatedAttentionPool(nn.Module):
         Raises what ``ercn.ops.gated_attention_pool`` does, which has the rest: masked and empty bags, dtypes, dropout,
         determinism.
         """
-        h, masks, weight = x, (mask, key_padding_mask), self.w_weight
+        given = (mask, cu_seqlens, key_padding_mask, masked_score, generator)
+        pooled, scores = self._run(gated_attention_pool, x, *given)
+        return pooled, scores.unflatten(2, x.shape[2:]) if x.dim() == 4 else scores
+
+    def scores(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        masked_score: float = -torch.inf,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The scores of ``forward`` alone, for the same arguments: ``ercn.ops.attention_scores``. Nothing is pooled."""
+        scores = self._run(attention_scores, x, mask, cu_seqlens, key_padding_mask, masked_score, generator)
+        return scores.unflatten(2, x.shape[2:]) if x.dim() == 4 else scores
+
+    def _run(self, op, x, mask, cu_seqlens, key_padding_mask, masked_score, generator):
+        weight = self.w_weight if self.groups == 1 else torch.block_diag(*self.w_weight.chunk(self.groups))
         if x.dim() == 4:
-            h = x.flatten(2).transpose(1, 2)
-            masks = [None if given is None else given.flatten(1) for given in masks]
-        if self.groups > 1:
-            weight = torch.block_diag(*weight.chunk(self.groups))
-        pooled, scores = gated_attention_pool(
-            h,
+            x = x.flatten(2).transpose(1, 2)
+            mask, key_padding_mask = (m if m is None else m.flatten(1) for m in (mask, key_padding_mask))
+        drops = self.training and self.dropout > 0
+        return op(
+            x,
             self.v_weight,
             self.v_bias,
             self.u_weight,
             self.u_bias,
             weight,
             self.w_bias,
-            mask=masks[0],
-            key_padding_mask=masks[1],
+            mask=mask,
+            key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
             activation=self.activation,
-            dropout_p=self.dropout if self.training else 0.0,
-            generator=generator,
+            dropout_p=self.dropout if drops else 0.0,
+            generator=generator if drops else None,
+            masked_score=masked_score,
         )
-        return pooled, scores.unflatten(2, x.shape[2:]) if x.dim() == 4 else scores
 
     def extra_repr(self) -> str:
         (hidden, dim), heads = self.v_weight.shape, self.w_weight.shape[0]

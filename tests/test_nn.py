@@ -14,6 +14,7 @@ from torch import nn
 
 import ercn.nn
 from ercn.nn import GatedAttentionPool, PixelAdaptiveRefinement, PixelCorrelation
+from ercn.ops import reference
 
 U = {torch.float32: 2**-24, torch.float64: 2**-53}
 
@@ -461,6 +462,87 @@ def test_attention_on_ragged_bags():
     assert scores.shape == (2, 8) and (pooled[1] == 0).all()
     for i in (0, 2):
         torch.testing.assert_close(pooled[i], pool(bags[i][None])[0][0], rtol=1e-12, atol=1e-12)
+
+
+def test_one_bag_needs_no_batch():
+    pool, bag = GatedAttentionPool(6, 4, heads=2).double(), torch.randn(7, 6, dtype=torch.float64)
+    mask = torch.tensor([1, 1, 0, 1, 0, 1, 1])
+    for given in ({}, {"mask": mask}, {"key_padding_mask": mask == 0}):
+        pooled, scores = pool(bag, **given)
+        batched = pool(bag[None], **{name: value[None] for name, value in given.items()})
+        assert torch.equal(pooled, batched[0][0]) and torch.equal(scores, batched[1][0])
+        assert pooled.shape == (2, 6) and scores.shape == (2, 7)
+
+
+@pytest.mark.parametrize("kind", ["bags", "maps"])
+def test_masks_of_any_kind_are_one(kind):
+    pool = GatedAttentionPool(6, 4, heads=2).double()
+    mask = torch.rand(2, 3, 4) > 0.4
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    if kind == "bags":
+        x, mask = x.flatten(2).transpose(1, 2), mask.flatten(1)
+    pooled, scores = pool(x, mask)
+    assert scores.shape[2:] == mask.shape[1:] and torch.equal(torch.isneginf(scores), ~mask[:, None].expand_as(scores))
+    for given in ({"mask": mask.float()}, {"mask": mask.long()}, {"key_padding_mask": ~mask}):
+        for actual, expected in zip((*pool(x, **given), pool.scores(x, **given)), (pooled, scores, scores)):
+            assert torch.equal(actual, expected)
+    finite = pool(x, mask, masked_score=-7.0)
+    assert torch.equal(finite[0], pooled) and torch.equal(finite[1], scores.masked_fill(~mask[:, None], -7.0))
+    assert torch.equal(pool.scores(x, mask, masked_score=-7.0), finite[1])
+
+
+def test_scores_are_those_of_the_pool():
+    pool, x = GatedAttentionPool(6, 4, heads=2, gated=False, groups=2).double(), torch.randn(8, 6, dtype=torch.float64)
+    ends = torch.tensor([0, 3, 3, 8])
+    for given in ((x,), (x[None],), (x.T.reshape(1, 6, 2, 4),), (x, None, ends)):
+        torch.testing.assert_close(pool.scores(*given), pool(*given)[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
+@pytest.mark.parametrize("layout", ["dense", "ragged"])
+def test_dropout_is_that_of_the_reference(layout, activation, gated):
+    pool = GatedAttentionPool(6, 70, heads=2, gated=gated, activation=activation, dropout=0.3).double()
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    if layout == "ragged":
+        x, given = x.flatten(0, 1), {"cu_seqlens": torch.tensor([0, 5, 18])}
+        bags = x.split([5, 13])
+    else:
+        given, bags = {}, x
+    generator = torch.Generator().manual_seed(11)
+    seed = torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(11))
+    v, u = reference.dropout_factors(seed, 0.3, torch.arange(18), 70, torch.float64)
+    pooled, scores = pool(x, generator=generator, **given)
+    start = 0
+    for i, bag in enumerate(bags):
+        rows = slice(start, start := start + len(bag))
+        act = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[activation]
+        hidden = act(F.linear(bag, pool.v_weight, pool.v_bias)) * v[rows]
+        if gated:
+            hidden = hidden * F.linear(bag, pool.u_weight, pool.u_bias).sigmoid() * u[rows]
+        expected = F.linear(hidden, pool.w_weight, pool.w_bias).T
+        actual = scores[:, rows] if layout == "ragged" else scores[i]
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(pooled[i], expected.softmax(1) @ bag, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_is_for_training_alone():
+    pool, x = GatedAttentionPool(6, 32, dropout=0.5), torch.randn(2, 40, 6)
+    plain = GatedAttentionPool(6, 32)
+    plain.load_state_dict(pool.state_dict())
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(pool(x)[1])
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+    torch.manual_seed(1)
+    assert torch.equal(pool.scores(x), outputs[0])
+    before = torch.get_rng_state()
+    pool.eval()
+    for actual, expected in zip(pool(x, generator=torch.Generator()), plain(x)):
+        assert torch.equal(actual, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (outputs[0] - plain(x)[1]).abs().max() > 0.01
 
 
 def test_layers_train_under_autocast():

@@ -378,7 +378,8 @@ class GatedAttentionPool(nn.Module):
                     return False
             if not name.startswith("torchmil"):
                 return True
-            return f"{prefix}fc2.bias" not in state_dict and len(state_dict[f"{prefix}fc2.weight"]) == 1  # else an MLP
+            one_head = state_dict[f"{prefix}fc2.weight"].shape[:1] == (1,)
+            return one_head and f"{prefix}fc2.bias" not in state_dict  # else it is an MLP
 
         first = {
             name: tuple(f"{layer.format(0)}.weight" for layer in layers) for name, layers in _ATTENTION_LAYOUTS.items()
@@ -389,6 +390,8 @@ class GatedAttentionPool(nn.Module):
         while "{}" in layers[0] and f"{prefix}{layers[0].format(groups)}.weight" in state_dict:
             groups += 1
         letters = "vuw" if len(layers) == 3 else "vw"
+        if any(weight.dim() != 2 for weight in weights):
+            raise ValueError(f"{name} at '{prefix}' needs matrices; got {[list(weight.shape) for weight in weights]}")
         (hidden, dim), (heads, _) = weights[0].shape, weights[-1].shape
         own = {}
         for letter, layer in zip(letters, layers):
@@ -409,7 +412,6 @@ class GatedAttentionPool(nn.Module):
             dropout=dropout or 0.0,
             groups=groups,
             device="meta",
-            dtype=weights[0].dtype,
         )
         pool.load_state_dict(own, assign=True)
         return pool

@@ -300,9 +300,12 @@ def test_attention_finds_its_layer_beside_mlps():
         assert (pool.u_weight is None) == name.endswith("plain")
     with pytest.raises(ValueError, match="found none"):
         GatedAttentionPool.from_state_dict(blocks)
-    wide = {"fc1.weight": torch.zeros(8, 12), "fc1.bias": torch.zeros(8), "fc2.weight": torch.zeros(5, 8)}
-    with pytest.raises(ValueError, match="found none"):
-        GatedAttentionPool.from_state_dict(wide)
+    mlp = {"fc1.weight": torch.zeros(8, 12), "fc1.bias": torch.zeros(8)}
+    wide = {"fc2.weight": torch.zeros(5, 8)}
+    with_bias = {"fc2.weight": torch.zeros(1, 8), "fc2.bias": torch.zeros(1)}
+    for last in (wide, with_bias):
+        with pytest.raises(ValueError, match="found none"):
+            GatedAttentionPool.from_state_dict(mlp | last)
 
 
 def test_attention_rejects_other_weights():
@@ -318,6 +321,13 @@ def test_attention_rejects_other_weights():
         del half[next(key for key in half if re.match("attention_U|fc_gated|gating", key) and key.endswith("weight"))]
         with pytest.raises(ValueError, match="found none"):
             GatedAttentionPool.from_state_dict(half)
+
+
+def test_attention_takes_matrices_alone():
+    state = PUBLISHED["AMLab plain"][1]().state_dict()
+    state["attention.0.weight"] = state["attention.0.weight"][..., None]  # a convolution's
+    with pytest.raises(ValueError, match=r"AMLab plain at '' needs matrices; got \[\[8, 12, 1\], \[1, 8\]\]"):
+        GatedAttentionPool.from_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -484,11 +494,12 @@ def test_masks_of_any_kind_are_one(kind):
     pooled, scores = pool(x, mask)
     assert scores.shape[2:] == mask.shape[1:] and torch.equal(torch.isneginf(scores), ~mask[:, None].expand_as(scores))
     for given in ({"mask": mask.float()}, {"mask": mask.long()}, {"key_padding_mask": ~mask}):
-        for actual, expected in zip((*pool(x, **given), pool.scores(x, **given)), (pooled, scores, scores)):
+        for actual, expected in zip(pool(x, **given), (pooled, scores)):
             assert torch.equal(actual, expected)
+        torch.testing.assert_close(pool.scores(x, **given), scores, rtol=1e-12, atol=1e-12)
     finite = pool(x, mask, masked_score=-7.0)
     assert torch.equal(finite[0], pooled) and torch.equal(finite[1], scores.masked_fill(~mask[:, None], -7.0))
-    assert torch.equal(pool.scores(x, mask, masked_score=-7.0), finite[1])
+    torch.testing.assert_close(pool.scores(x, mask, masked_score=-7.0), finite[1], rtol=1e-12, atol=1e-12)
 
 
 def test_scores_are_those_of_the_pool():
@@ -527,8 +538,8 @@ def test_dropout_is_that_of_the_reference(layout, activation, gated):
 
 
 def test_dropout_is_for_training_alone():
-    pool, x = GatedAttentionPool(6, 32, dropout=0.5), torch.randn(2, 40, 6)
-    plain = GatedAttentionPool(6, 32)
+    pool, x = GatedAttentionPool(6, 32, dropout=0.5).double(), torch.randn(2, 40, 6, dtype=torch.float64)
+    plain = GatedAttentionPool(6, 32).double()
     plain.load_state_dict(pool.state_dict())
     outputs = []
     for seed in (1, 1, 2):
@@ -536,7 +547,7 @@ def test_dropout_is_for_training_alone():
         outputs.append(pool(x)[1])
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
     torch.manual_seed(1)
-    assert torch.equal(pool.scores(x), outputs[0])
+    torch.testing.assert_close(pool.scores(x), outputs[0], rtol=1e-12, atol=1e-12)
     before = torch.get_rng_state()
     pool.eval()
     for actual, expected in zip(pool(x, generator=torch.Generator()), plain(x)):

@@ -126,13 +126,21 @@ def test_large_activations_in_half_precision(family, activation):
     check(family, arguments, FP16, activation=activation)
 
 
+@pytest.mark.parametrize("family", DEVICES)
+def test_dropout_of_most_units_in_half_precision(family):
+    """What is left is times 400, and the gradients of the branches are float16 on their way."""
+    check(family, inputs(1, 70, 64, 64, heads=2), FP16, 0.95)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("family", DEVICES)
-def test_relu_propagates_nan_and_inf(family, bad):
+def test_nan_and_inf_propagate(family, bad, activation):
     arguments = [x.to(BF16) for x in inputs(2, 70, 64, 64, 3)]
     arguments[0][1, 2, 3] = bad
-    ours = pool_with(family, device=DEVICES[family])(*(x.to(DEVICES[family]) for x in arguments), activation="relu")
-    for mine, theirs in zip(ours, twin(*arguments, activation="relu"), strict=True):
+    pool = pool_with(family, device=DEVICES[family])
+    ours = pool(*(x.to(DEVICES[family]) for x in arguments), activation=activation)
+    for mine, theirs in zip(ours, twin(*arguments, activation=activation), strict=True):
         finite_parts(mine.cpu(), theirs)
 
 

@@ -165,3 +165,17 @@ def test_the_formula_in_blocks(backend, monkeypatch):
     assert error(whole, value @ (2 * t).masked_fill(t <= 0, 0)) < 1e-13
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 50)
     assert error(reference.relu_affinity_derivative(value, feat, feat, feat), whole) < 1e-14
+
+
+def test_transforms_in_a_compiled_function(backend):
+    """They leave the graph, where a registered op would have no tangent; vmap stays in it."""
+    value, feat = inputs()
+    ours, _ = pairs(backend)[0]
+    functions = {
+        "jvp": lambda v, f: jvp(ours, (v, f), (v, f))[1],
+        "vmap": lambda v, f: vmap(lambda v, f: ours(v[None], f[None]))(v, f),
+    }
+    for name, function in functions.items():
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=name == "vmap")
+        assert_equal(compiled(value, feat), function(value, feat))

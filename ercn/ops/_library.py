@@ -159,7 +159,7 @@ def join(
     function.forward = staticmethod(functools.partial(run, overload))
 
     def call(*args):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and forward_ad._current_level < 0:  # a registered op has no tangent
             return overload(*args)
         if cast_arguments is not None and autocasts(args[0].device):
             args = _casted(args[0].device.type, cast_arguments, args)
@@ -205,18 +205,6 @@ def _single_level(function: type[torch.autograd.Function]) -> type[torch.autogra
 
     body = {"forward": staticmethod(forward), "setup_context": staticmethod(_SingleLevelFunction.setup_context)}
     return type(function.__name__, (function,), body)
-
-
-def refuse_double_backward(overload: torch._ops.OpOverload) -> None:
-    """Gradients of ``overload``, itself a backward, raise instead of being silently absent."""
-
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"{overload._schema.name} has no derivative: double backward is not implemented; "
-            "differentiate a plain-torch composition of the op instead"
-        )
-
-    torch.library.register_autograd(overload, backward, lib=_LIBRARY)
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:

@@ -31,8 +31,9 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
         ValueError: shapes, dtypes or devices that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
         NotImplementedError: a third derivative. The first two are there, in reverse and forward mode, and so are
-            ``vmap`` and the transforms of ``torch.func``; the kink at T = 0 has no second derivative. Beyond the first
-            gradient they are in part plain torch, blockwise, on every backend.
+            ``vmap`` and the transforms of ``torch.func``, which except for ``vmap`` break the graph of torch.compile.
+            The kink at T = 0 has no second derivative. Beyond the first gradient and the tangent of value they are
+            plain torch in part, blockwise, on every backend.
 
     FLOPs are 2·B·N²·(D + C) counted densely; memory is O(B·N·(C + D)). Two runs on one machine are bit-equal.
     Under autocast ``feat`` is cast to autocast's dtype and ``value`` is not.

@@ -68,8 +68,9 @@ def gated_attention_pool(
         ValueError: shapes, dtypes, devices or values that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
 
-    All derivatives are there, in reverse and forward mode, and so are ``vmap`` and the transforms of ``torch.func``.
-    Beyond the first gradient, which the kernels compute, they are plain torch on every backend, with O(N·L) memory.
+    All derivatives are there, in reverse and forward mode, and so are ``vmap`` and the transforms of ``torch.func``,
+    which except for ``vmap`` break the graph of torch.compile. Beyond the first gradient, which the kernels compute,
+    they are plain torch on every backend, with O(N·L) memory.
 
     FLOPs are 4·B·N·D·L for the projections (2·B·N·D·L ungated) and 2·B·N·K·(L + D). No [N, L] activation and no mask of
     the dropout is kept: the backward computes them again. Two runs on one machine are bit-equal, with dropout under the

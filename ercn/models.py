@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from ercn.pretrained import load_pretrained
 OUTPUT_STRIDES = (8, 16, 32)
 # Of (backbone, output stride, its other arguments): how it is mended, and where its elements then lie. Measured once.
 _ALIGNED: dict[tuple[str, int, str], tuple[Callable[[nn.Module], nn.Module], bool | None]] = {}
+_FREE_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # what makes a network of one size take others
 # What ercn itself tells timm.
 _TAKEN = "checkpoint_path", "features_only", "in_chans", "num_classes", "output_stride", "pretrained", "pretrained_cfg"
 
@@ -365,19 +367,24 @@ def _arguments(name: str) -> list[str]:
 
     with unset_fake_temporarily(), torch.device("meta"):
         model = timm.create_model(name)
-    known = [p.name for p in inspect.signature(type(model)).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = inspect.signature(type(model)).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    for p in parameters:
+        if p.name == "cfg" and is_dataclass(p.annotation):  # whose fields the others overlay
+            known += [field.name for field in fields(p.annotation)]
     return [key for key in known if key not in (*_TAKEN, "cfg", "device", "dtype")]
 
 
 def _img_size(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """The picture's sides that timm's model is built for, None where any do."""
     size = kwargs.get("img_size") or model.pretrained_cfg["input_size"][1:]
-    fixed = model.pretrained_cfg.get("fixed_input_size") and not kwargs.get("dynamic_img_size")
+    free = any(kwargs.get(key) is value for key, value in _FREE_SIZE.items())
+    fixed = model.pretrained_cfg.get("fixed_input_size") and not free
     return tuple((size, size) if isinstance(size, int) else size) if fixed else None
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _geometry(
@@ -400,7 +407,7 @@ def _geometry(
 
         for mend in (symmetrize, centre):
             own = config["input_size"][-1] if fixed else None
-            _ALIGNED[key] = mend, aligned_corners(partial(make, mend), stages, stride, own)
+            _ALIGNED[key] = mend, aligned_corners(partial(make, mend), _maps, stride, own)
             if _ALIGNED[key][1] is not None:
                 break
     return _ALIGNED[key]
@@ -409,31 +416,40 @@ def _geometry(
 def stages(backbone: nn.Module, image: Tensor) -> list[Tensor]:
     """All stages of a backbone of ``create_backbone`` as [B, C, h, w]; some timm models put the channels last.
 
-    Raises ValueError where it does not take pictures of that size.
+    Raises ValueError where it does not take pictures of that size; the message says which it takes.
     """
     try:
-        maps = backbone(image)
-    except AssertionError as error:  # of timm
+        return _maps(backbone, image)
+    except (AssertionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "must match the size" not in str(error):
+            raise
         raise ValueError(_misfit(backbone, image.shape[-2:], error)) from error
+
+
+def _maps(backbone: nn.Module, image: Tensor) -> list[Tensor]:
+    maps = backbone(image)
     return [x.permute(0, 3, 1, 2) for x in maps] if getattr(backbone, "output_fmt", None) == "NHWC" else list(maps)
 
 
 def _misfit(backbone: nn.Module, size: Sequence[int], error: Exception) -> str:
     """That pictures of ``size`` do not fit, and what makes them."""
     name, stride = backbone.pretrained_cfg["architecture"], backbone.feature_info.reduction()[-1]
-    got, takes = list(size), _arguments(name)
-    text = f"backbone '{name}' does not take pictures of {got[0]} x {got[1]} px ({_first_line(error)})"
-    built = getattr(backbone, "img_size", None)  # none while it is measured
-    if built:
-        text += f"; as it is built, it takes {built[0]} x {built[1]} px: set data.image_size"
+    takes, ways = _arguments(name), []
+    if backbone.img_size:
+        height, width = backbone.img_size
+        fits = f"as it is built, it takes {height} x {width} px"
+        ways.append(f"pictures of that size (data.image_size {height})")
+    else:
+        fits = f"it takes sides that are multiples of {stride}"
     if "img_size" in takes:
-        exact = [max(1, round(side / stride)) * stride for side in got]
-        text += f', or backbone_kwargs {{"img_size": {exact[0] if exact[0] == exact[1] else exact}}}'
-    if "dynamic_img_size" in takes:
-        text += f', or {{"dynamic_img_size": true}} for all multiples of {stride}'
-    elif "strict_img_size" in takes:
-        text += ', or {"strict_img_size": false} for all sizes'
-    return text
+        exact = [max(1, round(side / stride)) * stride for side in size]
+        ways.append(f'backbone_kwargs {{"img_size": {exact[0] if exact[0] == exact[1] else exact}}}')
+    if backbone.img_size and (free := [key for key in _FREE_SIZE if key in takes]):
+        ways.append(f"{json.dumps({free[0]: _FREE_SIZE[free[0]]})} for all sides that are multiples of {stride}")
+    return (
+        f"backbone '{name}' does not take pictures of {size[0]} x {size[1]} px ({_first_line(error)}); {fits}"
+        f"{': give ' if ways else ''}{', or '.join(ways)}"
+    )
 
 
 def foreground_channels(config: ModelConfig) -> int:

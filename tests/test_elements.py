@@ -201,14 +201,14 @@ def test_symmetrize_replaces_average_pools_of_two():
 def of_timm(name, stride, mend=lambda backbone: backbone):
     import timm
 
-    return lambda: mend(timm.create_model(name, features_only=True, output_stride=stride))
+    return lambda side: mend(timm.create_model(name, features_only=True, output_stride=stride))
 
 
 def test_what_is_not_symmetric_is_seen():
-    assert aligned_corners(of_timm("resnet10t", 16), stages) is None
-    assert aligned_corners(of_timm("resnet10t", 16, symmetrize), stages) is True
-    assert aligned_corners(of_timm("convnext_atto", 16), stages) is None
-    assert aligned_corners(of_timm("convnext_atto", 32), stages) is False
+    assert aligned_corners(of_timm("resnet10t", 16), stages, 16) is None
+    assert aligned_corners(of_timm("resnet10t", 16, symmetrize), stages, 16) is True
+    assert aligned_corners(of_timm("convnext_atto", 16), stages, 16) is None
+    assert aligned_corners(of_timm("convnext_atto", 32), stages, 32) is False
     with pytest.raises(ValueError, match="'convnext_atto' does not support output_stride 16; it supports 32"):
         create_backbone("convnext_atto", 16)
 
@@ -237,7 +237,7 @@ def test_measuring_draws_no_numbers(monkeypatch):
     for _ in range(2):  # measured, then known
         torch.manual_seed(0)
         states.append((create_backbone("test_resnet", 16).state_dict(), torch.rand(4)))
-    assert models._ALIGNED == {("test_resnet", 16): True}
+    assert models._ALIGNED == {("test_resnet", 16, '{"output_stride": 16}'): (symmetrize, True)}
     (first, drawn), (second, again) = states
     assert torch.equal(drawn, again) and first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

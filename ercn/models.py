@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -332,7 +333,7 @@ def create_backbone(
 
     model = build(output_stride, pretrained=pretrained is True)
     if model is None:
-        with torch.device("meta"):
+        with _without_data():
             supported = [stride for stride in sorted({*OUTPUT_STRIDES, own}) if build(stride) is not None]
         raise ValueError(
             f"backbone '{name}' does not support output_stride {output_stride}; it supports "
@@ -343,6 +344,13 @@ def create_backbone(
     return model
 
 
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Networks that are built have no data, whatever mode the caller has set, and draw no numbers."""
+    with unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        yield
+
+
 def _check_arguments(name: str, kwargs: Mapping[str, Any]) -> int:
     """The model's own stride; ValueError where timm's model is not to be had with these arguments."""
     import timm
@@ -350,7 +358,7 @@ def _check_arguments(name: str, kwargs: Mapping[str, Any]) -> int:
     if taken := [key for key in kwargs if key in _TAKEN]:
         raise ValueError(f"backbone_kwargs must not have {', '.join(taken)}: ercn itself sets {', '.join(_TAKEN)}")
     try:
-        with unset_fake_temporarily(), torch.device("meta"):
+        with _without_data():
             return timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()[-1]
     except Exception as error:  # whatever a model makes of them
         if not kwargs:
@@ -365,7 +373,7 @@ def _arguments(name: str) -> list[str]:
     """Names of the arguments that a timm model takes beside those that ercn sets."""
     import timm
 
-    with unset_fake_temporarily(), torch.device("meta"):
+    with _without_data():
         model = timm.create_model(name)
     parameters = inspect.signature(type(model)).parameters.values()
     known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]

@@ -76,7 +76,7 @@ def footprint(config: TrainConfig) -> Footprint:
         raise ValueError(f"run.precision must be one of {', '.join(PRECISIONS)}; got {run.precision!r}")
     dtype, half = PRECISIONS[run.precision]
     cast = torch.autocast("cpu", half) if half else nullcontext()
-    with _default_dtype(dtype), torch.device("meta"):  # in fake mode timm's networks could not be built
+    with _default_dtype(dtype), torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = ERCN(replace(config.model, pretrained=False)).train()
     with _default_dtype(dtype), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         _onto_the_cpu(model)
@@ -128,7 +128,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _onto_the_cpu(model: nn.Module) -> None:
-    """In fake mode: the parameters and buffers of ``model``, on the meta device, as if they were on the CPU."""
+    """In fake mode, in which timm's networks cannot be built: what ``model`` has on the meta device, as on the CPU."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad))

@@ -162,7 +162,8 @@ def fit(
         try:
             told = advice()
         except Exception as failed:  # noqa: BLE001  it must not hide what has happened
-            told = f"what would fit could not be predicted ({type(failed).__name__}: {' '.join(str(failed).split())})"
+            reason = ": ".join(filter(None, (type(failed).__name__, " ".join(str(failed).split()))))
+            told = f"what would fit could not be predicted ({reason})"
         raise MemoryError(f"out of memory in epoch {trainer.current_epoch + 1}: {told}") from error
     return trainer.is_global_zero
 

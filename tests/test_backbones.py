@@ -276,7 +276,7 @@ def config_of(family, side, batch=2):
     )
 
 
-@pytest.mark.parametrize("family", ["convnext", "regnety", "swin", "vit", "maxvit"])
+@pytest.mark.parametrize("family", ["regnety", "swin", "vit"])
 def test_the_plan_of_every_family(family):
     """All of the weights is there, nothing is read or drawn, and recomputed blocks need less."""
     config = config_of(family, 96)
@@ -292,10 +292,12 @@ def test_the_plan_of_every_family(family):
     assert recomputed.activations < 0.8 * plan.activations and recomputed.weights == plan.weights
 
 
-@pytest.mark.parametrize("family, batch", [("convnext", 2), ("swin", 2), ("vit", 16), ("maxvit", 1)])
-def test_predicted_memory_is_what_training_steps_take(family, batch, tmp_path):
+@pytest.mark.parametrize("family, side, batch", [
+    ("convnext", 192, 2), ("swin", 224, 2), ("vit", 224, 16), ("maxvit", 224, 1),
+])  # fmt: skip
+def test_predicted_memory_is_what_training_steps_take(family, side, batch, tmp_path):
     """As that of a ResNet, within a factor of 1.1 (test_high_resolution)."""
-    config = config_of(family, 224, batch)
+    config = config_of(family, side, batch)
     assert _ranks.run(1, _steps.save_peak, config, str(tmp_path / "peak")) == [0]
     measured, predicted = int((tmp_path / "peak").read_text()), footprint(config).peak
     assert predicted / 1.1 < measured < predicted * 1.1, measured / predicted
@@ -303,7 +305,10 @@ def test_predicted_memory_is_what_training_steps_take(family, batch, tmp_path):
 
 def test_advice_for_a_network_of_one_size(monkeypatch):
     """Its pictures become smaller only where it is built for smaller ones."""
-    built, fixed = config_of("vit", 256), config_of("vit", 224, 1)
+    built, fixed = (
+        replace(config_of("vit", side, 1), run=RunConfig(grad_checkpointing=True, precision="bf16-mixed"))
+        for side in (256, 224)
+    )
     fixed = replace(fixed, model=replace(fixed.model, backbone_kwargs=VIT))
     found = planning.changes(built, lambda one: False)
     sizes = [
@@ -312,8 +317,7 @@ def test_advice_for_a_network_of_one_size(monkeypatch):
         if "data.image_size" in change.options
     ]
     assert sizes == [(size, VIT | {"img_size": size}) for size in (192,)]
-    unfit = planning.changes(fixed, lambda one: False)
-    assert unfit and not any("data.image_size" in change.options for change in unfit)
+    assert planning.changes(fixed, lambda one: False) == []  # nothing is left, and nothing raises
     monkeypatch.setattr(planning, "available", lambda config: found[-1].footprint.peak / 0.9)
     monkeypatch.setattr(planning, "changes", lambda config, fits: found)
     told = planning.advice(built)

@@ -144,7 +144,7 @@ def _symmetric(build, stages, stride: int, side: int, corners: bool, device: str
             _fill(probe)
             image = torch.full((1, 3, side, side), 2.0**-10, requires_grad=True)  # gates are nearly linear there
             maps = stages(probe, image)[-3:]
-    except (AssertionError, IndexError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if "meta" in str(error) and device == "meta":
             return _symmetric(build, stages, stride, side, corners, "cpu")
         return None
@@ -153,7 +153,8 @@ def _symmetric(build, stages, stride: int, side: int, corners: bool, device: str
     centres = [slice((x.shape[-1] - 1) // 2, x.shape[-1] // 2 + 1) for x in maps]  # one element, or two
     middle = [x[..., centre, centre].sum() for x, centre in zip(maps, centres)]
     grads = [torch.autograd.grad(y, image, retain_graph=True)[0] for y in middle]
-    return all(torch.allclose(g, g.flip((2, 3)), rtol=1e-3, atol=1e-4 * float(g.abs().max())) for g in grads)
+    errors = [((g - g.flip((2, 3))).abs() - 1e-3 * g.abs()).max() / g.abs().max() for g in grads]
+    return all(bool(error <= 1e-4) for error in errors)  # not where one is NaN
 
 
 def exact_side(side: int, stride: int, align_corners: bool) -> int:

@@ -442,9 +442,9 @@ def _maps(backbone: nn.Module, image: Tensor) -> list[Tensor]:
 def _misfit(backbone: nn.Module, size: Sequence[int], error: Exception) -> str:
     """That pictures of ``size`` do not fit, and what makes them."""
     name, stride = backbone.pretrained_cfg["architecture"], backbone.feature_info.reduction()[-1]
-    takes, ways = _arguments(name), []
-    if backbone.img_size:
-        height, width = backbone.img_size
+    takes, ways, built = _arguments(name), [], getattr(backbone, "img_size", None)
+    if built:
+        height, width = built
         fits = f"as it is built, it takes {height} x {width} px"
         ways.append(f"pictures of that size (data.image_size {height})")
     else:
@@ -452,7 +452,7 @@ def _misfit(backbone: nn.Module, size: Sequence[int], error: Exception) -> str:
     if "img_size" in takes:
         exact = [max(1, round(side / stride)) * stride for side in size]
         ways.append(f'backbone_kwargs {{"img_size": {exact[0] if exact[0] == exact[1] else exact}}}')
-    if backbone.img_size and (free := [key for key in _FREE_SIZE if key in takes]):
+    if built and (free := [key for key in _FREE_SIZE if key in takes]):
         ways.append(f"{json.dumps({free[0]: _FREE_SIZE[free[0]]})} for all sides that are multiples of {stride}")
     return (
         f"backbone '{name}' does not take pictures of {size[0]} x {size[1]} px ({_first_line(error)}); {fits}"

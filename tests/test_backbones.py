@@ -258,7 +258,11 @@ def test_pictures_that_the_network_does_not_take_are_refused_before_a_run():
     with pytest.raises(ValueError, match="pictures of 96 x 96 px .*it takes 64 x 64 px: give pictures of that size"):
         check_size(ERCN(model), config)
     fits = replace(config, data=DataConfig(image_size=65))  # which is resized to 64
-    check_size(ERCN(model), fits)
+    network = ERCN(model)
+    before = copy.deepcopy(network.state_dict())
+    check_size(network, fits)
+    assert all(module.training for module in network.modules())  # Lightning trains what it is given as it is
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     rescaled = replace(fits, loss=LossConfig(transform="rescale", rescale=0.5))
     with pytest.raises(ValueError, match="loss.transform 'rescale' makes pictures of another size: .* 32 x 32 px"):
         check_size(ERCN(model), rescaled)

@@ -345,6 +345,7 @@ def test_a_run_tells_what_it_started_from(tmp_path, capsys):
     train(config)
     told = ERCN(config.model).backbone.loaded
     assert str(told) in capsys.readouterr().out.splitlines()
+    (tmp_path / "published.pth").unlink()  # the run needs it no longer
     _, info = load_model(tmp_path / "run")
     assert info["pretrained"] == told.as_dict() and info["config"] == config
     card = (tmp_path / "run/export/model_card.md").read_text()

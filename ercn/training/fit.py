@@ -131,6 +131,7 @@ def check_size(model: ERCN, config: TrainConfig) -> None:
     side, views = config.data.image_size, [1.0]
     if config.loss.transform == "rescale":
         views.append(config.loss.rescale)
+    training = model.training
     for scale in views:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             image = torch.zeros(1, 3, *[round(scale * side)] * 2)
@@ -140,6 +141,8 @@ def check_size(model: ERCN, config: TrainConfig) -> None:
                 if scale == 1:
                     raise
                 raise ValueError(f"loss.transform 'rescale' makes pictures of another size: {error}") from error
+            finally:
+                model.train(training)
 
 
 def check_patches(config: TrainConfig) -> None:

@@ -305,11 +305,8 @@ def _warn_once(message: str) -> None:
         warnings.warn_explicit(message, UserWarning, *site)
 
 
-_WEIGHTS = ("v_weight", "v_bias", "u_weight", "u_bias", "w_weight", "w_bias")
-
-
 def _check(h, weights, cu_seqlens) -> None:
-    v_weight, _, u_weight, u_bias, w_weight, _ = weights
+    v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = weights
     if h.dim() != 2 and (h.dim() != 3 or cu_seqlens is not None):
         raise ValueError(
             "h must be [B, N, D], one bag [N, D], or ragged [T, D] with cu_seqlens; "
@@ -324,19 +321,24 @@ def _check(h, weights, cu_seqlens) -> None:
         raise ValueError("u_bias must be None where u_weight is None (plain attention)")
     if not (h.is_floating_point() and v_weight.is_floating_point()):
         raise ValueError(f"h and v_weight must be floating point; got {h.dtype} and {v_weight.dtype}")
-    dtype, device = v_weight.dtype, h.device
-    shapes = ((hidden, dim), (hidden,), (hidden, dim), (hidden,), (heads, hidden), (heads,))
-    for name, tensor, shape in zip(_WEIGHTS, weights, shapes):
-        if tensor is None or (tensor.shape == shape and tensor.dtype == dtype and tensor.device == device):
+    for name, tensor, shape in (
+        ("v_weight", v_weight, (hidden, dim)),
+        ("v_bias", v_bias, (hidden,)),
+        ("u_weight", u_weight, (hidden, dim)),
+        ("u_bias", u_bias, (hidden,)),
+        ("w_weight", w_weight, (heads, hidden)),
+        ("w_bias", w_bias, (heads,)),
+    ):
+        if tensor is None:
             continue
         if tensor.shape != shape:
             raise ValueError(
                 f"{name} must be {list(shape)} for D = {dim}, L = {hidden}, K = {heads}; got {list(tensor.shape)}"
             )
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on h's device {device}; got {tensor.device}")
-        if not _autocast(device):
-            raise ValueError(f"{name} must have v_weight's dtype {dtype} outside autocast; got {tensor.dtype}")
+        if tensor.dtype != v_weight.dtype and not _autocast(h.device):
+            raise ValueError(f"{name} must have v_weight's dtype {v_weight.dtype} outside autocast; got {tensor.dtype}")
+        if tensor.device != h.device:
+            raise ValueError(f"{name} must be on h's device {h.device}; got {tensor.device}")
     _check_bounds(h, cu_seqlens)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ercn.ops._extension import load as unavailable
+from ercn.ops._pool_arguments import refusal
 from ercn.ops.reference import accumulate_dtype, bag_slices
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
 
 
 def can_run(op: str, *args) -> str | None:
-    return None if op in __all__ else f"it has no kernel for {op}"
+    return refusal(op, args) if op in __all__ else f"it has no kernel for {op}"
 
 
 def relu_affinity(value: Tensor, feat: Tensor) -> Tensor:
@@ -49,6 +50,9 @@ def gated_attention_pool(
     w_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     tensors = _pool_tensors(cu_seqlens, h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
     pooled, scores = torch.ops.ercn_native.gated_attention_pool_cpu(*tensors, mask, cu_seqlens)
@@ -67,7 +71,9 @@ def gated_attention_pool_backward(
     w_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    pooled: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
     scores: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
 WORKERS = 12
 TESTS = tuple(f"tests/test_{name}.py" for name in (
     "gpu_exact", "gpu_ops", "cuda_affinity_hopper", "cuda_pool_hopper", "cuda_affinity_generic", "cuda_pool_generic",
-    "cuda_tf32", "triton_ops",
+    "cuda_tf32", "triton_ops", "triton_pool",
 ))  # fmt: skip
 HARDWARE = ("tests/test_gpu_hardware.py",)
 COMPILING = "property and triton"  # tests that do so for a minute

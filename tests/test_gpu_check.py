@@ -45,6 +45,8 @@ def test_every_kernel_has_a_smoke_case():
         for op in ("affinity", "pool"):
             ways = {(g.direction, g.dtype) for g in found if (g.op, g.kernels) == (op, kernels)}
             assert len(ways) == 2 * 4
+    ways = {(g.op, g.direction, g.layout) for g in found if "scores" in g.op}
+    assert len(ways) == 2 * 2 * len(gpu_smoke.LAYOUTS)
     for kernels in ("sm90", "generic", "triton"):
         assert {g.layout for g in found if g.op == "pool" and g.kernels == kernels} == set(gpu_smoke.LAYOUTS)
 

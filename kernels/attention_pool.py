@@ -440,8 +440,13 @@ def branch_grad_kernel(
     gate = tl.sigmoid(u) if GATED else u + 1
     within = (r < T)[:, None] & (k < K)[None, :]
     ds = tl.load(grad + score_offsets(r, k, T, N, K, RAGGED), mask=within, other=0.0)
-    w = load_heads(w_weight, k, K, unit, L)
     ds_terms = split(ds, 2, FULL)
+    if NEED_HEADS:
+        terms = split(tl.trans(t * gate), 2, FULL)  # [BLOCK_L, BLOCK_M]
+        x = dot_terms(terms, ds_terms, tl.zeros((BLOCK_L, BLOCK_K), tl.float32), EXACT)
+        p_heads = part_heads + ((tile.to(tl.int64) * K + k)[None, :] * L + unit[:, None])
+        tl.store(p_heads, x, mask=(unit < L)[:, None] & (k < K)[None, :])
+    w = load_heads(w_weight, k, K, unit, L)
     dg = dot_terms(ds_terms, split(w, TERMS, FULL), tl.zeros((BLOCK_M, BLOCK_L), tl.float32), EXACT)
     dt = dg * gate * slope
     du = dg * t * gate * (1 - gate)
@@ -459,11 +464,6 @@ def branch_grad_kernel(
         tl.store(p_bias, tl.sum(dt, axis=0), mask=unit < L)
         if GATED:
             tl.store(p_bias + L, tl.sum(du, axis=0), mask=unit < L)
-    if NEED_HEADS:
-        terms = split(tl.trans(t * gate), 2, FULL)  # [BLOCK_L, BLOCK_M]
-        x = dot_terms(terms, ds_terms, tl.zeros((BLOCK_L, BLOCK_K), tl.float32), EXACT)
-        p_heads = part_heads + ((tile.to(tl.int64) * K + k)[None, :] * L + unit[:, None])
-        tl.store(p_heads, x, mask=(unit < L)[:, None] & (k < K)[None, :])
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def dropout_factor(
     """
     words = unit_words(tl.load(seed), r, first_unit, BLOCK_M, BLOCK_L)
     last = (tl.cast(threshold, tl.uint32) << 16) - 1  # the last dropped word, by its high bits
-    dropped = words << 16 <= last
+    lowest = words << 16
     if GATED:
-        dropped = dropped | (words <= last)
-    return tl.where(dropped, 0.0, scale)
+        lowest = tl.minimum(lowest, words)
+    return tl.where(lowest <= last, 0.0, scale)

@@ -440,13 +440,8 @@ def branch_grad_kernel(
     gate = tl.sigmoid(u) if GATED else u + 1
     within = (r < T)[:, None] & (k < K)[None, :]
     ds = tl.load(grad + score_offsets(r, k, T, N, K, RAGGED), mask=within, other=0.0)
-    ds_terms = split(ds, 2, FULL)
-    if NEED_HEADS:
-        terms = split(tl.trans(t * gate), 2, FULL)  # [BLOCK_L, BLOCK_M]
-        x = dot_terms(terms, ds_terms, tl.zeros((BLOCK_L, BLOCK_K), tl.float32), EXACT)
-        p_heads = part_heads + ((tile.to(tl.int64) * K + k)[None, :] * L + unit[:, None])
-        tl.store(p_heads, x, mask=(unit < L)[:, None] & (k < K)[None, :])
     w = load_heads(w_weight, k, K, unit, L)
+    ds_terms = split(ds, 2, FULL)
     dg = dot_terms(ds_terms, split(w, TERMS, FULL), tl.zeros((BLOCK_M, BLOCK_L), tl.float32), EXACT)
     dt = dg * gate * slope
     du = dg * t * gate * (1 - gate)
@@ -464,6 +459,11 @@ def branch_grad_kernel(
         tl.store(p_bias, tl.sum(dt, axis=0), mask=unit < L)
         if GATED:
             tl.store(p_bias + L, tl.sum(du, axis=0), mask=unit < L)
+    if NEED_HEADS:
+        terms = split(tl.trans(t * gate), 2, FULL)  # [BLOCK_L, BLOCK_M]
+        x = dot_terms(terms, ds_terms, tl.zeros((BLOCK_L, BLOCK_K), tl.float32), EXACT)
+        p_heads = part_heads + ((tile.to(tl.int64) * K + k)[None, :] * L + unit[:, None])
+        tl.store(p_heads, x, mask=(unit < L)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
@@ -760,6 +760,16 @@ def pool_by_scores_backward(
     return ds.to(scores.dtype) if needs[0] else scores.new_empty(0), grad_value
 
 
+def _complete(
+    grads: list[Tensor | None], inputs: tuple[Tensor | None, ...], needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """What is not needed as an empty tensor, what nothing was added to as zeros."""
+    return tuple(
+        (inputs[0] if x is None else x).new_zeros(x.shape if need else 0) if grad is None else grad
+        for grad, x, need in zip(grads, inputs, needs)
+    )
+
+
 def gated_attention_pool_backward(
     grad_pooled: Tensor | None,
     grad_scores: Tensor | None,
@@ -783,9 +793,9 @@ def gated_attention_pool_backward(
     bags = _Bags(h, mask, cu_seqlens)
     (hidden, dim), heads = v_weight.shape, w_weight.shape[0]
     need_h, need_v, need_bv, need_u, need_bu, need_w, need_bw = needs
+    grads: list[Tensor | None] = [None] * len(inputs)
     if scores.numel() == 0:
-        return tuple((h if x is None else x).new_zeros(x.shape if need else 0) for x, need in zip(inputs, needs))
-    grads = [(h if x is None else x).new_empty(x.shape if need else 0) for x, need in zip(inputs, needs)]
+        return _complete(grads, inputs, needs)
     arch, dtype = configs.arch(h.device), torch.promote_types(h.dtype, v_weight.dtype)
     precision = configs.precision(dtype, arch)
     product_dtype = precision.product_dtype
@@ -803,7 +813,8 @@ def gated_attention_pool_backward(
     width = branches * hidden
     need_branches, need_bias = need_h or need_v or need_u, need_bv or need_bu
     if not (need_branches or need_bias or need_w) or hidden == 0 and not need_h:
-        return tuple(grads)
+        return _complete(grads, inputs, needs)
+    grads[0] = torch.empty(h.shape, dtype=h.dtype, device=h.device) if need_h else None
     v_weight, u_weight = _factors(v_weight, dtype, precision.dot), _factors(u_weight, dtype, precision.dot)
     seed, threshold, scale = _dropout(seed, dropout_p, u_weight is not None)
     tiles = cdiv(bags.rows, config.block_m)
@@ -854,4 +865,4 @@ def gated_attention_pool_backward(
             grads[index] = part_bias[:, unit : unit + hidden].sum(dim=0).to(inputs[index].dtype)
     if need_w:
         grads[5] = part_heads.sum(dim=0).to(w_weight.dtype)
-    return tuple(grads)
+    return _complete(grads, inputs, needs)

@@ -161,7 +161,11 @@ def rows(arch: str, kernel: str, dtype: torch.dtype) -> dict[int, tuple[int, ...
 
 def row(arch: str, kernel: str, dtype: torch.dtype, dim: int) -> tuple[int, ...]:
     known = rows(arch, kernel, dtype)
-    return known[min((limit for limit in known if limit >= dim), default=0)]
+    least = 0
+    for limit in known:
+        if limit >= dim and not 0 < least <= limit:
+            least = limit
+    return known[least]
 
 
 @kept

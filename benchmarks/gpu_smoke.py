@@ -79,6 +79,8 @@ def groups(only: str = "") -> list[Group]:
     for layout in LAYOUTS:
         found += [Group("pool", way, "sm90", "bfloat16", 128, layout=layout, hidden=128, heads=2)
                   for way in ("forward", "backward")]  # fmt: skip
+    found += [Group("scores", way, kernels, "bfloat16", 128, layout="rows", hidden=128, heads=2)
+              for kernels in ("sm90", "generic") for way in ("forward", "backward")]  # fmt: skip
     for channels in (22, 7, 30):  # padded to 24, 8 and 32
         for dim in (192, 64, 128, 256):
             for dtype in HALVES:

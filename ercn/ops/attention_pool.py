@@ -73,10 +73,10 @@ def gated_attention_pool(
     the dropout is kept: the backward computes them again. Two runs on one machine are bit-equal, with dropout under the
     same seed. Under autocast all floating inputs are cast.
 
-    Dropout takes Philox4x32-10 under one seed for each call, an int64. Instance i (b·N + n, or the ragged row) and
-    hidden unit l take word (l // 16) % 4 of the counter (i mod 2³², i // 2³², (l // 64)·16 + l % 16, 0): its low 16
-    bits drop the unit of V's branch, its high ones that of U's, where they are below round(65536·p). So the mask does
-    not depend on the backend, the number of threads or the instruction set.
+    Dropout takes Philox4x32-10 under one seed for each call, ``torch.randint(2**62, (1,))``. Instance i (b·N + n, or
+    the ragged row) and hidden unit l take word (l // 16) % 4 of the counter (i mod 2³², i // 2³², (l // 64)·16 + l %
+    16, 0): its low 16 bits drop the unit of V's branch, its high ones that of U's, where they are below round(65536·p).
+    So the mask does not depend on the backend, the number of threads or the instruction set.
 
     Sources: Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", ICML 2018; Salmon, Moraes, Dror,
     Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.

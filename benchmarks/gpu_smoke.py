@@ -105,6 +105,7 @@ def groups(only: str = "") -> list[Group]:
         pool = functools.partial(pool, layout="rows")
         found += [pool("scores", dtype="float32", activation="relu"), pool("by_scores", dtype="float32")]
         found.append(pool("pool", dtype="bfloat16", weights="float32"))
+        found.append(Group("by_scores", way, "generic", "bfloat16", 128, layout="masked", hidden=128, heads=2))
     return [group for group in dict.fromkeys(found) if re.search(only, group.name)]
 
 

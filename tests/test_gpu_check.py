@@ -45,9 +45,12 @@ def test_every_kernel_has_a_smoke_case():
         for op in ("affinity", "pool"):
             ways = {(g.direction, g.dtype) for g in found if (g.op, g.kernels) == (op, kernels)}
             assert len(ways) == 2 * 4
+    ways = {(g.op, g.direction, g.layout) for g in found if "scores" in g.op and g.kernels == "triton"}
+    assert len(ways) == 2 * 2 * len(gpu_smoke.LAYOUTS)
     for kernels in ("sm90", "generic", "triton"):
         layouts = {g.layout for g in found if g.op == "pool" and g.kernels == kernels}
-        assert layouts == set(gpu_smoke.LAYOUTS) - ({"dropout"} if kernels == "triton" else set())
+        assert layouts == set(gpu_smoke.LAYOUTS)
+        assert {g.direction for g in found if (g.op, g.kernels) == ("scores", kernels)} == {"forward", "backward"}
 
 
 def test_what_hangs_dies_or_fails_is_named_and_the_rest_goes_on(monkeypatch):

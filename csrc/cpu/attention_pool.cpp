@@ -607,8 +607,9 @@ void check(const Inputs& in) {
   require(in.u_bias, "u_bias", {L});
   require(in.w_weight, "w_weight", {K, L});
   require(in.w_bias, "w_bias", {K});
-  STD_TORCH_CHECK(!in.seed || (in.seed->is_cpu() && in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1),
-                  "seed must be int64 [1] on the CPU");
+  STD_TORCH_CHECK(
+      !in.seed || (in.seed->is_cpu() && in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1),
+      "seed must be int64 [1] on the CPU");
   STD_TORCH_CHECK(in.dropout_p >= 0 && in.dropout_p <= 1, "dropout_p must be from 0 to 1");
 }
 

@@ -265,10 +265,8 @@ def _process(group: Group, sizes: tuple[int, ...], device: str, pipe: Connection
             pipe.send(("begins", size))
             pipe.send(("ends", run(group, size, device)))
             names = [f"triton {name}" for name in counts]
-            if _extension.load("_cuda") is None:
-                from ercn import _cuda
-
-                names += [f"cuda {kernel['name']}" for kernel in _cuda.kernels() if kernel["launches"] > 0]
+            if _extension.load("libercn_cuda") is None:
+                names += [f"cuda {kernel['name']}" for kernel in _extension.cuda_kernels() if kernel["launches"] > 0]
             pipe.send(("launched", names))
 
 
@@ -288,7 +286,7 @@ def smoke(
 ) -> None:
     """Runs every group; ``done(kind, **values)`` gets a row for every size, and what a process launched."""
     emulate()
-    _extension.load("_cuda")
+    _extension.load("libercn_cuda")
     import_module("ercn.kernels.affinity")
     import_module("ercn.kernels.attention_pool")
     context = multiprocessing.get_context("fork")

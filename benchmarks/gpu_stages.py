@@ -128,13 +128,12 @@ def environment(run: Run) -> None:
     run.record("environment", **describe("cuda" if torch.cuda.is_available() else "cpu"))
     for row in backends():
         run.record("backend", name=row.name, reason=row.reason)
-    for name in ("_C", "_cuda"):
+    for name in ("libercn", "libercn_cuda"):
         if reason := _extension.load(name):
             sys.exit(reason)
-    from ercn import _cuda
 
     names = [f"triton {name}" for name in kernels.kernels()]
-    run.record("kernels", names=[*names, *(f"cuda {kernel['name']}" for kernel in _cuda.kernels())])
+    run.record("kernels", names=[*names, *(f"cuda {kernel['name']}" for kernel in _extension.cuda_kernels())])
     ops = ("relu_affinity", "relu_affinity_backward", "gated_attention_pool", "gated_attention_pool_backward")
     for op in ops:
         getattr(torch.ops.ercn_native, f"{op}_cuda")

@@ -30,9 +30,7 @@ from ercn.ops import _extension, gated_attention_pool, relu_affinity
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["reference"]
 if _extension.load() is None:
-    from ercn import _C
-
-    BACKENDS += [f"cpu {isa}" for isa in _C.cpu_isas()]
+    BACKENDS += [f"cpu {isa}" for isa in _extension.cpu_info()["isas"]]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -7,9 +7,9 @@ import gc
 import inspect
 import json
 import os
+import platform
 import subprocess
 import sys
-import sysconfig
 import time
 import weakref
 from collections import Counter
@@ -292,10 +292,10 @@ def test_bench_that_is_out_of_time_keeps_its_file(tmp_path, monkeypatch):
 def test_a_pack_of_other_sources_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_pack, "PACK", tmp_path)
     assert gpu_pack.refusal() is None and "there is no" in gpu_pack.unpack()
-    held = {"sources": "0", "suffix": ".of-another-python.so", "commit": "abc"}
+    held = {"sources": "0", "machine": "of another kind", "commit": "abc"}
     (tmp_path / "manifest.json").write_text(json.dumps(held))
-    assert gpu_pack.refusal() is None and "for this Python" in gpu_pack.unpack()
-    held["suffix"] = sysconfig.get_config_var("EXT_SUFFIX")
+    assert gpu_pack.refusal() is None and "for this machine" in gpu_pack.unpack()
+    held["machine"] = platform.machine()
     (tmp_path / "manifest.json").write_text(json.dumps(held | {"sources": gpu_pack.sources()}))
     assert gpu_pack.refusal() is None
     (tmp_path / "manifest.json").write_text(json.dumps(held))

@@ -2,6 +2,7 @@
 #include "affinity.h"
 #include "isa.h"
 #include "pool.h"
+#include "refinement.h"
 
 namespace ercn {
 
@@ -13,6 +14,8 @@ struct Kernels {
   PoolKernel<float, float> pool_float;
   PoolKernel<double, double> pool_double;
   PoolKernel<uint16_t, float> pool_bf16;
+  RefinementKernel<float> refinement_float;
+  RefinementKernel<double> refinement_double;
   // FLOPs of that many steps of independent multiply-adds in registers (multiply_add.h).
   double (*multiply_add_float)(int64_t steps);
   double (*multiply_add_double)(int64_t steps);

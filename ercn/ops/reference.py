@@ -1,4 +1,4 @@
-"""Plain-torch definitions of both operators and their gradients: the specification, and the last fallback.
+"""Plain-torch definitions of the operators and their gradients: the specification, and the last fallback.
 
 Inputs of lower precision are widened to float32 (float64 stays) and every sum is taken there. Work is cut into column
 blocks of about ``_BLOCK_ELEMENTS`` affinities or activations, so N = 65,536 pixels need no N×N buffer.
@@ -6,6 +6,7 @@ blocks of about ``_BLOCK_ELEMENTS`` affinities or activations, so N = 65,536 pix
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -222,3 +223,98 @@ def gated_attention_pool_backward(
 
 def _narrow(grads: list[Tensor], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     return tuple(g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs))
+
+
+# Refinement over fixed neighbours, one image after the other: its weights are the largest tensor.
+
+
+def ring_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
+    """(dy, dx) of the 8 neighbours at each distance."""
+    return [(d * dy, d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+
+
+def _neighbours(x: Tensor, offsets: list[tuple[int, int]], mode: str) -> list[Tensor]:
+    """Views of the padded ``x``, each [B, C, H, W]: at every pixel its neighbour at one offset."""
+    reach, (h, w) = max(max(map(abs, offset)) for offset in offsets), x.shape[2:]
+    padded = torch.nn.functional.pad(x, [reach] * 4, mode=mode)
+    return [padded[:, :, reach + dy : reach + dy + h, reach + dx : reach + dx + w] for dy, dx in offsets]
+
+
+def adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Tensor:
+    """w of ``pixel_adaptive_refinement``, [B, P, H, W]."""
+    offsets = ring_offsets(dilations)
+    neighbours = _neighbours(image, offsets, "replicate")
+    first, second = torch.zeros_like(image), torch.zeros_like(image)
+    for neighbour in neighbours:  # moments about pixel i, whose own difference is 0
+        difference = neighbour - image
+        first += difference
+        second.addcmul_(difference, difference)
+    count = (8 if form == "par" else 9) * len(dilations)
+    deviation = ((second - first.square() / count).clamp(min=0) / (count - 1)).sqrt()
+    if form == "par":
+        scale = -1 / (image.shape[1] * (0.3 * (deviation + 1e-8)).square())
+    else:
+        scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
+    weights = image.new_empty(len(image), len(neighbours), *image.shape[2:])
+    for j, neighbour in enumerate(neighbours):
+        difference = neighbour - image
+        weights[:, j] = ((difference.square_() if form == "par" else difference.abs_()) * scale).sum(1)
+    weights -= weights.amax(1, keepdim=True)
+    weights.exp_()
+    weights /= weights.sum(1, keepdim=True)
+    return weights.add_(position_weights(offsets).to(weights)[:, None, None]) if form == "par" else weights
+
+
+def position_weights(offsets: list[tuple[int, int]]) -> Tensor:
+    """What form "par" adds to the weight of each neighbour, [P], float64."""
+    distance = torch.tensor(offsets, dtype=torch.float64).norm(dim=1)
+    return 0.01 * torch.softmax(-(distance / (0.3 * (distance.std() + 1e-8))).square(), 0)
+
+
+def fold_margin(x: Tensor, margin: int) -> Tensor:
+    """[B, C, H + 2 margin, W + 2 margin] -> [B, C, H, W]: the margin is added to the edge, in place."""
+    inner = slice(margin, -margin)
+    for y in (x, x[:, :, inner].mT):
+        y[:, :, margin] += y[:, :, :margin].sum(2)
+        y[:, :, -1 - margin] += y[:, :, -margin:].sum(2)
+    return x[:, :, inner, inner]
+
+
+def _propagate(map_: Tensor, weights: Tensor, offsets: list[tuple[int, int]], steps: int, mode: str) -> Tensor:
+    for _ in range(steps):
+        neighbours = _neighbours(map_, offsets, mode)
+        map_ = torch.zeros_like(map_)
+        for weight, neighbour in zip(weights.split(1, 1), neighbours):
+            map_.addcmul_(weight, neighbour)
+    return map_
+
+
+def pixel_adaptive_refinement(
+    cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str
+) -> Tensor:
+    """m_i <- Σ_p w_p(i) m(i + o_p), the edge repeated beyond the border, ``steps`` times."""
+    acc = accumulate_dtype(cam, image)
+    refined = torch.empty_like(cam, memory_format=torch.contiguous_format)
+    for out, m, picture in zip(refined.split(1), cam.split(1), image.split(1)):
+        weights = adaptive_weights(picture.to(acc), dilations, form)
+        out.copy_(_propagate(m.to(acc), weights, ring_offsets(dilations), steps, "replicate"))
+    return refined
+
+
+def pixel_adaptive_refinement_backward(
+    grad_out: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str
+) -> Tensor:
+    """The adjoint: w_p(i) g(i) goes to i + o_p, where that lies beyond the border to the edge."""
+    acc = accumulate_dtype(grad_out, image)
+    grad_cam = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
+    (h, w), reach = image.shape[2:], max(dilations)
+    for out, g, picture in zip(grad_cam.split(1), grad_out.split(1), image.split(1)):
+        weights = adaptive_weights(picture.to(acc), dilations, form).split(1, 1)
+        g = g.to(acc)
+        for _ in range(steps):
+            wide = g.new_zeros(*g.shape[:2], h + 2 * reach, w + 2 * reach)
+            for weight, (dy, dx) in zip(weights, ring_offsets(dilations)):
+                wide[:, :, reach + dy : reach + dy + h, reach + dx : reach + dx + w].addcmul_(weight, g)
+            g = fold_margin(wide, reach)
+        out.copy_(g)
+    return grad_cam

@@ -21,6 +21,8 @@ _MODULES = {
     "relu_affinity_backward": "affinity",
     "gated_attention_pool": "attention_pool",
     "gated_attention_pool_backward": "attention_pool",
+    "pixel_adaptive_refinement": "refinement",
+    "pixel_adaptive_refinement_backward": "refinement",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,3 +63,5 @@ relu_affinity = functools.partial(_launch, "relu_affinity")
 relu_affinity_backward = functools.partial(_launch, "relu_affinity_backward")
 gated_attention_pool = functools.partial(_launch, "gated_attention_pool")
 gated_attention_pool_backward = functools.partial(_launch, "gated_attention_pool_backward")
+pixel_adaptive_refinement = functools.partial(_launch, "pixel_adaptive_refinement")
+pixel_adaptive_refinement_backward = functools.partial(_launch, "pixel_adaptive_refinement_backward")

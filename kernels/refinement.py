@@ -47,18 +47,23 @@ def scale_kernel(
     y, x = n // W, n % W
     p_image = image + i_bk * N
     own = tl.load(p_image + n, mask=n < N, other=0.0).to(tl.float32)
-    first = tl.zeros((BLOCK,), tl.float32)
-    second = tl.zeros((BLOCK,), tl.float32)
+    samples: tl.constexpr = (8 if PAR else 9) * len(DILATIONS)  # with PAMR pixel i is one of 9
+    mean = tl.zeros((BLOCK,), tl.float32)  # about pixel i
     for j in range(len(DILATIONS)):
         d = distance(j, DILATIONS)
         for q in tl.static_range(9):
             if q != 4:
                 place = clamped(y + (q // 3 - 1) * d, x + (q % 3 - 1) * d, H, W)
-                difference = tl.load(p_image + place, mask=n < N, other=0.0).to(tl.float32) - own
-                first += difference
-                second += difference * difference
-    samples: tl.constexpr = (8 if PAR else 9) * len(DILATIONS)
-    spread = tl.maximum(second - first * first / samples, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                mean += tl.load(p_image + place, mask=n < N, other=0.0).to(tl.float32) - own
+    mean /= samples
+    spread = (samples - 8 * len(DILATIONS)) * mean * mean
+    for j in range(len(DILATIONS)):
+        d = distance(j, DILATIONS)
+        for q in tl.static_range(9):
+            if q != 4:
+                place = clamped(y + (q // 3 - 1) * d, x + (q % 3 - 1) * d, H, W)
+                difference = tl.load(p_image + place, mask=n < N, other=0.0).to(tl.float32) - own - mean
+                spread += difference * difference
     sigma = tl.sqrt(spread / (samples - 1))
     if PAR:
         width = 0.3 * (sigma + 1e-8)

@@ -20,11 +20,15 @@ def golden(name: str) -> dict[str, torch.Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def backends_of(op: str) -> list[str]:
+def backends_of(op: str, device: str = "cpu") -> list[str]:
     """Backends on this machine that have the op at all."""
     usable = {b.name for b in ercn.ops.backends() if b.reason is None}
-    x = torch.ones(1, 1, 1)
-    probe = {"relu_affinity": (x, x), "gated_attention_pool": (x, x[0], None, None, None, x[0], None, None, None)}[op]
+    x, map_ = torch.ones(1, 1, 1, device=device), torch.ones(1, 1, 1, 1, device=device)
+    probe = {
+        "relu_affinity": (x, x),
+        "gated_attention_pool": (x, x[0], None, None, None, x[0], None, None, None),
+        "pixel_adaptive_refinement": (map_, map_, [1], 1, "pamr"),
+    }[op]
     return [row.name for row in _backends.TABLE if row.name in usable and row.can_run(op, *probe) is None]
 
 

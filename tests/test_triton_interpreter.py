@@ -17,8 +17,9 @@ def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-m", "not gpu"]
     command += [TESTS / "test_triton_launches.py", TESTS / "test_triton_tensor_cores.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    names = ("gpu_ops", "gpu_exact", "gpu_refinement", "triton_ops")
     result = subprocess.run(
-        [*command, "--gpu-coverage", *(TESTS / f"test_{name}.py" for name in ("gpu_ops", "gpu_exact", "triton_ops"))],
+        [*command, "--gpu-coverage", *(TESTS / f"test_{name}.py" for name in names)],
         cwd=TESTS.parent,
         env=environment,
         capture_output=True,

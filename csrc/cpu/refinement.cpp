@@ -199,7 +199,7 @@ class Adaptive {
   Adaptive(const Tensor& image, int64_t b, const std::vector<int64_t>& dilations, bool par, int64_t block)
       : kernel_(kernel_of<T>()),
         offsets_(ring_offsets(dilations)),
-        samples_((par ? 8 : 9) * dilations.size()),
+        own_(par ? 0 : dilations.size()),
         position_(par ? position(dilations) : std::vector<T>()),
         picture_(image, image.size(1), image.size(2), image.size(3), reach_of(offsets_),
                 round_up(image.size(3), block) + reach_of(offsets_), Border::repeated) {
@@ -218,7 +218,7 @@ class Adaptive {
                        .channels = picture_.channels,
                        .taps = taps.data(),
                        .count = int64_t(taps.size()),
-                       .samples = samples_,
+                       .own = own_,
                        .position = position_.empty() ? nullptr : position_.data(),
                        .weights = to});
     }
@@ -241,7 +241,7 @@ class Adaptive {
 
   const RefinementKernel<T>& kernel_;
   const std::vector<Offset> offsets_;
-  const int64_t samples_;
+  const int64_t own_;
   const std::vector<T> position_;
   const Map<T> picture_;
 };

@@ -27,13 +27,13 @@ struct NeighbourSums {
 // weights[slot][x] = softmax_slot(-Σ_c |d| s_c(x)) with d = image[c][x + offset] - image[c][x].
 //   form pamr: s_c = 1 / (K (1e-8 + 0.1 σ_c));  form par: d² for |d|, s_c = 1 / (K (0.3 (σ_c + 1e-8))²), and position[slot]
 //   is added to the softmax. One block of a row.
-// σ_c²: the unbiased variance of `samples` values, the neighbours and as often as is needed the pixel itself.
+// σ_c²: the unbiased variance of the neighbours and of the pixel, which counts `own` times.
 template <typename T>
 struct AdaptiveWeights {
   const T* image;
   int64_t plane, channels;
   const Tap* taps;
-  int64_t count, samples;
+  int64_t count, own;
   const T* position;  // [count]: form par; null: form pamr
   T* weights;         // [count, block]
 };

@@ -40,18 +40,24 @@ void adaptive_weights(const AdaptiveWeights<T>& a) {
   const Tap *const taps = a.taps, *const end = taps + a.count;
   for (int64_t c = 0; c < a.channels; ++c) {
     const T* const plane = a.image + c * a.plane;
-    V own[kPixelVecs], scale[kPixelVecs], first[kPixelVecs] = {}, second[kPixelVecs] = {};
+    const T samples = a.count + a.own;
+    V own[kPixelVecs], mean[kPixelVecs] = {}, spread[kPixelVecs] = {}, scale[kPixelVecs];
     ERCN_UNROLL for (int v = 0; v < kPixelVecs; ++v) own[v] = load<V>(plane + v * lanes);
-    for (const Tap* tap = taps; tap < end; ++tap) {  // moments about the pixel, which adds 0 to them
+    for (const Tap* tap = taps; tap < end; ++tap) {  // about the pixel
+      ERCN_UNROLL for (int v = 0; v < kPixelVecs; ++v) mean[v] += load<V>(plane + tap->offset + v * lanes) - own[v];
+    }
+    ERCN_UNROLL for (int v = 0; v < kPixelVecs; ++v) {
+      mean[v] /= samples;
+      spread[v] = T(a.own) * mean[v] * mean[v];
+    }
+    for (const Tap* tap = taps; tap < end; ++tap) {
       ERCN_UNROLL for (int v = 0; v < kPixelVecs; ++v) {
-        const V d = load<V>(plane + tap->offset + v * lanes) - own[v];
-        first[v] += d;
-        second[v] += d * d;
+        const V d = load<V>(plane + tap->offset + v * lanes) - own[v] - mean[v];
+        spread[v] += d * d;
       }
     }
     ERCN_UNROLL for (int v = 0; v < kPixelVecs; ++v) {
-      const V spread = second[v] - first[v] * first[v] / T(a.samples);
-      const V sigma = square_root<T>((spread < T(0) ? V{} : spread) / T(a.samples - 1));
+      const V sigma = square_root<T>(spread[v] / (samples - 1));
       const V width = PAR ? T(0.3) * (sigma + T(1e-8)) : T(0.1) * sigma + T(1e-8);
       scale[v] = T(-1) / (T(a.channels) * (PAR ? width * width : width));
     }

@@ -244,13 +244,15 @@ def adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Tens
     """w of ``pixel_adaptive_refinement``, [B, P, H, W]."""
     offsets = ring_offsets(dilations)
     neighbours = _neighbours(image, offsets, "replicate")
-    first, second = torch.zeros_like(image), torch.zeros_like(image)
-    for neighbour in neighbours:  # moments about pixel i, whose own difference is 0
-        difference = neighbour - image
-        first += difference
-        second.addcmul_(difference, difference)
-    count = (8 if form == "par" else 9) * len(dilations)
-    deviation = ((second - first.square() / count).clamp(min=0) / (count - 1)).sqrt()
+    own = 0 if form == "par" else len(dilations)  # how often pixel i counts
+    count = len(neighbours) + own
+    mean, spread = torch.zeros_like(image), torch.zeros_like(image)
+    for neighbour in neighbours:  # about pixel i
+        mean += neighbour - image
+    mean /= count
+    for neighbour in neighbours:
+        spread += (neighbour - image - mean).square_()
+    deviation = ((spread + own * mean.square()) / (count - 1)).sqrt()
     if form == "par":
         scale = -1 / (image.shape[1] * (0.3 * (deviation + 1e-8)).square())
     else:

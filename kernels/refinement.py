@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ercn.ops.reference import fold_margin, position_weights, ring_offsets
+from ercn.ops.reference import fold_margin, position_weights, ring_offsets, transition
 
 BLOCK_N = 128
 WEIGHT_BYTES = 256 << 20  # of the images that are refined at a time
@@ -151,6 +151,35 @@ def step_kernel(
     tl.store(p_out, acc, mask=(n < places)[None, :] & (c < C)[:, None])
 
 
+@triton.jit
+def walk_kernel(
+    map, weights, out, C, H, W, stride_b, RADIUS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out_i = Σ_p w_p(i) map(i + o_p) over the disc, row by row; no pixel beyond the border. weights [B, SLOTS, N]."""
+    N = H * W
+    blocks, blocks_c = tl.cdiv(N, BLOCK), tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    n, pid = pid % blocks * BLOCK + tl.arange(0, BLOCK), pid // blocks
+    c, i_b = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C), (pid // blocks_c).to(tl.int64)
+    y, x = n // W, n % W
+    p_map = map + i_b * stride_b + c.to(tl.int64)[:, None] * N
+    weights += i_b * SLOTS * N + n
+    acc = tl.zeros((BLOCK_C, BLOCK), tl.float32)
+    slot = 0
+    for i in range(2 * RADIUS - 1):
+        for k in range(2 * RADIUS - 1):
+            dy, dx = i - (RADIUS - 1), k - (RADIUS - 1)
+            if dy * dy + dx * dx < RADIUS * RADIUS:
+                there = (n < N) & (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
+                w = tl.load(weights + tl.cast(slot, tl.int64) * N, mask=there, other=0.0)
+                m = tl.load(p_map + (n + dy * W + dx)[None, :], mask=there[None, :] & (c < C)[:, None], other=0.0)
+                acc += w[None, :] * m.to(tl.float32)
+                slot += 1
+    p_out = out + (i_b * C + c[:, None]) * N + n[None, :]
+    tl.store(p_out, acc, mask=(n < N)[None, :] & (c < C)[:, None])
+
+
 def _weights(image: Tensor, dilations: tuple[int, ...], par: bool) -> Tensor:
     """[B, P, H, W] float32."""
     batch, channels, height, width = image.shape
@@ -213,3 +242,32 @@ def pixel_adaptive_refinement_backward(
             g = fold_margin(wide, margin)
         last.copy_(g)
     return grad_cam
+
+
+def random_walk(value: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    """Like value; see ``ercn.ops.random_walk``."""
+    return _walk(value, affinity, radius, beta, steps, adjoint=False)
+
+
+def random_walk_backward(grad_out: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    """Like grad_out: the walk along Tᵀ."""
+    return _walk(grad_out, affinity, radius, beta, steps, adjoint=True)
+
+
+def _walk(map_: Tensor, affinity: Tensor, radius: int, beta: float, steps: int, adjoint: bool) -> Tensor:
+    out = torch.empty_like(map_, memory_format=torch.contiguous_format)
+    if steps == 0:
+        return out.copy_(map_)
+    batch, channels, height, width = map_.shape
+    weights = transition(affinity.float(), radius, beta, adjoint)
+    m = map_.contiguous()
+    block_c = min(8, triton.next_power_of_2(channels))
+    blocks = triton.cdiv(height * width, BLOCK_N) * triton.cdiv(channels, block_c)
+    for step in range(steps):
+        to = out if step == steps - 1 else torch.empty(m.shape, dtype=torch.float32, device=m.device)
+        walk_kernel[(batch * blocks,)](
+            m, weights, to, channels, height, width, m.stride(0),
+            RADIUS=radius, SLOTS=weights.shape[1], BLOCK=BLOCK_N, BLOCK_C=block_c,
+        )  # fmt: skip
+        m = to
+    return out

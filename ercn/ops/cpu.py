@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ercn.ops._extension import load as unavailable
-from ercn.ops.reference import accumulate_dtype, bag_slices
+from ercn.ops.reference import accumulate_dtype, bag_slices, transition
 
 __all__ = [
     "can_run",
@@ -20,6 +20,8 @@ __all__ = [
     "gated_attention_pool_backward",
     "pixel_adaptive_refinement",
     "pixel_adaptive_refinement_backward",
+    "random_walk",
+    "random_walk_backward",
     "relu_affinity",
     "relu_affinity_backward",
     "unavailable",
@@ -109,6 +111,20 @@ def pixel_adaptive_refinement_backward(
         grad_out.to(acc), image.to(acc), dilations, steps, form
     )
     return grad_cam.to(grad_out.dtype)
+
+
+def random_walk(value: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    return _walk(value, affinity, radius, beta, steps, adjoint=False)
+
+
+def random_walk_backward(grad_out: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    return _walk(grad_out, affinity, radius, beta, steps, adjoint=True)
+
+
+def _walk(map_: Tensor, affinity: Tensor, radius: int, beta: float, steps: int, adjoint: bool) -> Tensor:
+    acc = accumulate_dtype(map_, affinity)
+    weights = transition(affinity.to(acc), radius, beta, adjoint)
+    return torch.ops.ercn_native.random_walk_cpu(map_.to(acc), weights, radius, steps).to(map_.dtype)
 
 
 def _pool_tensors(cu_seqlens: Tensor | None, h: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:

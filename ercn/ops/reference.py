@@ -320,3 +320,57 @@ def pixel_adaptive_refinement_backward(
             g = fold_margin(wide, reach)
         out.copy_(g)
     return grad_cam
+
+
+def half_disc(radius: int) -> list[tuple[int, int]]:
+    """(dy, dx) of the neighbours less than ``radius`` away to the right and below, row by row."""
+    square = ((dy, dx) for dy in range(radius) for dx in range(1 - radius, radius) if dy or dx > 0)
+    return [(dy, dx) for dy, dx in square if dy * dy + dx * dx < radius * radius]
+
+
+def disc(radius: int) -> list[tuple[int, int]]:
+    """All of them and the pixel itself, row by row."""
+    below = half_disc(radius)
+    return [(-dy, -dx) for dy, dx in reversed(below)] + [(0, 0)] + below
+
+
+def _overlap(size: int, shift: int) -> tuple[slice, slice]:
+    """Places i of a row with i + shift in it, and those i + shift."""
+    first, last = max(0, -shift), max(0, size - max(0, shift))
+    return slice(first, max(first, last)), slice(first + shift, max(first, last) + shift)
+
+
+def transition(affinity: Tensor, radius: int, beta: float, adjoint: bool) -> Tensor:
+    """T of ``random_walk`` as what every pixel takes of its ``disc``, [B, 2P + 1, H, W]; adjoint: Tᵀ."""
+    batch, pairs, h, w = affinity.shape
+    taken = affinity.new_zeros(batch, 2 * pairs + 1, h, w)
+    taken[:, pairs] = 1
+    for p, (dy, dx) in enumerate(half_disc(radius)):
+        (rows, rows_below), (columns, columns_beside) = _overlap(h, dy), _overlap(w, dx)
+        power = affinity[:, p, rows, columns] ** beta
+        taken[:, pairs + 1 + p, rows, columns] = power
+        taken[:, pairs - 1 - p, rows_below, columns_beside] = power
+    degree = taken.sum(1)
+    if not adjoint:
+        return taken.div_(degree.unsqueeze(1))
+    for p, (dy, dx) in enumerate(disc(radius)):
+        (rows, there_rows), (columns, there_columns) = _overlap(h, dy), _overlap(w, dx)
+        taken[:, p, rows, columns] /= degree[:, there_rows, there_columns]
+    return taken
+
+
+def random_walk(value: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    return _walk(value, affinity, radius, beta, steps, adjoint=False)
+
+
+def random_walk_backward(grad_out: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    return _walk(grad_out, affinity, radius, beta, steps, adjoint=True)
+
+
+def _walk(map_: Tensor, affinity: Tensor, radius: int, beta: float, steps: int, adjoint: bool) -> Tensor:
+    acc = accumulate_dtype(map_, affinity)
+    out = torch.empty_like(map_, memory_format=torch.contiguous_format)
+    for to, m, pairs in zip(out.split(1), map_.split(1), affinity.split(1)):
+        weights = transition(pairs.to(acc), radius, beta, adjoint)
+        to.copy_(_propagate(m.to(acc), weights, disc(radius), steps, "constant"))
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ercn.ops import _backends, _library
+from ercn.ops.reference import half_disc
 
 FORMS = ("pamr", "par")
 
@@ -83,6 +85,136 @@ def pixel_adaptive_refinement(
     return torch.ops.ercn.pixel_adaptive_refinement(cam, image, list(dilations), steps, form, backend)
 
 
+def random_walk(
+    value: Tensor,
+    affinity: Tensor,
+    *,
+    radius: int = 5,
+    beta: float = 8.0,
+    steps: int = 256,
+    backend: str | None = None,
+) -> Tensor:
+    """Let maps walk ``steps`` times over the affinities of near pixels: the propagation of PSA and IRN.
+
+        out = V · T^steps,   T_ij = A_ij^β / Σ_k A_kj^β,   A_ii = 1,   A_ij = 0 farther than the radius
+
+    The published code squares the dense N×N matrix T ``exp_times`` times, steps = 2 ** exp_times; here T, which has
+    2P + 1 entries a pixel, is applied ``steps`` times. With PSA's radius of 5 pixels P is 34: 256 steps of 21 maps of
+    56² pixels are 2.3 GFLOP, eight squarings 493.
+
+    Args:
+        value: V, [B, C, H, W], floating point.
+        affinity: of pairs of pixels less than ``radius`` apart, in [0, 1]: [B, P, H, W], where [:, p, y, x] is that of
+            pixel (y, x) and its neighbour p, at (0, 1), …, (0, radius - 1), then those of the rows below, row by row
+            and from the left. What is said of a neighbour beyond the border is not read. ``feature_affinity`` (PSA)
+            and ``edge_affinity`` (IRN) have this layout.
+        radius: in pixels, at least 2.
+        beta: β, above 0; PSA takes 8, IRN 10.
+        steps: at least 0.
+        backend: one of ``ercn.ops.backends()``; None takes ``use_backend``, ``ERCN_BACKEND`` or the first that can run.
+
+    Returns:
+        Like ``value`` in shape and dtype, contiguous; computed in float32, or in float64 where an input is.
+        Differentiable in ``value``, twice too, by the adjoint of T.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or settings that do not fit, or an unknown backend.
+        RuntimeError: the named backend cannot run these tensors; the message says why.
+        NotImplementedError: an affinity that needs a gradient (the published networks learn from the affinities
+            themselves and walk without gradients: pass ``affinity.detach()``), or forward-mode AD.
+
+    FLOPs are 2·steps·(2P + 1)·B·C·H·W; memory is two maps and T, twice 4·(2P + 1)·B·H·W bytes in float32. Two runs are
+    bit-equal. Autocast changes nothing.
+
+    Sources: PSA, Ahn and Kwak, "Learning pixel-level semantic affinity", CVPR 2018 (arXiv 1803.10464); IRN, Ahn, Cho
+    and Kwak, "Weakly supervised learning of instance segmentation with inter-pixel relations", CVPR 2019 (arXiv
+    1904.05044); and their published code. IRN's walks with ``value * (1 - edge)``.
+
+    >>> import torch
+    >>> from ercn.ops import edge_affinity, random_walk
+    >>> cam = torch.tensor([1.0, 0, 0, 0, 0, 0]).expand(1, 1, 3, 6)
+    >>> edge = torch.tensor([0.0, 0, 1, 0, 0, 0]).expand(1, 1, 3, 6)              # it stops the walk
+    >>> random_walk(cam, edge_affinity(edge, radius=2), radius=2, beta=10)[0, 0, 1].round(decimals=2) + 0.0
+    tensor([0.5000, 0.5000, 0.0000, 0.0000, 0.0000, 0.0000])
+    """
+    if radius < 2:
+        raise ValueError(f"radius must be at least 2 pixels; got {radius}")
+    pairs = len(half_disc(radius))
+    shape = (len(value), pairs, *value.shape[2:])
+    if value.dim() != 4 or affinity.shape != shape or not value.numel():
+        raise ValueError(
+            f"value must be [B, C, H, W], not empty, and affinity [B, {pairs}, H, W] for radius {radius}; "
+            f"got {list(value.shape)} and {list(affinity.shape)}"
+        )
+    if not (value.is_floating_point() and affinity.is_floating_point()):
+        raise ValueError(f"value and affinity must be floating point; got {value.dtype} and {affinity.dtype}")
+    if value.device != affinity.device:
+        raise ValueError(f"value and affinity must be on one device; got {value.device} and {affinity.device}")
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0; got {beta}")
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0; got {steps}")
+    _library.refuse_forward_mode("random_walk", value, affinity)
+    backend = _backends.requested(backend)
+    return torch.ops.ercn.random_walk(value, affinity, radius, float(beta), steps, backend)
+
+
+def feature_affinity(feat: Tensor, radius: int = 5) -> Tensor:
+    """PSA's affinity exp(-mean_d |f_i - f_j|) of features [B, D, H, W], in the layout of ``random_walk``: [B, P, H, W].
+
+    As published, pixels less than radius - 1 from the left, right or lower border have no pairs of their own, affinity
+    0; that of the others, [:, :, : 1 - radius, radius - 1 : 1 - radius], is what PSA learns from. Differentiable, in
+    plain torch. Source: Ahn and Kwak, CVPR 2018, and its published code.
+
+    >>> import torch
+    >>> from ercn.ops import feature_affinity
+    >>> feature_affinity(torch.zeros(1, 2, 3, 4), radius=2)[0, :, 0]             # right, below left, below, below right
+    tensor([[0., 1., 1., 0.],
+            [0., 1., 1., 0.]])
+    """
+    reach, (h, w) = radius - 1, feat.shape[2:]
+    if feat.dim() != 4 or h <= reach or w <= 2 * reach:
+        raise ValueError(
+            f"feat must be [B, D, H, W] with H above {reach} and W above {2 * reach} for radius {radius}; "
+            f"got {list(feat.shape)}"
+        )
+    inner = feat[:, :, : h - reach, reach : w - reach]
+    pairs = [
+        torch.exp(-(feat[:, :, dy : h - reach + dy, reach + dx : w - reach + dx] - inner).abs().mean(1))
+        for dy, dx in half_disc(radius)
+    ]
+    return torch.nn.functional.pad(torch.stack(pairs, 1), (reach, reach, 0, reach))
+
+
+def edge_affinity(edge: Tensor, radius: int = 5) -> Tensor:
+    """IRN's affinity 1 - max e of all pixels on the line from i to j, in the layout of ``random_walk``: [B, P, H, W].
+
+    edge [B, 1, H, W], probabilities of a class boundary. A pixel between the two is on the line where it is less than
+    one pixel from it. Beyond the border e is 1. Differentiable, in plain torch. Source: Ahn, Cho and Kwak, CVPR 2019,
+    and its published code.
+
+    >>> import torch
+    >>> from ercn.ops import edge_affinity
+    >>> edge_affinity(torch.tensor([[[[0.0, 0.0, 1.0, 0.0]]]]), radius=2)[0, 0]   # with the pixel to the right
+    tensor([[1., 0., 0., 0.]])
+    """
+    if edge.dim() != 4 or edge.shape[1] != 1:
+        raise ValueError(f"edge must be [B, 1, H, W]; got {list(edge.shape)}")
+    reach, (h, w) = radius - 1, edge.shape[2:]
+    padded = torch.nn.functional.pad(edge[:, 0], (reach, reach, 0, reach), value=1.0)
+    pairs = []
+    for dy, dx in half_disc(radius):
+        line = [
+            (y, x)
+            for y in range(dy + 1)
+            for x in range(min(0, dx), max(0, dx) + 1)
+            if (dy * x - dx * y) ** 2 < dy * dy + dx * dx
+        ]
+        views = (padded[:, y : y + h, reach + x : reach + x + w] for y, x in line)
+        pairs.append(1 - functools.reduce(torch.maximum, views))
+    return torch.stack(pairs, 1)
+
+
 def check_settings(dilations: Sequence[int], steps: int, form: str) -> None:
     if not dilations or min(dilations) < 1:
         raise ValueError(f"dilations must be at least one distance of 1 or more pixels; got {list(dilations)}")
@@ -98,6 +230,14 @@ _REFINE = _library.define(
 )
 _REFINE_BACKWARD = _library.define(
     "pixel_adaptive_refinement_backward(Tensor grad_out, Tensor image, int[] dilations, int steps, str form, "
+    'str backend="") -> Tensor'
+)
+
+_WALK = _library.define(
+    'random_walk(Tensor value, Tensor affinity, int radius, float beta, int steps, str backend="") -> Tensor'
+)
+_WALK_BACKWARD = _library.define(
+    "random_walk_backward(Tensor grad_out, Tensor affinity, int radius, float beta, int steps, "
     'str backend="") -> Tensor'
 )
 
@@ -151,8 +291,14 @@ def _register(forward, backward, guide: str) -> None:
 
 
 _register(_REFINE, _REFINE_BACKWARD, "image")
+_register(_WALK, _WALK_BACKWARD, "affinity")
 
 
 @register_flop_formula([torch.ops.ercn.pixel_adaptive_refinement, torch.ops.ercn.pixel_adaptive_refinement_backward])
 def _(map_shape, image_shape, dilations, steps, *args, out_shape=None, **kwargs) -> int:
     return 2 * steps * 8 * len(dilations) * map_shape.numel()
+
+
+@register_flop_formula([torch.ops.ercn.random_walk, torch.ops.ercn.random_walk_backward])
+def _(map_shape, affinity_shape, radius, beta, steps, *args, out_shape=None, **kwargs) -> int:
+    return 2 * steps * (2 * affinity_shape[1] + 1) * map_shape.numel()

@@ -23,6 +23,8 @@ _MODULES = {
     "gated_attention_pool_backward": "attention_pool",
     "pixel_adaptive_refinement": "refinement",
     "pixel_adaptive_refinement_backward": "refinement",
+    "random_walk": "refinement",
+    "random_walk_backward": "refinement",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,3 +67,5 @@ gated_attention_pool = functools.partial(_launch, "gated_attention_pool")
 gated_attention_pool_backward = functools.partial(_launch, "gated_attention_pool_backward")
 pixel_adaptive_refinement = functools.partial(_launch, "pixel_adaptive_refinement")
 pixel_adaptive_refinement_backward = functools.partial(_launch, "pixel_adaptive_refinement_backward")
+random_walk = functools.partial(_launch, "random_walk")
+random_walk_backward = functools.partial(_launch, "random_walk_backward")

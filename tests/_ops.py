@@ -28,6 +28,7 @@ def backends_of(op: str, device: str = "cpu") -> list[str]:
         "relu_affinity": (x, x),
         "gated_attention_pool": (x, x[0], None, None, None, x[0], None, None, None),
         "pixel_adaptive_refinement": (map_, map_, [1], 1, "pamr"),
+        "random_walk": (map_, map_.expand(1, 4, 1, 1), 2, 1.0, 1),
     }[op]
     return [row.name for row in _backends.TABLE if row.name in usable and row.can_run(op, *probe) is None]
 

@@ -39,3 +39,31 @@ def refined(cam, image, dilations, steps, form="pamr"):
     for _ in range(steps):
         m = (weights * m[:, :, at]).sum(2)
     return m.view_as(cam)
+
+
+def half_disc(radius):
+    """(dy, dx) to the right and below, in the order of an affinity."""
+    square = [(dy, dx) for dy in range(radius) for dx in range(1 - radius, radius) if dy or dx > 0]
+    return [(dy, dx) for dy, dx in square if dy * dy + dx * dx < radius * radius]
+
+
+def transition(affinity, radius, beta):
+    """T of the random walk as the dense matrix that the published code has: [B, N, N]."""
+    batch, _, h, w = affinity.shape
+    matrix = torch.eye(h * w).to(affinity).repeat(batch, 1, 1)
+    number = torch.arange(h * w).view(h, w)
+    for p, (dy, dx) in enumerate(half_disc(radius)):
+        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        there = (y + dy < h) & (x + dx >= 0) & (x + dx < w)
+        i, j = number[there], (number + dy * w + dx)[there]
+        matrix[:, i, j] = matrix[:, j, i] = affinity[:, p][:, there]
+    powers = matrix**beta
+    return powers / powers.sum(1, keepdim=True)
+
+
+def walked(value, affinity, radius, beta, steps):
+    t = transition(affinity, radius, beta)
+    flat = value.flatten(2)
+    for _ in range(steps):
+        flat = flat @ t
+    return flat.view_as(value)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from _ops import error, randn
-from _refinement import refined
+from _refinement import refined, walked
+from test_random_walk import drawn as walk_drawn
 from test_refinement import drawn, with_gradient
 
-from ercn.ops import _extension, pixel_adaptive_refinement
+from ercn.ops import _extension, pixel_adaptive_refinement, random_walk
+from ercn.ops.reference import transition
 
 if (reason := _extension.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -54,14 +56,32 @@ def test_weights_made_again_at_every_step_are_the_same(form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_same_bits_for_any_thread_count_and_every_run(dtype, thread_counts):
     cam, image, grad = (x.to(dtype) for x in drawn(1, 9, 3, 67, 71))
+    pairs = transition(torch.rand(1, 4, 67, 71, dtype=dtype), 2, 8.0, False)
     runs = []
     for threads in thread_counts * 2:
         torch.set_num_threads(threads)
         settings = [1, 2, 24], 3, "pamr"
         run = [NATIVE.pixel_adaptive_refinement_cpu(cam, image, *settings, kept) for kept in (0, EVERYTHING)]
-        runs.append([*run, NATIVE.pixel_adaptive_refinement_backward_cpu(grad, image, *settings)])
+        run.append(NATIVE.pixel_adaptive_refinement_backward_cpu(grad, image, *settings))
+        runs.append([*run, NATIVE.random_walk_cpu(cam, pairs, 2, 5)])
     for run in runs[1:]:
         assert all(torch.equal(first, other) for first, other in zip(runs[0], run))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 2, 3), (2, 7, 5, 31), (1, 17, 3, 33)], ids=str)
+def test_walk_equals_plain_torch(sizes, dtype):
+    value, affinity, grad = (x.to(dtype) for x in walk_drawn(*sizes, 5))
+    ours = with_gradient(lambda x: random_walk(x, affinity, steps=4, backend="cpu"), value, grad)
+    exact = with_gradient(lambda x: walked(x, affinity.double(), 5, 8, 4), value.double(), grad.double())
+    assert all(error(a, e) < (1e-13 if dtype == torch.float64 else 1e-6) for a, e in zip(ours, exact))
+
+
+def test_walks_with_weights_of_another_radius_are_refused():
+    with pytest.raises(RuntimeError, match="9, H, W] for radius 2"):
+        NATIVE.random_walk_cpu(torch.ones(1, 1, 3, 3), torch.ones(1, 69, 3, 3), 2, 1)
+    with pytest.raises(RuntimeError, match="radius must"):
+        NATIVE.random_walk_cpu(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), 0, 1)
 
 
 def test_exponents_far_below_zero_give_no_weight_and_no_nan(isa):

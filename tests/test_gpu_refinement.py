@@ -6,10 +6,11 @@ import pytest
 import torch
 from _gpu_backends import BACKENDS, DEVICE, here
 from _ops import assert_within_budget, backends_of, error, finite_parts, golden
-from _refinement import refined
+from _refinement import refined, walked
+from test_random_walk import drawn as walk_drawn
 from test_refinement import drawn, with_gradient
 
-from ercn.ops import pixel_adaptive_refinement, use_backend
+from ercn.ops import pixel_adaptive_refinement, random_walk, use_backend
 
 BACKENDS = [name for name in BACKENDS if name in backends_of("pixel_adaptive_refinement", DEVICE)]
 if not BACKENDS:
@@ -95,3 +96,20 @@ def test_two_runs_are_bit_equal():
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes, radius", [((1, 1, 1, 1), 2), ((2, 9, 7, 5), 3), ((1, 2, 3, 47), 5)], ids=str)
+def test_walk_within_budget(sizes, radius, dtype):
+    value, affinity, grad = walk_drawn(*sizes, radius, dtype)
+    pairs = here(affinity.to(dtype))
+    narrow = here(value.to(dtype)).mT.contiguous().mT, here(grad.to(dtype))
+    ours = with_gradient(lambda x: random_walk(x, pairs, radius=radius, steps=3), *narrow)
+    plain, exact = (
+        with_gradient(lambda x: walked(x, affinity.to(x.dtype), radius, 8.0, 3), value.to(kind), grad.to(kind))
+        for kind in (torch.float32, torch.float64)
+    )
+    for mine, torchs, truth in zip(ours, plain, exact):
+        assert mine.dtype == dtype and mine.is_contiguous()
+        assert_within_budget(mine.cpu(), torchs, truth)
+    assert torch.equal(random_walk(narrow[0], pairs, radius=radius, steps=0), narrow[0])

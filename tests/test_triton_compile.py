@@ -202,6 +202,7 @@ def run_refinement(form: str, dtype: torch.dtype, dilations: tuple[int, ...]) ->
     cam, image = meta(2, CHANNELS, 64, 64, dtype=dtype), meta(2, 3, 64, 64, dtype=dtype)
     refinement.pixel_adaptive_refinement(cam, image, dilations, 2, form)
     refinement.pixel_adaptive_refinement_backward(cam, image, dilations, 2, form)
+    refinement.random_walk(cam, meta(2, 34, 64, 64, dtype=dtype), 5, 8.0, 2)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def run_refinement(form: str, dtype: torch.dtype, dilations: tuple[int, ...]) ->
 )
 def test_refinements_fit_on_chip(arch, form, dtype, dilations, tmp_path):
     kernels = launches(arch, lambda: run_refinement(form, dtype, dilations))
-    assert {kernel.name for kernel in kernels} == {"scale_kernel", "weight_kernel", "step_kernel"}
+    assert {kernel.name for kernel in kernels} == {"scale_kernel", "weight_kernel", "step_kernel", "walk_kernel"}
     for kernel in kernels:
         assert_fits(kernel, tmp_path)
 

@@ -98,9 +98,10 @@ def random_walk(
 
         out = V · T^steps,   T_ij = A_ij^β / Σ_k A_kj^β,   A_ii = 1,   A_ij = 0 farther than the radius
 
-    The published code squares the dense N×N matrix T ``exp_times`` times, steps = 2 ** exp_times; here T, which has
-    2P + 1 entries a pixel, is applied ``steps`` times. With PSA's radius of 5 pixels P is 34: 256 steps of 21 maps of
-    56² pixels are 2.3 GFLOP, eight squarings 493.
+    Each pixel becomes a mean of those near it: constants stay, and no value leaves the range of the map. The published
+    code squares the dense N×N matrix T ``exp_times`` times, steps = 2 ** exp_times; here T, which has 2P + 1 entries a
+    pixel, is applied ``steps`` times. With the published radius of 5 pixels P is 34: 256 steps of 21 maps of 56² pixels
+    are 2.3 GFLOP, eight squarings 493.
 
     Args:
         value: V, [B, C, H, W], floating point.
@@ -168,9 +169,10 @@ def feature_affinity(feat: Tensor, radius: int = 5) -> Tensor:
 
     >>> import torch
     >>> from ercn.ops import feature_affinity
-    >>> feature_affinity(torch.zeros(1, 2, 3, 4), radius=2)[0, :, 0]             # right, below left, below, below right
+    >>> feature_affinity(torch.zeros(1, 2, 3, 4), radius=2)[0, 0]                 # with the pixel to the right
     tensor([[0., 1., 1., 0.],
-            [0., 1., 1., 0.]])
+            [0., 1., 1., 0.],
+            [0., 0., 0., 0.]])
     """
     reach, (h, w) = radius - 1, feat.shape[2:]
     if feat.dim() != 4 or h <= reach or w <= 2 * reach:

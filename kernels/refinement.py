@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ercn.ops.reference import fold_margin, position_weights, ring_offsets, transition
+from ercn.ops.reference import fold_margin, near, position_weights, transition
 
 BLOCK_N = 128
 WEIGHT_BYTES = 256 << 20  # of the images that are refined at a time
@@ -180,15 +180,15 @@ def walk_kernel(
     tl.store(p_out, acc, mask=(n < N)[None, :] & (c < C)[:, None])
 
 
-def _weights(image: Tensor, dilations: tuple[int, ...], par: bool) -> Tensor:
+def _weights(image: Tensor, dilations: Sequence[int], par: bool) -> Tensor:
     """[B, P, H, W] float32."""
     batch, channels, height, width = image.shape
     image = image.contiguous()
     scale = torch.empty(image.shape, dtype=torch.float32, device=image.device)
     weights = scale.new_empty(batch, 8 * len(dilations), height, width)
-    position = position_weights(ring_offsets(dilations)).to(scale) if par else scale
+    position = position_weights(dilations).to(scale) if par else scale
     blocks = triton.cdiv(height * width, BLOCK_N)
-    constants = {"DILATIONS": dilations, "PAR": par, "BLOCK": BLOCK_N}
+    constants = {"DILATIONS": near(dilations, image), "PAR": par, "BLOCK": BLOCK_N}
     scale_kernel[(batch * channels * blocks,)](image, scale, channels, height, width, **constants)
     weight_kernel[(batch * blocks,)](image, scale, position, weights, channels, height, width, **constants)
     return weights
@@ -210,7 +210,6 @@ def _images_at_a_time(image: Tensor, slots: int) -> int:
 
 def pixel_adaptive_refinement(cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str) -> Tensor:
     """Like cam; see ``ercn.ops.pixel_adaptive_refinement``."""
-    dilations = tuple(dilations)
     out = torch.empty_like(cam, memory_format=torch.contiguous_format)
     if steps == 0:
         return out.copy_(cam)
@@ -219,7 +218,7 @@ def pixel_adaptive_refinement(cam: Tensor, image: Tensor, dilations: Sequence[in
         weights = _weights(picture, dilations, form == "par")
         for step in range(steps):
             to = last if step == steps - 1 else torch.empty(m.shape, dtype=torch.float32, device=m.device)
-            _step(m, weights, to, 0, dilations, False)
+            _step(m, weights, to, 0, near(dilations, image), False)
             m = to
     return out
 
@@ -228,7 +227,7 @@ def pixel_adaptive_refinement_backward(
     grad_out: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str
 ) -> Tensor:
     """Like grad_out: what each pixel gave to a neighbour beyond the border, the margin holds until it is folded."""
-    dilations, margin = tuple(dilations), max(dilations)
+    margin = max(near(dilations, image))
     grad_cam = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
     size = _images_at_a_time(image, 8 * len(dilations))
     for g, picture, last in zip(grad_out.contiguous().split(size), image.split(size), grad_cam.split(size)):
@@ -238,7 +237,7 @@ def pixel_adaptive_refinement_backward(
             wide = torch.empty(
                 batch, channels, height + around, width + around, dtype=torch.float32, device=g.device
             )
-            _step(g, weights, wide, margin, dilations, True)
+            _step(g, weights, wide, margin, near(dilations, image), True)
             g = fold_margin(wide, margin)
         last.copy_(g)
     return grad_cam

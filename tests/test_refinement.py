@@ -244,6 +244,16 @@ def test_nan_and_infinity_reach_whom_they_concern(backend, what, where, bad):
         assert error(*finite_parts(mine, truth)) < 1e-13
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_neighbours_far_beyond_a_small_map_take_no_memory(backend, form):
+    """Margins a million wide would be 4 TB and more."""
+    cam, image, grad = drawn(1, 2, 2, 4, 3)
+    options = {"dilations": (1, 1_000_000), "steps": 2, "form": form, "backend": backend}
+    ours = with_gradient(lambda x: pixel_adaptive_refinement(x, image, **options), cam, grad)
+    exact = with_gradient(lambda x: refined(x, image, (1, 1_000_000), 2, form), cam, grad)
+    assert all(error(a, e) < 1e-13 for a, e in zip(ours, exact))
+
+
 def test_errors_say_what_was_given(backend):
     ok, image = torch.ones(1, 2, 4, 5), torch.ones(1, 3, 4, 5)
     for cam, guide, words in [

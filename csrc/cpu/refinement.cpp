@@ -34,10 +34,12 @@ struct Offset {
   int64_t dy, dx;
 };
 
-// The 8 neighbours at every distance, row by row.
-std::vector<Offset> ring_offsets(const std::vector<int64_t>& dilations) {
+// The 8 neighbours at every distance, row by row. From `most` on, the longer side of a map, all that is beyond its
+// border is the same edge: margins need not be wider.
+std::vector<Offset> ring_offsets(const std::vector<int64_t>& dilations, int64_t most) {
   std::vector<Offset> offsets;
-  for (const int64_t d : dilations) {
+  for (const int64_t dilation : dilations) {
+    const int64_t d = std::min(dilation, most);
     for (int64_t dy = -1; dy <= 1; ++dy) {
       for (int64_t dx = -1; dx <= 1; ++dx) {
         if (dy || dx) offsets.push_back({d * dy, d * dx});
@@ -62,7 +64,7 @@ enum class Border { repeated, zero };
 
 // A map with margins beside its rows, [height, channels, left + width + …]: the rows of all channels side by side, so
 // that the neighbours of a pixel lie on few pages; from pixel to pixel above, and from channel to channel, it is an odd
-// number of cache lines, so that they lie in different sets of the cache. The memory is of torch's allocator.
+// number of cache lines, so that they lie in different sets of the cache.
 template <typename T>
 struct Map {
   int64_t channels, height, width, left, plane, row;
@@ -84,6 +86,13 @@ struct Map {
   static int64_t odd_lines(int64_t n) { return (round_up(n, kLine) / kLine | 1) * kLine; }
 
   T* at(int64_t y) const { return static_cast<T*>(memory.mutable_data_ptr()) + y * row + left; }
+
+  // One of the same kind, not yet written.
+  Map another() const {
+    Map map = *this;
+    map.memory = torch::stable::new_empty(memory, {height * row});
+    return map;
+  }
 
   // The margins of row y of every channel.
   void close(int64_t y) const {
@@ -148,7 +157,8 @@ struct Weights {
 };
 
 // The neighbours of a pixel of row y that exist.
-std::vector<Tap> taps_of_row(const std::vector<Offset>& offsets, int64_t y, int64_t height, int64_t stride, Border border) {
+std::vector<Tap> taps_of_row(
+    const std::vector<Offset>& offsets, int64_t y, int64_t height, int64_t stride, Border border) {
   std::vector<Tap> taps;
   taps.reserve(offsets.size());
   for (size_t p = 0; p < offsets.size(); ++p) {
@@ -198,7 +208,7 @@ class Adaptive {
  public:
   Adaptive(const Tensor& image, int64_t b, const std::vector<int64_t>& dilations, bool par, int64_t block)
       : kernel_(kernel_of<T>()),
-        offsets_(ring_offsets(dilations)),
+        offsets_(ring_offsets(dilations, std::max(image.size(2), image.size(3)))),
         own_(par ? 0 : dilations.size()),
         position_(par ? position(dilations) : std::vector<T>()),
         picture_(image, image.size(1), image.size(2), image.size(3), reach_of(offsets_),
@@ -228,7 +238,11 @@ class Adaptive {
   // 0.01 softmax(-(r / (0.3 (σ_r + 1e-8)))²) of the neighbours' distances r.
   static std::vector<T> position(const std::vector<int64_t>& dilations) {
     std::vector<double> r;
-    for (const Offset& o : ring_offsets(dilations)) r.push_back(std::hypot(double(o.dy), double(o.dx)));
+    for (const int64_t d : dilations) {
+      for (const bool corner : {true, false, true, false, false, true, false, true}) {
+        r.push_back(corner ? std::sqrt(2.) * d : d);
+      }
+    }
     double mean = 0, spread = 0, total = 0;
     for (const double x : r) mean += x / r.size();
     for (const double x : r) spread += (x - mean) * (x - mean) / (r.size() - 1);
@@ -258,8 +272,8 @@ Tensor refine(const Tensor& cam, const Tensor& image, const std::vector<int64_t>
   for (int64_t b = 0; b < B; ++b) {
     const Adaptive<T> adaptive(image, b, dilations, par, kernel.block);
     const int64_t reach = reach_of(adaptive.offsets());
-    Map<T> map(cam, C, H, W, reach, width + reach, Border::repeated), other = map;
-    other.memory = torch::stable::new_empty(map.memory, {H * map.row});
+    Map<T> map(cam, C, H, W, reach, width + reach, Border::repeated);
+    Map<T> other = map.another();
     load_map(cam, b, map);
     if (stored) {
       for_rows(H, slots * W * image.size(1), [&](int64_t begin, int64_t end) {
@@ -279,15 +293,15 @@ Tensor refine(const Tensor& cam, const Tensor& image, const std::vector<int64_t>
 }
 
 // The adjoint. What a pixel gives to a neighbour beyond the border went to the edge: each step is made on the picture
-// with a margin, of zeros, and the margin then added to the edge. Weights are kept where they are used: those of target i
-// are w_p[i - o_p], 0 where that is no pixel.
+// with a margin of zeros, and the margin is then added to the edge. Weights are kept where they are used: those of
+// target i are w_p[i - o_p], 0 where that is no pixel.
 template <typename T>
-Tensor refine_backward(const Tensor& grad_out, const Tensor& image, const std::vector<int64_t>& dilations, int64_t steps,
-                       bool par) {
+Tensor refine_backward(const Tensor& grad_out, const Tensor& image, const std::vector<int64_t>& dilations,
+                       int64_t steps, bool par) {
   const int64_t B = grad_out.size(0), C = grad_out.size(1), H = grad_out.size(2), W = grad_out.size(3);
   const Tensor grad = torch::stable::new_empty(grad_out, {B, C, H, W});
   const RefinementKernel<T>& kernel = kernel_of<T>();
-  std::vector<Offset> back = ring_offsets(dilations);
+  std::vector<Offset> back = ring_offsets(dilations, std::max(H, W));
   for (Offset& o : back) o = {-o.dy, -o.dx};
   const int64_t reach = reach_of(back), slots = back.size(), wide = W + 2 * reach;
   const Weights<T> weights(image, H + 2 * reach, wide, slots, kernel.block);
@@ -308,8 +322,8 @@ Tensor refine_backward(const Tensor& grad_out, const Tensor& image, const std::v
       }
     });
     // Pixel -reach of the margin is what blocks begin with.
-    Map<T> map(grad_out, C, H, W, 2 * reach, weights.blocks * kernel.block, Border::zero), other = map;
-    other.memory = torch::stable::new_empty(map.memory, {H * map.row});
+    Map<T> map(grad_out, C, H, W, 2 * reach, weights.blocks * kernel.block, Border::zero);
+    Map<T> other = map.another();
     load_map(grad_out, b, map);
     for (int64_t step = 0; step < steps; ++step) {
       for_rows(H, slots * C * wide, [&](int64_t begin, int64_t end) {
@@ -372,8 +386,8 @@ Tensor walk(const Tensor& value, const Tensor& weights, int64_t radius, int64_t 
         }
       }
     });
-    Map<T> map(value, C, H, W, radius, width + radius, Border::zero), other = map;
-    other.memory = torch::stable::new_empty(map.memory, {H * map.row});
+    Map<T> map(value, C, H, W, radius, width + radius, Border::zero);
+    Map<T> other = map.another();
     load_map(value, b, map);
     propagate(kernel, offsets, map, other, steps, [&] { return [&](int64_t y) { return packed.at(y); }; });
     save_map(map, static_cast<T*>(out.mutable_data_ptr()) + b * C * H * W);

@@ -228,6 +228,11 @@ def _narrow(grads: list[Tensor], inputs: tuple[Tensor | None, ...]) -> tuple[Ten
 # Refinement over fixed neighbours, one image after the other: its weights are the largest tensor.
 
 
+def near(dilations: Sequence[int], image: Tensor) -> tuple[int, ...]:
+    """From the longer side of a map on, all that is beyond its border is the same edge: margins need not be wider."""
+    return tuple(min(d, max(image.shape[2:])) for d in dilations)
+
+
 def ring_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
     """(dy, dx) of the 8 neighbours at each distance."""
     return [(d * dy, d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
@@ -242,8 +247,7 @@ def _neighbours(x: Tensor, offsets: list[tuple[int, int]], mode: str) -> list[Te
 
 def adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Tensor:
     """w of ``pixel_adaptive_refinement``, [B, P, H, W]."""
-    offsets = ring_offsets(dilations)
-    neighbours = _neighbours(image, offsets, "replicate")
+    neighbours = _neighbours(image, ring_offsets(near(dilations, image)), "replicate")
     own = 0 if form == "par" else len(dilations)  # how often pixel i counts
     count = len(neighbours) + own
     mean, spread = torch.zeros_like(image), torch.zeros_like(image)
@@ -264,12 +268,12 @@ def adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Tens
     weights -= weights.amax(1, keepdim=True)
     weights.exp_()
     weights /= weights.sum(1, keepdim=True)
-    return weights.add_(position_weights(offsets).to(weights)[:, None, None]) if form == "par" else weights
+    return weights.add_(position_weights(dilations).to(weights)[:, None, None]) if form == "par" else weights
 
 
-def position_weights(offsets: list[tuple[int, int]]) -> Tensor:
+def position_weights(dilations: Sequence[int]) -> Tensor:
     """What form "par" adds to the weight of each neighbour, [P], float64."""
-    distance = torch.tensor(offsets, dtype=torch.float64).norm(dim=1)
+    distance = torch.tensor(ring_offsets(dilations), dtype=torch.float64).norm(dim=1)
     return 0.01 * torch.softmax(-(distance / (0.3 * (distance.std() + 1e-8))).square(), 0)
 
 
@@ -299,7 +303,7 @@ def pixel_adaptive_refinement(
     refined = torch.empty_like(cam, memory_format=torch.contiguous_format)
     for out, m, picture in zip(refined.split(1), cam.split(1), image.split(1)):
         weights = adaptive_weights(picture.to(acc), dilations, form)
-        out.copy_(_propagate(m.to(acc), weights, ring_offsets(dilations), steps, "replicate"))
+        out.copy_(_propagate(m.to(acc), weights, ring_offsets(near(dilations, image)), steps, "replicate"))
     return refined
 
 
@@ -309,13 +313,13 @@ def pixel_adaptive_refinement_backward(
     """The adjoint: w_p(i) g(i) goes to i + o_p, where that lies beyond the border to the edge."""
     acc = accumulate_dtype(grad_out, image)
     grad_cam = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
-    (h, w), reach = image.shape[2:], max(dilations)
+    (h, w), reach = image.shape[2:], max(near(dilations, image))
     for out, g, picture in zip(grad_cam.split(1), grad_out.split(1), image.split(1)):
         weights = adaptive_weights(picture.to(acc), dilations, form).split(1, 1)
         g = g.to(acc)
         for _ in range(steps):
             wide = g.new_zeros(*g.shape[:2], h + 2 * reach, w + 2 * reach)
-            for weight, (dy, dx) in zip(weights, ring_offsets(dilations)):
+            for weight, (dy, dx) in zip(weights, ring_offsets(near(dilations, image))):
                 wide[:, :, reach + dy : reach + dy + h, reach + dx : reach + dx + w].addcmul_(weight, g)
             g = fold_margin(wide, reach)
         out.copy_(g)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from ercn.config import ModelConfig
 from ercn.elements import GEOMETRY, aligned_corners, exact_side, resize, symmetrize
@@ -43,6 +44,9 @@ class ERCNOutput(NamedTuple):
     refined_cam: Tensor
     mask: Tensor
     attention: Tensor | None
+
+
+_register_namedtuple(ERCNOutput, serialized_type_name="ercn.models.ERCNOutput")  # for torch.export.save
 
 
 class ERCN(nn.Module):

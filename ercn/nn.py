@@ -171,7 +171,7 @@ class PixelAdaptiveRefinement(nn.Module):
             ValueError: another shape.
             TypeError: a map that is not floating point.
         """
-        if cam.dim() != 4 or image.shape != (len(cam), 3, *cam.shape[2:]) or not cam.numel():
+        if cam.dim() != 4 or image.shape != (cam.shape[0], 3, *cam.shape[2:]) or not cam.numel():
             raise ValueError(
                 "cam must be [B, C, H, W], not empty, and image [B, 3, H, W] of the same B, H and W; "
                 f"got {list(cam.shape)} and {list(image.shape)}"

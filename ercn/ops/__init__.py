@@ -1,7 +1,16 @@
 """Fused operators of weakly supervised imaging; everything here is differentiable and runs on every backend."""
 
 from ercn.ops._backends import BackendStatus, backends, use_backend
+from ercn.ops._decompositions import decompositions
 from ercn.ops.affinity import affinity_propagate, relu_affinity
 from ercn.ops.attention_pool import gated_attention_pool
 
-__all__ = ["BackendStatus", "affinity_propagate", "backends", "gated_attention_pool", "relu_affinity", "use_backend"]
+__all__ = [
+    "BackendStatus",
+    "affinity_propagate",
+    "backends",
+    "decompositions",
+    "gated_attention_pool",
+    "relu_affinity",
+    "use_backend",
+]

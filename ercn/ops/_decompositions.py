@@ -1,0 +1,114 @@
+"""The operators as plain torch without mutation, for programs that leave the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop_op
+
+from ercn.ops import reference
+from ercn.ops.reference import accumulate_dtype
+
+_BLOCK_ELEMENTS = 1 << 24  # of the affinity at once, for each picture: 64 MiB of float32
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """Plain-torch forms of the forward operators, for ``torch.export.ExportedProgram.run_decompositions``.
+
+    A program decomposed by them has torch's own operators only, so that it runs where ``ercn`` is not installed, and
+    ``torch.onnx.export`` and AOTInductor take it. The formulas are those of the operators, the last bits may differ.
+    The number of pictures or bags may stay symbolic, N may not. Gradients' operators are not among them: what is
+    exported is for inference. Memory for each picture: of the affinity at most 2²⁴ elements or 16 columns, whichever is
+    more, at once; of the pool its two [N, L] activations; of ``ercn.nn.PixelAdaptiveRefinement``
+    9·len(dilations)·H·W weights, in a loop that stays one.
+
+    Raises (while decomposing):
+        NotImplementedError: ragged bags (``cu_seqlens``), whose lengths are data.
+
+    >>> import torch
+    >>> from ercn.nn import GatedAttentionPool
+    >>> from ercn.ops import decompositions
+    >>> bags = torch.randn(2, 9, 8)
+    >>> program = torch.export.export(GatedAttentionPool(8, 4).eval(), (bags,)).run_decompositions(decompositions())
+    >>> any("ercn" in str(node.target) for node in program.graph.nodes), len(program.module()(bags))
+    (False, 2)
+    """
+    ops = torch.ops.ercn
+    return {
+        ops.relu_affinity.default: _relu_affinity,
+        ops.gated_attention_pool.default: _gated_attention_pool,
+        ops.pixel_adaptive_refinement.default: _pixel_adaptive_refinement,
+    }
+
+
+def _relu_affinity(value: Tensor, feat: Tensor, backend: str = "") -> Tensor:
+    acc = accumulate_dtype(value, feat)
+    value, feat = value.to(acc), feat.to(acc)
+    size = max(16, _BLOCK_ELEMENTS // feat.shape[2])
+    return torch.cat([value @ torch.relu(feat.mT @ columns) for columns in feat.split(size, 2)], 2)
+
+
+def _gated_attention_pool(
+    h: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    u_weight: Tensor | None,
+    u_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str = "",
+) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is not None:
+        raise NotImplementedError("ragged bags (cu_seqlens) have no decomposition, their lengths are data")
+    acc = accumulate_dtype(h)
+    v, bv, u, bu, w, bw = reference._widen(acc, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    real = reference._real(h, mask).to(acc)
+    t, s = reference._branches(real, v, bv, u, bu)
+    scores = F.linear(t if s is None else t * s, w, bw).mT.contiguous()
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    return (reference._attention(scores, mask) @ real).to(h.dtype), scores
+
+
+def _pixel_adaptive_refinement(cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int) -> Tensor:
+    """A loop over the steps: written out, they would be a thousand operators or more, and minutes of compilation."""
+    dtype = torch.promote_types(torch.promote_types(cam.dtype, image.dtype), torch.float32)
+    weights = _adaptive_weights(image.to(dtype), dilations)
+
+    def step(i: Tensor, m: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        parts = zip(weights.unbind(1), _neighbours(m, dilations))
+        return i + 1, sum((weight.unsqueeze(1) * nine).sum((2, 3)) for weight, nine in parts)
+
+    start = torch.zeros((), dtype=torch.int64, device=cam.device)
+    first = cam.to(dtype).clone(memory_format=torch.contiguous_format)
+    refined = while_loop_op(lambda i, m, weights: i < steps, step, (start, first), (weights,))[1]
+    return refined.to(cam.dtype)
+
+
+def _neighbours(x: Tensor, dilations: Sequence[int]) -> list[Tensor]:
+    """For each dilation a view [B, C, 3, 3, H, W] of the padded ``x``: at every pixel itself in the middle, around it
+    its neighbours."""
+    reach, (h, w) = max(dilations), x.shape[2:]
+    padded = F.pad(x, [reach] * 4, mode="replicate")
+    return [
+        padded[:, :, reach - d : reach + d + h, reach - d : reach + d + w].unfold(2, h, d).unfold(3, w, d)
+        for d in dilations
+    ]
+
+
+def _adaptive_weights(image: Tensor, dilations: Sequence[int]) -> Tensor:
+    """w of ``ercn.nn.PixelAdaptiveRefinement``, [B, len(dilations), 3, 3, H, W], 0 in the middle."""
+    differences = [nine - image[:, :, None, None] for nine in _neighbours(image, dilations)]
+    first = sum(d.sum((2, 3)) for d in differences)
+    second = sum(d.square().sum((2, 3)) for d in differences)
+    count = 9 * len(dilations)
+    deviation = ((second - first.square() / count).clamp(min=0) / (count - 1)).sqrt()
+    scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
+    weights = torch.stack([(d.abs() * scale[:, :, None, None]).sum(1) for d in differences], 1)
+    middle = (torch.arange(9, device=image.device) == 4).view(3, 3, 1, 1)
+    return weights.masked_fill(middle, float("-inf")).flatten(1, 3).softmax(1).view(weights.shape)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._higher_order_ops.while_loop import while_loop_op
 
 from ercn.ops import reference
 from ercn.ops.reference import accumulate_dtype
@@ -23,7 +22,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     The number of pictures or bags may stay symbolic, N may not. Gradients' operators are not among them: what is
     exported is for inference. Memory for each picture: of the affinity at most 2²⁴ elements or 16 columns, whichever is
     more, at once; of the pool its two [N, L] activations; of ``ercn.nn.PixelAdaptiveRefinement``
-    9·len(dilations)·H·W weights, in a loop that stays one.
+    8·len(dilations)·H·W weights, its steps a loop.
 
     Raises (while decomposing):
         NotImplementedError: ragged bags (``cu_seqlens``), whose lengths are data.
@@ -76,13 +75,14 @@ def _gated_attention_pool(
 
 
 def _pixel_adaptive_refinement(cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int) -> Tensor:
-    """A loop over the steps: written out, they would be a thousand operators or more, and minutes of compilation."""
+    from torch._higher_order_ops.while_loop import while_loop_op
+
+    # a loop over the steps: written out they would be thousands of operators, and minutes of compilation
     dtype = torch.promote_types(torch.promote_types(cam.dtype, image.dtype), torch.float32)
     weights = _adaptive_weights(image.to(dtype), dilations)
 
     def step(i: Tensor, m: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        parts = zip(weights.unbind(1), _neighbours(m, dilations))
-        return i + 1, sum((weight.unsqueeze(1) * nine).sum((2, 3)) for weight, nine in parts)
+        return i + 1, sum(w * neighbour for w, neighbour in zip(weights.unbind(1), _neighbours(m, dilations)))
 
     start = torch.zeros((), dtype=torch.int64, device=cam.device)
     first = cam.to(dtype).clone(memory_format=torch.contiguous_format)
@@ -90,25 +90,22 @@ def _pixel_adaptive_refinement(cam: Tensor, image: Tensor, dilations: Sequence[i
     return refined.to(cam.dtype)
 
 
-def _neighbours(x: Tensor, dilations: Sequence[int]) -> list[Tensor]:
-    """For each dilation a view [B, C, 3, 3, H, W] of the padded ``x``: at every pixel itself in the middle, around it
-    its neighbours."""
+def _neighbours(x: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
+    """Views of the padded ``x``, each [B, C, H, W]: at every pixel its neighbour in one direction and distance."""
     reach, (h, w) = max(dilations), x.shape[2:]
     padded = F.pad(x, [reach] * 4, mode="replicate")
-    return [
-        padded[:, :, reach - d : reach + d + h, reach - d : reach + d + w].unfold(2, h, d).unfold(3, w, d)
-        for d in dilations
-    ]
+    for d in dilations:
+        for dy in (-d, 0, d):
+            rows = padded[:, :, reach + dy : reach + dy + h]
+            yield from (rows[..., reach + dx : reach + dx + w] for dx in (-d, 0, d) if dy or dx)
 
 
 def _adaptive_weights(image: Tensor, dilations: Sequence[int]) -> Tensor:
-    """w of ``ercn.nn.PixelAdaptiveRefinement``, [B, len(dilations), 3, 3, H, W], 0 in the middle."""
-    differences = [nine - image[:, :, None, None] for nine in _neighbours(image, dilations)]
-    first = sum(d.sum((2, 3)) for d in differences)
-    second = sum(d.square().sum((2, 3)) for d in differences)
+    """w of ``ercn.nn.PixelAdaptiveRefinement``, [B, 8·len(dilations), 1, H, W]."""
+    differences = [neighbour - image for neighbour in _neighbours(image, dilations)]
+    first = sum(differences)
+    second = sum(d.square() for d in differences)
     count = 9 * len(dilations)
     deviation = ((second - first.square() / count).clamp(min=0) / (count - 1)).sqrt()
     scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
-    weights = torch.stack([(d.abs() * scale[:, :, None, None]).sum(1) for d in differences], 1)
-    middle = (torch.arange(9, device=image.device) == 4).view(3, 3, 1, 1)
-    return weights.masked_fill(middle, float("-inf")).flatten(1, 3).softmax(1).view(weights.shape)
+    return torch.stack([(d.abs() * scale).sum(1, keepdim=True) for d in differences], 1).softmax(1)

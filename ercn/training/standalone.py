@@ -31,7 +31,9 @@ class Predictor:
         if network["format"] == "onnx":
             import onnxruntime
 
-            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3  # errors
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             self.run = lambda image: session.run(self.names, {"image": image})
             return
         import torch

@@ -122,11 +122,11 @@ def make(group: Group, size: int, device: str) -> Case:
             bags = size + -size % 8  # a channel's instances are multiples of 16 bytes
         p = exact.pool(bags, group.dim, group.hidden, group.heads, dtype, bags=2, layout=layout, mask=mask)
         expected = exact.expected_pool(p)
-        arguments = there(*p.inputs, p.mask, p.cu_seqlens)
+        arguments = [*there(*p.inputs, p.mask, p.cu_seqlens), None, 0.0, "tanh"]
         names = ("pooled", "scores")
         if suffix:
-            outputs = there(expected["pooled"], expected["scores"])
-            arguments = [*there(p.grad_pooled, p.grad_scores), *arguments, *outputs, [True] * len(p.inputs)]
+            grads, scores = there(p.grad_pooled, p.grad_scores), there(expected["scores"])
+            arguments = [*grads, *arguments, *scores, [True] * len(p.inputs)]
             names = tuple(f"grad_{name}" for name in exact.POOL_INPUTS)
         op = "gated_attention_pool"
     return Case(lambda: getattr(launcher, op + suffix)(*arguments), names, {name: expected[name] for name in names})

@@ -49,7 +49,7 @@ def arguments(case: ModelCase, inputs: Inputs) -> dict[str, tuple[Tensor | None,
     dtype, width = DTYPES[case.dtype], MODEL.embed_dim
     value, feat = image.new_zeros(1, 1, 1), image.new_zeros(1, width, 1, dtype=dtype)
     one = image.new_zeros(1, 1, dtype=dtype)
-    pool = (one[None], one, one[0], one, one[0], one, one[0], None, None)
+    pool = (one[None], one, one[0], one, one[0], one, one[0], None, None, None, 0.0, "tanh")
     return {"relu_affinity": (value, feat), "gated_attention_pool": pool}
 
 

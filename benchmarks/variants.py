@@ -82,9 +82,9 @@ def arguments(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor | None, ...]
             return {"relu_affinity": inputs.tensors}
         case PoolCase(layout="ragged"):
             *tensors, bounds = inputs.tensors
-            return {"gated_attention_pool": (*tensors, None, bounds)}
+            return {"gated_attention_pool": (*tensors, None, bounds, None, 0.0, "tanh")}
         case PoolCase():
-            return {"gated_attention_pool": (*inputs.tensors, None, None)}
+            return {"gated_attention_pool": (*inputs.tensors, None, None, None, 0.0, "tanh")}
         case ModelCase():
             return network.arguments(case, inputs)
 

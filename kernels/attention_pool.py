@@ -508,6 +508,9 @@ def gated_attention_pool(
     w_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     """pooled [B, K, D] in h's dtype and scores [B, K, N] or [K, T] in float32."""
     bags = _Bags(h, mask, cu_seqlens)
@@ -580,7 +583,9 @@ def gated_attention_pool_backward(
     w_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    pooled: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
     scores: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:

@@ -72,12 +72,12 @@ def _workload(kernel: str, dtype: torch.dtype, dim: int) -> Callable[[], object]
             return lambda: affinity.relu_affinity_backward(value, value, feat, True)
         return lambda: affinity.relu_affinity(value, feat)
     h, v, u, w = randn(1, INSTANCES, POOL_DIM), randn(HIDDEN, POOL_DIM), randn(HIDDEN, POOL_DIM), randn(1, HIDDEN)
-    inputs = h, v / POOL_DIM**0.5, None, u / POOL_DIM**0.5, None, w, None, None, None
+    inputs = h, v / POOL_DIM**0.5, None, u / POOL_DIM**0.5, None, w, None, None, None, None, 0.0, "tanh"
     pooled, scores = attention_pool.gated_attention_pool(*inputs)
     if kernel == "pool":
         return lambda: attention_pool.gated_attention_pool(*inputs)
     needs = [kernel == "row_grad", kernel == "weight_grad", False, kernel == "weight_grad", False, False, False]
-    return lambda: attention_pool.gated_attention_pool_backward(pooled, None, *inputs, pooled, scores, needs)
+    return lambda: attention_pool.gated_attention_pool_backward(pooled, None, *inputs, scores, needs)
 
 
 def milliseconds(call: Callable[[], object]) -> float:

@@ -12,6 +12,7 @@ import ercn.ops
 from ercn.ops import _backends
 from ercn.ops._budget import allowed, error
 
+PLAIN = (None, None, None, None, 0.0, "tanh")  # the pool's w_bias, mask, cu_seqlens, seed, dropout_p, activation
 DATA = Path(__file__).parent / "data"
 
 
@@ -24,12 +25,19 @@ def backends_of(op: str) -> list[str]:
     """Backends on this machine that have the op at all."""
     usable = {b.name for b in ercn.ops.backends() if b.reason is None}
     x = torch.ones(1, 1, 1)
-    probe = {"relu_affinity": (x, x), "gated_attention_pool": (x, x[0], None, None, None, x[0], None, None, None)}[op]
-    return [row.name for row in _backends.TABLE if row.name in usable and row.can_run(op, *probe) is None]
+    probes = {
+        "relu_affinity": (x, x),
+        "gated_attention_pool": (x, x[0], None, None, None, x[0], *PLAIN),
+        "attention_scores": (x, x[0], None, None, None, x[0], *PLAIN),
+        "pool_by_scores": (x, x, None, None),
+    }
+    return [row.name for row in _backends.TABLE if row.name in usable and row.can_run(op, *probes[op]) is None]
 
 
 def require(backend: str, op: str, *args) -> None:
-    """Skip, in the backend's own words, where it does not take these arguments of the op."""
+    """Skip, in the backend's own words, where it does not take these arguments of the op (of the pool, h alone)."""
+    if op == "gated_attention_pool" and len(args) == 1:
+        args = (args[0], args[0], None, None, None, args[0], *PLAIN)
     if reason := _backends.named(backend, "backend").can_run(op, *args):
         pytest.skip(f"{backend}: {reason}")
 

@@ -26,9 +26,8 @@ def main(backend: str, device: str) -> None:
 
         @staticmethod
         def backward(ctx, *grads):
-            outputs = expected["pooled"], expected["scores"]
             return torch.ops.ercn.gated_attention_pool_backward(
-                *grads, *p.inputs, None, None, *outputs, [True] * len(p.inputs), backend
+                *grads, *p.inputs, None, None, None, 0.0, "tanh", expected["scores"], [True] * len(p.inputs), backend
             )
 
     leaves = [x.detach().requires_grad_() for x in p.inputs]

@@ -176,19 +176,22 @@ def test_gradcheck_dense_masked_and_ragged(backend, gated):
 def test_opcheck(backend):
     forward = torch.ops.ercn.gated_attention_pool.default
     backward = torch.ops.ercn.gated_attention_pool_backward.default
+    plain = (None, 0.0, "tanh")
     mask, bounds = torch.tensor([[True, False, True]] * 2), torch.tensor([0, 1, 1, 3], dtype=torch.int32)
     for gated in (True, False):
         arguments = inputs(2, 3, 4, 5, heads=2, gated=gated)
         h, weights = arguments[0], arguments[1:]
         leaves = [leaf(x) for x in arguments]
-        torch.library.opcheck(forward, (*leaves, None, None, backend))
-        torch.library.opcheck(forward, (*leaves, mask, None, backend))
-        torch.library.opcheck(forward, (h[0], *weights, None, bounds, backend))
+        torch.library.opcheck(forward, (*leaves, None, None, *plain, backend))
+        torch.library.opcheck(forward, (*leaves, mask, None, *plain, backend))
+        torch.library.opcheck(forward, (h[0], *weights, None, bounds, *plain, backend))
         pooled, scores = gated_attention_pool(*arguments, mask=mask, backend=backend)
         given_ = [x is not None for x in arguments]
         for needs in (given_, [True] + [False] * 6):
             for grads in ((torch.ones_like(pooled), None), (None, torch.ones_like(scores))):
-                torch.library.opcheck(backward, (*grads, *arguments, mask, None, pooled, scores, needs, backend))
+                torch.library.opcheck(
+                    backward, (*grads, *arguments, mask, None, *plain, scores, needs, backend)
+                )
 
 
 def test_compile_with_dynamic_instances_does_not_recompile(backend):
@@ -390,7 +393,7 @@ def test_errors_say_what_was_given(backend):
         return gated_attention_pool(h, v, bv, u, bu, w, bw, backend=backend, **kwargs)
 
     for kwargs, words in [
-        ({"h": h[0]}, r"h must be \[B, N, D\].*got \[5, 4\]"),
+        ({"h": h[0, 0]}, r"h must be \[B, N, D\].*got \[4\]"),
         ({"cu_seqlens": torch.tensor([0, 5])}, r"got \[2, 5, 4\] with cu_seqlens"),
         ({"v": v[:, :3]}, r"v_weight must be \[3, 4\].*got \[3, 3\]"),
         ({"u": u[:2]}, r"u_weight must be \[3, 4\].*got \[2, 4\]"),
@@ -398,9 +401,9 @@ def test_errors_say_what_was_given(backend):
         ({"w": w[0]}, r"w_weight \[K, L\]; got \[3, 4\] and \[3\]"),
         ({"bw": bv}, r"w_bias must be \[1\].*got \[3\]"),
         ({"u": None}, "u_bias must be None"),
-        ({"h": h.long()}, "h must be floating point; got torch.int64"),
-        ({"h": h.float()}, "v_weight must have h's dtype torch.float32 outside autocast; got torch.float64"),
-        ({"mask": torch.ones(2, 5)}, r"mask must be bool \[2, 5\] on cpu; got torch.float32"),
+        ({"h": h.long()}, "h and v_weight must be floating point; got torch.int64"),
+        ({"u": u.float()}, "u_weight must have v_weight's dtype torch.float64 outside autocast; got torch.float32"),
+        ({"mask": torch.ones(2, 4)}, r"mask must be bool or 0/1 \[2, 5\] on cpu; got torch.float32 \[2, 4\]"),
         ({"h": h[0], "mask": torch.ones(2, 5).bool(), "cu_seqlens": torch.tensor([0, 5])}, "mask is for dense bags"),
         ({"h": h[0], "cu_seqlens": torch.tensor([0.0, 5])}, "cu_seqlens must be int32 or int64"),
         ({"h": h[0], "cu_seqlens": torch.tensor([0, 3, 2, 5])}, r"got \[0, 3, 2, 5\]"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _ops import assert_within_budget, backends_of, error, finite_parts, generator, layouts, randn
+from _ops import PLAIN, assert_within_budget, backends_of, error, finite_parts, generator, layouts, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
@@ -209,7 +209,7 @@ def test_only_what_is_asked_for(needed):
     pooled, scores = pool(*arguments)
     call = torch.ops.ercn.gated_attention_pool_backward
     everything, one = (
-        call(torch.ones_like(pooled), torch.ones_like(scores), *arguments, None, None, pooled, scores, needs, "cpu")
+        call(torch.ones_like(pooled), torch.ones_like(scores), *arguments, *PLAIN[1:], scores, needs, "cpu")
         for needs in ([True] * 7, [i == needed for i in range(7)])
     )
     assert torch.equal(one[needed], everything[needed])

@@ -50,7 +50,7 @@ def test_what_it_takes(monkeypatch, shared, most):
     weight, bounds = half[0], torch.tensor([0, 1])
     assert cuda.can_run("relu_affinity", half, half) is None
     assert cuda.can_run("relu_affinity", half, double) == "it takes float32, bfloat16 and float16; got torch.float64"
-    pool = (weight, weight, None, None, None, weight, None, None, bounds)
+    pool = (weight, weight, None, None, None, weight, None, None, bounds, None, 0.0, "tanh")
     assert cuda.can_run("gated_attention_pool", *pool) is None
     assert cuda.can_run("another", half) == "it has no kernel for another"
     for dtype, features in zip((torch.bfloat16, torch.float32), most):

@@ -421,13 +421,13 @@ def test_pool_of_any_shape_property(data):
 def test_pool_opcheck(backend):
     mask, bounds = here(torch.tensor([[True, False, True]] * 2)), here(torch.tensor([0, 1, 1, 3], dtype=torch.int32))
     h, *weights = (here(x) for x in inputs(2, 3, 4, 5, heads=2, dtype=torch.float32))
-    forward = torch.ops.ercn.gated_attention_pool.default
-    torch.library.opcheck(forward, (h, *weights, mask, None, backend))
-    torch.library.opcheck(forward, (h[0], *weights, None, bounds, backend))
+    forward, plain = torch.ops.ercn.gated_attention_pool.default, (None, 0.0, "tanh")
+    torch.library.opcheck(forward, (h, *weights, mask, None, *plain, backend))
+    torch.library.opcheck(forward, (h[0], *weights, None, bounds, *plain, backend))
     pooled, scores = pool(h, *weights, mask=mask)
     backward = torch.ops.ercn.gated_attention_pool_backward.default
     for needs in ([True] * 7, [True] + [False] * 6):
-        arguments = (torch.ones_like(pooled), None, h, *weights, mask, None, pooled, scores, needs, backend)
+        arguments = (torch.ones_like(pooled), None, h, *weights, mask, None, *plain, scores, needs, backend)
         torch.library.opcheck(backward, arguments)
 
 

@@ -59,5 +59,6 @@ def test_what_it_takes():
     assert triton.can_run("relu_affinity", half, torch.ones(1)) is None
     refusal = "it takes float32, bfloat16 and float16; got torch.float64"
     assert triton.can_run("relu_affinity", half, double) == refusal
-    assert triton.can_run("gated_attention_pool", half, torch.tensor([0, 1])) is None
+    pool = (half, half, None, None, None, half, None, None, torch.tensor([0, 1]))
+    assert triton.can_run("gated_attention_pool", *pool, None, 0.0, "tanh") is None
     assert triton.can_run("another", half) == "it has no kernel for another"

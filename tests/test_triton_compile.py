@@ -25,6 +25,7 @@ ARCHS = [arch for arch in TABLE if arch != "interpreter"]
 ALIKE = ["sm_89", "gfx90a", "gfx950"]  # served by rows of another architecture
 CHANNELS, PIXELS, POOL_DIM, HIDDEN = 22, 64**2, 1024, 256
 STREAMED = 512  # stands for any D
+PLAIN = (None, 0.0, "tanh")  # the pool without dropout
 # dtype and torch's float32 precision.
 PRECISIONS = {
     "bfloat16": (torch.bfloat16, "highest"),
@@ -75,10 +76,10 @@ def run_pool(dtype: torch.dtype, option: str) -> None:
     v, u = (meta(HIDDEN, POOL_DIM, dtype=dtype) for _ in range(2))
     weights = v, meta(HIDDEN, dtype=dtype), u, meta(HIDDEN, dtype=dtype), meta(1, HIDDEN, dtype=dtype), None
     mask = meta(2, PIXELS, dtype=torch.bool) if option == "masked" else None
-    bags = mask, meta(3, dtype=torch.int64) if ragged else None
+    bags = mask, meta(3, dtype=torch.int64) if ragged else None, *PLAIN
     pooled, scores = attention_pool.gated_attention_pool(h, *weights, *bags)
     needs = [True] * 6 + [False]
-    attention_pool.gated_attention_pool_backward(pooled, scores, h, *weights, *bags, pooled, scores, needs)
+    attention_pool.gated_attention_pool_backward(pooled, scores, h, *weights, *bags, scores, needs)
 
 
 @functools.cache
@@ -188,10 +189,10 @@ def test_sizes_of_one_which_triton_takes_as_constants(triangle):
         affinity.relu_affinity_backward(one, one, one.to(dtype), True)
         weights = meta(1, 1, dtype=dtype), None, None, None, meta(1, 1, dtype=dtype), None
         for h, cu_seqlens in ((one.to(dtype), None), (one[0].to(dtype), meta(2, dtype=torch.int32))):
-            pooled, scores = attention_pool.gated_attention_pool(h, *weights, None, cu_seqlens)
+            pooled, scores = attention_pool.gated_attention_pool(h, *weights, None, cu_seqlens, *PLAIN)
             needs = [True, True, False, False, False, True, False]
             attention_pool.gated_attention_pool_backward(
-                pooled, None, h, *weights, None, cu_seqlens, pooled, scores, needs
+                pooled, None, h, *weights, None, cu_seqlens, *PLAIN, scores, needs
             )
 
     names = {kernel.name for kernel in launches("sm_90", run)}

@@ -1,6 +1,7 @@
 #pragma once
-// tanh and sigmoid of a vector. float: at most 2.6 ulp from the exact value wherever that is a normal number (below it,
-// absolute error < 2^-126); exact at 0 and ±Inf, NaN stays NaN. double: the C library's, lane by lane.
+// tanh, sigmoid and gelu of a vector. float: tanh and sigmoid are at most 2.6 ulp from the exact value wherever that is
+// a normal number (below it, absolute error < 2^-126), exact at 0 and ±Inf; NaN stays NaN. double: the C library's, lane
+// by lane.
 #include "simd.h"
 
 namespace ercn::ERCN_ISA {
@@ -49,6 +50,35 @@ ERCN_INLINE Vec<double> tanh(Vec<double> x) {
 ERCN_INLINE Vec<double> sigmoid(Vec<double> x) {
   for (unsigned i = 0; i < sizeof(x) / sizeof(double); ++i) x[i] = 1 / (1 + __builtin_exp(-x[i]));
   return x;
+}
+
+// Φ(x) and x φ(x) of the normal distribution: gelu(x) = x Φ(x), gelu'(x) = Φ(x) + x φ(x).
+ERCN_INLINE void normal(Vec<float> x, Vec<float>& cumulative, Vec<float>& weighted_density) {
+  const Vec<float> z = magnitude(x, 13.2f);  // from there on Φ rounds to 1 and to less than 2^-126
+  Vec<float> power, q;
+  exp_parts(-0.5f * z * z, power, q);
+  const Vec<float> decay = power * q + power;  // exp(-z² / 2)
+  // Φ(-z) exp(z² / 2) as a polynomial of 1 / (1 + z / 4), minimax on 0 <= z <= 13.2: relative error 1.2e-8
+  const Vec<float> t = 1.f / (0.25f * z + 1.f);
+  Vec<float> p = 0x1.1d1424p-5f * t - 0x1.9b38cep-3f;
+  p = p * t + 0x1.9f9102p-2f;
+  p = p * t - 0x1.643f4ep-2f;
+  p = p * t + 0x1.441b4ap-2f;
+  p = p * t - 0x1.b84108p-6f;
+  p = p * t + 0x1.fb3646p-4f;
+  p = p * t + 0x1.825e84p-4f;
+  p = p * t + 0x1.9ac908p-4f;
+  p = p * t - 0x1.9fe666p-16f;
+  const Vec<float> tail = p * decay;
+  cumulative = x < 0.f ? tail : 1.f - tail;
+  weighted_density = 0x1.988454p-2f * x * decay;  // 1 / sqrt(2 π)
+}
+
+ERCN_INLINE void normal(Vec<double> x, Vec<double>& cumulative, Vec<double>& weighted_density) {
+  for (unsigned i = 0; i < sizeof(x) / sizeof(double); ++i) {
+    cumulative[i] = 0.5 * __builtin_erfc(-0x1.6a09e667f3bcdp-1 * x[i]);  // sqrt(1 / 2)
+    weighted_density[i] = 0x1.9884533d43651p-2 * x[i] * __builtin_exp(-0.5 * x[i] * x[i]);
+  }
 }
 
 }  // namespace ercn::ERCN_ISA

@@ -1,7 +1,8 @@
-// Gated attention pooling on the CPU, registered as ercn_native::gated_attention_pool_cpu and …_backward_cpu (LibTorch
-// stable ABI).  s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w,  a = softmax(s),  z = Σ a h
-// h, the weights and grad_pooled are fp32, fp64 or bf16 of one type, with any strides; sums, scores and the gradients
-// of the weights are fp32 (fp64 for fp64).
+// Gated attention pooling on the CPU, registered as ercn_native::gated_attention_pool_cpu and …_backward_cpu,
+// attention_scores_cpu, pool_by_scores_cpu and …_backward_cpu (LibTorch stable ABI).
+//   s = w · (drop(act(V h + b_V)) ⊙ drop(σ(U h + b_U))) + b_w,  a = softmax(s),  z = Σ a h
+// h, the weights and grad_pooled are fp32, fp64 or bf16 of one type, or h is bf16 beside fp32; with any strides. Sums,
+// scores and the gradients of the weights are fp32 (fp64 for fp64).
 //
 // All bags' instances are one row of numbers, cut into chunks whatever the bags; segments are the bags' shares of
 // chunks. Chunks, superblocks and the order of every sum depend on the shapes and on the mask alone, so results do not
@@ -19,6 +20,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -34,16 +36,53 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t kDpBytes = 4 << 20;  // of a superblock: with its rows of h it stays in the last level of cache
 
-const PoolKernel<float, float>& kernel_of(float, float) { return kernels(isa()).pool_float; }
-const PoolKernel<double, double>& kernel_of(double, double) { return kernels(isa()).pool_double; }
-const PoolKernel<uint16_t, float>& kernel_of(uint16_t, float) { return kernels(isa()).pool_bf16; }
+const PoolKernel<float, float, float>& kernel_of(float, float, float) { return kernels(isa()).pool_float; }
+const PoolKernel<double, double, double>& kernel_of(double, double, double) { return kernels(isa()).pool_double; }
+const PoolKernel<uint16_t, float, uint16_t>& kernel_of(uint16_t, float, uint16_t) { return kernels(isa()).pool_bf16; }
+const PoolKernel<uint16_t, float, float>& kernel_of(uint16_t, float, float) { return kernels(isa()).pool_mixed; }
 
-struct Inputs {
-  const Tensor &h, &v_weight;
+ScalarType sums_of(const Tensor& h) {
+  return h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Instances, their mask and their bags.
+struct Instances {
+  const Tensor& h;
+  const Optional &mask, &cu_seqlens;
+
+  int64_t dim() const { return h.size(cu_seqlens ? 1 : 2); }
+  int64_t bags() const { return cu_seqlens ? cu_seqlens->size(0) - 1 : h.size(0); }
+};
+
+struct Inputs : Instances {
+  const Tensor& v_weight;
   const Optional &v_bias, &u_weight, &u_bias;
   const Tensor& w_weight;
-  const Optional &w_bias, &mask, &cu_seqlens;
+  const Optional &w_bias, &seed;
+  double dropout_p;
+  const std::string& activation;
 };
+
+// The key and its schedule, and the threshold, which rounds half to even as Python's round does.
+std::optional<Dropout> dropout_of(const Inputs& in) {
+  if (!in.seed) return std::nullopt;
+  const uint64_t seed = *static_cast<const int64_t*>(in.seed->const_data_ptr());
+  Dropout dropout;
+  for (uint32_t round = 0; round < 10; ++round) {
+    dropout.keys[round][0] = static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
+    dropout.keys[round][1] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
+  }
+  dropout.threshold = static_cast<int32_t>(std::nearbyint(in.dropout_p * 65536));
+  dropout.scale = dropout.threshold < 65536 ? 65536.0 / (65536 - dropout.threshold) : 0;
+  return dropout;
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "tanh") return Activation::tanh;
+  if (name == "relu") return Activation::relu;
+  STD_TORCH_CHECK(name == "gelu", "activation must be tanh, relu or gelu");
+  return Activation::gelu;
+}
 
 // Uninitialized memory that is cut into pieces, each on a cache line of its own.
 class Arena {
@@ -98,7 +137,7 @@ std::vector<int64_t> ends_of(const Tensor& cu_seqlens) {
   return ends;
 }
 
-Bags bags_of(const Inputs& in) {
+Bags bags_of(const Instances& in) {
   Bags bags;
   if (in.cu_seqlens) {
     const Tensor& bounds = *in.cu_seqlens;
@@ -150,11 +189,11 @@ struct Chunks {
   }
 };
 
-// What forward and backward have in common: shapes, and room for the packed weights.
-template <typename E, typename T>
-Pool<E, T> describe(const Inputs& in, const Bags& bags, const Chunks& chunks, const PoolKernel<E, T>& kernel) {
+// What all have in common: instances, heads, and segments.
+template <typename E, typename T, typename W>
+Pool<E, T, W> describe(const Instances& in, int64_t heads, const Bags& bags, const Chunks& chunks) {
   const bool ragged = in.cu_seqlens.has_value();
-  Pool<E, T> p{};
+  Pool<E, T, W> p{};
   p.h = static_cast<const E*>(in.h.const_data_ptr());
   p.N = in.h.size(ragged ? 0 : 1);
   p.stride_b = ragged ? 0 : in.h.stride(0);
@@ -162,25 +201,35 @@ Pool<E, T> describe(const Inputs& in, const Bags& bags, const Chunks& chunks, co
   p.stride_d = in.h.stride(ragged ? 1 : 2);
   if (ragged || in.h.size(0) == 1) p.stride_b = p.N * p.stride_n;
   p.real = in.mask ? bags.real.data() : nullptr;
-  p.D = in.h.size(ragged ? 1 : 2);
-  p.L = in.v_weight.size(0);
-  p.K = in.w_weight.size(0);
+  p.D = in.dim();
+  p.K = heads;
   p.bags = bags.ends.size();
-  p.branches = in.u_weight ? 2 : 1;
-  p.units = round_up(p.L, std::max<int64_t>(2 / p.branches * kernel.lanes, 8));
-  p.v = matrix<E>(in.v_weight);
-  p.u = in.u_weight ? matrix<E>(*in.u_weight) : p.v;
   p.segments = chunks.segments.data();
   return p;
 }
 
-template <typename E, typename T>
-int64_t panels_of(const Pool<E, T>& p, const PoolKernel<E, T>& kernel) {
+// And the hidden units.
+template <typename E, typename T, typename W>
+Pool<E, T, W> describe(const Inputs& in, const Bags& bags, const Chunks& chunks, const PoolKernel<E, T, W>& kernel,
+                       const std::optional<Dropout>& dropout) {
+  Pool<E, T, W> p = describe<E, T, W>(in, in.w_weight.size(0), bags, chunks);
+  p.L = in.v_weight.size(0);
+  p.branches = in.u_weight ? 2 : 1;
+  p.units = round_up(p.L, std::max<int64_t>(2 / p.branches * kernel.lanes, 8));
+  p.v = matrix<W>(in.v_weight);
+  p.u = in.u_weight ? matrix<W>(*in.u_weight) : p.v;
+  p.activation = activation_of(in.activation);
+  p.dropout = dropout ? &*dropout : nullptr;
+  return p;
+}
+
+template <typename E, typename T, typename W>
+int64_t panels_of(const Pool<E, T, W>& p, const PoolKernel<E, T, W>& kernel) {
   return p.units * p.branches / (2 * kernel.lanes);
 }
 
-template <typename E, typename T>
-void reserve_weights(Arena& arena, Pool<E, T>& p, const PoolKernel<E, T>& kernel) {
+template <typename E, typename T, typename W>
+void reserve_weights(Arena& arena, Pool<E, T, W>& p, const PoolKernel<E, T, W>& kernel) {
   char*& projections = reinterpret_cast<char*&>(p.projections);
   arena.reserve(projections, p.branches * p.units * round_up(p.D, 2) * kernel.operand_bytes);
   arena.reserve(p.biases, p.branches * p.units);
@@ -189,11 +238,11 @@ void reserve_weights(Arena& arena, Pool<E, T>& p, const PoolKernel<E, T>& kernel
 }
 
 // The small operands; the panels are packed by tasks.
-template <typename E, typename T>
-void pack_small(const Inputs& in, const Pool<E, T>& p, const PoolKernel<E, T>& kernel) {
+template <typename E, typename T, typename W>
+void pack_small(const Inputs& in, const Pool<E, T, W>& p, const PoolKernel<E, T, W>& kernel) {
   const auto bias = [&](const Optional& source, int64_t l) {
     if (!source || l >= p.L) return T(0);
-    return convert<T>(static_cast<const E*>(source->const_data_ptr())[l * source->stride(0)]);
+    return convert<T>(static_cast<const W*>(source->const_data_ptr())[l * source->stride(0)]);
   };
   for (int64_t l = 0; l < p.units; ++l) {
     if (p.branches == 1) {
@@ -204,19 +253,19 @@ void pack_small(const Inputs& in, const Pool<E, T>& p, const PoolKernel<E, T>& k
       to[kernel.lanes] = bias(in.u_bias, l);
     }
   }
-  const Matrix<E> w = matrix<E>(in.w_weight);
+  const Matrix<W> w = matrix<W>(in.w_weight);
   for (int64_t k = 0; k < p.K; ++k) {
     for (int64_t l = 0; l < p.units; ++l)
       p.w[k * p.units + l] = l < p.L ? convert<T>(w.at[k * w.row + l * w.col]) : T(0);
     p.w_bias[k] =
-        in.w_bias ? convert<T>(static_cast<const E*>(in.w_bias->const_data_ptr())[k * in.w_bias->stride(0)]) : T(0);
+        in.w_bias ? convert<T>(static_cast<const W*>(in.w_bias->const_data_ptr())[k * in.w_bias->stride(0)]) : T(0);
   }
 }
 
 // Softmax over a bag from its segments' parts: calls add(segment, exp(its max - bag's max)) in order, and gives the
 // bag's sum.
-template <typename E, typename T, typename F>
-double join(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t k, const F& add) {
+template <typename E, typename T, typename W, typename F>
+double join(const Pool<E, T, W>& p, int64_t begin, int64_t end, int64_t k, const F& add) {
   T most = -std::numeric_limits<T>::infinity();
   for (int64_t s = begin; s < end; ++s) most = std::max(most, p.part_max[s * p.K + k]);
   if (most == -std::numeric_limits<T>::infinity()) most = 0;
@@ -232,8 +281,8 @@ double join(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t k, const F&
 }
 
 // First segment of every bag, and one past the last.
-template <typename E, typename T>
-std::vector<int64_t> segments_of_bags(const Pool<E, T>& p, const Chunks& chunks) {
+template <typename E, typename T, typename W>
+std::vector<int64_t> segments_of_bags(const Pool<E, T, W>& p, const Chunks& chunks) {
   std::vector<int64_t> first(p.bags + 1);
   int64_t s = 0, segments = chunks.segments.size();
   for (int64_t bag = 0; bag <= p.bags; ++bag) {
@@ -243,38 +292,22 @@ std::vector<int64_t> segments_of_bags(const Pool<E, T>& p, const Chunks& chunks)
   return first;
 }
 
-template <typename E, typename T>
-std::tuple<Tensor, Tensor> forward(const Inputs& in, ScalarType sums) {
-  const PoolKernel<E, T>& kernel = kernel_of(E{}, T{});
-  const Bags bags = bags_of(in);
-  const Chunks chunks(bags);
-  Pool<E, T> p = describe<E, T>(in, bags, chunks, kernel);
-  const Tensor pooled = torch::stable::new_empty(in.h, {p.bags, p.K, p.D});
-  Tensor scores = in.cu_seqlens ? torch::stable::new_empty(in.h, {p.K, p.N}, sums)
-                                : torch::stable::new_empty(in.h, {p.bags, p.K, p.N}, sums);
-  p.scores = static_cast<T*>(scores.mutable_data_ptr());
-  if (in.mask) torch::stable::fill_(scores, -std::numeric_limits<double>::infinity());
+template <typename T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
 
-  Arena arena;
-  reserve_weights(arena, p, kernel);
-  const int64_t segments = chunks.segments.size(), scratch_bytes = round_up(kernel.chunk_scratch(p), 64);
+template <typename E, typename T, typename W>
+void reserve_parts(Arena& arena, Pool<E, T, W>& p, int64_t segments) {
   arena.reserve(p.part_max, segments * p.K);
   arena.reserve(p.part_sum, segments * p.K);
-  arena.reserve(p.part_pooled, segments * p.K * p.D);
-  char* scratch;
-  arena.reserve(scratch, scratch_bytes * torch::stable::get_num_threads());
-  arena.allocate();
+}
 
-  pack_small(in, p, kernel);
-  for_each_task(chunks.count > 0 ? panels_of(p, kernel) : 0,
-                [&](int64_t panel, int64_t) { kernel.pack_projection(p, panel); });
-  for_each_task(chunks.count, [&](int64_t chunk, int64_t worker) {
-    kernel.forward(p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], scratch + worker * scratch_bytes);
-  });
-
+// pooled from the segments' parts, in the order of a bag's segments.
+template <typename E, typename T, typename W>
+void join_parts(const Pool<E, T, W>& p, const Chunks& chunks, W* out) {
   const std::vector<int64_t> first = segments_of_bags(p, chunks);
-  E* out = static_cast<E*>(pooled.mutable_data_ptr());
-  const int64_t blocks = (p.D + 255) / 256;
+  const int64_t blocks = (p.D + 255) / 256, segments = chunks.segments.size();
   const auto join_block = [&](int64_t task) {
     const int64_t bag = task / blocks / p.K, k = task / blocks % p.K, d0 = task % blocks * 256;
     const int64_t columns = std::min<int64_t>(256, p.D - d0);
@@ -285,43 +318,176 @@ std::tuple<Tensor, Tensor> forward(const Inputs& in, ScalarType sums) {
     });
     const bool empty = first[bag] == first[bag + 1];
     for (int64_t d = 0; d < columns; ++d)
-      out[(bag * p.K + k) * p.D + d0 + d] = convert<E>(static_cast<T>(empty ? 0 : z[d] / sum));
+      out[(bag * p.K + k) * p.D + d0 + d] = convert<W>(static_cast<T>(empty ? 0 : z[d] / sum));
   };
   // Joining one block takes about 256 additions for every segment of its bag.
   const int64_t grain = 1 + (int64_t{1} << 17) * std::max<int64_t>(p.bags, 1) / (256 * (segments + 1));
   torch::stable::parallel_for(0, p.bags * p.K * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) join_block(task);
   });
-  return {pooled, scores};
+}
+
+// The scores, and into `pooled`, unless it is null, z.
+template <typename E, typename T, typename W>
+Tensor forward(const Inputs& in, const Tensor* pooled) {
+  const PoolKernel<E, T, W>& kernel = kernel_of(E{}, T{}, W{});
+  const Bags bags = bags_of(in);
+  const Chunks chunks(bags);
+  const std::optional<Dropout> dropout = dropout_of(in);
+  Pool<E, T, W> p = describe(in, bags, chunks, kernel, dropout);
+  Tensor scores = in.cu_seqlens ? torch::stable::new_empty(in.h, {p.K, p.N}, sums_of(in.h))
+                                : torch::stable::new_empty(in.h, {p.bags, p.K, p.N}, sums_of(in.h));
+  p.scores = data<T>(scores);
+  if (in.mask) torch::stable::fill_(scores, -std::numeric_limits<double>::infinity());
+
+  Arena arena;
+  reserve_weights(arena, p, kernel);
+  const int64_t segments = chunks.segments.size(), scratch_bytes = round_up(kernel.chunk_scratch(p), 64);
+  if (pooled) {
+    reserve_parts(arena, p, segments);
+    arena.reserve(p.part_pooled, segments * p.K * p.D);
+  }
+  char* scratch;
+  arena.reserve(scratch, scratch_bytes * torch::stable::get_num_threads());
+  arena.allocate();
+
+  pack_small(in, p, kernel);
+  for_each_task(chunks.count > 0 ? panels_of(p, kernel) : 0,
+                [&](int64_t panel, int64_t) { kernel.pack_projection(p, panel); });
+  for_each_task(chunks.count, [&](int64_t chunk, int64_t worker) {
+    kernel.forward(p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], scratch + worker * scratch_bytes);
+  });
+  if (pooled) join_parts(p, chunks, data<W>(*pooled));
+  return scores;
+}
+
+template <typename E, typename T>
+void pool(const Instances& in, const Tensor& scores, const Tensor& pooled) {
+  const PoolKernel<E, T, E>& kernel = kernel_of(E{}, T{}, E{});
+  const Bags bags = bags_of(in);
+  const Chunks chunks(bags);
+  Pool<E, T, E> p = describe<E, T, E>(in, pooled.size(1), bags, chunks);
+  p.scores = const_cast<T*>(static_cast<const T*>(scores.const_data_ptr()));
+  Arena arena;
+  const int64_t segments = chunks.segments.size(), scratch_bytes = round_up(kernel.chunk_scratch(p), 64);
+  reserve_parts(arena, p, segments);
+  arena.reserve(p.part_pooled, segments * p.K * p.D);
+  char* scratch;
+  arena.reserve(scratch, scratch_bytes * torch::stable::get_num_threads());
+  arena.allocate();
+  for_each_task(chunks.count, [&](int64_t chunk, int64_t worker) {
+    kernel.pool(p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], scratch + worker * scratch_bytes);
+  });
+  join_parts(p, chunks, data<E>(pooled));
+}
+
+// The gradient of pooled in rows of whole panels, and what each segment has of the softmax's gradient.
+template <typename T>
+struct SoftmaxParts {
+  T *grad_pooled, *scale, *bag_dot;
+
+  template <typename E, typename W>
+  void reserve(Arena& arena, Pool<E, T, W>& p, int64_t segments, int64_t instances, int64_t columns, bool dots) {
+    arena.reserve(grad_pooled, p.bags * p.K * columns);
+    reserve_parts(arena, p, segments);
+    arena.reserve(p.part_dot, segments * p.K);
+    arena.reserve(scale, segments * p.K);
+    arena.reserve(bag_dot, p.bags * p.K);
+    if (dots) arena.reserve(p.dots, instances * p.K);
+    arena.reserve(p.attention, instances * p.K);
+  }
+
+  template <typename E, typename W>
+  void form(Pool<E, T, W>& p, const PoolKernel<E, T, W>& kernel, const Chunks& chunks, const Tensor& from_pooled,
+            int64_t columns, char* scratch, int64_t scratch_bytes) {
+    const W* from = static_cast<const W*>(from_pooled.const_data_ptr());
+    const int64_t stride_b = from_pooled.stride(0), stride_k = from_pooled.stride(1), stride_d = from_pooled.stride(2);
+    for (int64_t row = 0; row < p.bags * p.K; ++row) {
+      for (int64_t d = 0; d < columns; ++d) {
+        grad_pooled[row * columns + d] =
+            d < p.D ? convert<T>(from[row / p.K * stride_b + row % p.K * stride_k + d * stride_d]) : T(0);
+      }
+    }
+    p.grad_pooled = grad_pooled, p.part_scale = scale, p.bag_dot = bag_dot;
+    for_each_task(chunks.count, [&](int64_t chunk, int64_t worker) {
+      kernel.dots(p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], scratch + worker * scratch_bytes);
+    });
+    const std::vector<int64_t> first = segments_of_bags(p, chunks);
+    for (int64_t bag = 0; bag < p.bags; ++bag) {
+      for (int64_t k = 0; k < p.K; ++k) {
+        double dot = 0;
+        const double sum = join(p, first[bag], first[bag + 1], k, [&](int64_t s, double own) {
+          dot += own * p.part_dot[s * p.K + k];
+          scale[s * p.K + k] = static_cast<T>(own);
+        });
+        for (int64_t s = first[bag]; s < first[bag + 1]; ++s) scale[s * p.K + k] /= sum;
+        bag_dot[bag * p.K + k] = static_cast<T>(dot / sum);
+      }
+    }
+  }
+};
+
+template <typename E, typename T>
+std::tuple<Tensor, Tensor> pool_backward(const Instances& in, const Tensor& grad_pooled, const Tensor& scores,
+                                         bool need_scores, bool need_value) {
+  const PoolKernel<E, T, E>& kernel = kernel_of(E{}, T{}, E{});
+  const Bags bags = bags_of(in);
+  const Chunks chunks(bags);
+  Pool<E, T, E> p = describe<E, T, E>(in, grad_pooled.size(1), bags, chunks);
+  p.scores = const_cast<T*>(static_cast<const T*>(scores.const_data_ptr()));
+  const auto made = [&](bool need, std::initializer_list<int64_t> ragged, std::initializer_list<int64_t> dense,
+                        ScalarType type) {
+    if (!need) return torch::stable::new_empty(in.h, {0}, type);
+    Tensor x = torch::stable::new_empty(in.h, in.cu_seqlens ? ragged : dense, type);
+    return in.mask ? torch::stable::fill_(x, 0) : x;
+  };
+  const Tensor grad_scores = made(need_scores, {p.K, p.N}, {p.bags, p.K, p.N}, sums_of(in.h));
+  const Tensor grad_value = made(need_value, {p.N, p.D}, {p.bags, p.N, p.D}, in.h.scalar_type());
+  if (need_scores) p.scores_grad = data<T>(grad_scores);
+  if (need_value) p.grad_h = data<E>(grad_value);
+
+  const int64_t columns = round_up(p.D, kernel.panel), segments = chunks.segments.size();
+  const int64_t scratch_bytes = round_up(kernel.chunk_scratch(p), 64);
+  Arena arena;
+  SoftmaxParts<T> parts;
+  parts.reserve(arena, p, segments, bags.total, columns, need_scores);
+  char* scratch;
+  arena.reserve(scratch, scratch_bytes * torch::stable::get_num_threads());
+  arena.allocate();
+  parts.form(p, kernel, chunks, grad_pooled, columns, scratch, scratch_bytes);
+  for_each_task(chunks.count, [&](int64_t chunk, int64_t) {
+    kernel.pool_backward(p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1]);
+  });
+  return {grad_scores, grad_value};
 }
 
 enum Gradient { kH, kVWeight, kVBias, kUWeight, kUBias, kWWeight, kWBias };
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <typename E, typename T>
+template <typename E, typename T, typename W>
 Gradients backward(const Optional& grad_pooled, const Optional& grad_scores, const Inputs& in, const Tensor& scores,
-                   int64_t needs, ScalarType sums) {
-  const PoolKernel<E, T>& kernel = kernel_of(E{}, T{});
+                   int64_t needs) {
+  const PoolKernel<E, T, W>& kernel = kernel_of(E{}, T{}, W{});
   const Bags bags = bags_of(in);
   const Chunks chunks(bags);
-  Pool<E, T> p = describe<E, T>(in, bags, chunks, kernel);
+  const std::optional<Dropout> dropout = dropout_of(in);
+  Pool<E, T, W> p = describe(in, bags, chunks, kernel, dropout);
   const bool given[] = {
       true, true, in.v_bias.has_value(), in.u_weight.has_value(), in.u_bias.has_value(), true, in.w_bias.has_value()};
   const auto need = [&](Gradient which) { return given[which] && (needs >> which & 1) != 0; };
   const auto grad = [&](Gradient which, std::initializer_list<int64_t> sizes, bool h = false) {
     if (!need(which)) return torch::stable::new_empty(in.h, {0});
-    Tensor made = torch::stable::new_empty(in.h, sizes, h ? in.h.scalar_type() : sums);
+    Tensor made = torch::stable::new_empty(in.h, sizes, h ? in.h.scalar_type() : sums_of(in.h));
     return h && !in.mask && !in.cu_seqlens ? made : torch::stable::fill_(made, 0);  // no instance, no gradient
   };
   Tensor grad_h = in.cu_seqlens ? grad(kH, {p.N, p.D}, true) : grad(kH, {p.bags, p.N, p.D}, true);
   Tensor grad_v = grad(kVWeight, {p.L, p.D}), grad_v_bias = grad(kVBias, {p.L});
   Tensor grad_u = grad(kUWeight, {p.L, p.D}), grad_u_bias = grad(kUBias, {p.L});
   Tensor grad_w = grad(kWWeight, {p.K, p.L}), grad_w_bias = grad(kWBias, {p.K});
-  const auto data = [](const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); };
 
   p.scores = const_cast<T*>(static_cast<const T*>(scores.const_data_ptr()));
-  if (need(kH)) p.grad_h = static_cast<E*>(grad_h.mutable_data_ptr());
+  if (need(kH)) p.grad_h = data<E>(grad_h);
   if (grad_scores) {
     const bool ragged = in.cu_seqlens.has_value();
     p.grad_scores = static_cast<const T*>(grad_scores->const_data_ptr());
@@ -340,24 +506,17 @@ Gradients backward(const Optional& grad_pooled, const Optional& grad_scores, con
 
   Arena arena;
   reserve_weights(arena, p, kernel);
-  T *grad_pooled_rows, *part_scale, *bag_dot, *weight_scratch;
+  SoftmaxParts<T> softmax;
+  T* weight_scratch;
   char* scratch;
   const int64_t workers = torch::stable::get_num_threads();
   if (need(kH)) arena.reserve(p.columns, p.branches * p.units * columns);
-  arena.reserve(grad_pooled_rows, grad_pooled ? p.bags * p.K * columns : 0);
-  arena.reserve(p.part_max, segments * p.K);
-  arena.reserve(p.part_sum, segments * p.K);
-  arena.reserve(p.part_dot, segments * p.K);
-  arena.reserve(part_scale, segments * p.K);
-  arena.reserve(bag_dot, p.bags * p.K);
-  arena.reserve(p.dots, grad_pooled ? bags.total * p.K : 0);
-  arena.reserve(p.attention, grad_pooled ? bags.total * p.K : 0);
+  if (grad_pooled) softmax.reserve(arena, p, segments, bags.total, columns, true);
   arena.reserve(p.dp, p.branches * p.units / kDpUnits * p.dp_block);
   arena.reserve(p.part_grads, chunks_per_block * part_row);
   arena.reserve(scratch, scratch_bytes * workers);
   arena.reserve(weight_scratch, kernel.weight_scratch * workers);
   arena.allocate();
-  p.part_scale = part_scale, p.bag_dot = bag_dot;
 
   pack_small(in, p, kernel);
   const int64_t projections = chunks.count > 0 ? panels_of(p, kernel) : 0;
@@ -368,33 +527,7 @@ Gradients backward(const Optional& grad_pooled, const Optional& grad_scores, con
       kernel.pack_columns(p, task - projections);
     }
   });
-  if (grad_pooled) {
-    const E* from = static_cast<const E*>(grad_pooled->const_data_ptr());
-    const int64_t stride_b = grad_pooled->stride(0), stride_k = grad_pooled->stride(1),
-                  stride_d = grad_pooled->stride(2);
-    for (int64_t row = 0; row < p.bags * p.K; ++row) {
-      for (int64_t d = 0; d < columns; ++d) {
-        grad_pooled_rows[row * columns + d] =
-            d < p.D ? convert<T>(from[row / p.K * stride_b + row % p.K * stride_k + d * stride_d]) : T(0);
-      }
-    }
-    p.grad_pooled = grad_pooled_rows;
-    for_each_task(chunks.count, [&](int64_t chunk, int64_t worker) {
-      kernel.dots(p, chunks.first_segment[chunk], chunks.first_segment[chunk + 1], scratch + worker * scratch_bytes);
-    });
-    const std::vector<int64_t> first = segments_of_bags(p, chunks);
-    for (int64_t bag = 0; bag < p.bags; ++bag) {
-      for (int64_t k = 0; k < p.K; ++k) {
-        double dot = 0;
-        const double sum = join(p, first[bag], first[bag + 1], k, [&](int64_t s, double scale) {
-          dot += scale * p.part_dot[s * p.K + k];
-          part_scale[s * p.K + k] = static_cast<T>(scale);
-        });
-        for (int64_t s = first[bag]; s < first[bag + 1]; ++s) part_scale[s * p.K + k] /= sum;
-        bag_dot[bag * p.K + k] = static_cast<T>(dot / sum);
-      }
-    }
-  }
+  if (grad_pooled) softmax.form(p, kernel, chunks, *grad_pooled, columns, scratch, scratch_bytes);
 
   // Sums over all instances of terms of either sign: in double, or what cancels would leave the rounding of what was
   // there.
@@ -416,11 +549,11 @@ Gradients backward(const Optional& grad_pooled, const Optional& grad_scores, con
       const int64_t branch = task / across / groups;
       if (!branch_needed[branch]) return;
       kernel.weight(p, first, rows, branch, task / across % groups * kUnitGroup, task % across * kPanelGroup,
-                    data(branch ? grad_u : grad_v), weight_scratch + worker * kernel.weight_scratch);
+                    data<T>(branch ? grad_u : grad_v), weight_scratch + worker * kernel.weight_scratch);
     });
   }
   const auto total = [&](Gradient which, const Tensor& to, int64_t row, int64_t count, int64_t from) {
-    if (need(which)) std::copy_n(totals.begin() + from, count, data(to) + row * count);
+    if (need(which)) std::copy_n(totals.begin() + from, count, data<T>(to) + row * count);
   };
   total(kVBias, grad_v_bias, 0, p.L, 0);
   total(kUBias, grad_u_bias, 0, p.L, p.units);
@@ -429,27 +562,13 @@ Gradients backward(const Optional& grad_pooled, const Optional& grad_scores, con
   return {grad_h, grad_v, grad_v_bias, grad_u, grad_u_bias, grad_w, grad_w_bias};
 }
 
-void check(const Inputs& in) {
+void check(const Instances& in) {
   const ScalarType type = in.h.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16,
-      "h must be float32, float64 or bfloat16");
-  STD_TORCH_CHECK(in.h.dim() == (in.cu_seqlens ? 2 : 3), "h must be [B, N, D], or [T, D] with cu_seqlens");
-  const int64_t D = in.h.size(in.h.dim() - 1), L = in.v_weight.dim() == 2 ? in.v_weight.size(0) : -1;
-  const int64_t K = in.w_weight.dim() == 2 ? in.w_weight.size(0) : -1;
-  const auto require = [&](const Optional& x, const char* name, std::vector<int64_t> sizes) {
-    if (!x) return;
-    bool fits = x->is_cpu() && x->scalar_type() == type && x->dim() == static_cast<int64_t>(sizes.size());
-    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x->size(i) == sizes[i];
-    STD_TORCH_CHECK(fits, name, " must be on the CPU, of h's dtype, and fit D = ", D, ", L = ", L, ", K = ", K);
-  };
-  STD_TORCH_CHECK(in.h.is_cpu(), "h must be on the CPU");
-  require(in.v_weight, "v_weight", {L, D});
-  require(in.v_bias, "v_bias", {L});
-  require(in.u_weight, "u_weight", {L, D});
-  require(in.u_bias, "u_bias", {L});
-  require(in.w_weight, "w_weight", {K, L});
-  require(in.w_bias, "w_bias", {K});
+      "instances must be float32, float64 or bfloat16");
+  STD_TORCH_CHECK(in.h.is_cpu(), "instances must be on the CPU");
+  STD_TORCH_CHECK(in.h.dim() == (in.cu_seqlens ? 2 : 3), "instances must be [B, N, D], or [T, D] with cu_seqlens");
   if (in.mask) {
     STD_TORCH_CHECK(
         !in.cu_seqlens && in.mask->is_cpu() && in.mask->scalar_type() == ScalarType::Bool && in.mask->dim() == 2 &&
@@ -465,60 +584,155 @@ void check(const Inputs& in) {
   }
 }
 
-std::tuple<Tensor, Tensor> gated_attention_pool_cpu(
-    const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
-    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens) {
-  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens};
-  check(in);
-  switch (h.scalar_type()) {
-    case ScalarType::Double: return forward<double, double>(in, ScalarType::Double);
-    case ScalarType::Float: return forward<float, float>(in, ScalarType::Float);
-    default: return forward<uint16_t, float>(in, ScalarType::Float);
-  }
+void check(const Inputs& in) {
+  check(static_cast<const Instances&>(in));
+  const ScalarType type = in.v_weight.scalar_type();
+  STD_TORCH_CHECK(
+      type == in.h.scalar_type() || (type == ScalarType::Float && in.h.scalar_type() == ScalarType::BFloat16),
+      "the weights must have h's dtype, or be float32 beside bfloat16");
+  const int64_t D = in.dim(), L = in.v_weight.dim() == 2 ? in.v_weight.size(0) : -1;
+  const int64_t K = in.w_weight.dim() == 2 ? in.w_weight.size(0) : -1;
+  const auto require = [&](const Optional& x, const char* name, std::vector<int64_t> sizes) {
+    if (!x) return;
+    bool fits = x->is_cpu() && x->scalar_type() == type && x->dim() == static_cast<int64_t>(sizes.size());
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x->size(i) == sizes[i];
+    STD_TORCH_CHECK(fits, name, " must be on the CPU, of v_weight's dtype, and fit D = ", D, ", L = ", L, ", K = ", K);
+  };
+  require(in.v_weight, "v_weight", {L, D});
+  require(in.v_bias, "v_bias", {L});
+  require(in.u_weight, "u_weight", {L, D});
+  require(in.u_bias, "u_bias", {L});
+  require(in.w_weight, "w_weight", {K, L});
+  require(in.w_bias, "w_bias", {K});
+  STD_TORCH_CHECK(!in.seed || (in.seed->is_cpu() && in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1),
+                  "seed must be int64 [1] on the CPU");
+  STD_TORCH_CHECK(in.dropout_p >= 0 && in.dropout_p <= 1, "dropout_p must be from 0 to 1");
 }
 
-Gradients gated_attention_pool_backward_cpu(const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h,
-                                            const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight,
-                                            const Optional& u_bias, const Tensor& w_weight, const Optional& w_bias,
-                                            const Optional& mask, const Optional& cu_seqlens, const Tensor& scores,
-                                            int64_t needs) {
-  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens};
+void check_scores(const Instances& in, const Tensor& scores, int64_t heads) {
+  STD_TORCH_CHECK(
+      scores.is_cpu() && scores.is_contiguous() && scores.scalar_type() == sums_of(in.h) &&
+          scores.dim() == (in.cu_seqlens ? 2 : 3) && scores.size(in.cu_seqlens ? 0 : 1) == heads &&
+          scores.size(in.cu_seqlens ? 1 : 2) == in.h.size(in.cu_seqlens ? 0 : 1) &&
+          (in.cu_seqlens || scores.size(0) == in.h.size(0)),
+      "scores must be contiguous [B, K, N] or [K, T] in the dtype of the sums");
+}
+
+void check_grad_pooled(const Instances& in, const Tensor& grad, int64_t heads, ScalarType type) {
+  STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == type && grad.dim() == 3 && grad.size(0) == in.bags() &&
+                      grad.size(1) == heads && grad.size(2) == in.dim(),
+                  "grad_pooled must have pooled's shape and dtype");
+}
+
+Tensor forward(const Inputs& in, const Tensor* pooled) {
+  switch (in.h.scalar_type()) {
+    case ScalarType::Double: return forward<double, double, double>(in, pooled);
+    case ScalarType::Float: return forward<float, float, float>(in, pooled);
+    default: break;
+  }
+  return in.v_weight.scalar_type() == ScalarType::Float ? forward<uint16_t, float, float>(in, pooled)
+                                                        : forward<uint16_t, float, uint16_t>(in, pooled);
+}
+
+std::tuple<Tensor, Tensor> gated_attention_pool_cpu(
+    const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
+    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens,
+    const Optional& seed, double dropout_p, std::string activation) {
+  const Inputs in{{h, mask, cu_seqlens}, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, seed, dropout_p,
+                  activation};
   check(in);
-  const ScalarType sums = h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const int64_t bags = cu_seqlens ? cu_seqlens->size(0) - 1 : h.size(0), K = w_weight.size(0);
-  STD_TORCH_CHECK(
-      scores.is_cpu() && scores.is_contiguous() && scores.scalar_type() == sums &&
-          scores.numel() == h.numel() / std::max<int64_t>(h.size(h.dim() - 1), 1) * K,
-      "scores must be the forward's");
-  STD_TORCH_CHECK(
-      !grad_pooled || (grad_pooled->is_cpu() && grad_pooled->scalar_type() == h.scalar_type() &&
-                       grad_pooled->dim() == 3 && grad_pooled->size(0) == bags && grad_pooled->size(1) == K),
-      "grad_pooled must have pooled's shape and dtype");
-  STD_TORCH_CHECK(!grad_scores || (grad_scores->is_cpu() && grad_scores->scalar_type() == sums &&
+  const Tensor pooled =
+      torch::stable::new_empty(h, {in.bags(), w_weight.size(0), in.dim()}, v_weight.scalar_type());
+  const Tensor scores = forward(in, &pooled);
+  return {pooled, scores};
+}
+
+Tensor attention_scores_cpu(
+    const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
+    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens,
+    const Optional& seed, double dropout_p, std::string activation) {
+  const Inputs in{{h, mask, cu_seqlens}, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, seed, dropout_p,
+                  activation};
+  check(in);
+  return forward(in, nullptr);
+}
+
+Gradients gated_attention_pool_backward_cpu(
+    const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h, const Tensor& v_weight,
+    const Optional& v_bias, const Optional& u_weight, const Optional& u_bias, const Tensor& w_weight,
+    const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, const Optional& seed, double dropout_p,
+    std::string activation, const Tensor& scores, int64_t needs) {
+  const Inputs in{{h, mask, cu_seqlens}, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, seed, dropout_p,
+                  activation};
+  check(in);
+  check_scores(in, scores, w_weight.size(0));
+  if (grad_pooled) check_grad_pooled(in, *grad_pooled, w_weight.size(0), v_weight.scalar_type());
+  STD_TORCH_CHECK(!grad_scores || (grad_scores->is_cpu() && grad_scores->scalar_type() == sums_of(h) &&
                                    grad_scores->dim() == scores.dim() && grad_scores->numel() == scores.numel()),
                   "grad_scores must have scores' shape and dtype");
   switch (h.scalar_type()) {
-    case ScalarType::Double: return backward<double, double>(grad_pooled, grad_scores, in, scores, needs, sums);
-    case ScalarType::Float: return backward<float, float>(grad_pooled, grad_scores, in, scores, needs, sums);
-    default: return backward<uint16_t, float>(grad_pooled, grad_scores, in, scores, needs, sums);
+    case ScalarType::Double: return backward<double, double, double>(grad_pooled, grad_scores, in, scores, needs);
+    case ScalarType::Float: return backward<float, float, float>(grad_pooled, grad_scores, in, scores, needs);
+    default: break;
+  }
+  return v_weight.scalar_type() == ScalarType::Float
+             ? backward<uint16_t, float, float>(grad_pooled, grad_scores, in, scores, needs)
+             : backward<uint16_t, float, uint16_t>(grad_pooled, grad_scores, in, scores, needs);
+}
+
+Tensor pool_by_scores_cpu(const Tensor& scores, const Tensor& value, const Optional& mask, const Optional& cu_seqlens) {
+  const Instances in{value, mask, cu_seqlens};
+  check(in);
+  const int64_t heads = scores.size(cu_seqlens ? 0 : 1);
+  check_scores(in, scores, heads);
+  const Tensor pooled = torch::stable::new_empty(value, {in.bags(), heads, in.dim()});
+  switch (value.scalar_type()) {
+    case ScalarType::Double: pool<double, double>(in, scores, pooled); break;
+    case ScalarType::Float: pool<float, float>(in, scores, pooled); break;
+    default: pool<uint16_t, float>(in, scores, pooled);
+  }
+  return pooled;
+}
+
+std::tuple<Tensor, Tensor> pool_by_scores_backward_cpu(const Tensor& grad_pooled, const Tensor& scores,
+                                                       const Tensor& value, const Optional& mask,
+                                                       const Optional& cu_seqlens, bool need_scores, bool need_value) {
+  const Instances in{value, mask, cu_seqlens};
+  check(in);
+  const int64_t heads = scores.size(cu_seqlens ? 0 : 1);
+  check_scores(in, scores, heads);
+  check_grad_pooled(in, grad_pooled, heads, value.scalar_type());
+  switch (value.scalar_type()) {
+    case ScalarType::Double: return pool_backward<double, double>(in, grad_pooled, scores, need_scores, need_value);
+    case ScalarType::Float: return pool_backward<float, float>(in, grad_pooled, scores, need_scores, need_value);
+    default: return pool_backward<uint16_t, float>(in, grad_pooled, scores, need_scores, need_value);
   }
 }
 
 }  // namespace
 }  // namespace ercn
 
+#define ERCN_POOL_INPUTS                                                                                       \
+  "Tensor h, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias, " \
+  "Tensor? mask, Tensor? cu_seqlens, Tensor? seed, float dropout_p, str activation"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(ercn_native, m) {
+  m.def("gated_attention_pool_cpu(" ERCN_POOL_INPUTS ") -> (Tensor pooled, Tensor scores)");
+  m.def("attention_scores_cpu(" ERCN_POOL_INPUTS ") -> Tensor scores");
   m.def(
-      "gated_attention_pool_cpu(Tensor h, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, "
-      "Tensor w_weight, Tensor? w_bias, Tensor? mask, Tensor? cu_seqlens) -> (Tensor pooled, Tensor scores)");
-  m.def(
-      "gated_attention_pool_backward_cpu(Tensor? grad_pooled, Tensor? grad_scores, Tensor h, Tensor v_weight, "
-      "Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias, Tensor? mask, "
-      "Tensor? cu_seqlens, Tensor scores, int needs) -> (Tensor grad_h, Tensor grad_v_weight, Tensor grad_v_bias, "
+      "gated_attention_pool_backward_cpu(Tensor? grad_pooled, Tensor? grad_scores, " ERCN_POOL_INPUTS
+      ", Tensor scores, int needs) -> (Tensor grad_h, Tensor grad_v_weight, Tensor grad_v_bias, "
       "Tensor grad_u_weight, Tensor grad_u_bias, Tensor grad_w_weight, Tensor grad_w_bias)");
+  m.def("pool_by_scores_cpu(Tensor scores, Tensor value, Tensor? mask, Tensor? cu_seqlens) -> Tensor pooled");
+  m.def(
+      "pool_by_scores_backward_cpu(Tensor grad_pooled, Tensor scores, Tensor value, Tensor? mask, Tensor? cu_seqlens, "
+      "bool need_scores, bool need_value) -> (Tensor grad_scores, Tensor grad_value)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ercn_native, CPU, m) {
   m.impl("gated_attention_pool_cpu", TORCH_BOX(&ercn::gated_attention_pool_cpu));
+  m.impl("attention_scores_cpu", TORCH_BOX(&ercn::attention_scores_cpu));
   m.impl("gated_attention_pool_backward_cpu", TORCH_BOX(&ercn::gated_attention_pool_backward_cpu));
+  m.impl("pool_by_scores_cpu", TORCH_BOX(&ercn::pool_by_scores_cpu));
+  m.impl("pool_by_scores_backward_cpu", TORCH_BOX(&ercn::pool_by_scores_backward_cpu));
 }

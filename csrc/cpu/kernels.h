@@ -10,9 +10,10 @@ struct Kernels {
   AffinityKernel<float, float> affinity_float;
   AffinityKernel<double, double> affinity_double;
   AffinityKernel<uint16_t, float> affinity_bf16;
-  PoolKernel<float, float> pool_float;
-  PoolKernel<double, double> pool_double;
-  PoolKernel<uint16_t, float> pool_bf16;
+  PoolKernel<float, float, float> pool_float;
+  PoolKernel<double, double, double> pool_double;
+  PoolKernel<uint16_t, float, uint16_t> pool_bf16;
+  PoolKernel<uint16_t, float, float> pool_mixed;  // bfloat16 instances, float weights
   // FLOPs of that many steps of independent multiply-adds in registers (multiply_add.h).
   double (*multiply_add_float)(int64_t steps);
   double (*multiply_add_double)(int64_t steps);

@@ -17,9 +17,10 @@ const Kernels& kernels() {
 #else
       {},
 #endif
-      pool_kernel<float, float>(),
-      pool_kernel<double, double>(),
-      pool_kernel<uint16_t, float>(),
+      pool_kernel<float, float, float>(),
+      pool_kernel<double, double, double>(),
+      pool_kernel<uint16_t, float, uint16_t>(),
+      pool_kernel<uint16_t, float, float>(),
       multiply_add<float>,
       multiply_add<double>,
 #if defined(ERCN_AVX512_BF16)

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "activations.h"
+#include "philox.h"
 #include "pool.h"
 
 namespace ercn::ERCN_ISA {
@@ -14,19 +15,20 @@ constexpr int64_t kLanes = kVecBytes / sizeof(T);
 template <typename T>
 constexpr int64_t kColumns = kVecs* kLanes<T>;
 
-// What h and the weights are in the projections: bfloat16 where there are dot products of it, otherwise as the sums.
-template <typename E, typename T>
+// What h and the weights are in the projections: bfloat16 where both are and there are dot products of it, otherwise as
+// the sums.
+template <typename E, typename T, typename W>
 struct OperandOf {
   using type = T;
 };
 #if defined(ERCN_AVX512_BF16)
 template <>
-struct OperandOf<uint16_t, float> {
+struct OperandOf<uint16_t, float, uint16_t> {
   using type = uint16_t;
 };
 #endif
-template <typename E, typename T>
-using Operand = typename OperandOf<E, T>::type;
+template <typename E, typename T, typename W>
+using Operand = typename OperandOf<E, T, W>::type;
 
 // Rows of a tile of two vectors.
 constexpr int kProjectionRows = kVecBytes == 64 ? 8 : kVecBytes == 32 ? 6 : 4;
@@ -123,19 +125,19 @@ ERCN_INLINE void copy_matrix(Matrix<E> from, int64_t rows, int64_t columns, To* 
   }
 }
 
-template <typename E, typename T>
-ERCN_INLINE int64_t instance(const Pool<E, T>& p, int64_t r) {
+template <typename E, typename T, typename W>
+ERCN_INLINE int64_t instance(const Pool<E, T, W>& p, int64_t r) {
   return p.real ? p.real[r] : r;
 }
 
-template <typename E, typename T>
-ERCN_INLINE const E* row_of(const Pool<E, T>& p, int64_t i) {
+template <typename E, typename T, typename W>
+ERCN_INLINE const E* row_of(const Pool<E, T, W>& p, int64_t i) {
   return p.h + i / p.N * p.stride_b + i % p.N * p.stride_n;
 }
 
 // How many of the instances from r on, at most `limit`, lie one stride_n apart.
-template <typename E, typename T>
-ERCN_INLINE int64_t run_length(const Pool<E, T>& p, int64_t r, int64_t limit) {
+template <typename E, typename T, typename W>
+ERCN_INLINE int64_t run_length(const Pool<E, T, W>& p, int64_t r, int64_t limit) {
   const int64_t i = instance(p, r);
   const bool flat = p.stride_b == p.N * p.stride_n;
   int64_t end = flat || p.N - i % p.N > limit ? limit : p.N - i % p.N;
@@ -148,8 +150,8 @@ ERCN_INLINE int64_t run_length(const Pool<E, T>& p, int64_t r, int64_t limit) {
 }
 
 // Channels [d, d + columns) of instances [r, r + rows).
-template <typename E, typename T, typename To>
-ERCN_INLINE void gather(const Pool<E, T>& p, int64_t r, int64_t rows, int64_t d, int64_t columns, To* to,
+template <typename E, typename T, typename W, typename To>
+ERCN_INLINE void gather(const Pool<E, T, W>& p, int64_t r, int64_t rows, int64_t d, int64_t columns, To* to,
                         int64_t to_row) {
   for (int64_t n = 0; n < rows;) {
     const int64_t run = run_length(p, r + n, rows - n);
@@ -159,39 +161,41 @@ ERCN_INLINE void gather(const Pool<E, T>& p, int64_t r, int64_t rows, int64_t d,
   }
 }
 
-template <typename E, typename T>
-ERCN_INLINE int64_t operand_depth(const Pool<E, T>& p) {  // bfloat16 is multiplied in pairs
-  return sizeof(Operand<E, T>) == 2 ? (p.D + 1) / 2 * 2 : p.D;
+template <typename E, typename T, typename W>
+ERCN_INLINE int64_t operand_depth(const Pool<E, T, W>& p) {  // bfloat16 is multiplied in pairs
+  return sizeof(Operand<E, T, W>) == 2 ? (p.D + 1) / 2 * 2 : p.D;
 }
 
 // Memory of one task, cut in pieces.
-template <typename E, typename T>
+template <typename E, typename T, typename W>
 struct ChunkScratch {
   T *head_sums, *attention, *grad_scores;  // [chunk, K, lanes], [chunk, K] twice
-  Operand<E, T>* rows;                     // [chunk, row], if h is not used where it lies
+  uint32_t* words;                         // [chunk, kDropUnits] random bits, with dropout
+  Operand<E, T, W>* rows;                  // [chunk, row], if h is not used where it lies
   int64_t row, bytes;
 
-  ERCN_INLINE ChunkScratch(const Pool<E, T>& p, void* memory) {
+  ERCN_INLINE ChunkScratch(const Pool<E, T, W>& p, void* memory) {
     // One cache line more than a multiple of 4 KiB: rows must not share their place in the cache.
-    row = (p.D + 63) / 64 * 64 + 64 / sizeof(Operand<E, T>);
+    row = (p.D + 63) / 64 * 64 + 64 / sizeof(Operand<E, T, W>);
     head_sums = static_cast<T*>(memory);
     attention = head_sums + kMaxChunk * p.K * kLanes<T>;
     grad_scores = attention + kMaxChunk * p.K;
-    rows = reinterpret_cast<Operand<E, T>*>(grad_scores + kMaxChunk * p.K);
+    words = reinterpret_cast<uint32_t*>(grad_scores + kMaxChunk * p.K);
+    rows = reinterpret_cast<Operand<E, T, W>*>(words + (p.dropout ? kMaxChunk * kDropUnits : 0));
     bytes = reinterpret_cast<char*>(rows + kMaxChunk * row) - static_cast<char*>(memory);
   }
 };
 
-template <typename E, typename T>
-int64_t chunk_scratch(const Pool<E, T>& p) {
-  return ChunkScratch<E, T>(p, nullptr).bytes;
+template <typename E, typename T, typename W>
+int64_t chunk_scratch(const Pool<E, T, W>& p) {
+  return ChunkScratch<E, T, W>(p, nullptr).bytes;
 }
 
 // Instances [r, r + rows) with channels side by side: in place where they lie so, otherwise copied.
-template <typename E, typename T>
-ERCN_INLINE Matrix<Operand<E, T>> operand(const Pool<E, T>& p, int64_t r, int64_t rows,
-                                          const ChunkScratch<E, T>& scratch) {
-  using X = Operand<E, T>;
+template <typename E, typename T, typename W>
+ERCN_INLINE Matrix<Operand<E, T, W>> operand(const Pool<E, T, W>& p, int64_t r, int64_t rows,
+                                          const ChunkScratch<E, T, W>& scratch) {
+  using X = Operand<E, T, W>;
   if constexpr (sizeof(X) == sizeof(E)) {
     if (p.stride_d == 1 && p.D == operand_depth(p) && run_length(p, r, rows) == rows) {
       return {reinterpret_cast<const X*>(row_of(p, instance(p, r))), p.stride_n, 1};
@@ -206,17 +210,17 @@ ERCN_INLINE Matrix<Operand<E, T>> operand(const Pool<E, T>& p, int64_t r, int64_
 
 // ---- projections ----
 
-template <typename E, typename T>
-void pack_projection(const Pool<E, T>& p, int64_t panel) {
-  using X = Operand<E, T>;
+template <typename E, typename T, typename W>
+void pack_projection(const Pool<E, T, W>& p, int64_t panel) {
+  using X = Operand<E, T, W>;
   constexpr int64_t n = kLanes<T>;
   const int64_t depth = operand_depth(p);
   X* to = static_cast<X*>(p.projections) + panel * depth * 2 * n;
   for (int64_t branch = 0; branch < 2; ++branch) {
-    const Matrix<E>& weight = branch == 1 && p.branches == 2 ? p.u : p.v;
+    const Matrix<W>& weight = branch == 1 && p.branches == 2 ? p.u : p.v;
     const int64_t first = p.branches == 2 ? panel * n : (panel * 2 + branch) * n;
     const int64_t units = p.L - first < 0 ? 0 : p.L - first < n ? p.L - first : n;
-    const E* from = weight.at + first * weight.row;
+    const W* from = weight.at + first * weight.row;
     if constexpr (sizeof(X) == 2) {  // [depth / 2, 2, n, 2]
       for (int64_t l = 0; l < n; ++l) {
         for (int64_t d = 0; d < depth; ++d) {
@@ -228,7 +232,7 @@ void pack_projection(const Pool<E, T>& p, int64_t panel) {
       if (units < n) {
         for (int64_t d = 0; d < depth; ++d) store(to + (d * 2 + branch) * n, Vec<T>{});
       }
-      copy_matrix(Matrix<E>{from, weight.col, weight.row}, depth, units, to + branch * n, 2 * n);
+      copy_matrix(Matrix<W>{from, weight.col, weight.row}, depth, units, to + branch * n, 2 * n);
     }
   }
 }
@@ -287,29 +291,79 @@ ERCN_INLINE Vec<T> existing(Vec<T> x, int64_t first, int64_t L) {
   return x;
 }
 
+// ---- dropout and activations ----
+
+// Random bits of kDropUnits hidden units from `unit` on, for the chunk's instances.
+template <typename E, typename T, typename W>
+__attribute__((noinline)) void draw(const Pool<E, T, W>& p, int64_t first, int64_t rows, int64_t unit, uint32_t* words) {
+  Words lane;
+  for (int i = 0; i < kWords; ++i) lane[i] = unit / 4 + i;
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t i = instance(p, first + m);
+    ERCN_UNROLL for (int part = 0; part < 16; part += kWords) {
+      Words out[4];
+      philox(static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), lane + part, p.dropout->keys, out);
+      ERCN_UNROLL for (int j = 0; j < 4; ++j) store(words + m * kDropUnits + j * 16 + part, out[j]);
+    }
+  }
+}
+
+ERCN_INLINE Vec<int32_t> bits_of(const uint32_t* words, float) { return load<Vec<int32_t>>(words); }
+ERCN_INLINE Vec<int64_t> bits_of(const uint32_t* words, double) {
+  return __builtin_convertvector(load<Vec<uint32_t, kVecBytes / 2>>(words), Vec<int64_t>);
+}
+
+template <typename V, typename I>
+ERCN_INLINE V kept(V x, I bits, const Dropout& dropout) {
+  typedef decltype(x[0] + x[0]) T;
+  return (bits & 0xffff) < dropout.threshold ? V{} : x * static_cast<T>(dropout.scale);
+}
+
+// act(x), and act'(x) where SLOPE. As in torch, relu'(0) is 0.
+template <bool SLOPE, typename T>
+ERCN_INLINE Vec<T> activate(Activation activation, Vec<T> x, Vec<T>& slope) {
+  if (activation == Activation::tanh) {
+    const Vec<T> t = tanh(x);
+    if (SLOPE) slope = 1 - t * t;
+    return t;
+  }
+  if (activation == Activation::relu) {
+    if (SLOPE) slope = x <= 0 ? Vec<T>{} : Vec<T>{} + 1;
+    return x < 0 ? Vec<T>{} : x;
+  }
+  Vec<T> cumulative, density;
+  normal(x, cumulative, density);
+  if (SLOPE) slope = cumulative + density;
+  return x * cumulative;
+}
+
 // ---- forward ----
 
 // s[m, k] = w_k · gate(m) + b_k for every instance of the chunk.
-template <bool GATED, typename E, typename T>
-ERCN_INLINE void score_chunk(const Pool<E, T>& p, Matrix<Operand<E, T>> x, int64_t rows, T* head_sums, T* scores) {
-  using X = Operand<E, T>;
+template <bool GATED, typename E, typename T, typename W>
+ERCN_INLINE void score_chunk(const Pool<E, T, W>& p, Matrix<Operand<E, T, W>> x, int64_t first_instance, int64_t rows,
+                             const ChunkScratch<E, T, W>& scratch, T* scores) {
+  using X = Operand<E, T, W>;
   constexpr int64_t n = kLanes<T>, units = GATED ? n : 2 * n;
   const int64_t depth = operand_depth(p);
+  T* head_sums = scratch.head_sums;
   for (int64_t i = 0; i < rows * p.K; ++i) store(head_sums + i * n, Vec<T>{});
   for (int64_t panel = 0; panel < p.units / units; ++panel) {
     const int64_t first = panel * units;
     const bool partial = first + units > p.L;
+    if (p.dropout && first % kDropUnits == 0) draw(p, first_instance, rows, first, scratch.words);
     project_chunk(
         x, rows, static_cast<const X*>(p.projections) + panel * depth * 2 * n, p.biases + panel * 2 * n, depth,
         [&](int64_t m, const Vec<T>(&sum)[2]) {
-          Vec<T> gate[2];
-          gate[0] = tanh(sum[0]);
-          if constexpr (GATED) {
-            gate[0] *= sigmoid(sum[1]);
-          } else {
-            gate[1] = tanh(sum[1]);
-          }
+          Vec<T> gate[2], slope;
           ERCN_UNROLL for (int v = 0; v < units / n; ++v) {
+            gate[v] = activate<false, T>(p.activation, sum[v], slope);
+            if constexpr (GATED) gate[0] *= sigmoid(sum[1]);
+            if (p.dropout) {
+              const auto bits = bits_of(scratch.words + m * kDropUnits + (first + v * n) % kDropUnits, T{});
+              gate[v] = kept(gate[v], bits, *p.dropout);
+              if constexpr (GATED) gate[v] = kept(gate[v], bits >> 16, *p.dropout);
+            }
             if (partial) gate[v] = existing<T>(gate[v], first + v * n, p.L);
             for (int64_t k = 0; k < p.K; ++k) {
               T* to = head_sums + (m * p.K + k) * n;
@@ -349,21 +403,10 @@ ERCN_INLINE void weighted_sum(const T* e, int64_t K, Matrix<X> x, int64_t rows, 
   }
 }
 
-template <typename E, typename T>
-void forward(const Pool<E, T>& p, int64_t begin, int64_t end, void* memory) {
-  const ChunkScratch<E, T> scratch(p, memory);
-  const int64_t first = p.segments[begin].first, rows = p.segments[end - 1].first + p.segments[end - 1].rows - first;
-  const auto x = operand(p, first, rows, scratch);
-  T* scores = scratch.attention;
-  if (p.branches == 2) {
-    score_chunk<true>(p, x, rows, scratch.head_sums, scores);
-  } else {
-    score_chunk<false>(p, x, rows, scratch.head_sums, scores);
-  }
-  for (int64_t m = 0; m < rows; ++m) {
-    const int64_t i = instance(p, first + m);
-    for (int64_t k = 0; k < p.K; ++k) p.scores[i / p.N * p.K * p.N + k * p.N + i % p.N] = scores[m * p.K + k];
-  }
+// The parts of max, sum and pooled of a chunk's segments, whose instances begin at `first`. scores [rows, K] are lost.
+template <typename E, typename T, typename W>
+ERCN_INLINE void pool_chunk(const Pool<E, T, W>& p, int64_t begin, int64_t end, Matrix<Operand<E, T, W>> x, T* scores) {
+  const int64_t first = p.segments[begin].first;
   for (int64_t s = begin; s < end; ++s) {
     const Segment& segment = p.segments[s];
     const int64_t skip = segment.first - first;
@@ -373,10 +416,45 @@ void forward(const Pool<E, T>& p, int64_t begin, int64_t end, void* memory) {
       p.part_max[s * p.K + k] = largest(e, segment.rows, p.K, shift);
       for (int64_t m = 0; m < segment.rows; ++m) sum += e[m * p.K] = exponential(e[m * p.K] - shift);
       p.part_sum[s * p.K + k] = sum;
-      weighted_sum(e, p.K, Matrix<Operand<E, T>>{x.at + skip * x.row, x.row, 1}, segment.rows, p.D,
+      weighted_sum(e, p.K, Matrix<Operand<E, T, W>>{x.at + skip * x.row, x.row, 1}, segment.rows, p.D,
                    p.part_pooled + (s * p.K + k) * p.D);
     }
   }
+}
+
+template <typename E, typename T, typename W>
+ERCN_INLINE T& score_of(const Pool<E, T, W>& p, int64_t i, int64_t k) {
+  return p.scores[i / p.N * p.K * p.N + k * p.N + i % p.N];
+}
+
+template <typename E, typename T, typename W>
+void forward(const Pool<E, T, W>& p, int64_t begin, int64_t end, void* memory) {
+  const ChunkScratch<E, T, W> scratch(p, memory);
+  const int64_t first = p.segments[begin].first, rows = p.segments[end - 1].first + p.segments[end - 1].rows - first;
+  const auto x = operand(p, first, rows, scratch);
+  T* scores = scratch.attention;
+  if (p.branches == 2) {
+    score_chunk<true>(p, x, first, rows, scratch, scores);
+  } else {
+    score_chunk<false>(p, x, first, rows, scratch, scores);
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t i = instance(p, first + m);
+    for (int64_t k = 0; k < p.K; ++k) score_of(p, i, k) = scores[m * p.K + k];
+  }
+  if (p.part_pooled) pool_chunk(p, begin, end, x, scores);
+}
+
+template <typename E, typename T, typename W>
+void pool(const Pool<E, T, W>& p, int64_t begin, int64_t end, void* memory) {
+  const ChunkScratch<E, T, W> scratch(p, memory);
+  const int64_t first = p.segments[begin].first, rows = p.segments[end - 1].first + p.segments[end - 1].rows - first;
+  T* scores = scratch.attention;
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t i = instance(p, first + m);
+    for (int64_t k = 0; k < p.K; ++k) scores[m * p.K + k] = score_of(p, i, k);
+  }
+  pool_chunk(p, begin, end, operand(p, first, rows, scratch), scores);
 }
 
 // ---- backward ----
@@ -399,17 +477,13 @@ ERCN_INLINE T dot(const X* x, const T* y, int64_t D) {
   return total;
 }
 
-template <typename E, typename T>
-ERCN_INLINE T score_of(const Pool<E, T>& p, int64_t i, int64_t k) {
-  return p.scores[i / p.N * p.K * p.N + k * p.N + i % p.N];
-}
-
-template <typename E, typename T>
-void dots(const Pool<E, T>& p, int64_t begin, int64_t end, void* memory) {
-  const ChunkScratch<E, T> scratch(p, memory);
+template <typename E, typename T, typename W>
+void dots(const Pool<E, T, W>& p, int64_t begin, int64_t end, void* memory) {
+  const ChunkScratch<E, T, W> scratch(p, memory);
   const int64_t columns = padded_columns<T>(p.D);
   const int64_t start = p.segments[begin].first, rows = p.segments[end - 1].first + p.segments[end - 1].rows - start;
-  const auto x = operand(p, start, rows, scratch);
+  Matrix<Operand<E, T, W>> x{};
+  if (p.dots) x = operand(p, start, rows, scratch);
   for (int64_t s = begin; s < end; ++s) {
     const auto [first, count, bag] = p.segments[s];
     for (int64_t k = 0; k < p.K; ++k) {
@@ -419,11 +493,12 @@ void dots(const Pool<E, T>& p, int64_t begin, int64_t end, void* memory) {
       double sum = 0, sum_dot = 0;  // what is wrong with Σ a (ĝ·h) is wrong with every instance alike, and adds up
       p.part_max[s * p.K + k] = largest(e, count, 1, shift);
       for (int64_t m = 0; m < count; ++m) {
-        const T product = dot(x.at + (first - start + m) * x.row, p.grad_pooled + (bag * p.K + k) * columns, p.D);
         const T weight = exponential(e[m] - shift);
-        p.dots[(first + m) * p.K + k] = product;
         p.attention[(first + m) * p.K + k] = weight;
         sum += weight;
+        if (!p.dots) continue;
+        const T product = dot(x.at + (first - start + m) * x.row, p.grad_pooled + (bag * p.K + k) * columns, p.D);
+        p.dots[(first + m) * p.K + k] = product;
         sum_dot += weight * product;
       }
       p.part_sum[s * p.K + k] = static_cast<T>(sum);
@@ -432,14 +507,14 @@ void dots(const Pool<E, T>& p, int64_t begin, int64_t end, void* memory) {
   }
 }
 
-template <typename E, typename T>
-ERCN_INLINE T* dp_at(const Pool<E, T>& p, int64_t branch, int64_t unit, int64_t row) {
+template <typename E, typename T, typename W>
+ERCN_INLINE T* dp_at(const Pool<E, T, W>& p, int64_t branch, int64_t unit, int64_t row) {
   const int64_t u = branch * p.units + unit;
   return p.dp + u / kDpUnits * p.dp_block + row * kDpUnits + u % kDpUnits;
 }
 
-template <typename E, typename T>
-ERCN_INLINE void store_dp(const Pool<E, T>& p, int64_t branch, int64_t unit, int64_t row, Vec<T> x) {
+template <typename E, typename T, typename W>
+ERCN_INLINE void store_dp(const Pool<E, T, W>& p, int64_t branch, int64_t unit, int64_t row, Vec<T> x) {
   constexpr int64_t side = kLanes<T> < kDpUnits ? kLanes<T> : kDpUnits;
   Vec<T, side * sizeof(T)> parts[kLanes<T> / side];
   __builtin_memcpy(parts, &x, sizeof x);
@@ -447,10 +522,10 @@ ERCN_INLINE void store_dp(const Pool<E, T>& p, int64_t branch, int64_t unit, int
 }
 
 // dp from row dp_row on, and the chunk's sums for the biases and w, from ds [rows, K].
-template <bool GATED, typename E, typename T>
-ERCN_INLINE void project_backward(const Pool<E, T>& p, Matrix<Operand<E, T>> x, int64_t rows, const T* ds,
-                                  int64_t dp_row, T* parts) {
-  using X = Operand<E, T>;
+template <bool GATED, typename E, typename T, typename W>
+ERCN_INLINE void project_backward(const Pool<E, T, W>& p, Matrix<Operand<E, T, W>> x, int64_t first_instance,
+                                  int64_t rows, const T* ds, int64_t dp_row, uint32_t* words, T* parts) {
+  using X = Operand<E, T, W>;
   constexpr int64_t n = kLanes<T>, units = GATED ? n : 2 * n;
   const int64_t depth = operand_depth(p);
   for (int64_t i = 0; i < (2 + p.K) * p.units; i += n) store(parts + i, Vec<T>{});
@@ -459,15 +534,21 @@ ERCN_INLINE void project_backward(const Pool<E, T>& p, Matrix<Operand<E, T>> x, 
   for (int64_t panel = 0; panel < p.units / units; ++panel) {
     const int64_t first = panel * units;
     const bool partial = first + units > p.L;
+    if (p.dropout && first % kDropUnits == 0) draw(p, first_instance, rows, first, words);
     project_chunk(
         x, rows, static_cast<const X*>(p.projections) + panel * depth * 2 * n, p.biases + panel * 2 * n, depth,
         [&](int64_t m, const Vec<T>(&sum)[2]) {
           ERCN_UNROLL for (int v = 0; v < units / n; ++v) {
             const int64_t unit = first + v * n;
-            Vec<T> t = tanh(sum[v]), s = {};
-            if constexpr (GATED) s = sigmoid(sum[1]);
-            if (partial) t = existing<T>(t, unit, p.L);
-            if (GATED && partial) s = existing<T>(s, unit, p.L);
+            Vec<T> slope, t = activate<true, T>(p.activation, sum[v], slope), s = {}, rest = {};
+            if constexpr (GATED) s = sigmoid(sum[1]), rest = 1 - s;
+            if (p.dropout) {
+              const auto bits = bits_of(words + m * kDropUnits + unit % kDropUnits, T{});
+              t = kept(t, bits, *p.dropout), slope = kept(slope, bits, *p.dropout);
+              if constexpr (GATED) s = kept(s, bits >> 16, *p.dropout);
+            }
+            if (partial) t = existing<T>(t, unit, p.L), slope = existing<T>(slope, unit, p.L);
+            if (GATED && partial) s = existing<T>(s, unit, p.L), rest = existing<T>(rest, unit, p.L);
             const Vec<T> gate = GATED ? t * s : t;
             Vec<T> dgate = {};
             for (int64_t k = 0; k < p.K; ++k) {
@@ -476,11 +557,11 @@ ERCN_INLINE void project_backward(const Pool<E, T>& p, Matrix<Operand<E, T>> x, 
               add(sum_w + k * p.units + unit, scale * gate);
             }
             if (partial) dgate = existing<T>(dgate, unit, p.L);
-            const Vec<T> dt = (GATED ? dgate * s : dgate) * (1 - t * t);
+            const Vec<T> dt = (GATED ? dgate * s : dgate) * slope;
             store_dp(p, 0, unit, dp_row + m, dt);
             add(sum_v + unit, dt);
             if constexpr (GATED) {
-              const Vec<T> du = dgate * gate * (1 - s);
+              const Vec<T> du = dgate * gate * rest;
               store_dp(p, 1, unit, dp_row + m, du);
               add(sum_u + unit, du);
             }
@@ -489,24 +570,24 @@ ERCN_INLINE void project_backward(const Pool<E, T>& p, Matrix<Operand<E, T>> x, 
   }
 }
 
-template <typename E, typename T>
-void pack_columns(const Pool<E, T>& p, int64_t panel) {
+template <typename E, typename T, typename W>
+void pack_columns(const Pool<E, T, W>& p, int64_t panel) {
   constexpr int64_t n = kColumns<T>;
   const int64_t d = panel * n, columns = p.D - d < n ? p.D - d : n;
   T* to = p.columns + panel * p.branches * p.units * n;
   for (int64_t branch = 0; branch < p.branches; ++branch) {
-    const Matrix<E>& weight = branch ? p.u : p.v;
+    const Matrix<W>& weight = branch ? p.u : p.v;
     T* rows = to + branch * p.units * n;
     if (columns < n || p.L < p.units) {
       for (int64_t i = 0; i < p.units * n; i += kLanes<T>) store(rows + i, Vec<T>{});
     }
-    copy_matrix(Matrix<E>{weight.at + d * weight.col, weight.row, weight.col}, p.L, columns, rows, n);
+    copy_matrix(Matrix<W>{weight.at + d * weight.col, weight.row, weight.col}, p.L, columns, rows, n);
   }
 }
 
 // grad_h[m] = dp[m] [V; U] + Σ_k a[m, k] ĝ_k, ĝ of m's bag at grads[m].
-template <int ROWS, typename E, typename T>
-ERCN_INLINE void input_rows(const Pool<E, T>& p, int64_t& m, int64_t rows, int64_t panel, int64_t dp_row, const T* a,
+template <int ROWS, typename E, typename T, typename W>
+ERCN_INLINE void input_rows(const Pool<E, T, W>& p, int64_t& m, int64_t rows, int64_t panel, int64_t dp_row, const T* a,
                             const T* const* grads, E* const* to) {
   constexpr int64_t n = kColumns<T>, lanes = kLanes<T>;
   const int64_t d = panel * n, columns = p.D - d < n ? p.D - d : n, depth = p.branches * p.units;
@@ -541,9 +622,9 @@ ERCN_INLINE void input_rows(const Pool<E, T>& p, int64_t& m, int64_t rows, int64
   }
 }
 
-template <typename E, typename T>
-void backward(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t dp_first, int64_t part, void* memory) {
-  const ChunkScratch<E, T> scratch(p, memory);
+template <typename E, typename T, typename W>
+void backward(const Pool<E, T, W>& p, int64_t begin, int64_t end, int64_t dp_first, int64_t part, void* memory) {
+  const ChunkScratch<E, T, W> scratch(p, memory);
   const int64_t start = p.segments[begin].first, rows = p.segments[end - 1].first + p.segments[end - 1].rows - start;
   const auto x = operand(p, start, rows, scratch);
   T *ds = scratch.grad_scores, *a = p.attention + start * p.K;
@@ -575,9 +656,9 @@ void backward(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t dp_first,
     parts[(2 + p.K) * p.units + k] = static_cast<T>(sum);
   }
   if (p.branches == 2) {
-    project_backward<true>(p, x, rows, ds, start - dp_first, parts);
+    project_backward<true>(p, x, start, rows, ds, start - dp_first, scratch.words, parts);
   } else {
-    project_backward<false>(p, x, rows, ds, start - dp_first, parts);
+    project_backward<false>(p, x, start, rows, ds, start - dp_first, scratch.words, parts);
   }
   if (!p.grad_h) return;
   for (int64_t panel = 0; panel < padded_columns<T>(p.D) / kColumns<T>; ++panel) {
@@ -588,14 +669,44 @@ void backward(const Pool<E, T>& p, int64_t begin, int64_t end, int64_t dp_first,
   }
 }
 
+template <typename E, typename T, typename W>
+void pool_backward(const Pool<E, T, W>& p, int64_t begin, int64_t end) {
+  constexpr int64_t n = kLanes<T>;
+  const int64_t columns = padded_columns<T>(p.D);
+  for (int64_t s = begin; s < end; ++s) {
+    const auto [first, count, bag] = p.segments[s];
+    for (int64_t r = first; r < first + count; ++r) {
+      const int64_t i = instance(p, r);
+      T* a = p.attention + r * p.K;
+      for (int64_t k = 0; k < p.K; ++k) {
+        a[k] *= p.part_scale[s * p.K + k];
+        if (!p.scores_grad) continue;
+        p.scores_grad[i / p.N * p.K * p.N + k * p.N + i % p.N] =
+            a[k] * (p.dots[r * p.K + k] - p.bag_dot[bag * p.K + k]);
+      }
+      if (!p.grad_h) continue;
+      const T* grads = p.grad_pooled + bag * p.K * columns;
+      E* to = p.grad_h + i * p.D;
+      for (int64_t d = 0; d < p.D; d += n) {
+        Vec<T> sum = {};
+        for (int64_t k = 0; k < p.K; ++k) sum += a[k] * load<Vec<T>>(grads + k * columns + d);
+        T rested[n];
+        store(rested, sum);
+        const int64_t wide = p.D - d < n ? p.D - d : n;
+        for (int64_t c = 0; c < wide; ++c) put(to + d + c, rested[c]);
+      }
+    }
+  }
+}
+
 // Columns of a block of h, and its row, which a cache line keeps from being a power of two.
 template <typename T>
 constexpr int64_t kGroupColumns = kPanelGroup* kColumns<T>;
 template <typename T>
 constexpr int64_t kGroupRow = kGroupColumns<T> + 64 / sizeof(T);
 
-template <typename E, typename T>
-void weight(const Pool<E, T>& p, int64_t first, int64_t rows, int64_t branch, int64_t unit, int64_t panel, T* grad,
+template <typename E, typename T, typename W>
+void weight(const Pool<E, T, W>& p, int64_t first, int64_t rows, int64_t branch, int64_t unit, int64_t panel, T* grad,
             T* scratch) {
   constexpr int64_t n = kColumns<T>, row = kGroupRow<T>;
   const int64_t units = p.units - unit < kUnitGroup ? p.units - unit : kUnitGroup;
@@ -621,20 +732,22 @@ void weight(const Pool<E, T>& p, int64_t first, int64_t rows, int64_t branch, in
   }
 }
 
-template <typename E, typename T>
-PoolKernel<E, T> pool_kernel() {
+template <typename E, typename T, typename W>
+PoolKernel<E, T, W> pool_kernel() {
   return {
       kLanes<T>,
       kColumns<T>,
-      sizeof(Operand<E, T>),
-      pack_projection<E, T>,
-      pack_columns<E, T>,
-      chunk_scratch<E, T>,
-      forward<E, T>,
-      dots<E, T>,
-      backward<E, T>,
+      sizeof(Operand<E, T, W>),
+      pack_projection<E, T, W>,
+      pack_columns<E, T, W>,
+      chunk_scratch<E, T, W>,
+      forward<E, T, W>,
+      pool<E, T, W>,
+      dots<E, T, W>,
+      backward<E, T, W>,
+      pool_backward<E, T, W>,
       (kUnitGroup + kSlice) * kGroupRow<T>,
-      weight<E, T>,
+      weight<E, T, W>,
   };
 }
 

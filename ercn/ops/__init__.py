@@ -3,14 +3,16 @@
 from ercn.ops._backends import BackendStatus, backends, use_backend
 from ercn.ops._decompositions import decompositions
 from ercn.ops.affinity import affinity_propagate, relu_affinity
-from ercn.ops.attention_pool import gated_attention_pool
+from ercn.ops.attention_pool import attention_scores, gated_attention_pool, pool_by_scores
 
 __all__ = [
     "BackendStatus",
     "affinity_propagate",
+    "attention_scores",
     "backends",
     "decompositions",
     "gated_attention_pool",
+    "pool_by_scores",
     "relu_affinity",
     "use_backend",
 ]

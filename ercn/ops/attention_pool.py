@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import warnings
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ercn.ops import _backends, _library
-from ercn.ops.reference import accumulate_dtype
+from ercn.ops.reference import ACTIVATIONS, accumulate_dtype
+
+_MASKED = float("-inf")
 
 
 def gated_attention_pool(
@@ -20,38 +26,60 @@ def gated_attention_pool(
     w_bias: Tensor | None,
     *,
     mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    activation: str = "tanh",
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    masked_score: float = _MASKED,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pool a bag of instances by (gated) attention.
 
-        s_k = w · (tanh(V h_k + b_V) ⊙ σ(U h_k + b_U)) + b_w,   a = softmax_k(s),   z = Σ_k a_k h_k
+        s_k = w · (drop(tanh(V h_k + b_V)) ⊙ drop(σ(U h_k + b_U))) + b_w,   a = softmax_k(s),   z = Σ_k a_k h_k
 
     Args:
         h: instances [B, N, D], any strides — ``fmap.flatten(2).transpose(1, 2)`` of an NCHW map is not copied —
-            or ragged [T, D] with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+            or one bag [N, D], or ragged [T, D] with ``cu_seqlens``; float32, bfloat16, float16 or float64.
         v_weight, u_weight: [L, D]; ``u_weight=None`` leaves the gate out (plain attention).
         v_bias, u_bias: [L] or None.
-        w_weight, w_bias: [K, L] for K heads, and [K] or None.
-        mask: [B, N] bool, True where the instance is real. A masked instance has score -inf, weight and gradient 0,
-            whatever ``h`` holds there. Dense bags only.
+        w_weight, w_bias: [K, L] for K heads, and [K] or None. The weights share one dtype; where it is not h's, as
+            float32 weights beside bfloat16 features, products are formed in the dtype that the two promote to.
+        mask: [B, N] ([N] for one bag), bool or 0/1 of any dtype, True where the instance is real. A masked instance has
+            weight and gradient 0, whatever ``h`` holds there. Dense bags only.
+        key_padding_mask: the same with the other polarity, True where the instance is padding, as in
+            ``torch.nn.MultiheadAttention``. One of the two at most.
         cu_seqlens: [B+1] int32 or int64, bag b is ``h[cu_seqlens[b]:cu_seqlens[b + 1]]``; from 0 to T, never falling.
+        activation: of the first branch, "tanh", "relu" or "gelu" (by erf). The second one is always a sigmoid.
+        dropout_p: probability with which each hidden unit of either branch is dropped, on its own for every instance;
+            kept ones are divided by 1 - p. In steps of 1 / 65536. There is no switch for evaluation: pass 0.
+        generator: what the seed of the dropout is drawn from, on h's device; None takes torch's own, so that
+            ``torch.manual_seed`` reproduces it and ``torch.utils.checkpoint`` computes the same mask again.
+        masked_score: the score of masked instances, finite or -inf. Scores have no gradient there; pooled is the same.
         backend: one of ``ercn.ops.backends()``; None takes ``use_backend``, ``ERCN_BACKEND`` or the first that can run.
 
     Returns:
-        pooled: z, [B, K, D] in h's dtype.
-        scores: s before the softmax, [B, K, N] or [K, T]; float64 for float64 h, else float32.
-        An empty or fully masked bag gives pooled 0 and zero gradients. Gradients flow through both outputs.
+        pooled: z, [B, K, D] in the dtype that h and the weights promote to.
+        scores: s before the softmax, [B, K, N] or [K, T]; float64 if an input is, else float32.
+        Of one bag [N, D] both are without B. An empty or fully masked bag gives pooled 0 and zero gradients; a mask
+        that leaves no instance of any bag warns where it can be read, on the CPU. Gradients flow through both outputs.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or an unknown backend.
+        ValueError: shapes, dtypes, devices or values that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
         NotImplementedError: double backward or forward-mode AD; ``torch.func.grad`` and ``jacrev`` raise torch's error.
 
-    FLOPs are 4·B·N·D·L for the projections (2·B·N·D·L ungated) and 2·B·N·K·(L + D). No [N, L] activation is kept:
-    the backward computes it again. Two runs on one machine are bit-equal. Under autocast all floating inputs are cast.
+    FLOPs are 4·B·N·D·L for the projections (2·B·N·D·L ungated) and 2·B·N·K·(L + D). No [N, L] activation and no mask of
+    the dropout is kept: the backward computes them again. Two runs on one machine are bit-equal, with dropout under the
+    same seed. Under autocast all floating inputs are cast.
 
-    Source: Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", ICML 2018.
+    Dropout takes Philox4x32-10 under one seed for each call, an int64. Instance i (b·N + n, or the ragged row) and
+    hidden unit l take word (l // 16) % 4 of the counter (i mod 2³², i // 2³², (l // 64)·16 + l % 16, 0): its low 16
+    bits drop the unit of V's branch, its high ones that of U's, where they are below round(65536·p). So the mask does
+    not depend on the backend, the number of threads or the instruction set.
+
+    Sources: Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", ICML 2018; Salmon, Moraes, Dror,
+    Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
     >>> import torch
     >>> from ercn.ops import gated_attention_pool
@@ -62,18 +90,228 @@ def gated_attention_pool(
     >>> pooled.shape, scores.shape, torch.allclose(pooled, torch.ones(2, 1, 8))
     (torch.Size([2, 1, 8]), torch.Size([2, 1, 9]), True)
     """
-    _check(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens)
-    _library.refuse_forward_mode("gated_attention_pool", h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    return torch.ops.ercn.gated_attention_pool(
-        h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, _backends.requested(backend)
+    weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    alone, mask, *arguments = _prepared(
+        h, weights, mask, key_padding_mask, cu_seqlens, activation, dropout_p, generator, masked_score
     )
+    _library.refuse_forward_mode("gated_attention_pool", h, *weights)
+    pooled, scores = torch.ops.ercn.gated_attention_pool(*arguments, _backends.requested(backend))
+    scores = _with_masked_score(scores, mask, masked_score)
+    return (pooled.squeeze(0), scores.squeeze(0)) if alone else (pooled, scores)
 
 
-def _check(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens) -> None:
-    if h.dim() != (2 if cu_seqlens is not None else 3):
-        raise ValueError(f"h must be [B, N, D], or ragged [T, D] with cu_seqlens; got {list(h.shape)}" + (
-            "" if cu_seqlens is None else " with cu_seqlens"
-        ))
+def attention_scores(
+    h: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    u_weight: Tensor | None,
+    u_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    activation: str = "tanh",
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    masked_score: float = _MASKED,
+    backend: str | None = None,
+) -> Tensor:
+    """The scores of ``gated_attention_pool`` alone, before the softmax: nothing is pooled, forward or backward.
+
+        s_k = w · (drop(tanh(V h_k + b_V)) ⊙ drop(σ(U h_k + b_U))) + b_w
+
+    With ``pool_by_scores`` they make the pool again, with room between the two for what changes scores (top-k masks,
+    gates) or pools something else than h (values of their own, logits of each instance, classes with their own
+    attention). Where both scores and the pooled h are wanted, ``gated_attention_pool`` reads h once for both.
+
+    Args: as ``gated_attention_pool``.
+
+    Returns:
+        [B, K, N], [K, T] with ``cu_seqlens`` or [K, N] of one bag, with ``masked_score`` where masked; float64 if an
+        input is, else float32.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: as ``gated_attention_pool``.
+
+    FLOPs are those of the projections and 2·B·N·K·L. Determinism, dropout and source as ``gated_attention_pool``.
+
+    >>> import torch
+    >>> from ercn.ops import attention_scores
+    >>> h, v, w = torch.tensor([[0.0], [20.0]]), torch.ones(1, 1), torch.ones(1, 1)     # one bag of two instances
+    >>> attention_scores(h, v, None, None, None, w, None)
+    tensor([[0., 1.]])
+    """
+    weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    alone, mask, *arguments = _prepared(
+        h, weights, mask, key_padding_mask, cu_seqlens, activation, dropout_p, generator, masked_score
+    )
+    _library.refuse_forward_mode("attention_scores", h, *weights)
+    scores = torch.ops.ercn.attention_scores(*arguments, _backends.requested(backend))
+    scores = _with_masked_score(scores, mask, masked_score)
+    return scores.squeeze(0) if alone else scores
+
+
+def pool_by_scores(
+    scores: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Pool any value of each instance by scores, those of ``attention_scores`` or others.
+
+        a = softmax_k(s),   z = Σ_k a_k value_k
+
+    Args:
+        scores: s, [B, K, N], [K, T] with ``cu_seqlens`` or [K, N] for one bag; floating point. What a score of -inf
+            stands for is pooled with weight 0.
+        value: [B, N, D], [T, D] or [N, D], any strides and floating dtype.
+        mask, key_padding_mask: as ``gated_attention_pool``. What scores and value hold where masked is never used.
+        cu_seqlens, backend: as ``gated_attention_pool``.
+
+    Returns:
+        pooled: z, [B, K, D] ([K, D] of one bag) in value's dtype; sums are float64 if an input is, else float32. An
+        empty or fully masked bag gives 0 and zero gradients. Differentiable in scores and value.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: as ``gated_attention_pool``.
+
+    FLOPs are 2·B·N·K·D; value is read once, and once more in the backward. Two runs on one machine are bit-equal. Under
+    autocast ``value`` is cast to autocast's dtype and ``scores`` is not.
+
+    >>> import torch
+    >>> from ercn.ops import pool_by_scores
+    >>> pool_by_scores(torch.zeros(1, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))     # one bag, the mean of two
+    tensor([[2., 3.]])
+    """
+    alone = cu_seqlens is None and value.dim() == 2
+    instances = (2 if alone or cu_seqlens is not None else 3) - 1
+    if value.dim() != instances + 1 or scores.dim() != instances + 1 or scores.shape[-1] != value.shape[-2] or (
+        instances == 2 and scores.shape[0] != value.shape[0]
+    ):
+        raise ValueError(
+            "scores must be [B, K, N] with value [B, N, D], [K, N] with one bag [N, D], or ragged [K, T] with "
+            f"value [T, D] and cu_seqlens; got scores {list(scores.shape)}, value {list(value.shape)}"
+            + ("" if cu_seqlens is None else " and cu_seqlens")
+        )
+    if not (scores.is_floating_point() and value.is_floating_point()):
+        raise ValueError(f"scores and value must be floating point; got {scores.dtype} and {value.dtype}")
+    if scores.device != value.device:
+        raise ValueError(f"scores and value must be on one device; got {scores.device} and {value.device}")
+    _check_bounds(value, cu_seqlens)
+    mask = _real_instances(value, mask, key_padding_mask, cu_seqlens)
+    _library.refuse_forward_mode("pool_by_scores", scores, value)
+    if alone:
+        scores, value = scores.unsqueeze(0), value.unsqueeze(0)
+    pooled = torch.ops.ercn.pool_by_scores(scores, value, mask, cu_seqlens, _backends.requested(backend))
+    return pooled.squeeze(0) if alone else pooled
+
+
+def _prepared(h, weights, mask, key_padding_mask, cu_seqlens, activation, dropout_p, generator, masked_score) -> tuple:
+    """Whether h is one bag, the mask of real instances, and the arguments of the ops, once all of it fits."""
+    _check(h, weights, cu_seqlens)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if not masked_score < math.inf:
+        raise ValueError(f"masked_score must be finite or -inf; got {masked_score}")
+    seed = _seed(h.device, dropout_p, generator)
+    mask = _real_instances(h, mask, key_padding_mask, cu_seqlens)
+    alone = cu_seqlens is None and h.dim() == 2
+    if alone:
+        h = h.unsqueeze(0)
+    return alone, mask, h, *weights, mask, cu_seqlens, seed, float(dropout_p), activation
+
+
+def _seed(device: torch.device, dropout_p: float, generator: torch.Generator | None) -> Tensor | None:
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be from 0 to 1; got {dropout_p}")
+    if dropout_p == 0:
+        if generator is not None:
+            raise ValueError("generator was given, but dropout_p is 0: nothing is drawn")
+        return None
+    if generator is None:
+        return torch.randint(1 << 63 - 1, (1,), device=device)
+    if generator.device.type != device.type or generator.device.index not in (None, device.index):
+        raise ValueError(f"generator must be on h's device {device}; it is on {generator.device}")
+    return torch.randint(1 << 63 - 1, (1,), device=device, generator=generator)
+
+
+def _with_masked_score(scores: Tensor, mask: Tensor | None, masked_score: float) -> Tensor:
+    if mask is None or masked_score == _MASKED:
+        return scores
+    return scores.masked_fill(~mask.unsqueeze(1), masked_score)
+
+
+_POLARITY = {
+    "mask": "mask is True where the instance is real, key_padding_mask where it is padding",
+    "key_padding_mask": "key_padding_mask is True where the instance is padding, mask where it is real",
+}
+
+
+def _real_instances(
+    h: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """bool [B, N], True where the instance is real, of one mask or the other. Only masks on the CPU are read."""
+    if mask is None and key_padding_mask is None:
+        return None
+    if mask is not None and key_padding_mask is not None:
+        raise ValueError(f"give mask or key_padding_mask, not both: {_POLARITY['mask']}")
+    name, given = ("mask", mask) if key_padding_mask is None else ("key_padding_mask", key_padding_mask)
+    if cu_seqlens is not None:
+        raise ValueError(f"{name} is for dense bags [B, N, D]; ragged bags leave instances out instead")
+    if given.shape != h.shape[:-1] or given.device != h.device:
+        raise ValueError(
+            f"{name} must be bool or 0/1 {list(h.shape[:-1])} on {h.device}; "
+            f"got {given.dtype} {list(given.shape)} on {given.device}"
+        )
+    readable = _readable(given)
+    real = given
+    if given.dtype != torch.bool:
+        real = given != 0
+        if readable and (wrong := given[real & (given != 1)]).numel() > 0:
+            raise ValueError(
+                f"{name} must hold 0 and 1 alone; got {wrong[0].item()}, as one that is added to scores has it. "
+                f"{_POLARITY[name]}"
+            )
+    if name == "key_padding_mask":
+        real = ~real
+    if readable and real.numel() > 0 and not real.any():
+        _warn_once(f"{name} masks all {real.numel()} instances: pooled is 0. {_POLARITY[name]}")
+    return real.unsqueeze(0) if real.dim() == 1 else real
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether x has values that Python can read without waiting for a device."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+_warned: set[tuple[str, int]] = set()  # file and line
+
+
+def _warn_once(message: str) -> None:
+    """Warn at the nearest caller outside of ercn and torch, once for each of its lines."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("ercn", "torch"):
+        frame = frame.f_back
+    site = (frame.f_code.co_filename, frame.f_lineno)
+    if site not in _warned:
+        _warned.add(site)
+        warnings.warn_explicit(message, UserWarning, *site)
+
+
+def _check(h, weights, cu_seqlens) -> None:
+    v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = weights
+    if h.dim() != 2 and (h.dim() != 3 or cu_seqlens is not None):
+        raise ValueError(
+            "h must be [B, N, D], one bag [N, D], or ragged [T, D] with cu_seqlens; "
+            f"got {list(h.shape)}{'' if cu_seqlens is None else ' with cu_seqlens'}"
+        )
     if v_weight.dim() != 2 or w_weight.dim() != 2:
         raise ValueError(
             f"v_weight must be [L, D] and w_weight [K, L]; got {list(v_weight.shape)} and {list(w_weight.shape)}"
@@ -81,42 +319,38 @@ def _check(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seq
     dim, hidden, heads = h.shape[-1], v_weight.shape[0], w_weight.shape[0]
     if u_weight is None and u_bias is not None:
         raise ValueError("u_bias must be None where u_weight is None (plain attention)")
-    expected = {
-        "v_weight": (v_weight, (hidden, dim)),
-        "v_bias": (v_bias, (hidden,)),
-        "u_weight": (u_weight, (hidden, dim)),
-        "u_bias": (u_bias, (hidden,)),
-        "w_weight": (w_weight, (heads, hidden)),
-        "w_bias": (w_bias, (heads,)),
-    }
-    if not h.is_floating_point():
-        raise ValueError(f"h must be floating point; got {h.dtype}")
-    for name, (tensor, shape) in expected.items():
+    if not (h.is_floating_point() and v_weight.is_floating_point()):
+        raise ValueError(f"h and v_weight must be floating point; got {h.dtype} and {v_weight.dtype}")
+    for name, tensor, shape in (
+        ("v_weight", v_weight, (hidden, dim)),
+        ("v_bias", v_bias, (hidden,)),
+        ("u_weight", u_weight, (hidden, dim)),
+        ("u_bias", u_bias, (hidden,)),
+        ("w_weight", w_weight, (heads, hidden)),
+        ("w_bias", w_bias, (heads,)),
+    ):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(
                 f"{name} must be {list(shape)} for D = {dim}, L = {hidden}, K = {heads}; got {list(tensor.shape)}"
             )
-        if tensor.dtype != h.dtype and not _autocast(h.device):
-            raise ValueError(f"{name} must have h's dtype {h.dtype} outside autocast; got {tensor.dtype}")
+        if tensor.dtype != v_weight.dtype and not _autocast(h.device):
+            raise ValueError(f"{name} must have v_weight's dtype {v_weight.dtype} outside autocast; got {tensor.dtype}")
         if tensor.device != h.device:
             raise ValueError(f"{name} must be on h's device {h.device}; got {tensor.device}")
-    if mask is not None:
-        if cu_seqlens is not None:
-            raise ValueError("mask is for dense bags [B, N, D]; ragged bags leave instances out instead")
-        if mask.dtype != torch.bool or mask.shape != h.shape[:2] or mask.device != h.device:
-            raise ValueError(
-                f"mask must be bool {list(h.shape[:2])} on {h.device}; "
-                f"got {mask.dtype} {list(mask.shape)} on {mask.device}"
-            )
-    if cu_seqlens is not None:
-        integer = cu_seqlens.dtype in (torch.int32, torch.int64)
-        if not integer or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.device != h.device:
-            raise ValueError(
-                f"cu_seqlens must be int32 or int64 [B+1] on {h.device}; "
-                f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
-            )
+    _check_bounds(h, cu_seqlens)
+
+
+def _check_bounds(h: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None:
+        return
+    integer = cu_seqlens.dtype in (torch.int32, torch.int64)
+    if not integer or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.device != h.device:
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 [B+1] on {h.device}; "
+            f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
+        )
 
 
 def _autocast(device: torch.device) -> bool:
@@ -125,60 +359,124 @@ def _autocast(device: torch.device) -> bool:
 
 _INPUTS = (
     "Tensor h, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias, "
-    "Tensor? mask, Tensor? cu_seqlens"
+    "Tensor? mask, Tensor? cu_seqlens, Tensor? seed, float dropout_p, str activation"
 )
 _FORWARD = _library.define(f'gated_attention_pool({_INPUTS}, str backend="") -> (Tensor pooled, Tensor scores)')
 _BACKWARD = _library.define(
-    f"gated_attention_pool_backward(Tensor? grad_pooled, Tensor? grad_scores, {_INPUTS}, Tensor pooled, Tensor scores, "
+    f"gated_attention_pool_backward(Tensor? grad_pooled, Tensor? grad_scores, {_INPUTS}, Tensor scores, "
     'bool[] needs, str backend="") -> (Tensor grad_h, Tensor grad_v_weight, Tensor grad_v_bias, '
     "Tensor grad_u_weight, Tensor grad_u_bias, Tensor grad_w_weight, Tensor grad_w_bias)"
 )
+_SCORES = _library.define(f'attention_scores({_INPUTS}, str backend="") -> Tensor scores')
+_POOL = _library.define(
+    'pool_by_scores(Tensor scores, Tensor value, Tensor? mask, Tensor? cu_seqlens, str backend="") -> Tensor pooled'
+)
+_POOL_BACKWARD = _library.define(
+    "pool_by_scores_backward(Tensor grad_pooled, Tensor scores, Tensor value, Tensor? mask, Tensor? cu_seqlens, "
+    'bool[] needs, str backend="") -> (Tensor grad_scores, Tensor grad_value)'
+)
 _DIFFERENTIABLE = 7  # h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias
+_ARGUMENTS = 13  # those, mask, cu_seqlens, seed, dropout_p, activation, backend
+
+
+def _bags(h: Tensor, cu_seqlens: Tensor | None) -> int:
+    return h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+@torch.library.register_fake(_SCORES)
+def _fake_scores(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, *args):
+    heads = w_weight.shape[0]
+    shape = (h.shape[0], heads, h.shape[1]) if cu_seqlens is None else (heads, h.shape[0])
+    return h.new_empty(shape, dtype=accumulate_dtype(h, v_weight))
 
 
 @torch.library.register_fake(_FORWARD)
-def _(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, backend=""):
-    heads = w_weight.shape[0]
-    if cu_seqlens is None:
-        bags, scores = h.shape[0], (h.shape[0], heads, h.shape[1])
-    else:
-        bags, scores = cu_seqlens.shape[0] - 1, (heads, h.shape[0])
-    return h.new_empty(bags, heads, h.shape[-1]), h.new_empty(scores, dtype=accumulate_dtype(h))
+def _(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, *args):
+    dtype = torch.promote_types(h.dtype, v_weight.dtype)
+    pooled = h.new_empty(_bags(h, cu_seqlens), w_weight.shape[0], h.shape[-1], dtype=dtype)
+    return pooled, _fake_scores(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens)
 
 
 @torch.library.register_fake(_BACKWARD)
 def _(grad_pooled, grad_scores, h, *args):
-    inputs, needs = (h, *args[: _DIFFERENTIABLE - 1]), args[10]
-    return tuple(h.new_empty(x.shape if need else 0) for x, need in zip(inputs, needs))
+    inputs, needs = (h, *args[: _DIFFERENTIABLE - 1]), args[12]
+    return tuple(
+        h.new_empty(0) if x is None else x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needs)
+    )
+
+
+@torch.library.register_fake(_POOL)
+def _(scores, value, mask, cu_seqlens, backend=""):
+    return value.new_empty(_bags(value, cu_seqlens), scores.shape[-2], value.shape[-1])
+
+
+@torch.library.register_fake(_POOL_BACKWARD)
+def _(grad_pooled, scores, value, mask, cu_seqlens, needs, backend=""):
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip((scores, value), needs))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, ctx.dropout_p, ctx.activation, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[-1] if isinstance(output, tuple) else output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_pooled, grad_scores):
     needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
     if grad_pooled is None and grad_scores is None:
-        return (None,) * 10
-    grads = _BACKWARD(grad_pooled, grad_scores, *ctx.saved_tensors, needs, ctx.backend)
+        return (None,) * _ARGUMENTS
+    *tensors, scores = ctx.saved_tensors
+    rest = (ctx.dropout_p, ctx.activation, scores, needs, ctx.backend)
+    grads = _BACKWARD(grad_pooled, grad_scores, *tensors, *rest)
+    grads = [grad if need else None for grad, need in zip(grads, needs)]
+    return (*grads, *(None,) * (_ARGUMENTS - _DIFFERENTIABLE))
+
+
+def _scores_backward(ctx, grad_scores):
+    return _backward(ctx, None, grad_scores)
+
+
+def _pool_setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _pool_backward(ctx, grad_pooled):
+    needs = list(ctx.needs_input_grad[:2])
+    grads = _POOL_BACKWARD(grad_pooled, *ctx.saved_tensors, needs, ctx.backend)
     return (*(grad if need else None for grad, need in zip(grads, needs)), None, None, None)
 
 
 torch.library.register_autograd(_FORWARD, _backward, setup_context=_setup_context)
+torch.library.register_autograd(_SCORES, _scores_backward, setup_context=_setup_context)
+torch.library.register_autograd(_POOL, _pool_backward, setup_context=_pool_setup_context)
 _library.refuse_double_backward(_BACKWARD)
-_library.autocast(_FORWARD, lambda cast, args: (*map(cast, args[:_DIFFERENTIABLE]), *args[_DIFFERENTIABLE:]))
+_library.refuse_double_backward(_POOL_BACKWARD)
+for _overload in (_FORWARD, _SCORES):
+    _library.autocast(_overload, lambda cast, args: (*map(cast, args[:_DIFFERENTIABLE]), *args[_DIFFERENTIABLE:]))
+_library.autocast(_POOL, lambda cast, args: (args[0], cast(args[1]), *args[2:]))
+
+
+def _vmap_bags(overload, info, in_dims, args) -> tuple[tuple[Tensor, ...], tuple]:
+    """Where only the bags are batched, more bags; dropout, which numbers instances in each call, stays a loop."""
+    outputs_of = overload if overload is _FORWARD else lambda *args: (overload(*args),)
+    h_dim, *weight_dims, mask_dim = in_dims[:8]
+    if args[8] is None and args[9] is None and all(dim is None for dim in weight_dims):
+        fold = [_library.fold(dim, info.batch_size, x) for dim, x in ((h_dim, args[0]), (mask_dim, args[7]))]
+        outputs = outputs_of(fold[0], *args[1:7], fold[1], None, *args[9:])
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)
+    return _library.loop(outputs_of, info.batch_size, in_dims, args)
 
 
 @torch.library.register_vmap(_FORWARD)
 def _(info, in_dims, *args):
-    h_dim, *weight_dims, mask_dim = in_dims[:8]
-    if args[8] is None and all(dim is None for dim in weight_dims):  # only the bags are batched: more bags
-        fold = [_library.fold(dim, info.batch_size, x) for dim, x in ((h_dim, args[0]), (mask_dim, args[7]))]
-        outputs = _FORWARD(fold[0], *args[1:7], fold[1], None, *args[9:])
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
-    return _library.loop(_FORWARD, info.batch_size, in_dims, args)
+    return _vmap_bags(_FORWARD, info, in_dims, args)
+
+
+@torch.library.register_vmap(_SCORES)
+def _(info, in_dims, *args):
+    (scores,), (dim,) = _vmap_bags(_SCORES, info, in_dims, args)
+    return scores, dim
 
 
 @torch.library.register_vmap(_BACKWARD)
@@ -186,19 +484,50 @@ def _(info, in_dims, *args):
     return _library.loop(_BACKWARD, info.batch_size, in_dims, args)
 
 
+@torch.library.register_vmap(_POOL)
+def _(info, in_dims, scores, value, mask, cu_seqlens, backend=""):
+    args = (scores, value, mask, cu_seqlens, backend)
+    if cu_seqlens is not None:
+        (pooled,), (dim,) = _library.loop(lambda *args: (_POOL(*args),), info.batch_size, in_dims, args)
+        return pooled, dim
+    folded = [_library.fold(dim, info.batch_size, x) for dim, x in zip(in_dims[:3], args[:3])]
+    return _POOL(*folded, None, backend).unflatten(0, (info.batch_size, -1)), 0
+
+
+@torch.library.register_vmap(_POOL_BACKWARD)
+def _(info, in_dims, *args):
+    return _library.loop(_POOL_BACKWARD, info.batch_size, in_dims, args)
+
+
 @register_flop_formula(torch.ops.ercn.gated_attention_pool)
 def _(h_shape, v_shape, v_bias, u_shape, u_bias, w_shape, *args, out_shape=None, **kwargs) -> int:
     return _projection_flops(h_shape, v_shape, u_shape) + _narrow_flops(h_shape, w_shape)
 
 
+@register_flop_formula(torch.ops.ercn.attention_scores)
+def _(h_shape, v_shape, v_bias, u_shape, u_bias, w_shape, *args, out_shape=None, **kwargs) -> int:
+    return _projection_flops(h_shape, v_shape, u_shape) + _narrow_flops(h_shape, w_shape, pooled=False)
+
+
 @register_flop_formula(torch.ops.ercn.gated_attention_pool_backward)
 def _(
-    grad_pooled, grad_scores, h_shape, v_shape, v_bias, u_shape, u_bias, w_shape, w_bias, mask, cu_seqlens, pooled,
-    scores, needs, *args, out_shape=None, **kwargs,
+    grad_pooled, grad_scores, h_shape, v_shape, v_bias, u_shape, u_bias, w_shape, w_bias, mask, cu_seqlens, seed,
+    dropout_p, activation, scores, needs, *args, out_shape=None, **kwargs,
 ) -> int:  # fmt: skip
     """The projections again, one product of their size for the weights and one for h; counted by what is asked for."""
     products = 1 + (needs[1] or needs[3]) + needs[0]
-    return products * _projection_flops(h_shape, v_shape, u_shape) + 2 * _narrow_flops(h_shape, w_shape)
+    narrow = _narrow_flops(h_shape, w_shape, pooled=grad_pooled is not None)
+    return products * _projection_flops(h_shape, v_shape, u_shape) + 2 * narrow
+
+
+@register_flop_formula(torch.ops.ercn.pool_by_scores)
+def _(scores_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(scores_shape) * value_shape[-1]
+
+
+@register_flop_formula(torch.ops.ercn.pool_by_scores_backward)
+def _(grad_pooled, scores_shape, value_shape, mask, cu_seqlens, needs, *args, out_shape=None, **kwargs) -> int:
+    return sum(needs) * 2 * math.prod(scores_shape) * value_shape[-1]
 
 
 def _projection_flops(h_shape, v_shape, u_shape) -> int:
@@ -206,6 +535,6 @@ def _projection_flops(h_shape, v_shape, u_shape) -> int:
     return 2 * instances * h_shape[-1] * v_shape[0] * (1 if u_shape is None else 2)
 
 
-def _narrow_flops(h_shape, w_shape) -> int:
+def _narrow_flops(h_shape, w_shape, pooled=True) -> int:
     instances = h_shape[0] * h_shape[1] if len(h_shape) == 3 else h_shape[0]
-    return 2 * instances * w_shape[0] * (w_shape[1] + h_shape[-1])
+    return 2 * instances * w_shape[0] * (w_shape[1] + (h_shape[-1] if pooled else 0))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ercn.ops import _extension
+from ercn.ops._pool_arguments import refusal
 
 KERNELS = ("generic", "sm90", "sm90_dense")
 NAMESPACE = "ercn_native"
@@ -39,6 +40,8 @@ def can_run(op: str, *args) -> str | None:
     for x in args:
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in _DTYPES:
             return f"it takes float32, bfloat16 and float16; got {x.dtype}"
+    if reason := refusal(op, args):
+        return reason
     if op.startswith("relu_affinity"):
         feat = args[1 if op == "relu_affinity" else 2]
         most = _call("relu_affinity_most_features", feat.itemsize, _shared_bytes(feat.device))
@@ -87,6 +90,9 @@ def gated_attention_pool(
     w_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
     return _call("gated_attention_pool_cuda", h, *weights, mask, cu_seqlens, _exact(h.dtype), kernels())
@@ -104,12 +110,16 @@ def gated_attention_pool_backward(
     w_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    pooled: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
     scores: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     wanted = sum(need << i for i, need in enumerate(needs))
     weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    bags = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    pooled = h.new_empty(bags, w_weight.shape[0], h.shape[-1])  # of the forward; only its shape is looked at
     return _call(
         "gated_attention_pool_backward_cuda",
         grad_pooled, grad_scores, h, *weights, mask, cu_seqlens, pooled, scores, wanted, _exact(h.dtype), kernels(),

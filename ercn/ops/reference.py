@@ -1,4 +1,4 @@
-"""Plain-torch definitions of both operators and their gradients: the specification, and the last fallback.
+"""Plain-torch definitions of the operators and their gradients: the specification, and the last fallback.
 
 Inputs of lower precision are widened to float32 (float64 stays) and every sum is taken there. Work is cut into column
 blocks of about ``_BLOCK_ELEMENTS`` affinities or activations, so N = 65,536 pixels need no N×N buffer.
@@ -6,6 +6,8 @@ blocks of about ``_BLOCK_ELEMENTS`` affinities or activations, so N = 65,536 pix
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -66,11 +68,97 @@ def relu_affinity_backward(
     return grad_value.to(value.dtype), grad_feat.to(feat.dtype)
 
 
-def _branches(h: Tensor, v_weight: Tensor, v_bias: Tensor | None, u_weight: Tensor | None, u_bias: Tensor | None):
-    """tanh(V h + b_V) and σ(U h + b_U) (None if ungated): each [B, n, L]."""
-    t = torch.tanh(torch.nn.functional.linear(h, v_weight, v_bias))
-    s = None if u_weight is None else torch.sigmoid(torch.nn.functional.linear(h, u_weight, u_bias))
-    return t, s
+# Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+ACTIVATIONS = ("tanh", "relu", "gelu")
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four words of random bits for a counter of four words and a key of two; all int64 holding 32 bits."""
+    (a, b, c, d), (k, m) = counter, key
+    for _ in range(10):
+        # The product of two words wraps at 2^64, which is right, sign or not: its halves are taken as bits.
+        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = (second >> 32 & _WORD) ^ b ^ k, second & _WORD, (first >> 32 & _WORD) ^ d ^ m, first & _WORD
+        k, m = k + _KEY_STEPS[0] & _WORD, m + _KEY_STEPS[1] & _WORD
+    return a, b, c, d
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """A unit is dropped where its 16 random bits are below this."""
+    return round(dropout_p * 65536)
+
+
+def dropout_factors(
+    seed: Tensor, dropout_p: float, instances: Tensor, hidden: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What dropout multiplies V's and U's branch by, 0 or 1 / (1 - p): each [*instances.shape, hidden].
+
+    Instance i and hidden unit l take word (l // 16) % 4 of the counter (i, i >> 32, (l // 64) · 16 + l % 16, 0) under
+    the key ``seed``: V's branch its low 16 bits, U's its high ones. Nothing is read back from a device.
+    """
+    groups = -(-hidden // 64)
+    i = instances.unsqueeze(-1)
+    units = torch.arange(groups * 16, device=seed.device)
+    words = philox((i & _WORD, i >> 32 & _WORD, units, torch.zeros_like(units)), (seed & _WORD, seed >> 32 & _WORD))
+    words = torch.stack([word.unflatten(-1, (groups, 16)) for word in words], dim=-2)  # [*, groups, 4, 16]
+    words = words.flatten(-3)[..., :hidden]
+    threshold = dropout_threshold(dropout_p)
+    scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    v, u = ((bits >= threshold).to(dtype) * scale for bits in (words & 0xFFFF, words >> 16))
+    return v, u
+
+
+class _Branches:
+    """drop(act(V h + b_V)) and drop(σ(U h + b_U)) of a dense batch's instances, and their derivatives."""
+
+    def __init__(self, h, v_weight, v_bias, u_weight, u_bias, seed, dropout_p, activation):
+        self.acc = accumulate_dtype(h, v_weight)
+        self.weights = _widen(self.acc, v_weight, v_bias, u_weight, u_bias)
+        self.activation, self.seed, self.dropout_p = activation, seed, dropout_p
+        self.batch, self.n, _ = h.shape
+        self.hidden = v_weight.shape[0]
+
+    def _factors(self, rows: slice) -> tuple[Tensor, Tensor] | None:
+        if self.seed is None:
+            return None
+        device = self.seed.device
+        bags = self.n * torch.arange(self.batch, device=device)
+        instances = bags[:, None] + torch.arange(rows.start, rows.stop, device=device)
+        return dropout_factors(self.seed, self.dropout_p, instances, self.hidden, self.acc)
+
+    def __call__(self, x: Tensor, rows: slice, derivatives: bool = False) -> tuple[Tensor | None, ...]:
+        """t and s (None if ungated) of x [B, n, D], each [B, n, L]; with derivatives, theirs by V h and U h too."""
+        v, bv, u, bu = self.weights
+        factors = self._factors(rows)
+        x_v = torch.nn.functional.linear(x, v, bv)
+        t = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}[self.activation](x_v)
+        s = None if u is None else torch.sigmoid(torch.nn.functional.linear(x, u, bu))
+        dt = ds = None
+        if derivatives:
+            dt = _slope(self.activation, x_v, t)
+            ds = None if s is None else s * (1 - s)
+        if factors is None:
+            return t, s, dt, ds
+        v_factor, u_factor = factors
+        return (
+            t * v_factor,
+            None if s is None else s * u_factor,
+            None if dt is None else dt * v_factor,
+            None if ds is None else ds * u_factor,
+        )
+
+
+def _slope(activation: str, x: Tensor, t: Tensor) -> Tensor:
+    """act'(x) where t = act(x). As in torch, relu'(0) = 0 and NaN passes a gradient on."""
+    if activation == "tanh":
+        return 1 - t * t
+    if activation == "relu":
+        return torch.ones_like(x).masked_fill_(x <= 0, 0)
+    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
 
 
 def _widen(acc: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -84,8 +172,10 @@ def _real(h: Tensor, mask: Tensor | None) -> Tensor:
 
 def _attention(scores: Tensor, mask: Tensor | None) -> Tensor:
     """softmax over instances; masked ones, and so whole masked bags, weigh exactly 0. scores [B, K, N]."""
-    attention = torch.softmax(scores, dim=-1)
-    return attention if mask is None else attention.masked_fill(~mask.unsqueeze(1), 0)
+    if mask is None:
+        return torch.softmax(scores, dim=-1)
+    masked = ~mask.unsqueeze(1)
+    return torch.softmax(scores.masked_fill(masked, float("-inf")), dim=-1).masked_fill(masked, 0)
 
 
 def bag_slices(cu_seqlens: Tensor, total: int) -> list[slice]:
@@ -93,6 +183,109 @@ def bag_slices(cu_seqlens: Tensor, total: int) -> list[slice]:
     if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {total} without falling; got {bounds}")
     return [slice(a, b) for a, b in pairwise(bounds)]
+
+
+def attention_scores(
+    h: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    u_weight: Tensor | None,
+    u_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
+) -> Tensor:
+    """[B, K, N] (ragged: [K, T]) in the accumulation dtype; -inf where masked."""
+    if cu_seqlens is not None:
+        bag_slices(cu_seqlens, h.shape[0])
+        h = h.unsqueeze(0)
+    branches = _Branches(h, v_weight, v_bias, u_weight, u_bias, seed, dropout_p, activation)
+    w, bw = _widen(branches.acc, w_weight, w_bias)
+    batch, n, dim = h.shape
+    real = _real(h, mask)
+    scores = torch.empty(batch, len(w), n, dtype=branches.acc, device=h.device)
+    for rows in _blocks(n, batch * max(v_weight.shape[0], dim)):
+        t, s, *_ = branches(real[:, rows].to(branches.acc), rows)
+        scores[..., rows] = torch.nn.functional.linear(t if s is None else t * s, w, bw).mT
+    if mask is not None:
+        scores.masked_fill_(~mask.unsqueeze(1), float("-inf"))
+    return scores if cu_seqlens is None else scores[0]
+
+
+def _pool(scores: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """softmax(scores) · value, [B, K, D] in the accumulation dtype."""
+    acc = accumulate_dtype(scores, value)
+    if cu_seqlens is not None:
+        bags = bag_slices(cu_seqlens, value.shape[0])
+        parts = [_pool(scores[None, :, bag], value[None, bag], None, None) for bag in bags]
+        return torch.cat(parts) if parts else value.new_zeros(0, scores.shape[0], value.shape[1], dtype=acc)
+    attention = _attention(scores.to(acc), mask)
+    real = _real(value, mask)
+    batch, n, dim = value.shape
+    pooled = torch.zeros(batch, scores.shape[1], dim, dtype=acc, device=value.device)
+    for rows in _blocks(n, batch * dim):
+        pooled += attention[..., rows] @ real[:, rows].to(acc)
+    return pooled
+
+
+def _pool_gradients(
+    grad_pooled: Tensor,
+    scores: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """``pool_by_scores_backward`` in the accumulation dtype."""
+    acc = accumulate_dtype(scores, value)
+    grad_scores, grad_value = (
+        torch.zeros(x.shape if need else 0, dtype=acc, device=x.device) for x, need in zip((scores, value), needs)
+    )
+    if cu_seqlens is not None:
+        for i, bag in enumerate(bag_slices(cu_seqlens, value.shape[0])):
+            of_bag = (grad_pooled[i : i + 1], scores[None, :, bag], value[None, bag], None, None, needs)
+            parts = _pool_gradients(*of_bag)
+            if needs[0]:
+                grad_scores[:, bag] = parts[0][0]
+            if needs[1]:
+                grad_value[bag] = parts[1][0]
+        return grad_scores, grad_value
+    attention = _attention(scores.to(acc), mask)
+    real = _real(value, mask)
+    grad_pooled = grad_pooled.to(acc)  # [B, K, D]
+    for rows in _blocks(value.shape[1], value.shape[0] * value.shape[2]):
+        if needs[0]:
+            grad_scores[..., rows] = attention[..., rows] * (grad_pooled @ real[:, rows].to(acc).mT)
+        if needs[1]:
+            grad_value[:, rows] = attention[..., rows].mT @ grad_pooled
+    if needs[0]:
+        # ĝ·z = Σ a (ĝ·v) from these very products: z itself may be rounded to half precision.
+        grad_scores -= attention * grad_scores.sum(-1, keepdim=True)
+    return grad_scores, grad_value
+
+
+def pool_by_scores(scores: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """softmax(scores) · value: [B, K, D] in value's dtype."""
+    return _pool(scores, value, mask, cu_seqlens).to(value.dtype)
+
+
+def pool_by_scores_backward(
+    grad_pooled: Tensor,
+    scores: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of (scores, value); one not needed is an empty tensor.
+
+    With a = softmax(s), the pooled gradient ĝ and v of an instance:  ds = a ⊙ (ĝ·v − Σ a (ĝ·v)),  dv = aᵀ ĝ.
+    """
+    return _narrow(_pool_gradients(grad_pooled, scores, value, mask, cu_seqlens, needs), (scores, value))
 
 
 def gated_attention_pool(
@@ -105,34 +298,14 @@ def gated_attention_pool(
     w_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """pooled [B, K, D] in h's dtype, scores [B, K, N] (ragged: [K, T]) in the accumulation dtype."""
+    """pooled [B, K, D] in the dtype that h's and the weights' promote to, and ``attention_scores``."""
     weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    if cu_seqlens is not None:
-        bags = bag_slices(cu_seqlens, h.shape[0])
-        parts = [gated_attention_pool(h[bag].unsqueeze(0), *weights, None, None) for bag in bags]
-        pooled = [p for p, _ in parts]
-        scores = [s[0] for _, s in parts]
-        if not parts:  # no bag at all
-            acc = accumulate_dtype(h)
-            return h.new_zeros(0, len(w_weight), h.shape[1]), h.new_zeros(len(w_weight), 0, dtype=acc)
-        return torch.cat(pooled), torch.cat(scores, dim=1)
-
-    acc = accumulate_dtype(h)
-    v, bv, u, bu, w, bw = _widen(acc, *weights)
-    batch, n, dim = h.shape
-    real = _real(h, mask)
-    scores = torch.empty(batch, len(w), n, dtype=acc, device=h.device)
-    for rows in _blocks(n, batch * max(v.shape[0], dim)):
-        t, s = _branches(real[:, rows].to(acc), v, bv, u, bu)
-        scores[..., rows] = torch.nn.functional.linear(t if s is None else t * s, w, bw).mT
-    if mask is not None:
-        scores.masked_fill_(~mask.unsqueeze(1), float("-inf"))
-    attention = _attention(scores, mask)
-    pooled = torch.zeros(batch, len(w), dim, dtype=acc, device=h.device)
-    for rows in _blocks(n, batch * dim):
-        pooled += attention[..., rows] @ real[:, rows].to(acc)
-    return pooled.to(h.dtype), scores
+    scores = attention_scores(h, *weights, mask, cu_seqlens, seed, dropout_p, activation)
+    return _pool(scores, h, mask, cu_seqlens).to(torch.promote_types(h.dtype, v_weight.dtype)), scores
 
 
 def gated_attention_pool_backward(
@@ -147,78 +320,64 @@ def gated_attention_pool_backward(
     w_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    pooled: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
     scores: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of (h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias); one not needed is an empty tensor.
 
-    With a = softmax(s), g = t ⊙ σ:  ds = a ⊙ (ĝ·h − ĝ·z) + grad_scores  for the pooled gradient ĝ and the pooled z,
-    dw = ds g,  dt = (wᵀ ds) ⊙ σ ⊙ (1 − t²),  dσ = (wᵀ ds) ⊙ t ⊙ σ(1 − σ),  dV = dt h,  dU = dσ h,
-    dh = aᵀ ĝ + Vᵀ dt + Uᵀ dσ.
+    With t = drop(act(x)), σ = drop(sigmoid(y)), x = V h + b_V, y = U h + b_U, and ds from ``pool_by_scores_backward``
+    and grad_scores:  dw = ds (t ⊙ σ),  dx = (wᵀ ds) ⊙ σ ⊙ t',  dy = (wᵀ ds) ⊙ t ⊙ σ',  dV = dx h,  dU = dy h,
+    dh = aᵀ ĝ + Vᵀ dx + Uᵀ dy.
     """
     inputs = (h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    acc = accumulate_dtype(h)
+    acc = accumulate_dtype(h, v_weight)
     grads = [
         torch.zeros(x.shape if need else 0, dtype=acc, device=h.device) if x is not None else h.new_empty(0)
         for x, need in zip(inputs, needs)
     ]
-    if cu_seqlens is not None:
-        for i, bag in enumerate(bag_slices(cu_seqlens, h.shape[0])):
-            parts = gated_attention_pool_backward(
-                None if grad_pooled is None else grad_pooled[i : i + 1],
-                None if grad_scores is None else grad_scores[None, :, bag],
-                *(h[bag].unsqueeze(0).to(acc), *_widen(acc, *inputs[1:])),
-                *(None, None, pooled[i : i + 1], scores[None, :, bag], needs),
-            )
-            if needs[0]:
-                grads[0][bag] = parts[0][0]
-            for total, part in zip(grads[1:], parts[1:]):
-                total += part
-        return _narrow(grads, inputs)
-
-    v, bv, u, bu, w, _ = _widen(acc, *inputs[1:])
-    attention = _attention(scores, mask)  # [B, K, N]
     ds = torch.zeros_like(scores)
-    real = _real(h, mask)
     if grad_pooled is not None:
-        grad_pooled = grad_pooled.to(acc)  # [B, K, D]
-        for rows in _blocks(h.shape[1], h.shape[0] * h.shape[2]):
-            ds[..., rows] = attention[..., rows] * (grad_pooled @ real[:, rows].to(acc).mT)
-        # ĝ·z = Σ a (ĝ·h) from these very products: z itself may be rounded to half precision.
-        ds -= attention * ds.sum(-1, keepdim=True)
+        ds, grad_h = _pool_gradients(grad_pooled, scores, h, mask, cu_seqlens, [True, needs[0]])
+        if needs[0]:
+            grads[0] = grad_h
     if grad_scores is not None:
-        ds += grad_scores.to(acc)
+        ds = ds + grad_scores.to(acc)
+    if cu_seqlens is not None:  # one list of instances: bags no longer matter
+        h, ds = h.unsqueeze(0), ds.unsqueeze(0)
+    grad_h = grads[0].view(h.shape) if needs[0] else None
     if mask is not None:
-        ds.masked_fill_(~mask.unsqueeze(1), 0)
+        ds = ds.masked_fill(~mask.unsqueeze(1), 0)
 
+    branches = _Branches(h, v_weight, v_bias, u_weight, u_bias, seed, dropout_p, activation)
+    v, _, u, _ = branches.weights
+    (w,) = _widen(acc, w_weight)
+    real = _real(h, mask)
     for rows in _blocks(h.shape[1], h.shape[0] * max(v.shape[0], h.shape[2])):
         x = real[:, rows].to(acc)  # [B, n, D]
-        t, s = _branches(x, v, bv, u, bu)  # [B, n, L]
+        t, s, t_slope, s_slope = branches(x, rows, derivatives=True)  # [B, n, L]
         ds_rows = ds[..., rows]  # [B, K, n]
         dg = ds_rows.mT @ w  # [B, n, L]
-        gated = t if s is None else t * s
-        dt = dg * (1 - t * t) if s is None else dg * s * (1 - t * t)
-        branch_grads = [(dt, v, 1)]
+        branch_grads = [((dg if s is None else dg * s) * t_slope, v, 1)]
         if s is not None:
-            branch_grads.append((dg * t * s * (1 - s), u, 3))
+            branch_grads.append((dg * t * s_slope, u, 3))
         for d, weight, i in branch_grads:
             if needs[i]:
                 grads[i] += torch.einsum("bnl,bnd->ld", d, x)
             if needs[i + 1]:
                 grads[i + 1] += d.sum((0, 1))
             if needs[0]:
-                grads[0][:, rows] += d @ weight
-        if needs[0] and grad_pooled is not None:
-            grads[0][:, rows] += attention[..., rows].mT @ grad_pooled
+                grad_h[:, rows] += d @ weight
         if needs[5]:
-            grads[5] += torch.einsum("bkn,bnl->kl", ds_rows, gated)
+            grads[5] += torch.einsum("bkn,bnl->kl", ds_rows, t if s is None else t * s)
         if needs[6]:
             grads[6] += ds_rows.sum((0, 2))
     if needs[0] and mask is not None:
-        grads[0].masked_fill_(~mask.unsqueeze(-1), 0)
+        grad_h.masked_fill_(~mask.unsqueeze(-1), 0)
     return _narrow(grads, inputs)
 
 
-def _narrow(grads: list[Tensor], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+def _narrow(grads: Sequence[Tensor], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     return tuple(g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs))

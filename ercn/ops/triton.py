@@ -14,6 +14,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ercn.ops._pool_arguments import refusal
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 _MODULES = {
@@ -47,7 +49,7 @@ def can_run(op: str, *args) -> str | None:
     for x in args:
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in _DTYPES:
             return f"it takes float32, bfloat16 and float16; got {x.dtype}"
-    return None
+    return refusal(op, args)
 
 
 def _launch(op: str, *args):

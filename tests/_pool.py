@@ -1,0 +1,105 @@
+"""Attention pooling with every argument in plain torch, and the random bits of its dropout by NumPy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from _gpu_backends import BACKENDS, DEVICE, EMULATED
+from _ops import randn
+from torch.nn.functional import gelu, linear
+
+from ercn.ops import _backends, triton
+
+ALONE = EMULATED or triton.INTERPRETED  # a process for one GPU backend on the CPU
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": gelu}
+
+
+def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Philox4x32-10 of counters [..., 4] and keys [..., 2], uint64 below 2^32."""
+    c, k = (x.astype(np.uint64) for x in (counter, key))
+    word, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        first, second = c[..., 0] * np.uint64(0xD2511F53), c[..., 2] * np.uint64(0xCD9E8D57)
+        rows = (second >> half) ^ c[..., 1] ^ k[..., 0], second & word, (first >> half) ^ c[..., 3] ^ k[..., 1], first
+        c = np.stack([x & word for x in rows], -1)
+        k = (k + np.array([0x9E3779B9, 0xBB67AE85], np.uint64)) & word
+    return c
+
+
+def kept(seed: int, p: float, instances: torch.Tensor, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which units of V's and of U's branch are kept: two of [*instances.shape, hidden], one counter for every unit."""
+    i, unit = np.broadcast_arrays(instances.numpy().astype(np.uint64)[..., None], np.arange(hidden, dtype=np.uint64))
+    u64 = np.uint64
+    column = unit // u64(64) * u64(16) + unit % u64(16)
+    counter = np.stack([i & u64(0xFFFFFFFF), i >> u64(32), column, np.zeros_like(i)], -1)
+    words = philox(counter, np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], np.uint64))
+    bits = np.take_along_axis(words, (unit // u64(16) % u64(4)).astype(np.int64)[..., None], -1)[..., 0]
+    threshold = round(p * 65536)
+    return tuple(torch.from_numpy(x >= threshold) for x in (bits & u64(0xFFFF), bits >> u64(16)))
+
+
+def factors(seed: torch.Tensor | None, p: float, instances: torch.Tensor, hidden: int):
+    """What the branches are multiplied by, in float64, or None."""
+    if seed is None:
+        return None
+    scale = 65536 / max(65536 - round(p * 65536), 1)
+    return tuple(x.double() * scale for x in kept(int(seed), p, instances, hidden))
+
+
+def inputs(n, d, hidden, heads=1, batch=None, gated=True, bias=True):
+    """float64 h [B, N, D] or [N, D], and the weights, which leave no activation saturated."""
+    h = randn(*(() if batch is None else (batch,)), n, d, seed=1)
+    v, u = (randn(hidden, d, seed=s) / max(d, 1) ** 0.5 for s in (2, 3))
+    bv, bu, bw = (randn(k, seed=s) if bias else None for s, k in ((4, hidden), (5, hidden), (6, heads)))
+    return [h, v, bv, u if gated else None, bu if gated else None, randn(heads, hidden, seed=7), bw]
+
+
+def scores_of(h, v, bv, u, bu, w, bw, *, mask=None, activation="tanh", dropped=None):
+    """[B, K, N] of h [B, N, D]; dropped: ``factors`` of its instances."""
+    gate = ACTIVATIONS[activation](linear(h, v, bv))
+    if dropped is not None:
+        gate = gate * dropped[0].to(gate)
+    if u is not None:
+        s = torch.sigmoid(linear(h, u, bu))
+        gate = gate * (s if dropped is None else s * dropped[1].to(s))
+    scores = linear(gate, w, bw).mT
+    return scores if mask is None else scores.masked_fill(~mask[:, None], float("-inf"))
+
+
+def pooled_of(scores, value, mask=None):
+    if mask is None:
+        return torch.softmax(scores, -1) @ value
+    a = torch.softmax(scores.masked_fill(~mask[:, None], float("-inf")), -1).masked_fill(~mask[:, None], 0)
+    return a @ value.masked_fill(~mask[..., None], 0)
+
+
+def twin(h, *weights, mask=None, cu_seqlens=None, activation="tanh", seed=None, dropout_p=0.0):
+    """(pooled, scores) of every layout in plain torch, in the dtype of the arguments."""
+    hidden = len(weights[0])
+    if cu_seqlens is None:
+        bags = h if h.dim() == 3 else h[None]
+        numbers = torch.arange(bags.shape[0] * bags.shape[1]).view(bags.shape[:2])
+        mask = None if mask is None else mask.view(bags.shape[:2])
+        dropped = factors(seed, dropout_p, numbers, hidden)
+        scores = scores_of(bags, *weights, mask=mask, activation=activation, dropped=dropped)
+        results = pooled_of(scores, bags, mask), scores
+        return results if h.dim() == 3 else tuple(x[0] for x in results)
+    dropped = factors(seed, dropout_p, torch.arange(len(h)), hidden)
+    dropped = None if dropped is None else [x[None] for x in dropped]
+    scores = scores_of(h[None], *weights, activation=activation, dropped=dropped)
+    bounds = cu_seqlens.tolist()
+    pooled = [pooled_of(scores[..., a:b], h[None, a:b]) for a, b in itertools.pairwise(bounds)]
+    return torch.cat(pooled), scores[0]
+
+
+def backends_for(op: str, *args) -> list[str]:
+    """Of this process the backends that take ``args``, whatever their device."""
+    names = [*BACKENDS] if ALONE else ["cpu", "reference", *BACKENDS]
+    rows = [_backends.named(name, "backend") for name in names]
+    return [row.name for row in rows if (row.launcher.unavailable() or row.launcher.can_run(op, *args)) is None]
+
+
+def device_of(backend: str) -> str:
+    return "cpu" if backend in ("cpu", "reference") else DEVICE

@@ -45,7 +45,7 @@ SUMMARIES = {
     "train": "train ERCN on image labels",
     "evaluate": "metrics with intervals, localisation against lesion masks, HTML report",
     "predict": "grades and full-resolution heat maps of any pictures",
-    "export": "the network for programs without ercn: ONNX, torch.export or AOTInductor, and a script",
+    "export": "a network and a script for use without ercn: ONNX, torch or C++",
     "report": "compare runs in one self-contained HTML page: ercn report RUN RUN …",
     "ablate": "train and evaluate a grid of configurations and seeds, one table",
     "select": "choose a configuration of a grid on validation, without the test split",

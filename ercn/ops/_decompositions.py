@@ -36,11 +36,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     (False, 2)
     """
     ops = torch.ops.ercn
-    return {
-        ops.relu_affinity.default: _relu_affinity,
-        ops.gated_attention_pool.default: _gated_attention_pool,
-        ops.pixel_adaptive_refinement.default: _pixel_adaptive_refinement,
-    }
+    return {getattr(ops, name).default: form for name, form in _FORMS.items() if hasattr(ops, name)}
 
 
 def _relu_affinity(value: Tensor, feat: Tensor, backend: str = "") -> Tensor:
@@ -50,7 +46,7 @@ def _relu_affinity(value: Tensor, feat: Tensor, backend: str = "") -> Tensor:
     return torch.cat([value @ torch.relu(feat.mT @ columns) for columns in feat.split(size, 2)], 2)
 
 
-def _gated_attention_pool(
+def _attention_scores(
     h: Tensor,
     v_weight: Tensor,
     v_bias: Tensor | None,
@@ -60,26 +56,49 @@ def _gated_attention_pool(
     w_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
     backend: str = "",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    _refuse_ragged(cu_seqlens)
+    branches = reference._Branches(h, v_weight, v_bias, u_weight, u_bias, seed, dropout_p, activation)
+    w, bw = reference._widen(branches.acc, w_weight, w_bias)
+    t, s, *_ = branches(reference._real(h, mask).to(branches.acc), slice(0, h.shape[1]))
+    scores = F.linear(t if s is None else t * s, w, bw).mT.contiguous()
+    return scores if mask is None else scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+
+
+def _pool(scores: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    acc = accumulate_dtype(scores, value)
+    return reference._attention(scores.to(acc), mask) @ reference._real(value, mask).to(acc)
+
+
+def _pool_by_scores(
+    scores: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, backend: str = ""
+) -> Tensor:
+    _refuse_ragged(cu_seqlens)
+    return _pool(scores, value, mask).to(value.dtype)
+
+
+def _gated_attention_pool(h: Tensor, v_weight: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    scores = _attention_scores(h, v_weight, *rest)
+    return _pool(scores, h, rest[5]).to(torch.promote_types(h.dtype, v_weight.dtype)), scores  # rest[5]: mask
+
+
+def _refuse_ragged(cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None:
         raise NotImplementedError("ragged bags (cu_seqlens) have no decomposition, their lengths are data")
-    acc = accumulate_dtype(h)
-    v, bv, u, bu, w, bw = reference._widen(acc, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    real = reference._real(h, mask).to(acc)
-    t, s = reference._branches(real, v, bv, u, bu)
-    scores = F.linear(t if s is None else t * s, w, bw).mT.contiguous()
-    if mask is not None:
-        scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
-    return (reference._attention(scores, mask) @ real).to(h.dtype), scores
 
 
-def _pixel_adaptive_refinement(cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int) -> Tensor:
+def _pixel_adaptive_refinement(
+    cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str = "pamr", backend: str = ""
+) -> Tensor:
     from torch._higher_order_ops.while_loop import while_loop_op
 
     # a loop over the steps: written out they would be thousands of operators, and minutes of compilation
     dtype = torch.promote_types(torch.promote_types(cam.dtype, image.dtype), torch.float32)
-    weights = _adaptive_weights(image.to(dtype), dilations)
+    weights = _adaptive_weights(image.to(dtype), dilations, form)
 
     def step(i: Tensor, m: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return i + 1, sum(w * neighbour for w, neighbour in zip(weights.unbind(1), _neighbours(m, dilations)))
@@ -100,12 +119,30 @@ def _neighbours(x: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
             yield from (rows[..., reach + dx : reach + dx + w] for dx in (-d, 0, d) if dy or dx)
 
 
-def _adaptive_weights(image: Tensor, dilations: Sequence[int]) -> Tensor:
-    """w of ``ercn.nn.PixelAdaptiveRefinement``, [B, 8·len(dilations), 1, H, W]."""
+def _adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Tensor:
+    """w of the refinement, [B, 8·len(dilations), 1, H, W]."""
     differences = [neighbour - image for neighbour in _neighbours(image, dilations)]
     first = sum(differences)
     second = sum(d.square() for d in differences)
-    count = 9 * len(dilations)
+    count = (8 if form == "par" else 9) * len(dilations)
     deviation = ((second - first.square() / count).clamp(min=0) / (count - 1)).sqrt()
-    scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
-    return torch.stack([(d.abs() * scale).sum(1, keepdim=True) for d in differences], 1).softmax(1)
+    if form == "par":
+        scale = -1 / (image.shape[1] * (0.3 * (deviation + 1e-8)).square())
+        differences = [d.square() * scale for d in differences]
+    else:
+        scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
+        differences = [d.abs() * scale for d in differences]
+    weights = torch.stack([d.sum(1, keepdim=True) for d in differences], 1).softmax(1)
+    if form == "par":
+        position = reference.position_weights(reference.ring_offsets(dilations))
+        weights = weights + position.to(weights)[:, None, None, None]
+    return weights
+
+
+_FORMS = {
+    "attention_scores": _attention_scores,
+    "gated_attention_pool": _gated_attention_pool,
+    "pixel_adaptive_refinement": _pixel_adaptive_refinement,
+    "pool_by_scores": _pool_by_scores,
+    "relu_affinity": _relu_affinity,
+}

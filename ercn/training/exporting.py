@@ -135,7 +135,8 @@ def _describe(network: Predicting, info: dict[str, Any], format: str, card: str 
 def _check_tools(format: str) -> None:
     absent = [name for name in ("onnx", "onnxscript") if find_spec(name) is None] if format == "onnx" else []
     if absent:
-        raise ModuleNotFoundError(f"{' and '.join(absent)}: pip install 'ercn[export]'", name=absent[0])
+        message = f"format onnx needs {' and '.join(absent)}: pip install 'ercn[export]'"
+        raise ModuleNotFoundError(message, name=absent[0])
     compiler = os.environ.get("CXX", "g++")
     if format == "aoti" and shutil.which(compiler) is None:
         raise ValueError(f"format aoti needs a C++ compiler, and there is no {compiler}; CXX may name another")

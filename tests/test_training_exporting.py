@@ -30,7 +30,7 @@ from ercn.training.prediction import RawPictures
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(sysconfig.get_path("platlib"))
-MODEL = ModelConfig(backbone="test_resnet", embed_dim=8, pool_dim=8, pamr_reach=0.05, pamr_steps=4)
+MODEL = ModelConfig(backbone="test_resnet", embed_dim=8, pool_dim=8, pamr_reach=0.03, pamr_steps=4)
 INFO = {
     "class_names": list("abcde"),
     "image_size": 65,
@@ -173,6 +173,48 @@ def test_pt2_predicts_with_torch_without_ercn(run, program, tmp_path):
     has, _ = predict_outside(folder, run, [SITE], tmp_path)
     assert has == ["torch", "scipy"]
     same_predictions(tmp_path / "alone", run / "predictions")
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_aoti_predicts_in_a_process_without_python(run, program, tmp_path):
+    """The program and the command are those of docs/export.md. Without vectors, the compiler has half the work."""
+    with torch._inductor.config.patch({"compile_threads": 1, "cpp.simdlen": 1}):
+        folder = export(ExportConfig(str(run / "run"), "aoti", str(tmp_path / "exported")))
+    (tmp_path / "main.cpp").write_text(code_blocks("cpp")[0])
+    (build,) = re.findall(r"^g\+\+ .*", code_blocks("sh")[1], re.MULTILINE)
+    subprocess.run(build.replace("$T", torch.__path__[0]), shell=True, cwd=tmp_path, check=True)
+
+    predictor = standalone.Predictor(folder)
+    prepared, whole = [], predictor.run
+    predictor.run = lambda image: prepared.append(image) or whole(image)
+    paths = sorted((run / "pictures" / "b").iterdir())
+    expected = [predictor(path) for path in paths]
+    (tmp_path / "image.raw").write_bytes(np.concatenate(prepared).tobytes())
+    command = [tmp_path / "probabilities", folder / "model.aoti.pt2", "65", "image.raw"]
+    environment = {"PATH": os.environ["PATH"], "LD_DEBUG": "files"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "libtorch_cpu" in done.stderr and "python" not in re.sub(r"/\S*/", "", done.stderr)
+    found = np.array([line.split() for line in done.stdout.splitlines()], float)
+    with open(run / "predictions" / "predictions.csv") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    wanted = [[float(rows[str(path)][f"p{k}"]) for k in range(5)] for path in paths]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    for path, (_, maps, _) in zip(paths, expected):
+        with np.load(run / "predictions" / "maps" / "b" / f"{path.stem}.npz") as right:
+            for name, value in maps.items():
+                np.testing.assert_allclose(value, right[name], rtol=0, atol=1e-4, equal_nan=False)
+
+
+def test_the_examples_of_the_page_run():
+    example = next(block for block in code_blocks("python") if "decompositions" in block)
+    names = {}
+    exec(example, names)  # noqa: S102
+    assert names["pooled"].shape == (5, 1, 64) and names["scores"].shape == (5, 1, 100)
+    assert not [node for node in names["plain"].graph.nodes if "ercn" in str(node.target)]
 
 
 @pytest.mark.parametrize("targets", ["ordinal", "onehot", "referable"])

@@ -38,7 +38,7 @@ sanitize-cuda: $(VENV)/.installed
 	cd tests && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 ERCN_CXXFLAGS=-fsanitize=address OMP_NUM_THREADS=1 \
 		../$(PY) -m pytest -q -p no:cacheprovider test_cuda_emulator.py test_cuda_emulator_hopper.py \
-		test_cuda_pool_generic.py test_cuda_pool_hopper.py test_cuda_affinity_hopper.py
+		test_cuda_pool_generic.py test_cuda_pool_arguments.py test_cuda_pool_hopper.py test_cuda_affinity_hopper.py
 
 # A small case of every CPU kernel under valgrind, which knows no AVX-512. What it finds in Python and torch is not ours.
 valgrind: $(VENV)/.installed

@@ -188,8 +188,12 @@ def pool(
 
 
 @torch.no_grad()
-def expected_pool(p: Pool) -> dict[str, Tensor | None]:
-    """pooled, scores, grad_h … grad_w_bias: by the signs of V h + b_V and U h + b_U, and by the largest scores."""
+def expected_pool(p: Pool, dropped: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor | None]:
+    """pooled, scores, grad_h … grad_w_bias: by the signs of V h + b_V and U h + b_U, and by the largest scores.
+
+    dropped: what dropout multiplies the branches of every instance by, each [rows of h, L]. Then scores have no leader
+    any more: nothing is pooled, and gradients are of the scores alone.
+    """
     h, v, v_bias, u, u_bias, w, w_bias = (None if x is None else x.double() for x in p.inputs)
     heads, dim = len(w), h.shape[-1]
     flat = h.reshape(-1, dim)
@@ -201,17 +205,18 @@ def expected_pool(p: Pool) -> dict[str, Tensor | None]:
     for i, bag in enumerate(_bags(h, p.mask, p.cu_seqlens)):
         if len(bag) == 0:
             continue
-        x, grad = flat[bag], p.grad_pooled[i].double()  # [n, D], [K, D]
+        x, grad = flat[bag], p.grad_pooled[i].double() * (dropped is None)  # [n, D], [K, D]
         t = (x @ v.mT + (0 if v_bias is None else v_bias)).sign()
         s = None if u is None else ((x @ u.mT + (0 if u_bias is None else u_bias)).sign() + 1) / 2
-        gate = t if s is None else t * s
+        kept = 1 if dropped is None else dropped[0][bag] * (1 if s is None else dropped[1][bag])
+        gate = kept * (t if s is None else t * s)
         score = w @ gate.mT + (0 if w_bias is None else w_bias[:, None])  # [K, n]
         best = (score == score.amax(1, keepdim=True)).double()
         attention = best / best.sum(1, keepdim=True)
         scores[:, bag], pooled[i] = score, attention @ x
         q = grad @ x.mT
         ds = attention * (q - (attention * q).sum(1, keepdim=True)) + upstream[:, bag]
-        dg = ds.mT @ w
+        dg = kept * (ds.mT @ w)
         dv = dg * (1 - t * t) * (1 if s is None else s)
         du = None if s is None else dg * t * s * (1 - s)
         grads[0][bag] = attention.mT @ grad + dv @ v + (0 if u is None else du @ u)

@@ -29,13 +29,14 @@ from ercn.benchmarks import exact
 from ercn.benchmarks.cases import DTYPES
 from ercn.benchmarks.results import sentence
 from ercn.ops import _extension
+from ercn.ops.reference import dropout_factors
 
 SILENT_S = {"cuda": 15.0, "cpu": 60.0}  # without a word for so long, a process hangs
 HANGING = 3  # of an op's and a direction's kernels: the others are not waited for
 SIDE_BY_SIDE = min(6, os.cpu_count() or 1)
 SIZES = {"cuda": (300, 128, 1027, 1), "cpu": (70,)}  # pixels or instances of a bag
 HALVES = ("bfloat16", "float16")
-LAYOUTS = ("rows", "channels_first", "ragged", "masked")
+LAYOUTS = ("rows", "channels_first", "ragged", "masked", "dropout")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Group:
     """Sizes of one kernel, which run one after the other in one process.
 
     kernels: generic, sm90 or sm90_dense of the backend ``cuda``; triton, or triton_triangle.
-    channels: C of the affinity. layout: of the pool's instances. hidden: L of the pool, heads: K.
+    channels: C of the affinity. layout: of the pool's instances; "dropout" is rows whose scores alone are wanted.
+    hidden: L of the pool, heads: K.
     """
 
     op: str
@@ -86,6 +88,8 @@ def groups(only: str = "") -> list[Group]:
                 if kernels == "triton" and way == "forward":
                     found.append(Group("affinity", way, "triton_triangle", dtype, 192, 22))
                 for layout in LAYOUTS if dtype == "bfloat16" else ("rows",):
+                    if (kernels, layout) == ("triton", "dropout"):
+                        continue
                     found.append(Group("pool", way, kernels, dtype, 128, layout=layout, hidden=128, heads=2))
     return [group for group in dict.fromkeys(found) if re.search(only, group.name)]
 
@@ -121,14 +125,18 @@ def make(group: Group, size: int, device: str) -> Case:
         if layout == "channels_first":
             bags = size + -size % 8  # a channel's instances are multiples of 16 bytes
         p = exact.pool(bags, group.dim, group.hidden, group.heads, dtype, bags=2, layout=layout, mask=mask)
-        expected = exact.expected_pool(p)
-        arguments = [*there(*p.inputs, p.mask, p.cu_seqlens), None, 0.0, "tanh"]
-        names = ("pooled", "scores")
+        seed, dropout_p, dropped = None, 0.0, None
+        names, op, grad_pooled = ("pooled", "scores"), "gated_attention_pool", p.grad_pooled
+        if group.layout == "dropout":
+            seed, dropout_p = torch.tensor([1]), 0.5  # kept units are times 2, exactly
+            dropped = dropout_factors(seed, dropout_p, torch.arange(2 * size), group.hidden, torch.float64)
+            names, grad_pooled, op = ("scores",), None, op if suffix else "attention_scores"
+        expected = exact.expected_pool(p, dropped)
+        arguments = [*there(*p.inputs, p.mask, p.cu_seqlens, seed), dropout_p, "tanh"]
         if suffix:
-            grads, scores = there(p.grad_pooled, p.grad_scores), there(expected["scores"])
+            grads, scores = there(grad_pooled, p.grad_scores), there(expected["scores"])
             arguments = [*grads, *arguments, *scores, [True] * len(p.inputs)]
             names = tuple(f"grad_{name}" for name in exact.POOL_INPUTS)
-        op = "gated_attention_pool"
     return Case(lambda: getattr(launcher, op + suffix)(*arguments), names, {name: expected[name] for name in names})
 
 

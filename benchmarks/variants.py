@@ -260,10 +260,10 @@ def _eager_pool_flops(case: PoolCase) -> int:
 
 
 def _pool_variants(case: PoolCase, ours: list[str]) -> list[Variant]:
-    def ercn(name: str) -> Callable[..., Tensor]:
+    def ercn(name: str, dropout_p: float = 0.0) -> Callable[..., Tensor]:
         def run(case: PoolCase, h: Tensor, *rest: Tensor) -> Tensor:
             weights, bounds = (rest[:-1], rest[-1]) if case.layout == "ragged" else (rest, None)
-            return gated_attention_pool(h, *weights, cu_seqlens=bounds, backend=name)[0]
+            return gated_attention_pool(h, *weights, cu_seqlens=bounds, dropout_p=dropout_p, backend=name)[0]
 
         return run
 
@@ -291,6 +291,9 @@ def _pool_variants(case: PoolCase, ours: list[str]) -> list[Variant]:
         rows.append(Variant(f"ercn-{name}", "ercn", _in_direction(ercn(name)), PoolCase.flops, backend=name))
         if case.layout == "ragged":
             rows.append(Variant(f"one_bag-{name}", "yardstick", one_bag(name), PoolCase.flops, backend=name))
+        elif case.layout == "dense" and name != "reference":  # what CLAM's dropout costs
+            dropout = _in_direction(ercn(name, 0.25))
+            rows.append(Variant(f"dropout-{name}", "yardstick", dropout, PoolCase.flops, backend=name))
     return rows
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ercn.elements import resize
-from ercn.ops import affinity_propagate, gated_attention_pool
+from ercn.ops import affinity_propagate, attention_scores, gated_attention_pool
 
 
 class PixelCorrelation(nn.Module):
@@ -236,103 +237,340 @@ def _adaptive_weights(image: Tensor, dilations: Sequence[int]) -> Tensor:
     return weights.div_(weights.sum(1, keepdim=True))
 
 
-# Published attention layers whose weights ``GatedAttentionPool.from_state_dict`` takes; each entry is V, [U,] w.
-# CLAM's plain layer has its last product at index 3 when it was built with dropout.
+# The Linear layers V, [U,] w of published attention layers; {} is the number of a head.
 _ATTENTION_LAYOUTS = {
     "AMLab gated": ("attention_V.0", "attention_U.0", "attention_w"),
     "AMLab plain": ("attention.0", "attention.2"),
+    "AMLab 2020 gated": ("attention_V.0", "attention_U.0", "attention_weights"),
     "CLAM gated": ("attention_a.0", "attention_b.0", "attention_c"),
     "CLAM plain": ("module.0", "module.2"),
     "CLAM plain with dropout": ("module.0", "module.3"),
+    "torchmil gated": ("fc1.module", "fc_gated.module", "fc2"),
+    "torchmil plain": ("fc1.module", "fc2"),
+    "torchmil CAMIL gated": ("fc1", "fc_gated", "fc2"),
+    "torchmil CAMIL plain": ("fc1", "fc2"),
+    "TRIDENT gated": ("attention_heads.{}.0", "gating_layers.{}.0", "branching_layers.{}"),
+    "TRIDENT plain": ("attention_heads.{}.0", "branching_layers.{}"),
+}
+_SAME_LAYOUT = {
+    "AMLab 2020 plain": "AMLab plain",
+    "MIL-Lab gated": "CLAM gated",
+    "MIL-Lab plain": "CLAM plain with dropout",
 }
 
 
 class GatedAttentionPool(nn.Module):
     """Attention pooling of a bag of instances, with K heads.
 
-        s_k = w · (tanh(V h_k + b_V) ⊙ σ(U h_k + b_U)) + b_w,   a = softmax_k(s),   z = Σ_k a_k h_k
+        s_k = w · (act(V h_k + b_V) ⊙ σ(U h_k + b_U)) + b_w,   a = softmax_k(s),   z = Σ_k a_k h_k
 
     Args:
         dim: D, channels of an instance.
         hidden: L, width of the attention.
         heads: K.
         gated: False leaves out the gate σ(U h + b_U).
-        bias: b_V, b_U and b_w; the published code has them, the paper's formula does not.
+        bias: whether there are b_V, b_U and b_w: one bool for all, or three. The published code has them, the paper's
+            formula does not, and torchmil has no b_w.
+        activation: act, "tanh", "relu" or "gelu".
+        dropout: probability with which each unit of act(·), and on its own each unit of σ(·), is dropped in training
+            mode.
+        groups: G. Heads and units of the attention fall into G groups in their order, and a head reads the units of
+            its group alone, as TRIDENT's heads do.
+        device, dtype: of the parameters.
 
-    Parameters: v_weight, u_weight [L, D]; v_bias, u_bias [L]; w_weight [K, L]; w_bias [K]; those left out are None. All
-    are initialised as ``torch.nn.Linear`` does. Source: Ilse, Tomczak, Welling, ICML 2018.
+    Parameters: v_weight, u_weight [L, D]; v_bias, u_bias [L]; w_weight [K, L / G]; w_bias [K]; those left out are None.
+    All are initialised as ``torch.nn.Linear`` does. Sources: Ilse, Tomczak, Welling, ICML 2018; for the dropout CLAM
+    (Lu et al., Nature Biomedical Engineering 2021) and its published code.
+
+    >>> import torch
+    >>> from ercn.nn import GatedAttentionPool
+    >>> pool = GatedAttentionPool(16, hidden=8, heads=2, dropout=0.25).eval()
+    >>> pooled, scores = pool(torch.randn(3, 100, 16))
+    >>> pooled.shape, scores.shape
+    (torch.Size([3, 2, 16]), torch.Size([3, 2, 100]))
+    >>> list(pool.to_state_dict("CLAM", prefix="attention_net.3."))[:2]
+    ['attention_net.3.attention_a.0.weight', 'attention_net.3.attention_a.0.bias']
     """
 
-    def __init__(self, dim: int, hidden: int = 128, heads: int = 1, *, gated: bool = True, bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int = 128,
+        heads: int = 1,
+        *,
+        gated: bool = True,
+        bias: bool | tuple[bool, bool, bool] = True,
+        activation: str = "tanh",
+        dropout: float = 0.0,
+        groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        shapes = {"v": (hidden, dim), "u": (hidden, dim) if gated else None, "w": (heads, hidden)}
-        for name, shape in shapes.items():
-            self.register_parameter(f"{name}_weight", None if shape is None else nn.Parameter(torch.empty(shape)))
-            with_bias = bias and shape is not None
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[0])) if with_bias else None)
+        biases = (bias,) * 3 if isinstance(bias, bool) else tuple(bias)
+        if len(biases) != 3:
+            raise ValueError(f"bias must be one bool, or three for b_V, b_U and b_w; got {bias}")
+        if activation not in ("tanh", "relu", "gelu"):
+            raise ValueError(f"activation must be 'tanh', 'relu' or 'gelu'; got {activation!r}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a probability, 0 to 1; got {dropout}")
+        if groups < 1 or heads % groups or hidden % groups:
+            raise ValueError(f"groups must divide heads {heads} and hidden {hidden}; got {groups}")
+        self.activation, self.dropout, self.groups = activation, dropout, groups
+        shapes = {"v": (hidden, dim), "u": (hidden, dim) if gated else None, "w": (heads, hidden // groups)}
+        for (name, shape), with_bias in zip(shapes.items(), biases):
+            for kind, size in (("weight", shape), ("bias", shape[:1] if shape and with_bias else None)):
+                made = None if size is None else nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+                self.register_parameter(f"{name}_{kind}", made)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew as ``torch.nn.Linear`` does, uniform in ±1/√(inputs of the layer)."""
         for name, parameter in self.named_parameters():
-            fan_in = hidden if name.startswith("w_") else dim
-            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+            bound = (self.w_weight if name.startswith("w_") else self.v_weight).shape[1] ** -0.5
+            nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> GatedAttentionPool:
+    def from_state_dict(
+        cls, state_dict: Mapping[str, Tensor], *, activation: str = "tanh", dropout: float | None = None
+    ) -> GatedAttentionPool:
         """Build the layer from the weights of a published attention layer.
 
-        AMLab-Amsterdam/AttentionDeepMIL: ``attention_V.0``, ``attention_U.0``, ``attention_w`` (GatedAttention) or
-        ``attention.0``, ``attention.2`` (Attention). mahmoodlab/CLAM: ``attention_a.0``, ``attention_b.0``,
-        ``attention_c`` (Attn_Net_Gated) or ``module.0``, ``module.2`` or ``module.3`` (Attn_Net). Each has ``.weight``
-        and, where the layer has biases, ``.bias``. A whole network's state dict is fine: a prefix is found, other keys
-        are ignored. No weight is transposed or reordered.
+        V, U and w of each layout; those that are not gated have no U:
+
+        - AMLab: ``attention_V.0``, ``attention_U.0``, ``attention_w``, or ``attention.0``, ``attention.2``.
+          AMLab-Amsterdam/AttentionDeepMIL, ``model.py``.
+        - AMLab 2020: ``attention_weights`` in the place of ``attention_w``. The same code from March 2020 to June 2023,
+          and after it ACMIL and IBMIL.
+        - CLAM: ``attention_a.0``, ``attention_b.0``, ``attention_c``, or ``module.0``, ``module.2``, with dropout
+          ``module.0``, ``module.3``. mahmoodlab/CLAM, ``models/model_clam.py``.
+        - MIL-Lab: CLAM's names; not gated always ``module.3``. mahmoodlab/MIL-Lab, ``src/models/layers.py``.
+        - torchmil: ``fc1.module``, ``fc_gated.module``, ``fc2``; one head, no b_w. Franblueee/torchmil,
+          ``torchmil/nn/attention/attention_pool.py``.
+        - torchmil CAMIL: ``fc1``, ``fc_gated``, ``fc2``, likewise; ``torchmil/models/camil.py``, which pools other
+          features than it scores.
+        - TRIDENT: lists of H heads with R branches, ``attention_heads.{i}.0``, ``gating_layers.{i}.0``,
+          ``branching_layers.{i}``. They become ``groups=H`` and H·R heads, all branches of head 0 first; the condensing
+          layer takes ``pooled.unflatten(1, (H, R)).transpose(1, 2).flatten(2)``. mahmoodlab/TRIDENT,
+          ``trident/slide_encoder_models/model_zoo/reusable_blocks/ABMIL.py``.
+
+        Each has ``.weight`` and, where it has a bias, ``.bias``. A whole network's state dict is fine: a prefix is
+        found, other keys are ignored. The layer has copies, on the device and in the dtype of the weights; none is
+        transposed or reordered.
+
+        Args:
+            state_dict: the weights.
+            activation: of the source. Keys do not show it: torchmil has all three, the others "tanh".
+            dropout: of the layer. None is 0, with a warning where the keys show that the source had dropout: a gap
+                before ``module.3``, and CLAM's network with its gated attention at ``attention_net.3`` (until April
+                2024 at ``attention_net.2`` when it had none). A gated layer alone does not show it, for its dropout
+                stands last and has no weights: 0.25 by default in CLAM's training and in MIL-Lab, 0 in TRIDENT.
 
         Raises:
-            ValueError: no such layer, or more than one; the message lists the keys found and those accepted.
+            ValueError: no such layer, or more than one: the message lists the keys found and those accepted; or weights
+                that do not fit each other.
         """
-        layouts = {name: tuple(f"{layer}.weight" for layer in layers) for name, layers in _ATTENTION_LAYOUTS.items()}
-        name, prefix, weights = _find(state_dict, layouts)
-        biases = [state_dict.get(f"{prefix}{layer}.bias") for layer in _ATTENTION_LAYOUTS[name]]
-        letters = "vuw" if len(weights) == 3 else "vw"
-        hidden, dim = weights[0].shape
-        pool = cls(dim, hidden, weights[-1].shape[0], gated="u" in letters, bias=biases[0] is not None)
-        own = {f"{letter}_weight": weight for letter, weight in zip(letters, weights)}
-        own |= {f"{letter}_bias": bias for letter, bias in zip(letters, biases) if bias is not None}
-        pool.to(weights[0]).load_state_dict(own)
+
+        def is_one(name: str, prefix: str) -> bool:
+            if name.endswith("plain") and name.startswith(("torchmil", "TRIDENT")):  # all but U of a gated one's keys
+                gates = (f"{prefix}fc_gated.", f"{prefix}gating_layers.")
+                if any(key.startswith(gates) for key in state_dict):
+                    return False
+            if not name.startswith("torchmil"):
+                return True
+            one_head = state_dict[f"{prefix}fc2.weight"].shape[:1] == (1,)
+            return one_head and f"{prefix}fc2.bias" not in state_dict  # else it is an MLP
+
+        first = {
+            name: tuple(f"{layer.format(0)}.weight" for layer in layers) for name, layers in _ATTENTION_LAYOUTS.items()
+        }
+        name, prefix, weights = _find(state_dict, first, is_one)
+        layers = _ATTENTION_LAYOUTS[name]
+        groups = 1
+        while "{}" in layers[0] and f"{prefix}{layers[0].format(groups)}.weight" in state_dict:
+            groups += 1
+        letters = "vuw" if len(layers) == 3 else "vw"
+        if any(weight.dim() != 2 for weight in weights):
+            raise ValueError(f"{name} at '{prefix}' needs matrices; got {[list(weight.shape) for weight in weights]}")
+        (hidden, dim), (heads, _) = weights[0].shape, weights[-1].shape
+        own = {}
+        for letter, layer in zip(letters, layers):
+            rows = heads if letter == "w" else hidden
+            for kind, shape in (("weight", (rows, hidden if letter == "w" else dim)), ("bias", (rows,))):
+                keys = [f"{prefix}{layer.format(i)}.{kind}" for i in range(groups)]
+                if kind == "weight" or any(key in state_dict for key in keys):
+                    own[f"{letter}_{kind}"] = torch.cat([_fitting(state_dict, key, shape, weights[0]) for key in keys])
+        if dropout is None:
+            _warn_of_dropout(layers, prefix)
+        pool = cls(
+            dim,
+            groups * hidden,
+            groups * heads,
+            gated="u" in letters,
+            bias=tuple(f"{letter}_bias" in own for letter in "vuw"),
+            activation=activation,
+            dropout=dropout or 0.0,
+            groups=groups,
+            device="meta",
+        )
+        pool.load_state_dict(own, assign=True)
         return pool
 
+    def to_state_dict(self, layout: str, prefix: str = "") -> dict[str, Tensor]:
+        """Copies of the weights under the names of a published layer, the inverse of ``from_state_dict``.
+
+        Args:
+            layout: "AMLab", "AMLab 2020", "CLAM", "MIL-Lab", "torchmil", "torchmil CAMIL" or "TRIDENT". CLAM's layer
+                that is not gated has its last product at ``module.3`` where this layer has dropout. Activation,
+                dropout and TRIDENT's condensing layer have to be made there as they are here.
+            prefix: before each key, such as "attention_net.3.".
+
+        Raises:
+            ValueError: another layout, or one that has no place for this layer's heads, groups or b_w.
+        """
+        kind = "plain" if self.u_weight is None else "gated"
+        names = {name: name for name in _ATTENTION_LAYOUTS} | _SAME_LAYOUT
+        name = names.get(f"{layout} {kind}")
+        if name is None:
+            known = ", ".join(known.removesuffix(f" {kind}") for known in names if known.endswith(kind))
+            raise ValueError(f"layout must be one of {known}; got {layout!r}")
+        if self.dropout and f"{layout} {kind} with dropout" in names:
+            name += " with dropout"
+        if self.groups > 1 and layout != "TRIDENT":
+            raise ValueError(f"layout {layout!r} has no groups, only TRIDENT has; this layer has {self.groups}")
+        if layout.startswith("torchmil") and (len(self.w_weight) > 1 or self.w_bias is not None):
+            has = f"heads = {len(self.w_weight)}, {'no' if self.w_bias is None else 'a'} b_w"
+            raise ValueError(f"layout {layout!r} has one head and no b_w; this layer has {has}")
+        state = {}
+        for letter, layer in zip("vuw" if kind == "gated" else "vw", _ATTENTION_LAYOUTS[name]):
+            for part in ("weight", "bias"):
+                own = getattr(self, f"{letter}_{part}")
+                for i, rows in enumerate(() if own is None else own.detach().chunk(self.groups)):
+                    state[f"{prefix}{layer.format(i)}.{part}"] = rows.clone()
+        return state
+
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        masked_score: float = -torch.inf,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Pool bags.
 
         Args:
-            x: bags [B, N, D]; feature maps [B, D, H, W], whose N = H·W elements are the instances (read in place, not
-                copied); or ragged bags [T, D] with ``cu_seqlens``.
-            mask: bool, True = real instance, [B, N] or, for feature maps, [B, H, W].
+            x: bags [B, N, D]; one bag [N, D]; feature maps [B, D, H, W], whose N = H·W elements are the instances (read
+                in place, not copied); or ragged bags [T, D] with ``cu_seqlens``.
+            mask: bool or 0/1 of any dtype, True = real instance: [B, N], [N] or, for feature maps, [B, H, W].
             cu_seqlens: [B + 1] int32 or int64, where each ragged bag begins and ends.
+            key_padding_mask: in the place of ``mask`` and its opposite: True = padding, as in
+                ``torch.nn.MultiheadAttention``.
+            masked_score: the score that masked instances have.
+            generator: of the dropout, on x's device; None is torch's own.
 
         Returns:
-            pooled [B, K, D], and the scores before the softmax: [B, K, N], [B, K, H, W] or [K, T].
+            pooled [B, K, D], and the scores before the softmax: [B, K, N], [B, K, H, W] or [K, T]; without B for one
+            bag.
+
+        Raises what ``ercn.ops.gated_attention_pool`` does, which has the rest: masked and empty bags, dtypes, dropout,
+        determinism.
         """
-        h = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
-        mask = mask if mask is None else mask.flatten(1)
-        weights = (self.v_weight, self.v_bias, self.u_weight, self.u_bias, self.w_weight, self.w_bias)
-        pooled, scores = gated_attention_pool(h, *weights, mask=mask, cu_seqlens=cu_seqlens)
+        given = (mask, cu_seqlens, key_padding_mask, masked_score, generator)
+        pooled, scores = self._run(gated_attention_pool, x, *given)
         return pooled, scores.unflatten(2, x.shape[2:]) if x.dim() == 4 else scores
+
+    def scores(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        masked_score: float = -torch.inf,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The scores of ``forward`` alone, for the same arguments: ``ercn.ops.attention_scores``. Nothing is pooled."""
+        scores = self._run(attention_scores, x, mask, cu_seqlens, key_padding_mask, masked_score, generator)
+        return scores.unflatten(2, x.shape[2:]) if x.dim() == 4 else scores
+
+    def _run(self, op, x, mask, cu_seqlens, key_padding_mask, masked_score, generator):
+        weight = self.w_weight if self.groups == 1 else torch.block_diag(*self.w_weight.chunk(self.groups))
+        if x.dim() == 4:
+            x = x.flatten(2).transpose(1, 2)
+            mask, key_padding_mask = (m if m is None else m.flatten(1) for m in (mask, key_padding_mask))
+        drops = self.training and self.dropout > 0
+        return op(
+            x,
+            self.v_weight,
+            self.v_bias,
+            self.u_weight,
+            self.u_bias,
+            weight,
+            self.w_bias,
+            mask=mask,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            activation=self.activation,
+            dropout_p=self.dropout if drops else 0.0,
+            generator=generator if drops else None,
+            masked_score=masked_score,
+        )
 
     def extra_repr(self) -> str:
         (hidden, dim), heads = self.v_weight.shape, self.w_weight.shape[0]
-        bias = self.v_bias is not None
-        return f"{dim}, hidden={hidden}, heads={heads}, gated={self.u_weight is not None}, bias={bias}"
+        gated = self.u_weight is not None
+        biases = (self.v_bias is not None, self.u_bias is not None, self.w_bias is not None)
+        same = biases[0] == biases[2] == (biases[1] or not gated and biases[0])
+        text = f"{dim}, hidden={hidden}, heads={heads}, gated={gated}, bias={biases[0] if same else biases}"
+        others = {"activation": ("tanh", self.activation), "dropout": (0, self.dropout), "groups": (1, self.groups)}
+        return text + "".join(f", {name}={value!r}" for name, (usual, value) in others.items() if value != usual)
+
+
+def _fitting(state_dict: Mapping[str, Tensor], key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """``state_dict[key]``, which must have this shape and the dtype and device of ``like``."""
+    if key not in state_dict:
+        raise ValueError(f"'{key}' is missing, its layer's others are there. Keys found: {', '.join(state_dict)}")
+    tensor = state_dict[key].detach()
+    if tuple(tensor.shape) != shape or tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(
+            f"'{key}' must be {like.dtype} {list(shape)} on {like.device} to fit the layer's first weight "
+            f"{list(like.shape)}; got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        )
+    return tensor
+
+
+def _warn_of_dropout(layers: tuple[str, ...], prefix: str) -> None:
+    if layers[-1] == "module.3":
+        seen = f"there is a module without weights before '{prefix}module.3'"
+    elif layers[-1] == "attention_c" and prefix.endswith("attention_net.3."):
+        seen = f"CLAM's network has its attention at '{prefix[:-1]}' when it has dropout, and since April 2024 always"
+    else:
+        return
+    warnings.warn(
+        f"the weights may come from a layer with dropout: {seen}. This layer has none; dropout=0.25, or what the "
+        "source had, trains as the source did, and dropout=0.0 keeps it so",
+        stacklevel=3,
+    )
 
 
 def _find(
-    state_dict: Mapping[str, Tensor], layouts: Mapping[str, tuple[str, ...]]
+    state_dict: Mapping[str, Tensor],
+    layouts: Mapping[str, tuple[str, ...]],
+    is_one: Callable[[str, str], bool] = lambda name, prefix: True,
 ) -> tuple[str, str, list[Tensor]]:
-    """The one layout and key prefix under which ``state_dict`` holds all of a layer's weights, and these weights."""
+    """The one layout and key prefix under which ``state_dict`` holds all of a layer's weights, and these weights.
+
+    ``is_one(layout, prefix)`` can deny where all keys are there.
+    """
     found = []
     for name, keys in layouts.items():
         for key in state_dict:
             prefix = key[: len(key) - len(keys[0])]
-            if key == prefix + keys[0] and prefix[-1:] in ("", ".") and all(prefix + k in state_dict for k in keys):
+            complete = key == prefix + keys[0] and all(prefix + k in state_dict for k in keys)
+            if complete and prefix[-1:] in ("", ".") and is_one(name, prefix):
                 found.append((name, prefix, [state_dict[prefix + k] for k in keys]))
     if len(found) != 1:
         accepted = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in layouts.items())

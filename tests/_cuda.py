@@ -30,25 +30,31 @@ def operators(device: str):
 def pool_with(
     kernels: str, exact: bool = True, device: str = DEVICE
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The operator by the kernels named, of its seven tensors, mask and cu_seqlens; exact: to float32's accuracy."""
+    """The operator by the kernels named, of its seven tensors and keywords; exact: to float32's accuracy."""
     ops = operators(device)
 
     class Pool(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, mask, cu_seqlens, *arguments):
-            pooled, scores = ops.gated_attention_pool_cuda(*arguments, mask, cu_seqlens, exact, kernels)
-            ctx.save_for_backward(*arguments, mask, cu_seqlens, pooled, scores)
+        def forward(ctx, mask, cu_seqlens, seed, dropout_p, activation, *arguments):
+            ctx.options = dropout_p, activation
+            given = (*arguments, mask, cu_seqlens, seed)
+            pooled, scores = ops.gated_attention_pool_cuda(*given, *ctx.options, exact, kernels)
+            ctx.save_for_backward(*given, scores)
             ctx.set_materialize_grads(False)
             return pooled, scores
 
         @staticmethod
         def backward(ctx, grad_pooled, grad_scores):
-            needs = ctx.needs_input_grad[2:]
+            needs = ctx.needs_input_grad[5:]
+            *given, scores = ctx.saved_tensors
             wanted = sum(need << i for i, need in enumerate(needs))
             grads = ops.gated_attention_pool_backward_cuda(
-                grad_pooled, grad_scores, *ctx.saved_tensors, wanted, exact, kernels
+                grad_pooled, grad_scores, *given, *ctx.options, scores, wanted, exact, kernels
             )
             assert all(need or g.numel() == 0 for need, g in zip(needs, grads, strict=True))
-            return None, None, *(g if need else None for need, g in zip(needs, grads, strict=True))
+            return *(None,) * 5, *(g if need else None for need, g in zip(needs, grads, strict=True))
 
-    return lambda *arguments, mask=None, cu_seqlens=None: Pool.apply(mask, cu_seqlens, *arguments)
+    def pool(*arguments, mask=None, cu_seqlens=None, seed=None, dropout_p=0.0, activation="tanh"):
+        return Pool.apply(mask, cu_seqlens, seed, dropout_p, activation, *arguments)
+
+    return pool

@@ -1,4 +1,6 @@
-// csrc/cuda/sm90/pool_tiles.h for ctypes.
+// csrc/cuda/sm90/pool_tiles.h, pool/columns.h and pool/dropout.h for ctypes.
+#include "pool/columns.h"
+#include "pool/dropout.h"
 #include "sm90/pool_tiles.h"
 
 using namespace ercn;
@@ -14,5 +16,21 @@ int row_slabs() { return kRowSlabs; }
 void shares(bool need_v, bool need_u, int L, int D, int64_t slots, int multiprocessors, int* to) {
   const WeightShares shares = weight_shares(need_v, need_u, L, D, slots, multiprocessors);
   to[0] = shares.first_unit, to[1] = shares.units, to[2] = shares.blocks, to[3] = shares.splits;
+}
+
+// Branch and unit of a column.
+void column(int L, bool gated, int column, int* to) {
+  const pool::Column at = pool::column_at({L, gated}, column);
+  to[0] = at.branch, to[1] = at.unit;
+}
+int columns(int L, bool gated) { return pool::column_count({L, gated}); }
+
+void words(uint64_t seed, uint64_t instance, int unit, uint32_t* to) {
+  const pool::Words words = pool::random_words(seed, instance, pool::counter_of(unit));
+  for (int i = 0; i < 4; ++i) to[i] = words.at[i];
+}
+int word(int unit) { return pool::word_of(unit); }
+bool dropped(bool gated, uint32_t word, uint32_t limit) {
+  return gated ? pool::is_dropped<true>(word, limit) : pool::is_dropped<false>(word, limit);
 }
 }

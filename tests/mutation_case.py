@@ -29,9 +29,9 @@ def pool(ops) -> str | None:
     """Ragged bags, more segments than the backward holds at a time, sums of more steps than there are stages."""
     p = exact.pool([0, 3, 67, 180, 0, 81, 89], 64, 192, 2, torch.bfloat16)
     arguments = (*p.inputs, p.mask, p.cu_seqlens)
-    outputs = ops.gated_attention_pool_cuda(*arguments, False, "sm90")
+    outputs = ops.gated_attention_pool_cuda(*arguments, None, 0.0, "tanh", False, "sm90")
     grads = ops.gated_attention_pool_backward_cuda(
-        p.grad_pooled, p.grad_scores, *arguments, *outputs, (1 << len(p.inputs)) - 1, False, "sm90"
+        p.grad_pooled, p.grad_scores, *arguments, None, 0.0, "tanh", outputs[1], (1 << len(p.inputs)) - 1, False, "sm90"
     )
     names = ("pooled", "scores", *(f"grad_{name}" for name in exact.POOL_INPUTS))
     return exact.differences(dict(zip(names, (*outputs, *grads), strict=True)), exact.expected_pool(p))

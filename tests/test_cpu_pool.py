@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from _ops import PLAIN, assert_within_budget, backends_of, error, finite_parts, generator, layouts, randn
+from _pool import kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from ercn.ops import gated_attention_pool
+from ercn.ops import gated_attention_pool, pool_by_scores
 
 pytestmark = pytest.mark.skipif("cpu" not in backends_of("gated_attention_pool"), reason="ercn._C is not built")
 
@@ -117,6 +118,55 @@ def test_activations_within_their_stated_accuracy(isa):
         assert ours.abs().max() == 1
 
 
+def test_gelu_within_its_stated_accuracy(isa):
+    """As the score of a plain pool, and its slope as the gradient of h."""
+    x = torch.linspace(-13, 13, 40001)
+    one = torch.ones(1, 1)
+    gelu = pool(x[None, :, None], one, None, None, None, one, None, activation="gelu")[1][0, 0]
+    wide = x.double()
+    cumulative = 0.5 * torch.erfc(-wide / 2**0.5)
+    assert ((gelu.double() - wide * cumulative).abs() <= 2.2e-7 * wide.abs()).all()
+    h = x[None, :, None].clone().requires_grad_()
+    scores = pool(h, one, None, None, None, one, None, activation="gelu")[1]
+    (slope,) = torch.autograd.grad(scores.sum(), h)
+    density = torch.exp(-0.5 * wide.square()) / (2 * torch.pi) ** 0.5
+    assert (slope[0, :, 0].double() - (cumulative + wide * density)).abs().max() < 2.2e-7
+    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 80.0, -80.0])
+    ours = pool(special[None, :, None], one, None, None, None, one, None, activation="gelu")[1][0, 0]
+    assert torch.equal(*finite_parts(ours, torch.nn.functional.gelu(special.double()).float()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_every_instruction_set_drops_the_same_units(isa, gated, dtype):
+    """Every unit is 1 and a head of its own; more instances than a chunk, units beyond a group of 64."""
+    b, n, hidden, p = 2, 131, 145, 0.3
+    seed = torch.tensor([0x0123456789ABCDEF])
+    h, weight, bias = torch.zeros(b, n, 1), torch.zeros(hidden, 1), torch.full((hidden,), 20.0)
+    u, bu = (weight, bias) if gated else (None, None)
+    tensors = [x if x is None else x.to(dtype) for x in (h, weight, bias, u, bu, torch.eye(hidden), None)]
+    args = (*tensors, None, None, seed, p, "tanh", "cpu")
+    scores = torch.ops.ercn.attention_scores(*args)
+    v, u = kept(int(seed), p, torch.arange(b * n).view(b, n), hidden)
+    assert torch.equal(scores.mT != 0, v & u if gated else v)
+    scale = 65536 / (65536 - round(0.3 * 65536))
+    assert error(scores.mT[scores.mT != 0].double(), torch.tensor([scale ** (2 if gated else 1)])) < 1e-6
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_weights_in_float32_on_every_instruction_set(isa, case, dtypes):
+    """As with h widened beforehand, to the last bits: the products are those of float32."""
+    b, n, d, hidden, heads = case
+    h, parameters = randn(b, n, d, seed=1).to(dtypes[0]), weights(d, hidden, heads, dtype=dtypes[1])
+    leaves = [[x.detach().requires_grad_() for x in (first, *parameters)] for first in (h, h.float())]
+    outputs = [pool(*x) for x in leaves]
+    grads = [torch.autograd.grad([o.square().sum() for o in x], y) for x, y in zip(outputs, leaves)]
+    assert outputs[0][0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*outputs))
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(*grads))
+
+
 def test_activations_at_special_values(isa):
     special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")])
     one = torch.ones(1, 1)
@@ -214,6 +264,36 @@ def test_only_what_is_asked_for(needed):
     )
     assert torch.equal(one[needed], everything[needed])
     assert all(x.numel() == 0 for i, x in enumerate(one) if i != needed)
+
+
+def test_pool_by_scores_forms_only_what_is_asked_for():
+    scores, value, grad = (randn(*s, seed=k).float() for k, s in enumerate([(2, 3, 130), (2, 130, 12), (2, 3, 12)]))
+    call = torch.ops.ercn.pool_by_scores_backward
+    both, first, second = (
+        call(grad, scores, value, None, None, needs, "cpu") for needs in ([True, True], [True, False], [False, True])
+    )
+    assert torch.equal(first[0], both[0]) and torch.equal(second[1], both[1])
+    assert first[1].numel() == 0 and second[0].numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_pool_by_scores_is_bit_equal_for_any_number_of_threads_and_to_the_pool(isa, dtype):
+    """Of the pool's own scores it is the pool: both sum in one order."""
+    h, parameters = randn(3, 701, 72, seed=1, dtype=dtype), weights(72, 40, 2, dtype=dtype)
+    mask = torch.rand(3, 701, generator=torch.Generator().manual_seed(0)) < 0.8
+    pooled, scores = pool(h, *parameters, mask=mask)
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            leaves = [x.detach().requires_grad_() for x in (scores, h)]
+            again = pool_by_scores(*leaves, mask=mask, backend="cpu")
+            runs.append((again, *torch.autograd.grad(again.float().square().sum(), leaves)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(runs[0][0], pooled)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
 
 
 def test_infinite_scores_are_as_in_torch():

@@ -52,6 +52,16 @@ def test_what_it_takes(monkeypatch, shared, most):
     assert cuda.can_run("relu_affinity", half, double) == "it takes float32, bfloat16 and float16; got torch.float64"
     pool = (weight, weight, None, None, None, weight, None, None, bounds, None, 0.0, "tanh")
     assert cuda.can_run("gated_attention_pool", *pool) is None
+    for given in ((weight, weight.float()), (half[0].float(), weight)):  # fp32 weights beside bf16 h, and the reverse
+        mixed = (given[0], given[1], None, None, None, given[1], *pool[6:])
+        reason = f"it takes weights in h's dtype {given[0].dtype}; got {given[1].dtype}"
+        assert cuda.can_run("gated_attention_pool", *mixed) == reason
+    options = (torch.tensor([1]), 0.5, "gelu")
+    assert cuda.can_run("attention_scores", *pool[:9], *options) is None
+    assert cuda.can_run("gated_attention_pool_backward", None, None, *pool[:9], *options, weight, [True] * 7) is None
+    assert cuda.can_run("pool_by_scores", half.float(), half, None, None) is None
+    assert cuda.can_run("pool_by_scores_backward", half, half.float(), half, None, None, [True] * 2) is None
+    assert cuda.can_run("pool_by_scores", half, half, None, None) == "it pools by float32 scores; got torch.bfloat16"
     assert cuda.can_run("another", half) == "it has no kernel for another"
     for dtype, features in zip((torch.bfloat16, torch.float32), most):
         fits, wide = (torch.ones(1, d, 2, dtype=dtype) for d in (features, features + 1))

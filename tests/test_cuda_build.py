@@ -31,9 +31,11 @@ def test_it_is_built_where_there_is_a_toolkit():
 def test_operators_and_kernels_are_registered():
     from ercn import _cuda
 
-    for op in ("relu_affinity", "gated_attention_pool"):
-        for name in (f"{op}_cuda", f"{op}_backward_cuda"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ercn_native::{name}", "CUDA")
+    names = ["attention_scores"]
+    for op in ("relu_affinity", "gated_attention_pool", "pool_by_scores"):
+        names += [op, f"{op}_backward"]
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ercn_native::{name}_cuda", "CUDA")
     names = [kernel["name"] for kernel in _cuda.kernels()]
     assert len(names) == len(set(names)) and all(name.startswith("ercn::") for name in names)
     assert all(kernel["launches"] == 0 for kernel in _cuda.kernels()) or torch.cuda.is_available()
@@ -229,6 +231,24 @@ def test_memory_bound_kernels_access_16_bytes():
     for f in named(r"NS_8affinity(12PackFeatures|8SumSlabs)I"):
         for access in ("LDG", "STG"):
             assert [line for line in f.sass if f"{access}.E.128" in line], f"{f.name}: no {access} of 16 bytes"
+
+
+@built
+@pytest.mark.slow
+def test_dropout_and_activations_leave_three_blocks_of_the_generic_pool_on_a_multiprocessor():
+    for f in named(r"4pool.*Pool(Forward|Branch)I"):
+        exact = re.search(r"I[^E]*7Float32E", f.name)
+        assert f.resources["REG"] * 128 * (2 if exact else 3) <= 65536, f"{f.name} sm_{f.arch}: {f.resources}"
+
+
+@built
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["PoolForward", "PoolBranch"])
+def test_a_draw_of_dropout_serves_four_units_on_hopper(kernel):
+    """Philox's 20 products for each of 16 draws of a thread's 64 units; the first rounds share some."""
+    for f in hopper(rf"4sm90.*{kernel}I"):
+        products = [line for line in f.sass if re.search(r"IMAD\.(WIDE|HI)\.U32.*-(0x2daee0ad|0x326172a9)", line)]
+        assert 256 <= len(products) <= 320, f"{f.name}: {len(products)}"
 
 
 @built

@@ -1,4 +1,5 @@
-"""csrc/cuda/sm90/pool_tiles.h: which slabs of h are in shared memory when, and how the backward's products are cut."""
+"""Arithmetic of the pool's CUDA kernels on the host: which slabs of h are in shared memory when, how the backward's
+products are cut, the order of columns, and the random words of dropout."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _pool import philox
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +25,7 @@ def native(tmp_path_factory):
     source = ROOT / "tests" / "_pool_tiles.cpp"
     subprocess.run([*command, "-I", ROOT / "csrc" / "cuda", source, "-o", built], check=True)
     library = ctypes.CDLL(str(built))
-    library.loaded.restype = library.released.restype = ctypes.c_bool
+    library.loaded.restype = library.released.restype = library.dropped.restype = ctypes.c_bool
     return library
 
 
@@ -61,3 +63,41 @@ def test_shares_of_weights_cover_the_outputs(native):
             assert blocks == -(-units // 128) * -(-dim // 256)
             assert splits <= slots and (splits >= 1) == (blocks > 0)
             assert blocks * splits <= max(blocks, processors)
+
+
+def test_every_unit_has_a_column_in_each_branch(native):
+    found = np.empty(2, np.int32)
+    for hidden, gated in itertools.product((1, 64, 65, 130), (False, True)):
+        columns = []
+        for column in range(native.columns(hidden, gated)):
+            native.column(hidden, gated, column, ctypes.c_void_p(found.ctypes.data))
+            columns.append(tuple(found.tolist()))
+        units = len(columns) // (2 if gated else 1)
+        assert units >= hidden and sorted(columns) == list(itertools.product(range(1 + gated), range(units)))
+        # An accumulator tile of 64 columns has four of 8 units of V, and beside them the same units of U.
+        for tile in (columns[i : i + 64] for i in range(0, len(columns) * gated, 64)):
+            v, u = tile[:32], tile[32:]
+            assert [unit for _, unit in v] == [unit for _, unit in u] and {branch for branch, _ in v} == {0}
+
+
+def test_random_words_are_philox(native):
+    generator = np.random.default_rng(0)
+    found = np.empty(4, np.uint32)
+    for seed, instance in generator.integers(0, 2**64, (20, 2), np.uint64).tolist() + [[0, 0], [2**64 - 1, 2**32]]:
+        for unit in (0, 5, 16, 63, 64, 200):
+            native.words(
+                ctypes.c_uint64(seed), ctypes.c_uint64(instance), unit, ctypes.c_void_p(found.ctypes.data)
+            )
+            counter = instance % 2**32, instance >> 32, unit // 64 * 16 + unit % 16, 0
+            key = seed % 2**32, seed >> 32
+            assert found.tolist() == philox(np.array(counter), np.array(key)).tolist()
+            assert native.word(unit) == unit // 16 % 4
+
+
+def test_a_branch_is_dropped_where_its_bits_are_below_the_threshold(native):
+    edges = (0, 1, 32767, 32768, 65535)
+    for threshold, low, high in itertools.product((1, 32768, 65535, 65536), edges, edges):
+        limit = ctypes.c_uint32((threshold << 16) - 1)
+        word = ctypes.c_uint32(high << 16 | low)
+        assert native.dropped(False, word, limit) == (low < threshold)
+        assert native.dropped(True, word, limit) == (low < threshold or high < threshold)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pool import scores_of
 from test_affinity import dense as dense_affinity
 from test_attention_pool import dense as dense_pool
 
 from ercn.benchmarks.exact import (
+    POOL_INPUTS,
     affinity,
     differences,
     expected_affinity,
@@ -123,6 +125,17 @@ def test_expected_results_are_those_of_plain_torch():
         p = pool(64, 33, 20, 2, torch.float64, bags=2, **kinds)
         found = found_pool(lambda *inputs, mask, cu_seqlens: dense_pool(*inputs), p)
         assert differences(found, expected_pool(p)) is None
+
+
+def test_expected_results_with_dropout_are_those_of_plain_torch():
+    p = pool(64, 33, 20, 2, torch.float64, bags=2)
+    dropped = [2 * (torch.rand(2, 64, 20, generator=torch.Generator().manual_seed(s)) < 0.5).double() for s in (0, 1)]
+    expected = expected_pool(p, [x.flatten(0, 1) for x in dropped])
+    leaves = [x.clone().requires_grad_() for x in p.inputs]
+    scores = scores_of(*leaves, dropped=dropped)
+    assert torch.equal(scores, expected["scores"])
+    for name, grad in zip(POOL_INPUTS, torch.autograd.grad(scores, leaves, p.grad_scores), strict=True):
+        assert torch.equal(grad, expected[f"grad_{name}"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -46,7 +46,8 @@ def test_every_kernel_has_a_smoke_case():
             ways = {(g.direction, g.dtype) for g in found if (g.op, g.kernels) == (op, kernels)}
             assert len(ways) == 2 * 4
     for kernels in ("sm90", "generic", "triton"):
-        assert {g.layout for g in found if g.op == "pool" and g.kernels == kernels} == set(gpu_smoke.LAYOUTS)
+        layouts = {g.layout for g in found if g.op == "pool" and g.kernels == kernels}
+        assert layouts == set(gpu_smoke.LAYOUTS) - ({"dropout"} if kernels == "triton" else set())
 
 
 def test_what_hangs_dies_or_fails_is_named_and_the_rest_goes_on(monkeypatch):

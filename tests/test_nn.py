@@ -1,8 +1,10 @@
 """The layers: published weights through their conversions, every kind of input, and frozen parameter names."""
 
 import doctest
+import itertools
 import math
 import re
+import warnings
 from statistics import stdev
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 import ercn.nn
 from ercn.nn import GatedAttentionPool, PixelAdaptiveRefinement, PixelCorrelation
+from ercn.ops import reference
 
 U = {torch.float32: 2**-24, torch.float64: 2**-53}
 
@@ -140,102 +143,300 @@ def test_pixel_correlation_errors():
         PixelCorrelation.from_seam(narrow)
 
 
-class AMLabGated(nn.Module):
-    """Ilse et al.'s gated attention, written after the paper with the parameter names of their code."""
+class Published(nn.Module):
+    """A published attention layer, written after its formula with the parameter names of its code: layers ``v``, ``w``
+    and, where it is gated, ``u``, by their names in the state dict; {} counts heads. Returns scores [B, K, N].
+    """
 
-    def __init__(self, dim=12, hidden=8, heads=1):
+    def __init__(self, v, u, w, *, activation=torch.tanh, lists=1, heads=1, last_bias=True, dim=12, hidden=8):
         super().__init__()
-        self.attention_V = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh())
-        self.attention_U = nn.Sequential(nn.Linear(dim, hidden), nn.Sigmoid())
-        self.attention_w = nn.Linear(hidden, heads)
+        self.names, self.activation, self.lists = (v, u, w), activation, lists
+        for i in range(lists):
+            for name, layer in (
+                (v, nn.Linear(dim, hidden)),
+                (u, nn.Linear(dim, hidden)),
+                (w, nn.Linear(hidden, heads, bias=last_bias)),
+            ):
+                owner, parts = self, name.format(i).split(".") if name else ()
+                for part in parts[:-1]:
+                    if not hasattr(owner, part):
+                        owner.add_module(part, nn.Module())
+                    owner = getattr(owner, part)
+                if name:
+                    owner.add_module(parts[-1], layer)
 
     def forward(self, h):
-        return self.attention_w(self.attention_V(h) * self.attention_U(h))
+        scores = []
+        for i in range(self.lists):
+            v, u, w = (name and self.get_submodule(name.format(i)) for name in self.names)
+            hidden = self.activation(v(h))
+            scores.append(w(hidden * u(h).sigmoid() if u else hidden))
+        return torch.cat(scores, 2).transpose(1, 2)
 
 
-class AMLabPlain(nn.Module):
-    def __init__(self, dim=12, hidden=8, heads=1):
-        super().__init__()
-        self.attention = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, heads))
-
-    def forward(self, h):
-        return self.attention(h)
+def clam_plain(dropout):
+    return Published("module.0", None, "module.3" if dropout else "module.2", heads=3)
 
 
-class CLAMGated(nn.Module):
-    def __init__(self, dim=12, hidden=8, heads=3):
-        super().__init__()
-        self.attention_a = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Dropout(0.25))
-        self.attention_b = nn.Sequential(nn.Linear(dim, hidden), nn.Sigmoid(), nn.Dropout(0.25))
-        self.attention_c = nn.Linear(hidden, heads)
-
-    def forward(self, h):
-        return self.attention_c(self.attention_a(h) * self.attention_b(h))
+def torchmil(v="fc1.module", u="fc_gated.module", **kwargs):
+    return Published(v, u, "fc2", last_bias=False, **kwargs)
 
 
-class CLAMPlain(nn.Module):
-    def __init__(self, dim=12, hidden=8, heads=3, dropout=False):
-        super().__init__()
-        middle = [nn.Dropout(0.25)] if dropout else []
-        self.module = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), *middle, nn.Linear(hidden, heads))
-
-    def forward(self, h):
-        return self.module(h)
-
-
-PUBLISHED = {
-    "AMLab gated": (AMLabGated, "vuw"),
-    "AMLab plain": (AMLabPlain, "vw"),
-    "CLAM gated": (CLAMGated, "vuw"),
-    "CLAM plain": (CLAMPlain, "vw"),
-    "CLAM plain with dropout": (lambda: CLAMPlain(dropout=True), "vw"),
+TRIDENT = ("attention_heads.{}.0", "gating_layers.{}.0", "branching_layers.{}")
+CLAM = ("attention_a.0", "attention_b.0", "attention_c")
+PUBLISHED = {  # layout of to_state_dict, module, arguments of from_state_dict
+    "AMLab gated": ("AMLab", lambda: Published("attention_V.0", "attention_U.0", "attention_w"), {}),
+    "AMLab plain": ("AMLab", lambda: Published("attention.0", None, "attention.2"), {}),
+    "AMLab 2020": ("AMLab 2020", lambda: Published("attention_V.0", "attention_U.0", "attention_weights", heads=2), {}),
+    "AMLab 2018": ("AMLab 2020", lambda: Published("attention.0", None, "attention.2"), {}),
+    "CLAM gated": ("CLAM", lambda: Published(*CLAM, heads=3), {"dropout": 0.0}),
+    "CLAM plain": ("CLAM", lambda: clam_plain(dropout=False), {}),
+    "CLAM plain with dropout": ("CLAM", lambda: clam_plain(dropout=True), {"dropout": 0.25}),
+    "MIL-Lab gated": ("MIL-Lab", lambda: Published(*CLAM), {"dropout": 0.25}),
+    "MIL-Lab plain": ("MIL-Lab", lambda: clam_plain(dropout=True), {"dropout": 0.0}),
+    "torchmil gated": ("torchmil", torchmil, {}),
+    "torchmil plain": ("torchmil", lambda: torchmil(u=None), {}),
+    "torchmil relu": ("torchmil", lambda: torchmil(activation=F.relu), {"activation": "relu"}),
+    "torchmil gelu": ("torchmil", lambda: torchmil(u=None, activation=F.gelu), {"activation": "gelu"}),
+    "torchmil CAMIL gated": ("torchmil CAMIL", lambda: torchmil("fc1", "fc_gated"), {}),
+    "torchmil CAMIL plain": ("torchmil CAMIL", lambda: torchmil("fc1", None), {}),
+    "TRIDENT gated": ("TRIDENT", lambda: Published(*TRIDENT, lists=3, heads=2), {}),
+    "TRIDENT plain": ("TRIDENT", lambda: Published(TRIDENT[0], None, TRIDENT[2], lists=4), {}),
+    "TRIDENT one head": ("TRIDENT", lambda: Published(*TRIDENT, heads=2), {}),
 }
 
 
-@pytest.mark.parametrize("prefix", ["", "attention_net.3."])
+@pytest.mark.parametrize("prefix", ["", "attention_net.3.", "model.{}.pool."])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_attention_takes_published_weights(name, prefix):
-    make, letters = PUBLISHED[name]
-    published = make().double().eval()
+def test_attention_takes_published_weights_and_gives_them_back(name, prefix):
+    layout, make, given = PUBLISHED[name]
+    published = make().double()
     state = {prefix + key: value for key, value in published.state_dict().items()}
-    pool = GatedAttentionPool.from_state_dict(state | {"classifiers.weight": torch.zeros(1)})
-    assert [key for key in pool.state_dict()] == [f"{x}_{kind}" for x in letters for kind in ("weight", "bias")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool = GatedAttentionPool.from_state_dict(state | {"classifiers.weight": torch.zeros(1)}, **given)
+    assert pool.dropout == given.get("dropout", 0)
     h = torch.randn(2, 11, 12, dtype=torch.float64)
-    scores = published(h).transpose(1, 2)  # [B, K, N]
-    actual_pooled, actual_scores = pool(h)
+    scores = published(h)
+    actual_pooled, actual_scores = pool.eval()(h)
     torch.testing.assert_close(actual_scores, scores, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(actual_pooled, scores.softmax(2) @ h, rtol=1e-12, atol=1e-12)
 
+    back = pool.to_state_dict(layout, prefix)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in back)
+    again = GatedAttentionPool.from_state_dict(back, **given)
+    assert repr(again) == repr(pool)
+    for key, value in pool.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+    with torch.no_grad():
+        for parameter in pool.parameters():
+            parameter.zero_()
+    assert all(torch.equal(back[key], value) and value.any() for key, value in state.items())  # both were copies
 
-def test_attention_takes_weights_without_biases():
-    state = {key: value for key, value in AMLabGated().state_dict().items() if key.endswith("weight")}
-    pool = GatedAttentionPool.from_state_dict(state)
-    assert list(pool.state_dict()) == ["v_weight", "u_weight", "w_weight"]
-    assert torch.equal(pool.u_weight, state["attention_U.0.weight"])
+
+def test_heads_of_a_list_stay_apart_in_training():
+    published = Published(*TRIDENT, lists=3, heads=2).double()
+    pool = GatedAttentionPool.from_state_dict(published.state_dict())
+    settings = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1}
+    optimizers = [torch.optim.SGD(layer.parameters(), **settings) for layer in (published, pool)]
+    h, upstream = torch.randn(2, 9, 12, dtype=torch.float64), torch.randn(2, 6, 12, dtype=torch.float64)
+    for _ in range(3):
+        for optimizer, pooled in zip(optimizers, (published(h).softmax(2) @ h, pool(h)[0])):
+            optimizer.zero_grad()
+            (pooled * upstream).sum().backward()
+            optimizer.step()
+    back = pool.to_state_dict("TRIDENT")
+    for key, value in published.state_dict().items():
+        torch.testing.assert_close(back[key], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name, prefix, seen",
+    [
+        ("CLAM plain with dropout", "", "without weights before 'module.3'"),
+        ("MIL-Lab plain", "model.global_attn.", "without weights before 'model.global_attn.module.3'"),
+        ("CLAM gated", "attention_net.3.", "has its attention at 'attention_net.3'"),
+        ("CLAM gated", "attention_net.2.", None),
+        ("CLAM gated", "", None),
+        ("CLAM plain", "attention_net.3.", None),
+        ("AMLab gated", "attention_net.3.", None),
+    ],
+)
+def test_attention_warns_where_the_source_had_dropout(name, prefix, seen):
+    state = {prefix + key: value for key, value in PUBLISHED[name][1]().state_dict().items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert GatedAttentionPool.from_state_dict(state).dropout == 0
+        for dropout in (0.0, 0.25):
+            assert GatedAttentionPool.from_state_dict(state, dropout=dropout).dropout == dropout
+    assert len(caught) == (seen is not None)
+    for warning in caught:
+        assert seen in str(warning.message) and "dropout=0.25" in str(warning.message)
+        assert warning.filename == __file__
+
+
+def test_attention_takes_weights_with_any_biases():
+    state = PUBLISHED["AMLab gated"][1]().state_dict()
+    for kept in itertools.product((False, True), repeat=3):
+        layers = ("attention_V.0", "attention_U.0", "attention_w")
+        dropped = {f"{layer}.bias" for layer, keep in zip(layers, kept) if not keep}
+        part = {key: value for key, value in state.items() if key not in dropped}
+        pool = GatedAttentionPool.from_state_dict(part)
+        assert [f"{x}_bias" in pool.state_dict() for x in "vuw"] == list(kept)
+        assert pool.to_state_dict("AMLab").keys() == part.keys()
+
+
+def test_attention_finds_its_layer_beside_mlps():
+    blocks = {
+        f"blocks.{i}.mlp.fc{j}.{kind}": torch.zeros(shape)
+        for i in range(3)
+        for j, rows in ((1, 16), (2, 4))
+        for kind, shape in (("weight", (rows, 20 - rows)), ("bias", (rows,)))
+    }
+    for name in ("torchmil plain", "torchmil CAMIL plain", "torchmil CAMIL gated"):
+        own = {f"pool.{key}": value for key, value in PUBLISHED[name][1]().state_dict().items()}
+        pool = GatedAttentionPool.from_state_dict(blocks | own)
+        assert torch.equal(pool.w_weight, own["pool.fc2.weight"])
+        assert (pool.u_weight is None) == name.endswith("plain")
+    with pytest.raises(ValueError, match="found none"):
+        GatedAttentionPool.from_state_dict(blocks)
+    mlp = {"fc1.weight": torch.zeros(8, 12), "fc1.bias": torch.zeros(8)}
+    wide = {"fc2.weight": torch.zeros(5, 8)}
+    with_bias = {"fc2.weight": torch.zeros(1, 8), "fc2.bias": torch.zeros(1)}
+    for last in (wide, with_bias):
+        with pytest.raises(ValueError, match="found none"):
+            GatedAttentionPool.from_state_dict(mlp | last)
 
 
 def test_attention_rejects_other_weights():
     told = r"found none.*AMLab gated: attention_V\.0\.weight.*CLAM plain.*Keys found: V, U"
     with pytest.raises(ValueError, match=told):
         GatedAttentionPool.from_state_dict({"V": torch.zeros(1), "U": torch.zeros(1)})
-    two = {f"{p}.{key}": value for p in "ab" for key, value in AMLabPlain().state_dict().items()}
+    plain = PUBLISHED["AMLab plain"][1]().state_dict()
+    two = {f"{p}.{key}": value for p in "ab" for key, value in plain.items()}
     with pytest.raises(ValueError, match=r"found AMLab plain at 'a\.', AMLab plain at 'b\.'"):
         GatedAttentionPool.from_state_dict(two)
-    half = AMLabGated().state_dict()
-    del half["attention_U.0.weight"]
-    with pytest.raises(ValueError, match="found none"):
-        GatedAttentionPool.from_state_dict(half)
+    for name in ("AMLab gated", "torchmil gated", "TRIDENT gated"):  # no half of a gated layer is taken for a plain one
+        half = PUBLISHED[name][1]().state_dict()
+        del half[next(key for key in half if re.match("attention_U|fc_gated|gating", key) and key.endswith("weight"))]
+        with pytest.raises(ValueError, match="found none"):
+            GatedAttentionPool.from_state_dict(half)
+
+
+def test_attention_takes_matrices_alone():
+    state = PUBLISHED["AMLab plain"][1]().state_dict()
+    state["attention.0.weight"] = state["attention.0.weight"][..., None]  # a convolution's
+    with pytest.raises(ValueError, match=r"AMLab plain at '' needs matrices; got \[\[8, 12, 1\], \[1, 8\]\]"):
+        GatedAttentionPool.from_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "name, key, change, told",
+    [
+        ("AMLab gated", "attention_U.0.weight", lambda x: x[:, 1:], "float32 [8, 12] on cpu to fit"),
+        ("AMLab gated", "attention_w.weight", lambda x: x[:, 1:], "got torch.float32 [1, 7] on cpu"),
+        ("AMLab gated", "attention_V.0.bias", lambda x: x[1:], "got torch.float32 [7] on cpu"),
+        ("AMLab gated", "attention_w.weight", lambda x: x.double(), "got torch.float64 [1, 8] on cpu"),
+        ("AMLab gated", "attention_w.weight", lambda x: x.to("meta"), "got torch.float32 [1, 8] on meta"),
+        ("TRIDENT gated", "attention_heads.2.0.weight", lambda x: x[1:], "got torch.float32 [7, 12] on cpu"),
+        ("TRIDENT gated", "branching_layers.1.weight", None, "is missing"),
+        ("TRIDENT gated", "branching_layers.2.bias", None, "is missing"),
+    ],
+)
+def test_attention_names_weights_that_do_not_fit(name, key, change, told):
+    state = {f"net.{key}": value for key, value in PUBLISHED[name][1]().state_dict().items()}
+    value = state.pop(f"net.{key}")
+    if change is not None:
+        state[f"net.{key}"] = change(value)
+    with pytest.raises(ValueError, match=re.escape(f"'net.{key}'") + ".*" + re.escape(told)):
+        GatedAttentionPool.from_state_dict(state)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_attention_stays_where_its_weights_are_and_draws_nothing(dtype, device):
+    state = PUBLISHED["CLAM gated"][1]().to(device, dtype).state_dict()
+    before = torch.get_rng_state()
+    pool = GatedAttentionPool.from_state_dict(state)
+    assert torch.equal(torch.get_rng_state(), before)
+    for key, value in pool.named_parameters():
+        assert value.dtype == dtype and value.device.type == device and value.requires_grad, key
+    assert all(x.device.type == device and x.dtype == dtype for x in pool.to_state_dict("CLAM").values())
+
+
+def test_attention_refuses_layouts_without_room_for_it():
+    known = "AMLab, AMLab 2020, CLAM, torchmil, torchmil CAMIL, TRIDENT, MIL-Lab"
+    with pytest.raises(ValueError, match=f"layout must be one of {known}; got 'clam'"):
+        GatedAttentionPool(4).to_state_dict("clam")
+    for pool, has in (
+        (GatedAttentionPool(4, heads=2, bias=(True, True, False)), "heads = 2, no b_w"),
+        (GatedAttentionPool(4), "heads = 1, a b_w"),
+    ):
+        for layout in ("torchmil", "torchmil CAMIL"):
+            with pytest.raises(ValueError, match=f"'{layout}' has one head and no b_w; this layer has {has}"):
+                pool.to_state_dict(layout)
+    with pytest.raises(ValueError, match="'CLAM' has no groups, only TRIDENT has; this layer has 2"):
+        GatedAttentionPool(4, heads=2, groups=2).to_state_dict("CLAM")
 
 
 @pytest.mark.parametrize("gated, letters", [(True, "vuw"), (False, "vw")])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, False, (True, False, False), (False, True, True), (True, True, False)])
 def test_attention_names_and_initialisation(gated, letters, bias):
+    torch.manual_seed(3)
     pool = GatedAttentionPool(400, 100, heads=3, gated=gated, bias=bias)
-    kinds = ("weight", "bias") if bias else ("weight",)
-    assert list(pool.state_dict()) == [f"{x}_{kind}" for x in letters for kind in kinds]
-    assert pool.v_weight.shape == (100, 400) and pool.w_weight.shape == (3, 100)
-    assert 0.99 / 20 < pool.v_weight.abs().max() <= 1 / 20 and 0.9 / 10 < pool.w_weight.abs().max() <= 1 / 10
-    assert repr(pool) == f"GatedAttentionPool(400, hidden=100, heads=3, gated={gated}, bias={bias})"
+    biases = dict(zip("vuw", (bias,) * 3 if isinstance(bias, bool) else bias))
+    torch.manual_seed(3)
+    shapes = {"v": (400, 100), "u": (400, 100), "w": (100, 3)}
+    linears = {letter: nn.Linear(*shapes[letter], bias=biases[letter]) for letter in letters}
+    expected = {
+        f"{letter}_{kind}": value for letter, linear in linears.items() for kind, value in linear.named_parameters()
+    }
+    assert list(pool.state_dict()) == list(expected)
+    for key, value in expected.items():  # the bound is rounded in another order
+        torch.testing.assert_close(pool.state_dict()[key], value.detach(), rtol=1e-5, atol=0)
+    there = tuple(biases[x] and x in letters for x in "vuw")
+    told = bias if isinstance(bias, bool) else there
+    assert repr(pool) == f"GatedAttentionPool(400, hidden=100, heads=3, gated={gated}, bias={told})"
+
+
+def test_attention_shows_its_other_settings():
+    pool = GatedAttentionPool(8, 6, heads=2, activation="relu", dropout=0.25, groups=2)
+    settings = "activation='relu', dropout=0.25, groups=2"
+    assert repr(pool) == f"GatedAttentionPool(8, hidden=6, heads=2, gated=True, bias=True, {settings})"
+    assert pool.w_weight.shape == (2, 3) and pool.w_weight.abs().max() > 6**-0.5 / 2
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_attention_is_made_on_a_device_and_reset_there(gated):
+    meta = GatedAttentionPool(400, 100, heads=4, gated=gated, groups=2, device="meta", dtype=torch.float64)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in meta.parameters())
+    pool = meta.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in pool.parameters():
+            parameter.fill_(torch.nan)
+    pool.reset_parameters()
+    for name, parameter in pool.named_parameters():
+        bound = (50 if name.startswith("w") else 400) ** -0.5
+        largest = parameter.abs().max()
+        assert largest <= bound and largest > (0.9 if parameter.numel() > 20 else 0.2) * bound, name
+    assert GatedAttentionPool(4, dtype=torch.bfloat16).v_bias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"bias": (True, False)}, r"three for b_V, b_U and b_w; got \(True, False\)"),
+        ({"activation": "sigmoid"}, "'tanh', 'relu' or 'gelu'; got 'sigmoid'"),
+        ({"dropout": 1.5}, "0 to 1; got 1.5"),
+        ({"dropout": -0.1}, "0 to 1; got -0.1"),
+        ({"groups": 2}, "divide heads 1 and hidden 128; got 2"),
+        ({"groups": 3, "heads": 3}, "divide heads 3 and hidden 128; got 3"),
+        ({"groups": 0}, "got 0"),
+    ],
+)
+def test_attention_says_what_it_needs(given, told):
+    with pytest.raises(ValueError, match=told):
+        GatedAttentionPool(4, **given)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -271,6 +472,88 @@ def test_attention_on_ragged_bags():
     assert scores.shape == (2, 8) and (pooled[1] == 0).all()
     for i in (0, 2):
         torch.testing.assert_close(pooled[i], pool(bags[i][None])[0][0], rtol=1e-12, atol=1e-12)
+
+
+def test_one_bag_needs_no_batch():
+    pool, bag = GatedAttentionPool(6, 4, heads=2).double(), torch.randn(7, 6, dtype=torch.float64)
+    mask = torch.tensor([1, 1, 0, 1, 0, 1, 1])
+    for given in ({}, {"mask": mask}, {"key_padding_mask": mask == 0}):
+        pooled, scores = pool(bag, **given)
+        batched = pool(bag[None], **{name: value[None] for name, value in given.items()})
+        assert torch.equal(pooled, batched[0][0]) and torch.equal(scores, batched[1][0])
+        assert pooled.shape == (2, 6) and scores.shape == (2, 7)
+
+
+@pytest.mark.parametrize("kind", ["bags", "maps"])
+def test_masks_of_any_kind_are_one(kind):
+    pool = GatedAttentionPool(6, 4, heads=2).double()
+    mask = torch.rand(2, 3, 4) > 0.4
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    if kind == "bags":
+        x, mask = x.flatten(2).transpose(1, 2), mask.flatten(1)
+    pooled, scores = pool(x, mask)
+    assert scores.shape[2:] == mask.shape[1:] and torch.equal(torch.isneginf(scores), ~mask[:, None].expand_as(scores))
+    for given in ({"mask": mask.float()}, {"mask": mask.long()}, {"key_padding_mask": ~mask}):
+        for actual, expected in zip(pool(x, **given), (pooled, scores)):
+            assert torch.equal(actual, expected)
+        torch.testing.assert_close(pool.scores(x, **given), scores, rtol=1e-12, atol=1e-12)
+    finite = pool(x, mask, masked_score=-7.0)
+    assert torch.equal(finite[0], pooled) and torch.equal(finite[1], scores.masked_fill(~mask[:, None], -7.0))
+    torch.testing.assert_close(pool.scores(x, mask, masked_score=-7.0), finite[1], rtol=1e-12, atol=1e-12)
+
+
+def test_scores_are_those_of_the_pool():
+    pool, x = GatedAttentionPool(6, 4, heads=2, gated=False, groups=2).double(), torch.randn(8, 6, dtype=torch.float64)
+    ends = torch.tensor([0, 3, 3, 8])
+    for given in ((x,), (x[None],), (x.T.reshape(1, 6, 2, 4),), (x, None, ends)):
+        torch.testing.assert_close(pool.scores(*given), pool(*given)[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
+@pytest.mark.parametrize("layout", ["dense", "ragged"])
+def test_dropout_is_that_of_the_reference(layout, activation, gated):
+    pool = GatedAttentionPool(6, 70, heads=2, gated=gated, activation=activation, dropout=0.3).double()
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    if layout == "ragged":
+        x, given = x.flatten(0, 1), {"cu_seqlens": torch.tensor([0, 5, 18])}
+        bags = x.split([5, 13])
+    else:
+        given, bags = {}, x
+    generator = torch.Generator().manual_seed(11)
+    seed = torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(11))
+    v, u = reference.dropout_factors(seed, 0.3, torch.arange(18), 70, torch.float64)
+    pooled, scores = pool(x, generator=generator, **given)
+    start = 0
+    for i, bag in enumerate(bags):
+        rows = slice(start, start := start + len(bag))
+        act = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[activation]
+        hidden = act(F.linear(bag, pool.v_weight, pool.v_bias)) * v[rows]
+        if gated:
+            hidden = hidden * F.linear(bag, pool.u_weight, pool.u_bias).sigmoid() * u[rows]
+        expected = F.linear(hidden, pool.w_weight, pool.w_bias).T
+        actual = scores[:, rows] if layout == "ragged" else scores[i]
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(pooled[i], expected.softmax(1) @ bag, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_is_for_training_alone():
+    pool, x = GatedAttentionPool(6, 32, dropout=0.5).double(), torch.randn(2, 40, 6, dtype=torch.float64)
+    plain = GatedAttentionPool(6, 32).double()
+    plain.load_state_dict(pool.state_dict())
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(pool(x)[1])
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+    torch.manual_seed(1)
+    torch.testing.assert_close(pool.scores(x), outputs[0], rtol=1e-12, atol=1e-12)
+    before = torch.get_rng_state()
+    pool.eval()
+    for actual, expected in zip(pool(x, generator=torch.Generator()), plain(x)):
+        assert torch.equal(actual, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (outputs[0] - plain(x)[1]).abs().max() > 0.01
 
 
 def test_layers_train_under_autocast():

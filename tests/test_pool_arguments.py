@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from _ops import assert_within_budget, layouts, randn
+from _ops import assert_within_budget, error, layouts, randn
 from _pool import ALONE, backends_for, device_of, inputs, kept, philox, pooled_of, twin
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from ercn.ops import _backends, attention_scores, gated_attention_pool, pool_by_scores, reference
 
@@ -256,12 +260,12 @@ def test_pool_by_scores_where_masked_ragged_or_minus_infinity(backend):
     dirty = scores.masked_fill(~mask[:, None], float("nan")), value.masked_fill(~mask[..., None], float("inf"))
     pool = functools.partial(pool_by_scores, backend=backend)
     bounds = torch.tensor([0, 0, 13, 40, 40])
-    for given, clean, kwargs in (
+    for tensors, clean, kwargs in (
         (dirty, (scores, value), {"mask": mask}),
         ((scores[0], value[0]), (scores[0], value[0]), {"cu_seqlens": bounds}),
     ):
         options = dict(zip(kwargs, on(backend, *kwargs.values())))
-        ours = value_results(pool, *on(backend, *given), torch.float32, **options)
+        ours = value_results(pool, *on(backend, *tensors), torch.float32, **options)
         plain, exact = (
             value_results(twin_of_values, *(x.float() for x in clean), cast, **kwargs)
             for cast in (torch.float32, torch.float64)
@@ -459,3 +463,237 @@ def test_opcheck_of_pool_by_scores(backend):
     for needs in ([True, True], [True, False], [False, True]):
         grad = on(backend, torch.ones(2, 3, 4))[0]
         torch.library.opcheck(backward, (grad, scores, value, mask, None, needs, backend))
+
+
+@of_dropout
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_shape_layout_mask_and_option_property(backend, data):
+    n, d, hidden, heads = (
+        data.draw(st.integers(1, high), label=k) for k, high in (("N", 120), ("D", 50), ("L", 140), ("K", 4))
+    )
+    gated, bias = (data.draw(st.booleans(), label=k) for k in ("gated", "bias"))
+    arguments = inputs(n, d, hidden, heads, 2, gated, bias)
+    kind = data.draw(st.sampled_from(["contiguous", "channels_last", "strided", "offset"]), label="layout")
+    arguments[0] = layouts(arguments[0].float())[kind]
+    mask = torch.rand(2, n, generator=torch.Generator().manual_seed(n)) < 0.7
+    kwargs = {"mask": data.draw(st.sampled_from([None, mask]), label="mask")}
+    p = data.draw(st.sampled_from([0.0, 0.25, 0.5]), label="p")
+    seed = torch.tensor([data.draw(st.integers(0, (1 << 63) - 1), label="seed")]) if p else None
+    if backend in backends_for("gated_attention_pool", *pool_arguments(activation="gelu")):
+        kwargs["activation"] = data.draw(st.sampled_from(["tanh", "relu", "gelu"]), label="activation")
+    assert_twin(backend, arguments, torch.float32, seed, p, **kwargs)
+
+
+def small(backend):
+    return on(backend, *(x.float() for x in inputs(5, 4, 3, 1, 2)))
+
+
+@of_scores
+def test_masks_of_either_polarity_and_any_dtype(backend):
+    arguments = small(backend)
+    (mask,) = on(backend, torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 1, 1]]).bool())
+    expected = gated_attention_pool(*arguments, mask=mask, backend=backend)
+    for dtype in (torch.float32, torch.uint8, torch.int64, torch.bfloat16):
+        for kwargs in ({"mask": mask.to(dtype)}, {"key_padding_mask": (~mask).to(dtype)}):
+            ours = gated_attention_pool(*arguments, **kwargs, backend=backend)
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+    pooled = pool_by_scores(expected[1], arguments[0], key_padding_mask=~mask, backend=backend)
+    assert torch.equal(pooled, pool_by_scores(expected[1].nan_to_num(0), arguments[0], mask=mask, backend=backend))
+    alone = gated_attention_pool(arguments[0][0], *arguments[1:], mask=mask[0], backend=backend)
+    assert all(torch.equal(a, b[0]) for a, b in zip(alone, expected))
+    first = {"mask": mask[0], "backend": backend}
+    assert torch.equal(attention_scores(arguments[0][0], *arguments[1:], **first), expected[1][0])
+    assert torch.equal(pool_by_scores(expected[1][0], arguments[0][0], **first), pooled[0])
+
+
+@of_scores
+def test_masked_scores_are_finite_where_asked_for(backend):
+    """Then 0 times such a score is 0 in a loss of each instance, and its gradient is 0."""
+    arguments = [x.requires_grad_() for x in small(backend)]
+    (mask,) = on(backend, torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 1, 1]]).bool())
+    kwargs = {"mask": mask, "backend": backend}
+    pooled, scores = gated_attention_pool(*arguments, masked_score=-7.0, **kwargs)
+    expected, infinite = gated_attention_pool(*arguments, **kwargs)
+    assert torch.equal(pooled, expected)
+    assert torch.equal(scores, infinite.masked_fill(~mask[:, None], -7.0))
+    assert torch.equal(attention_scores(*arguments, masked_score=-7.0, **kwargs), scores)
+    grads = torch.autograd.grad((scores * mask[:, None]).square().sum(), arguments)
+    theirs = torch.autograd.grad(infinite.masked_fill(~mask[:, None], 0).square().sum(), arguments)
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(grads, theirs))
+
+
+@of_scores
+@pytest.mark.parametrize("leak", [float("nan"), float("inf")])
+def test_masked_instances_are_never_read_by_the_scores(backend, leak):
+    arguments = small(backend)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 1, 1]]).bool()
+    (real,) = on(backend, mask)
+    runs = []
+    for dirty in (False, True):
+        h = arguments[0].masked_fill(~real[..., None], leak) if dirty else arguments[0]
+        leaves = [x.detach().clone().requires_grad_() for x in (h, *arguments[1:])]
+        scores = attention_scores(*leaves, mask=real, masked_score=0.0, backend=backend)
+        runs.append((scores, *gradients([scores], leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    assert (runs[0][1][~real] == 0).all()
+
+
+reference_alone = pytest.mark.skipif(ALONE, reason="what is checked before any backend is asked")
+
+
+@reference_alone
+def test_a_mask_that_leaves_nothing_warns_once_for_each_line():
+    arguments, mask = small("cpu"), torch.zeros(2, 5)
+
+    def call():
+        return gated_attention_pool(*arguments, mask=mask, backend="reference")
+
+    words = "mask masks all 10 instances: pooled is 0.*real, key_padding_mask.*padding"
+    with pytest.warns(UserWarning, match=words) as warned:
+        (pooled, scores), *_ = [call() for _ in range(3)]
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert (pooled == 0).all() and (scores == float("-inf")).all()
+    with pytest.warns(UserWarning, match="key_padding_mask masks all 10 instances.*padding, mask where it is real"):
+        attention_scores(*arguments, key_padding_mask=~mask.bool())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call()
+        attention_scores(*arguments, mask=torch.tensor([[1.0] * 5, [0.0] * 5]))  # one bag of two is empty
+        attention_scores(torch.ones(2, 0, 4), *arguments[1:], mask=torch.zeros(2, 0))
+        torch.compile(lambda m: attention_scores(*arguments, mask=m), fullgraph=True, backend="eager")(mask)
+        torch.vmap(lambda m: attention_scores(*arguments, mask=m))(mask[None])
+
+
+@reference_alone
+def test_errors_say_what_was_given():
+    mask = torch.ones(2, 5)
+    additive = mask.masked_fill(torch.rand(2, 5) < 2, 0.0)
+    additive[1, 2] = float("-inf")
+    for kwargs, words in [
+        ({"mask": 2 * mask}, r"mask must hold 0 and 1 alone; got 2\.0.*mask is True where the instance is real"),
+        ({"key_padding_mask": additive}, "key_padding_mask must hold 0 and 1 alone; got -inf, as one that is added"),
+        ({"mask": additive.nan_to_num(0, neginf=float("nan"))}, "must hold 0 and 1 alone; got nan"),
+        ({"mask": mask, "key_padding_mask": mask}, "mask or key_padding_mask, not both: mask is True where .* real"),
+        ({"key_padding_mask": mask[:, :4]}, r"key_padding_mask must be bool or 0/1 \[2, 5\] on cpu; got .* \[2, 4\]"),
+        ({"activation": "silu"}, "activation must be one of tanh, relu, gelu; got 'silu'"),
+        ({"dropout_p": 1.5}, "dropout_p must be from 0 to 1; got 1.5"),
+        ({"dropout_p": -0.1}, "dropout_p must be from 0 to 1; got -0.1"),
+        ({"dropout_p": float("nan")}, "dropout_p must be from 0 to 1; got nan"),
+        ({"generator": torch.Generator()}, "generator was given, but dropout_p is 0"),
+        ({"masked_score": float("nan")}, "masked_score must be finite or -inf; got nan"),
+        ({"masked_score": float("inf")}, "masked_score must be finite or -inf; got inf"),
+    ]:
+        for function in (gated_attention_pool, attention_scores):
+            with pytest.raises(ValueError, match=words):
+                function(*small("cpu"), **kwargs)
+    with pytest.raises(ValueError, match="generator must be on h's device meta; it is on cpu"):
+        meta = [x.to("meta") for x in small("cpu")]
+        gated_attention_pool(*meta, dropout_p=0.5, generator=torch.Generator())
+    h, v, bv, u, bu, w, bw = small("cpu")
+    with pytest.raises(ValueError, match="w_bias must have v_weight's dtype torch.float32 .*; got torch.float64"):
+        attention_scores(h, v, bv, u, bu, w, bw.double())
+    ragged = {"cu_seqlens": torch.tensor([0, 3, 2, 5])}
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to T = 5 without falling; got \[0, 3, 2, 5\]"):
+        attention_scores(h[0], v, bv, u, bu, w, bw, **ragged)
+    s, x = torch.ones(2, 1, 5), torch.ones(2, 5, 4)
+    for arguments, kwargs, words in [
+        ((s, x[:, :4]), {}, r"must be \[B, K, N\] with value \[B, N, D\].*got scores \[2, 1, 5\], value \[2, 4, 4\]"),
+        ((s[:1], x), {}, r"got scores \[1, 1, 5\], value \[2, 5, 4\]"),
+        ((s, x[0]), {}, r"got scores \[2, 1, 5\], value \[5, 4\]"),
+        ((s, x), {"cu_seqlens": torch.tensor([0, 5])}, "and cu_seqlens"),
+        ((s[0], x[0]), ragged, r"got \[0, 3, 2, 5\]"),
+        ((s[0], x[0]), {"cu_seqlens": torch.tensor([0.0, 5])}, "cu_seqlens must be int32 or int64"),
+        ((s[0], x[0]), {"cu_seqlens": torch.tensor([0, 5]), "mask": mask[0]}, "mask is for dense bags"),
+        ((s.long(), x), {}, "scores and value must be floating point; got torch.int64 and torch.float32"),
+        ((s, x.to("meta")), {}, "scores and value must be on one device; got cpu and meta"),
+        ((s, x), {"mask": mask[:, :3]}, r"mask must be bool or 0/1 \[2, 5\]"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            pool_by_scores(*arguments, **kwargs)
+
+
+@reference_alone
+def test_what_has_no_derivative_says_so():
+    arguments = small("cpu")
+    scores, value = torch.ones(1, 5), torch.ones(5, 4)
+    with pytest.raises(NotImplementedError, match="attention_scores has no forward-mode derivative"):
+        torch.func.jvp(lambda x: attention_scores(x, *arguments[1:]), (arguments[0],), (arguments[0],))
+    with pytest.raises(NotImplementedError, match="pool_by_scores has no forward-mode derivative"):
+        torch.func.jvp(lambda x: pool_by_scores(x, value), (scores,), (scores,))
+    scores.requires_grad_()
+    (grad,) = torch.autograd.grad(pool_by_scores(scores, value).sum(), scores, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        grad.sum().backward()
+
+
+@of_scores
+def test_autocast(backend):
+    h, *weights = small(backend)
+    value, scores = torch.ones_like(h), attention_scores(h, *weights, backend=backend)
+    with torch.autocast(h.device.type, dtype=torch.bfloat16):
+        low = attention_scores(h, *weights, backend=backend)
+        pooled = pool_by_scores(scores, value, backend=backend)
+    assert low.dtype == torch.float32 and pooled.dtype == torch.bfloat16
+    assert torch.equal(low, attention_scores(*(x.bfloat16() for x in (h, *weights)), backend=backend))
+    assert torch.equal(pooled, pool_by_scores(scores, value.bfloat16(), backend=backend))
+
+
+@of_dropout
+def test_vmap_draws_by_its_randomness(backend):
+    h, *weights = small(backend)
+    stack = torch.stack([h, h])
+
+    def call(x):
+        return gated_attention_pool(x, *weights, dropout_p=0.5, backend=backend)
+
+    same = torch.vmap(call, randomness="same")(stack)
+    assert all(torch.equal(x[0], x[1]) for x in same)
+    torch.manual_seed(0)
+    different = torch.vmap(call, randomness="different")(stack)
+    assert not torch.equal(different[1][0], different[1][1])
+    with pytest.raises(RuntimeError, match="random"):
+        torch.vmap(call)(stack)
+
+
+@of_values
+def test_vmap_of_scores_and_values(backend):
+    scores, value = on(backend, randn(3, 2, 2, 7, seed=1).float(), randn(3, 2, 7, 4, seed=2).float())
+    bounds = on(backend, torch.tensor([0, 3, 7]))[0]
+    for call, tensors in (
+        (lambda s, x: pool_by_scores(s, x, backend=backend), (scores, value)),
+        (lambda s, x: pool_by_scores(s, x, cu_seqlens=bounds, backend=backend), (scores[:, 0], value[:, 0])),
+    ):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        mapped = torch.vmap(call)(*leaves)
+        looped = torch.stack([call(*x) for x in zip(*leaves)])
+        ours, theirs = ((x, *torch.autograd.grad(x.square().sum(), leaves)) for x in (mapped, looped))
+        assert all(error(a, b) < 1e-6 for a, b in zip(ours, theirs))
+
+
+@of_values
+def test_flops(backend):
+    """18 instances, D 4, L 3, K 2: two projections of 432, narrow products 216 (L) and 288 (D)."""
+    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(9, 4, 3, 2, 2))]
+    with FlopCounterMode(display=False) as flops:
+        scores = attention_scores(*leaves, backend=backend)
+    assert flops.get_total_flops() == 2 * 432 + 216
+    with FlopCounterMode(display=False) as flops:
+        scores.sum().backward()
+    assert flops.get_total_flops() == 3 * 2 * 432 + 2 * 216
+    scores, value = scores.detach().requires_grad_(), leaves[0].detach().requires_grad_()
+    with FlopCounterMode(display=False) as flops:
+        pooled = pool_by_scores(scores, value, backend=backend)
+    assert flops.get_total_flops() == 288
+    with FlopCounterMode(display=False) as flops:
+        pooled.sum().backward()
+    assert flops.get_total_flops() == 2 * 288
+
+
+@reference_alone
+def test_shapes_without_data():
+    arguments = [x.to("meta") for x in small("cpu")]
+    pooled, scores = gated_attention_pool(*arguments, dropout_p=0.5, mask=torch.ones(2, 5, device="meta"))
+    assert pooled.shape == (2, 1, 4) and scores.shape == (2, 1, 5)
+    assert gated_attention_pool(arguments[0].bfloat16(), *arguments[1:])[0].dtype == torch.float32
+    assert pool_by_scores(scores[0], arguments[0][0].half()).shape == (1, 4)

@@ -1,7 +1,7 @@
 #pragma once
 // tanh, sigmoid and gelu of a vector. float: tanh and sigmoid are at most 2.6 ulp from the exact value wherever that is
-// a normal number (below it, absolute error < 2^-126), exact at 0 and ±Inf; NaN stays NaN. double: the C library's, lane
-// by lane.
+// a normal number (below it, absolute error < 2^-126), exact at 0 and ±Inf; gelu(x) is within 2.2e-7 |x| and its slope
+// within 2.2e-7; NaN stays NaN. double: the C library's, lane by lane.
 #include "simd.h"
 
 namespace ercn::ERCN_ISA {
@@ -54,10 +54,10 @@ ERCN_INLINE Vec<double> sigmoid(Vec<double> x) {
 
 // Φ(x) and x φ(x) of the normal distribution: gelu(x) = x Φ(x), gelu'(x) = Φ(x) + x φ(x).
 ERCN_INLINE void normal(Vec<float> x, Vec<float>& cumulative, Vec<float>& weighted_density) {
-  const Vec<float> z = magnitude(x, 13.2f);  // from there on Φ rounds to 1 and to less than 2^-126
+  const Vec<float> z = magnitude(x, 13.2f);  // from there on Φ rounds to 1, and is less than 2^-126 on the other side
   Vec<float> power, q;
   exp_parts(-0.5f * z * z, power, q);
-  const Vec<float> decay = power * q + power;  // exp(-z² / 2)
+  const Vec<float> decay = z < 13.2f ? power * q + power : Vec<float>{};  // exp(-z² / 2)
   // Φ(-z) exp(z² / 2) as a polynomial of 1 / (1 + z / 4), minimax on 0 <= z <= 13.2: relative error 1.2e-8
   const Vec<float> t = 1.f / (0.25f * z + 1.f);
   Vec<float> p = 0x1.1d1424p-5f * t - 0x1.9b38cep-3f;

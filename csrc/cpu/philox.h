@@ -21,6 +21,11 @@ ERCN_INLINE void multiply(Words x, uint32_t factor, Words& high, Words& low) {
   const auto odd = (Vec<uint64_t>)_mm256_mul_epu32((__m256i)((Vec<uint64_t>)x >> 32), _mm256_set1_epi32(factor));
   low = __builtin_shufflevector((Words)even, (Words)odd, 0, 8, 2, 10, 4, 12, 6, 14);
   high = __builtin_shufflevector((Words)even, (Words)odd, 1, 9, 3, 11, 5, 13, 7, 15);
+#elif defined(__SSE2__)
+  const auto even = (Vec<uint64_t>)_mm_mul_epu32((__m128i)x, _mm_set1_epi32(factor));
+  const auto odd = (Vec<uint64_t>)_mm_mul_epu32((__m128i)((Vec<uint64_t>)x >> 32), _mm_set1_epi32(factor));
+  low = __builtin_shufflevector((Words)even, (Words)odd, 0, 4, 2, 6);
+  high = __builtin_shufflevector((Words)even, (Words)odd, 1, 5, 3, 7);
 #else
   for (int i = 0; i < kWords; ++i) {
     const uint64_t product = static_cast<uint64_t>(x[i]) * factor;

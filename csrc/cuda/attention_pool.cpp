@@ -1,5 +1,6 @@
-// Gated attention pooling on CUDA, registered as ercn_native::gated_attention_pool_cuda and …_backward_cuda (LibTorch
-// stable ABI).  s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w,  a = softmax(s),  z = Σ a h
+// Gated attention pooling on CUDA, registered as ercn_native::gated_attention_pool_cuda, attention_scores_cuda,
+// pool_by_scores_cuda and …_backward_cuda (LibTorch stable ABI).
+//   s = w · (drop(act(V h + b_V)) ⊙ drop(σ(U h + b_U))) + b_w,   a = softmax(s),   z = Σ a h
 // h [B, N, D] or ragged [T, D], the weights and grad_pooled are fp32, bf16 or fp16 of one type, with any strides;
 // scores and sums are fp32. Here: checks, and which kernels run.
 #include <string>
@@ -55,6 +56,36 @@ void check(const Inputs& in) {
             (index == ScalarType::Int || index == ScalarType::Long),
         "cu_seqlens must be int32 or int64 [B + 1] on h's device");
   }
+  STD_TORCH_CHECK(in.dropout_p >= 0 && in.dropout_p <= 1, "dropout_p must be in [0, 1]; got ", in.dropout_p);
+  const bool seeded = in.seed && is_here(*in.seed) && in.seed->scalar_type() == ScalarType::Long &&
+                      in.seed->dim() == 1 && in.seed->size(0) == 1;
+  STD_TORCH_CHECK(seeded || (!in.seed && in.dropout_p == 0), "dropout needs a seed, int64 [1] on h's device");
+}
+
+void check_scores(const Tensor& scores, const Inputs& in) {
+  const Tensor& h = in.h;
+  STD_TORCH_CHECK(
+      on_device(scores) && scores.scalar_type() == ScalarType::Float && scores.dim() == h.dim() &&
+          scores.size(scores.dim() - 2) == in.w_weight.size(0) &&
+          scores.size(scores.dim() - 1) == h.size(h.dim() - 2) && (in.cu_seqlens || scores.size(0) == h.size(0)),
+      "scores must be float32 [B, K, N] or [K, T], as the forward's");
+}
+
+void check_grad_pooled(const Tensor& grad, const Inputs& in) {
+  const Tensor& h = in.h;
+  const int64_t bags = in.cu_seqlens ? in.cu_seqlens->size(0) - 1 : h.size(0);
+  STD_TORCH_CHECK(
+      on_device(grad) && grad.scalar_type() == h.scalar_type() && grad.dim() == 3 && grad.size(0) == bags &&
+          grad.size(1) == in.w_weight.size(0) && grad.size(2) == h.size(h.dim() - 1),
+      "grad_pooled must have pooled's shape and dtype, on its device");
+}
+
+pool::Activation activation_of(const std::string& name) {
+  STD_TORCH_CHECK(
+      name == "tanh" || name == "relu" || name == "gelu", "activations are tanh, relu and gelu; got ", name);
+  return name == "tanh"   ? pool::Activation::kTanh
+         : name == "relu" ? pool::Activation::kRelu
+                          : pool::Activation::kGelu;
 }
 
 // Whether the Hopper kernels run: asked for by name, or where nothing is asked and they can. Raises where they were
@@ -76,9 +107,10 @@ bool use_sm90(const std::string& kernels, const Inputs& in) {
 
 std::tuple<Tensor, Tensor> gated_attention_pool(
     const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
-    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, bool exact,
-    std::string kernels) {
-  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, exact};
+    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens,
+    const Optional& seed, double dropout_p, std::string activation, bool exact, std::string kernels) {
+  const Inputs in{h,    v_weight,   v_bias, u_weight,  u_bias,                    w_weight, w_bias,
+                  mask, cu_seqlens, seed,   dropout_p, activation_of(activation), exact};
   check(in);
   [[maybe_unused]] const bool hopper = use_sm90(kernels, in);
 #if ERCN_SM90
@@ -87,35 +119,71 @@ std::tuple<Tensor, Tensor> gated_attention_pool(
   return pool::forward(in);
 }
 
+Tensor attention_scores(
+    const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
+    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens,
+    const Optional& seed, double dropout_p, std::string activation, bool exact, std::string kernels) {
+  const Inputs in{h,    v_weight,   v_bias, u_weight,  u_bias,                    w_weight, w_bias,
+                  mask, cu_seqlens, seed,   dropout_p, activation_of(activation), exact};
+  check(in);
+  [[maybe_unused]] const bool hopper = use_sm90(kernels, in);
+#if ERCN_SM90
+  if (hopper) return sm90::pool_scores(in);
+#endif
+  return pool::scores(in);
+}
+
 Gradients gated_attention_pool_backward(
     const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h, const Tensor& v_weight,
     const Optional& v_bias, const Optional& u_weight, const Optional& u_bias, const Tensor& w_weight,
-    const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, const Tensor& pooled,
-    const Tensor& scores, int64_t needs, bool exact, std::string kernels) {
-  const Inputs in{h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, exact};
+    const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, const Optional& seed, double dropout_p,
+    std::string activation, const Tensor& scores, int64_t needs, bool exact, std::string kernels) {
+  const Inputs in{h,    v_weight,   v_bias, u_weight,  u_bias,                    w_weight, w_bias,
+                  mask, cu_seqlens, seed,   dropout_p, activation_of(activation), exact};
   check(in);
-  const auto matches = [](const Optional& x, const Tensor& like) {
-    bool same = !x || (on_device(*x) && x->scalar_type() == like.scalar_type() && x->dim() == like.dim());
-    for (int64_t i = 0; x && same && i < like.dim(); ++i) same = x->size(i) == like.size(i);
-    return same;
-  };
-  const int64_t bags = cu_seqlens ? cu_seqlens->size(0) - 1 : h.size(0), D = h.size(h.dim() - 1), K = w_weight.size(0);
-  STD_TORCH_CHECK(
-      pooled.dim() == 3 && pooled.size(0) == bags && pooled.size(1) == K && pooled.size(2) == D &&
-          pooled.scalar_type() == h.scalar_type(),
-      "pooled must be the forward's");
-  STD_TORCH_CHECK(
-      on_device(scores) && scores.scalar_type() == ScalarType::Float && scores.dim() == h.dim() &&
-          scores.size(scores.dim() - 2) == K && scores.size(scores.dim() - 1) == h.size(h.dim() - 2) &&
-          (cu_seqlens || scores.size(0) == bags),
-      "scores must be the forward's");
-  STD_TORCH_CHECK(matches(grad_pooled, pooled), "grad_pooled must have pooled's shape and dtype, on its device");
-  STD_TORCH_CHECK(matches(grad_scores, scores), "grad_scores must have scores' shape and dtype, on its device");
+  check_scores(scores, in);
+  if (grad_pooled) check_grad_pooled(*grad_pooled, in);
+  bool matches = !grad_scores || (on_device(*grad_scores) && grad_scores->scalar_type() == ScalarType::Float &&
+                                  grad_scores->dim() == scores.dim());
+  for (int64_t i = 0; grad_scores && matches && i < scores.dim(); ++i) {
+    matches = grad_scores->size(i) == scores.size(i);
+  }
+  STD_TORCH_CHECK(matches, "grad_scores must have scores' shape and dtype, on its device");
   [[maybe_unused]] const bool hopper = use_sm90(kernels, in);
 #if ERCN_SM90
   if (hopper) return sm90::pool_backward(grad_pooled, grad_scores, in, scores, needs);
 #endif
   return pool::backward(grad_pooled, grad_scores, in, scores, needs);
+}
+
+// What is pooled by scores: weights without hidden units.
+struct Pooled {
+  Tensor v_weight, w_weight;
+  const Optional none;
+  Inputs in;
+
+  Pooled(const Tensor& scores, const Tensor& value, const Optional& mask, const Optional& cu_seqlens)
+      : v_weight(empty(value, {0, value.dim() > 0 ? value.size(value.dim() - 1) : 0}, value.scalar_type())),
+        w_weight(empty(value, {scores.dim() > 1 ? scores.size(scores.dim() - 2) : 0, 0}, value.scalar_type())),
+        in{value, v_weight,   none, none, none,                    w_weight, none,
+           mask,  cu_seqlens, none, 0,    pool::Activation::kTanh, false} {
+    check(in);
+    check_scores(scores, in);
+  }
+};
+
+Tensor pool_by_scores(
+    const Tensor& scores, const Tensor& value, const Optional& mask, const Optional& cu_seqlens) {
+  const Pooled of(scores, value, mask, cu_seqlens);
+  return pool::pool_by_scores(scores, of.in);
+}
+
+std::tuple<Tensor, Tensor> pool_by_scores_backward(
+    const Tensor& grad_pooled, const Tensor& scores, const Tensor& value, const Optional& mask,
+    const Optional& cu_seqlens, bool need_scores, bool need_value) {
+  const Pooled of(scores, value, mask, cu_seqlens);
+  check_grad_pooled(grad_pooled, of.in);
+  return pool::pool_by_scores_backward(grad_pooled, scores, of.in, need_scores, need_value);
 }
 
 }  // namespace
@@ -124,17 +192,28 @@ Gradients gated_attention_pool_backward(
 ERCN_REGISTER(STABLE_TORCH_LIBRARY_FRAGMENT, ERCN_LIBRARY, m) {
   m.def(
       "gated_attention_pool_cuda(Tensor h, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, "
-      "Tensor w_weight, Tensor? w_bias, Tensor? mask, Tensor? cu_seqlens, bool exact, str kernels) "
-      "-> (Tensor pooled, Tensor scores)");
+      "Tensor w_weight, Tensor? w_bias, Tensor? mask, Tensor? cu_seqlens, Tensor? seed, float dropout_p, "
+      "str activation, bool exact, str kernels) -> (Tensor pooled, Tensor scores)");
+  m.def(
+      "attention_scores_cuda(Tensor h, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, "
+      "Tensor w_weight, Tensor? w_bias, Tensor? mask, Tensor? cu_seqlens, Tensor? seed, float dropout_p, "
+      "str activation, bool exact, str kernels) -> Tensor scores");
   m.def(
       "gated_attention_pool_backward_cuda(Tensor? grad_pooled, Tensor? grad_scores, Tensor h, Tensor v_weight, "
       "Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias, Tensor? mask, "
-      "Tensor? cu_seqlens, Tensor pooled, Tensor scores, int needs, bool exact, str kernels) -> (Tensor grad_h, "
-      "Tensor grad_v_weight, Tensor grad_v_bias, Tensor grad_u_weight, Tensor grad_u_bias, Tensor grad_w_weight, "
-      "Tensor grad_w_bias)");
+      "Tensor? cu_seqlens, Tensor? seed, float dropout_p, str activation, Tensor scores, int needs, bool exact, "
+      "str kernels) -> (Tensor grad_h, Tensor grad_v_weight, Tensor grad_v_bias, Tensor grad_u_weight, "
+      "Tensor grad_u_bias, Tensor grad_w_weight, Tensor grad_w_bias)");
+  m.def("pool_by_scores_cuda(Tensor scores, Tensor value, Tensor? mask, Tensor? cu_seqlens) -> Tensor pooled");
+  m.def(
+      "pool_by_scores_backward_cuda(Tensor grad_pooled, Tensor scores, Tensor value, Tensor? mask, "
+      "Tensor? cu_seqlens, bool need_scores, bool need_value) -> (Tensor grad_scores, Tensor grad_value)");
 }
 
 ERCN_REGISTER(STABLE_TORCH_LIBRARY_IMPL, ERCN_LIBRARY, ERCN_DISPATCH_KEY, m) {
   m.impl("gated_attention_pool_cuda", TORCH_BOX(&ercn::gated_attention_pool));
   m.impl("gated_attention_pool_backward_cuda", TORCH_BOX(&ercn::gated_attention_pool_backward));
+  m.impl("attention_scores_cuda", TORCH_BOX(&ercn::attention_scores));
+  m.impl("pool_by_scores_cuda", TORCH_BOX(&ercn::pool_by_scores));
+  m.impl("pool_by_scores_backward_cuda", TORCH_BOX(&ercn::pool_by_scores_backward));
 }

@@ -73,10 +73,10 @@ def gated_attention_pool(
     the dropout is kept: the backward computes them again. Two runs on one machine are bit-equal, with dropout under the
     same seed. Under autocast all floating inputs are cast.
 
-    Dropout takes Philox4x32-10 under one seed for each call, an int64. Instance i (b·N + n, or the ragged row) and
-    hidden unit l take word (l // 16) % 4 of the counter (i mod 2³², i // 2³², (l // 64)·16 + l % 16, 0): its low 16
-    bits drop the unit of V's branch, its high ones that of U's, where they are below round(65536·p). So the mask does
-    not depend on the backend, the number of threads or the instruction set.
+    Dropout takes Philox4x32-10 under one seed for each call, ``torch.randint(2**62, (1,))``. Instance i (b·N + n, or
+    the ragged row) and hidden unit l take word (l // 16) % 4 of the counter (i mod 2³², i // 2³², (l // 64)·16 + l %
+    16, 0): its low 16 bits drop the unit of V's branch, its high ones that of U's, where they are below round(65536·p).
+    So the mask does not depend on the backend, the number of threads or the instruction set.
 
     Sources: Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", ICML 2018; Salmon, Moraes, Dror,
     Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
@@ -305,8 +305,11 @@ def _warn_once(message: str) -> None:
         warnings.warn_explicit(message, UserWarning, *site)
 
 
+_WEIGHTS = ("v_weight", "v_bias", "u_weight", "u_bias", "w_weight", "w_bias")
+
+
 def _check(h, weights, cu_seqlens) -> None:
-    v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = weights
+    v_weight, _, u_weight, u_bias, w_weight, _ = weights
     if h.dim() != 2 and (h.dim() != 3 or cu_seqlens is not None):
         raise ValueError(
             "h must be [B, N, D], one bag [N, D], or ragged [T, D] with cu_seqlens; "
@@ -321,24 +324,19 @@ def _check(h, weights, cu_seqlens) -> None:
         raise ValueError("u_bias must be None where u_weight is None (plain attention)")
     if not (h.is_floating_point() and v_weight.is_floating_point()):
         raise ValueError(f"h and v_weight must be floating point; got {h.dtype} and {v_weight.dtype}")
-    for name, tensor, shape in (
-        ("v_weight", v_weight, (hidden, dim)),
-        ("v_bias", v_bias, (hidden,)),
-        ("u_weight", u_weight, (hidden, dim)),
-        ("u_bias", u_bias, (hidden,)),
-        ("w_weight", w_weight, (heads, hidden)),
-        ("w_bias", w_bias, (heads,)),
-    ):
-        if tensor is None:
+    dtype, device = v_weight.dtype, h.device
+    shapes = ((hidden, dim), (hidden,), (hidden, dim), (hidden,), (heads, hidden), (heads,))
+    for name, tensor, shape in zip(_WEIGHTS, weights, shapes):
+        if tensor is None or (tensor.shape == shape and tensor.dtype == dtype and tensor.device == device):
             continue
         if tensor.shape != shape:
             raise ValueError(
                 f"{name} must be {list(shape)} for D = {dim}, L = {hidden}, K = {heads}; got {list(tensor.shape)}"
             )
-        if tensor.dtype != v_weight.dtype and not _autocast(h.device):
-            raise ValueError(f"{name} must have v_weight's dtype {v_weight.dtype} outside autocast; got {tensor.dtype}")
-        if tensor.device != h.device:
-            raise ValueError(f"{name} must be on h's device {h.device}; got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on h's device {device}; got {tensor.device}")
+        if not _autocast(device):
+            raise ValueError(f"{name} must have v_weight's dtype {dtype} outside autocast; got {tensor.dtype}")
     _check_bounds(h, cu_seqlens)
 
 

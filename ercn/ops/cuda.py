@@ -2,7 +2,8 @@
 
 Hopper has kernels of its own for bfloat16 and float16; all else runs kernels that any GPU from compute capability 8.0
 on takes. ``ERCN_CUDA_KERNELS`` = generic, sm90 or sm90_dense forces one, read at every call; a forced one that cannot
-take the tensors raises. float32 follows ``torch.get_float32_matmul_precision()``.
+take the tensors raises. float32 follows ``torch.get_float32_matmul_precision()``. ``pool_by_scores`` has one kernel of
+its own kind for every GPU, whatever is forced.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from torch import Tensor
 
 from ercn.ops import _extension
 from ercn.ops._pool_arguments import refusal
+from ercn.ops.reference import ACTIVATIONS
 
 KERNELS = ("generic", "sm90", "sm90_dense")
 NAMESPACE = "ercn_native"
-_OPS = ("relu_affinity", "relu_affinity_backward", "gated_attention_pool", "gated_attention_pool_backward")
+_OPS = (
+    "relu_affinity", "relu_affinity_backward", "gated_attention_pool", "gated_attention_pool_backward",
+    "attention_scores", "pool_by_scores", "pool_by_scores_backward",
+)  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,8 +45,12 @@ def can_run(op: str, *args) -> str | None:
     for x in args:
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in _DTYPES:
             return f"it takes float32, bfloat16 and float16; got {x.dtype}"
-    if reason := refusal(op, args):
+    if reason := refusal(op, args, dropout=True, activations=ACTIVATIONS):
         return reason
+    if op.startswith("pool_by_scores"):
+        scores = args[0 if op == "pool_by_scores" else 1]
+        if scores.dtype != torch.float32:
+            return f"it pools by float32 scores; got {scores.dtype}"
     if op.startswith("relu_affinity"):
         feat = args[1 if op == "relu_affinity" else 2]
         most = _call("relu_affinity_most_features", feat.itemsize, _shared_bytes(feat.device))
@@ -95,7 +104,27 @@ def gated_attention_pool(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    return _call("gated_attention_pool_cuda", h, *weights, mask, cu_seqlens, _exact(h.dtype), kernels())
+    options = (mask, cu_seqlens, seed, dropout_p, activation)
+    return _call("gated_attention_pool_cuda", h, *weights, *options, _exact(h.dtype), kernels())
+
+
+def attention_scores(
+    h: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    u_weight: Tensor | None,
+    u_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    activation: str,
+) -> Tensor:
+    weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    options = (mask, cu_seqlens, seed, dropout_p, activation)
+    return _call("attention_scores_cuda", h, *weights, *options, _exact(h.dtype), kernels())
 
 
 def gated_attention_pool_backward(
@@ -118,9 +147,23 @@ def gated_attention_pool_backward(
 ) -> tuple[Tensor, ...]:
     wanted = sum(need << i for i, need in enumerate(needs))
     weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    bags = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    pooled = h.new_empty(bags, w_weight.shape[0], h.shape[-1])  # of the forward; only its shape is looked at
+    options = (mask, cu_seqlens, seed, dropout_p, activation)
     return _call(
         "gated_attention_pool_backward_cuda",
-        grad_pooled, grad_scores, h, *weights, mask, cu_seqlens, pooled, scores, wanted, _exact(h.dtype), kernels(),
+        grad_pooled, grad_scores, h, *weights, *options, scores, wanted, _exact(h.dtype), kernels(),
     )  # fmt: skip
+
+
+def pool_by_scores(scores: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    return _call("pool_by_scores_cuda", scores, value, mask, cu_seqlens)
+
+
+def pool_by_scores_backward(
+    grad_pooled: Tensor,
+    scores: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    return _call("pool_by_scores_backward_cuda", grad_pooled, scores, value, mask, cu_seqlens, *needs)

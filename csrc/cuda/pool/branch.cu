@@ -8,7 +8,7 @@ template <typename Precision, bool CHANNELS_FIRST>
 struct PoolBranch {
   using Element = typename Precision::Element;
   using Params = PackedParams<BranchParams>;
-  static constexpr int kThreads = 128, kMinBlocks = 2;
+  static constexpr int kThreads = 128, kMinBlocks = Precision::kExact ? 2 : 3;
   static constexpr int kPitch = kColumns + 8;  // of P in shared memory: no bank is met twice
   struct Shared {
     union {
@@ -29,8 +29,8 @@ struct PoolBranch {
       if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
     }
     const Instances<Element> h(p.problem, segment);
-    const int groups = column_count(columns_of(p.problem)) / kColumns;
-    for (int group = 0; group < groups; ++group) {
+    const int units = p.problem.gated ? kColumns / 2 : kColumns;
+    for (int group = 0; group * units < p.problem.L; ++group) {
       Sums sums;
       project<Precision, CHANNELS_FIRST>(sums, h, p.packed, group, shared.stages);
       if (p.problem.gated) {
@@ -41,12 +41,15 @@ struct PoolBranch {
     }
   }
 
-  // A thread has one unit, and half of the rows if gated. Its products become t and σ, and then dt and dσ.
+  // A thread has one unit, and half of the rows if gated. Its products become what is kept of v, and σ, and then dt and
+  // dσ.
   template <bool GATED>
   ERCN_DEVICE static void finish(
-      const Params& p, const Segment& segment, int64_t slot, const Sums& sums, int group, Shared& shared) {
+      const Params& p, const Segment& segment, int64_t slot, Sums& sums, int group, Shared& shared) {
     constexpr int kBranches = GATED ? 2 : 1, kUnits = kColumns / kBranches, kRows = kSegmentRows / kBranches;
     const int L = p.problem.L, K = p.problem.K, units = padded_units({L, GATED}), first = group * kUnits;
+    const Dropout& dropout = p.problem.dropout;
+    if (dropout.seed != nullptr) drop<GATED>(dropout, segment.first, group, sums);
 #pragma unroll
     for (int m = 0; m < Sums::kRowTiles; ++m) {
 #pragma unroll
@@ -58,54 +61,62 @@ struct PoolBranch {
       }
     }
     arch::sync_threads();
-    const int unit = arch::thread_index() % kUnits, begin = arch::thread_index() / kUnits * kRows, end = begin + kRows;
-    const int column = GATED ? unit / 32 * 64 + unit % 32 : unit;
+    const int column = GATED ? arch::thread_index() % kUnits / 32 * 64 + arch::thread_index() % 32 : arch::thread_index();
+    const int unit = column_at({L, GATED}, column).unit;
+    const int begin = arch::thread_index() / kUnits * kRows, end = begin + kRows;
     const bool exists = first + unit < L;
     const float* biases = p.packed.biases + group * kColumns + column;
     const float v_bias = biases[0], u_bias = GATED ? biases[32] : 0;
-    for (int row = begin; row < end; ++row) {
-      // Where a row is not real h may be anything, and a unit that does not exist is NaN where h is infinite.
-      const bool real = exists && (shared.real[row / 32] >> row % 32 & 1) != 0;
-      float* at = &shared.products[row][column];
-      const Activations on = activate_small(at[0] + v_bias, GATED ? at[32] + u_bias : 0);
-      at[0] = real ? on.t : 0;
-      if constexpr (GATED) at[32] = real ? on.gate : 0;
-    }
-    if (p.part_heads != nullptr) {
-      for (int k = 0; k < K; ++k) {
-        const float* ds = p.score_grad + score_offset(p.problem.bags, segment, k, K);
-        float sum = 0;
-        for (int row = begin; row < end; ++row) {
-          const float* at = &shared.products[row][column];
-          sum += at_row(ds, segment, row) * (GATED ? at[0] * at[32] : at[0]);
-        }
-        add_column<GATED>(sum, p.part_heads + (slot * K + k) * L + first, exists, shared);
-      }
-    }
-
-    const int64_t pitch = column_count({L, GATED});
-    const float scale = p.scale == nullptr ? 1 : p.scale[0];
-    Element* to = static_cast<Element*>(p.branch_grads);
-    if (to != nullptr) to += (slot - p.first_slot) * kSegmentRows * pitch + group * kColumns + column;
+    uint64_t passes = ~uint64_t{0};  // rows that dropout leaves, if not gated
     float dt_sum = 0, ds_sum = 0;
-    for (int row = begin; row < end; ++row) {
-      float dg = 0;
-      for (int k = 0; k < K; ++k) {
-        const float* ds = p.score_grad + score_offset(p.problem.bags, segment, k, K);
-        dg += at_row(ds, segment, row) * p.packed.heads[int64_t{k} * units + first + unit];
+    with_activation(p.problem.activation, [&](auto activation) {
+      constexpr Activation A = decltype(activation)::value;
+      for (int row = begin; row < end; ++row) {
+        float* at = &shared.products[row][column];
+        const bool dropped = !GATED && arch::float_bits(at[0]) == kDropped;
+        if (dropped) passes &= ~(uint64_t{1} << row);
+        // Where a row is not real h may be anything, and a unit that does not exist is NaN where h is infinite.
+        const bool real = exists && !dropped && (shared.real[row / 32] >> row % 32 & 1) != 0;
+        const Branches on = branches<A, true>(at[0] + v_bias, GATED ? at[32] + u_bias : 0);
+        at[0] = real ? on.kept : 0;
+        if constexpr (GATED) at[32] = real ? on.gate : 0;
       }
-      const float *at = &shared.products[row][column], t = at[0], s = GATED ? at[32] : 1;
-      const float dt = dg * s * (1 - t * t), dsigma = dg * t * s * (1 - s);
-      dt_sum += dt;
-      ds_sum += dsigma;
-      if (to == nullptr) continue;
-      to[row * pitch] = arch::from_float<Element>(scale * dt);
-      if constexpr (GATED) to[row * pitch + 32] = arch::from_float<Element>(scale * dsigma);
-    }
+      if (p.part_heads != nullptr) {
+        for (int k = 0; k < K; ++k) {
+          const float* ds = p.score_grad + score_offset(p.problem.bags, segment, k, K);
+          float sum = 0;
+          for (int row = begin; row < end; ++row) {
+            const float *at = &shared.products[row][column], t = value_of<A>(at[0]);
+            sum += at_row(ds, segment, row) * (GATED ? t * at[32] : t);
+          }
+          add_column<GATED>(dropout.scale * sum, p.part_heads + (slot * K + k) * L + first, unit, exists, shared);
+        }
+      }
+
+      const int64_t pitch = column_count({L, GATED});
+      const float scale = p.scale == nullptr ? 1 : p.scale[0];
+      Element* to = static_cast<Element*>(p.branch_grads);
+      if (to != nullptr) to += (slot - p.first_slot) * kSegmentRows * pitch + group * kColumns + column;
+      for (int row = begin; row < end; ++row) {
+        float dg = 0;
+        for (int k = 0; k < K; ++k) {
+          const float* ds = p.score_grad + score_offset(p.problem.bags, segment, k, K);
+          dg += at_row(ds, segment, row) * p.packed.heads[int64_t{k} * units + first + unit];
+        }
+        dg = passes >> row & 1 ? dropout.scale * dg : 0;
+        const float *at = &shared.products[row][column], s = GATED ? at[32] : 1;
+        const float dt = dg * s * slope_of<A>(at[0]), dsigma = dg * value_of<A>(at[0]) * s * (1 - s);
+        dt_sum += dt;
+        ds_sum += dsigma;
+        if (to == nullptr) continue;
+        to[row * pitch] = arch::from_float<Element>(scale * dt);
+        if constexpr (GATED) to[row * pitch + 32] = arch::from_float<Element>(scale * dsigma);
+      }
+    });
     if (p.part_biases != nullptr) {
       float* sums_to = p.part_biases + slot * kBranches * L + first;
-      add_column<GATED>(dt_sum, sums_to, exists, shared);
-      if constexpr (GATED) add_column<GATED>(ds_sum, sums_to + L, exists, shared);
+      add_column<GATED>(dt_sum, sums_to, unit, exists, shared);
+      if constexpr (GATED) add_column<GATED>(ds_sum, sums_to + L, unit, exists, shared);
     }
     arch::sync_threads();  // the stages may be written again
   }
@@ -117,13 +128,13 @@ struct PoolBranch {
 
   // to[unit] = the sum over all rows from those of this thread.
   template <bool GATED>
-  ERCN_DEVICE static void add_column(float sum, float* to, bool exists, Shared& shared) {
+  ERCN_DEVICE static void add_column(float sum, float* to, int unit, bool exists, Shared& shared) {
     constexpr int kUnits = kColumns / (GATED ? 2 : 1);
-    const int thread = arch::thread_index(), unit = thread % kUnits;
+    const int thread = arch::thread_index(), own = thread % kUnits;
     if constexpr (GATED) {
-      shared.columns[thread / kUnits][unit] = sum;
+      shared.columns[thread / kUnits][own] = sum;
       arch::sync_threads();
-      sum = shared.columns[0][unit] + shared.columns[1][unit];
+      sum = shared.columns[0][own] + shared.columns[1][own];
       arch::sync_threads();
     }
     if (thread < kUnits && exists) to[unit] = sum;

@@ -1,7 +1,7 @@
 #pragma once
 // The columns of P = [V|U] h as the generic kernels order them, so that a warp has both branches of a unit in its
-// registers: gated, 32 units of V and the same 32 of U by turns; else the units of V. Columns are a multiple of
-// kColumns.
+// registers: gated, 32 units of V and the same 32 of U by turns, which are every second 8 of 64 units, so that a thread
+// has all four that share a draw of dropout; else the units of V. Columns are a multiple of kColumns.
 #include <arch/host_device.h>
 
 #include <cstdint>
@@ -26,7 +26,8 @@ struct Column {
 };
 
 ERCN_HOST_DEVICE constexpr Column column_at(const Columns& of, int column) {
-  return of.gated ? Column{column / 32 % 2, column / 64 * 32 + column % 32} : Column{0, column};
+  if (!of.gated) return {0, column};
+  return {column / 32 % 2, column / 128 * 64 + column % 32 / 8 * 16 + column / 64 % 2 * 8 + column % 8};
 }
 
 }  // namespace ercn::pool

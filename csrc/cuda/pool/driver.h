@@ -15,20 +15,46 @@ namespace ercn::pool {
 inline float* floats(const Tensor& held) { return static_cast<float*>(held.mutable_data_ptr()); }
 inline float* floats(bool wanted, const Tensor& held) { return wanted ? floats(held) : nullptr; }
 
-// pooled [B, K, D] in h's type and scores [B, K, N] or [K, T] in fp32.
+// A gradient of h's shape and type, contiguous, or an empty one.
+inline Tensor empty_gradient(bool wanted, const Tensor& h) {
+  if (!wanted) return empty(h, {0}, h.scalar_type());
+  if (h.dim() == 2) return empty(h, {h.size(0), h.size(1)}, h.scalar_type());
+  return empty(h, {h.size(0), h.size(1), h.size(2)}, h.scalar_type());
+}
+
+// pooled [B, K, D] in h's type; the scores go to `scores`, or h is pooled by those `given`.
+template <typename Kernels>
+Tensor pool_by(
+    const Tensor& h, const Problem& p, const arch::Stream& stream, float* scores, const float* given = nullptr) {
+  const int64_t slots = slot_count(p.bags);
+  const Tensor pooled = empty(h, {p.bags.count, p.K, p.D}, h.scalar_type());
+  const Tensor softmax = empty(h, {2, slots, p.K}, ScalarType::Float);
+  const Tensor sums = empty(h, {slots, p.K, pooled_width(p.D)}, ScalarType::Float);
+  const Parts parts{floats(softmax), floats(softmax) + slots * p.K, floats(sums)};
+  if (p.bags.rows > 0) Kernels(h, p, stream).forward({p, parts, scores, given});
+  combine({p, parts, pooled.mutable_data_ptr()}, stream);
+  return pooled;
+}
+
+// pooled, and scores [B, K, N] or [K, T] in fp32.
 template <typename Kernels>
 std::tuple<Tensor, Tensor> forward(const Inputs& in) {
   const arch::Stream stream(in.h);
   const Operands operands(in);
-  const Problem& p = operands.problem;
-  const int64_t slots = slot_count(p.bags);
-  const Tensor pooled = empty(in.h, {p.bags.count, p.K, p.D}, in.h.scalar_type()), scores = empty_scores(in.h, p);
-  const Tensor softmax = empty(in.h, {2, slots, p.K}, ScalarType::Float);
-  const Tensor sums = empty(in.h, {slots, p.K, pooled_width(p.D)}, ScalarType::Float);
-  const Parts parts{floats(softmax), floats(softmax) + slots * p.K, floats(sums)};
-  if (p.bags.rows > 0) Kernels(in.h, p, stream).forward({p, parts, floats(scores)});
-  combine({p, parts, pooled.mutable_data_ptr()}, stream);
-  return {pooled, scores};
+  const Tensor scores = empty_scores(in.h, operands.problem);
+  return {pool_by<Kernels>(in.h, operands.problem, stream, floats(scores)), scores};
+}
+
+// The scores alone.
+template <typename Kernels>
+Tensor scores(const Inputs& in) {
+  const arch::Stream stream(in.h);
+  const Operands operands(in);
+  const Tensor scores = empty_scores(in.h, operands.problem);
+  if (operands.problem.bags.rows > 0) {
+    Kernels(in.h, operands.problem, stream).forward({operands.problem, {}, floats(scores), nullptr});
+  }
+  return scores;
 }
 
 // The gradient ds of scores, from that of pooled and that of scores.
@@ -74,6 +100,25 @@ struct ScoreGradient {
   uint32_t* bits() const { return static_cast<uint32_t*>(real.mutable_data_ptr()); }
 };
 
+// Gradients of (scores, h) of pool_by(given), those that are needed.
+template <typename Kernels>
+std::tuple<Tensor, Tensor> backward_by(
+    const Tensor& grad_pooled, const Tensor& given, const Inputs& in, bool need_scores, bool need_h) {
+  const arch::Stream stream(in.h);
+  const Operands operands(in);
+  const Problem& p = operands.problem;
+  const Tensor grad_h = empty_gradient(need_h, in.h), nothing = empty(in.h, {0}, ScalarType::Float);
+  if (p.bags.rows == 0) return {need_scores ? empty_scores(in.h, p) : nothing, grad_h};
+  const Kernels kernels(in.h, p, stream);
+  const ScoreGradient of(kernels, grad_pooled, std::nullopt, in.h, p, given, stream);
+  if (need_h) {
+    kernels.rows(
+        {p, nullptr, nullptr, of.bits(), floats(of.attention), of.grad_pooled->const_data_ptr(),
+         grad_h.mutable_data_ptr(), 0, slot_count(p.bags)});
+  }
+  return {need_scores ? of.ds : nothing, grad_h};
+}
+
 // Gradients in h's type of what `needs` asks for, a bit each; the others are empty.
 template <typename Kernels>
 Gradients backward(
@@ -88,8 +133,8 @@ Gradients backward(
     return wanted(which) ? empty(in.h, sizes, in.h.scalar_type()) : empty(in.h, {0}, in.h.scalar_type());
   };
   const std::array<Tensor, 7> grads{
-      in.cu_seqlens ? grad(kH, {p.bags.rows, D}) : grad(kH, {p.bags.count, p.bags.n, D}), grad(kVWeight, {L, D}),
-      grad(kVBias, {L}), grad(kUWeight, {L, D}), grad(kUBias, {L}), grad(kWWeight, {K, L}), grad(kWBias, {K})};
+      empty_gradient(wanted(kH), in.h), grad(kVWeight, {L, D}), grad(kVBias, {L}), grad(kUWeight, {L, D}),
+      grad(kUBias, {L}), grad(kWWeight, {K, L}), grad(kWBias, {K})};
   if (p.bags.rows == 0) {
     for (Tensor none : grads) torch::stable::zero_(none);
     return std::tuple_cat(grads);

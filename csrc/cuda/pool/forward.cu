@@ -1,5 +1,5 @@
-// One block: a segment and up to kHeads heads. Scores from the projections, 128 columns at a time, then the softmax of
-// the segment, and Σ e h from the cache.
+// One block: a segment and up to kHeads heads. Scores from the projections, 128 columns at a time, or given (L = 0), then
+// the softmax of the segment, and Σ e h from the cache.
 #include <cmath>
 
 #include "pool/projection.h"
@@ -16,7 +16,7 @@ struct PoolForward {
   using Element = typename Precision::Element;
   using Params = PackedParams<ForwardParams>;
   using Streams = Streaming<Element, CHANNELS_FIRST>;
-  static constexpr int kThreads = 128, kMinBlocks = 2, kWarps = kThreads / 32;
+  static constexpr int kThreads = 128, kMinBlocks = Precision::kExact ? 2 : 3, kWarps = kThreads / 32;
   struct Shared {
     union {
       unsigned char stages[Projection<Precision, CHANNELS_FIRST>::kBytes];
@@ -40,20 +40,21 @@ struct PoolForward {
       const uint32_t real = arch::ballot(is_real(problem, segment, arch::thread_index()));
       if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
     }
-    const int groups = column_count(columns_of(problem)) / kColumns;
-    for (int group = 0; group < groups; ++group) {
+    const int units = problem.gated ? kColumns / 2 : kColumns;
+    for (int group = 0; group * units < problem.L; ++group) {
       Sums sums;
       project<Precision, CHANNELS_FIRST>(sums, h, p.packed, group, shared.stages);
       if (problem.gated) {
-        add_scores<true>(p, sums, group, first, heads, shared);
+        add_scores<true>(p, segment, sums, group, first, heads, shared);
       } else {
-        add_scores<false>(p, sums, group, first, heads, shared);
+        add_scores<false>(p, segment, sums, group, first, heads, shared);
       }
     }
     arch::sync_threads();
     for (int k = arch::uniform_warp_index(); k < heads; k += kWarps) {
       softmax(p, segment, slot, first + k, shared.scores, k, shared.real);
     }
+    if (p.parts.pooled == nullptr) return;
     arch::sync_threads();
     const uint64_t real = shared.real[0] | static_cast<uint64_t>(shared.real[1]) << 32;
     const int64_t width = pooled_width(problem.D);
@@ -62,24 +63,27 @@ struct PoolForward {
         shared.streaming);
   }
 
-  // Adds w · (tanh ⊙ σ) over this group's units. A row and a half of the columns belong to one lane in four.
+  // Adds w · (t ⊙ σ) over this group's units. A row and a half of the columns belong to one lane in four.
   template <bool GATED>
   ERCN_DEVICE static void add_scores(
-      const Params& p, const Sums& sums, int group, int first, int heads, Shared& shared) {
+      const Params& p, const Segment& segment, Sums& sums, int group, int first, int heads, Shared& shared) {
     constexpr int kTiles = GATED ? 4 : 8;
     const Columns columns{p.problem.L, GATED};
     const int units = padded_units(columns);
+    if (p.problem.dropout.seed != nullptr) drop<GATED>(p.problem.dropout, segment.first, group, sums);
 #pragma unroll
     for (int m = 0; m < Sums::kRowTiles; ++m) {
       float gated[kTiles][4];
+      with_activation(p.problem.activation, [&](auto activation) {
+        constexpr Activation A = decltype(activation)::value;
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Activations on = activations_at<GATED>(sums, p.packed.biases, columns, group, m, n, i);
-          gated[n][i] = on.t * on.gate;
+          for (int i = 0; i < 4; ++i) {
+            gated[n][i] = gated_at<GATED, A>(sums, p.packed.biases, columns, group, m, n, i);
+          }
         }
-      }
+      });
       for (int k = 0; k < heads; ++k) {
         const float* w = p.packed.heads + int64_t{first + k} * units;
         float scores[2] = {};
@@ -106,16 +110,19 @@ struct PoolForward {
     const int lane = arch::lane_index();
     const Element* w_bias = static_cast<const Element*>(p.problem.w_bias);
     const float bias = w_bias == nullptr ? 0 : arch::to_float(w_bias[head]);
-    float* to = p.scores + score_offset(p.problem.bags, segment, head, p.problem.K);
+    const int64_t at = score_offset(p.problem.bags, segment, head, p.problem.K);
     float s[2], largest = -INFINITY, sum = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = half * 32 + lane;
       const bool is_real = real[half] >> lane & 1;
-      s[half] = is_real ? scores[0][k][row] + scores[1][k][row] + bias : -INFINITY;
-      if (row < segment.rows) to[row] = s[half];
+      float score = (scores[0][k][row] + scores[1][k][row]) * p.problem.dropout.scale + bias;
+      if (is_real && p.given != nullptr) score = p.given[at + row];
+      s[half] = is_real ? score : -INFINITY;
+      if (row < segment.rows && p.scores != nullptr) p.scores[at + row] = s[half];
       largest = fmaxf(largest, s[half]);
     }
+    if (p.parts.pooled == nullptr) return;
     largest = reduce_warp<Max>(largest);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -1,5 +1,6 @@
 #pragma once
 // The operator's tensors as the kernels see them.
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -14,7 +15,9 @@ struct Inputs {
   const Tensor &h, &v_weight;
   const Optional &v_bias, &u_weight, &u_bias;
   const Tensor& w_weight;
-  const Optional &w_bias, &mask, &cu_seqlens;
+  const Optional &w_bias, &mask, &cu_seqlens, &seed;
+  double dropout_p;
+  Activation activation;
   bool exact;  // fp32 products to fp32's accuracy, not TF32's
 };
 
@@ -24,6 +27,15 @@ inline Tensor aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(made.const_data_ptr()) % 16 == 0 ? made : torch::stable::clone(made);
 }
 inline Optional aligned(const Optional& x) { return x ? Optional(aligned(*x)) : std::nullopt; }
+
+// The probability in steps of 2^-16, to even; none where it rounds to 0.
+inline Dropout dropout_of(const Optional& seed, double p, bool gated) {
+  const uint32_t threshold = static_cast<uint32_t>(std::nearbyint(p * 65536));
+  if (threshold == 0) return {nullptr, 0, 1};
+  const double kept = threshold < 65536 ? 65536.0 / (65536 - threshold) : 0;
+  const float scale = static_cast<float>(gated ? kept * kept : kept);
+  return {static_cast<const int64_t*>(seed->const_data_ptr()), (threshold << 16) - 1, scale};
+}
 
 // Holds the aligned weights and offsets that its problem points to.
 class Operands {
@@ -50,6 +62,8 @@ class Operands {
     p.type = type_of(h);
     p.gated = u_.has_value();
     p.exact = in.exact;
+    p.activation = in.activation;
+    p.dropout = dropout_of(in.seed, in.dropout_p, p.gated);
     p.h = h.const_data_ptr();
     p.h_b = ragged ? 0 : h.stride(0);
     p.h_n = h.stride(h.dim() - 2);

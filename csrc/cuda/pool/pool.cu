@@ -42,6 +42,20 @@ class Generic {
 
 std::tuple<Tensor, Tensor> forward(const Inputs& in) { return forward<Generic>(in); }
 
+Tensor scores(const Inputs& in) { return scores<Generic>(in); }
+
+Tensor pool_by_scores(const Tensor& given, const Inputs& in) {
+  const arch::Stream stream(in.h);
+  const Operands operands(in);
+  const Tensor scores = torch::stable::contiguous(given);
+  return pool_by<Generic>(in.h, operands.problem, stream, nullptr, floats(scores));
+}
+
+std::tuple<Tensor, Tensor> pool_by_scores_backward(
+    const Tensor& grad_pooled, const Tensor& given, const Inputs& in, bool need_scores, bool need_h) {
+  return backward_by<Generic>(grad_pooled, given, in, need_scores, need_h);
+}
+
 Gradients backward(
     const Optional& grad_pooled, const Optional& grad_scores, const Inputs& in, const Tensor& scores, int64_t needs) {
   return backward<Generic>(grad_pooled, grad_scores, in, scores, needs);

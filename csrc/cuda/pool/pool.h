@@ -6,8 +6,14 @@
 
 namespace ercn::pool {
 
-// pooled [B, K, D] in h's type and scores [B, K, N] or [K, T] in fp32.
+// pooled [B, K, D] in h's type and scores [B, K, N] or [K, T] in fp32; or the scores alone.
 std::tuple<Tensor, Tensor> forward(const Inputs& in);
+Tensor scores(const Inputs& in);
+
+// h pooled by given scores, fp32 in that layout, and the gradients of (scores, h). The weights have L = 0.
+Tensor pool_by_scores(const Tensor& given, const Inputs& in);
+std::tuple<Tensor, Tensor> pool_by_scores_backward(
+    const Tensor& grad_pooled, const Tensor& given, const Inputs& in, bool need_scores, bool need_h);
 
 // Gradients in h's type of what `needs` asks for, a bit each; the others are empty. pooled is not needed: scores are.
 Gradients backward(

@@ -1,12 +1,15 @@
 #pragma once
-// Gated attention pooling as its kernels see it:  s = w · (tanh(V h + b_V) ⊙ σ(U h + b_U)) + b_w,  a = softmax(s),  z =
-// Σ a h
+// Gated attention pooling as its kernels see it:
+//   s = w · (drop(act(V h + b_V)) ⊙ drop(σ(U h + b_U))) + b_w,   a = softmax(s),   z = Σ a h
 #include <arch/base.h>
 
+#include "pool/dropout.h"
 #include "precision.h"
 #include "segments.h"
 
 namespace ercn::pool {
+
+enum class Activation { kTanh, kRelu, kGelu };
 
 // Sizes, the instances h [B, N, D] or [T, D] (strides in elements), which of them are real (mask [B, N] or null), and
 // the weights, contiguous: V and U [L, D], w [K, L]; biases [L], [L], [K]. All of them but V and w may be null.
@@ -15,6 +18,8 @@ struct Problem {
   int D, L, K;
   Float type;
   bool gated, exact;
+  Activation activation;
+  Dropout dropout;
   const void* h;
   int64_t h_b, h_n, h_d;
   bool channels_first, vector;  // how the generic kernels read h
@@ -37,8 +42,9 @@ ERCN_HOST_DEVICE int64_t pooled_width(int64_t D) { return arch::round_up<int64_t
 // they are.
 struct ForwardParams {
   Problem problem;
-  Parts parts;
+  Parts parts;    // all of them or none: the scores alone
   float* scores;  // [B, K, N] or [K, T], -Inf where masked
+  const float* given;  // scores in that layout, which are pooled by instead, or null (always on Hopper)
 };
 
 // q = ĝ·h, 0 where not real, and of every segment Parts::largest, Parts::sum and `weighted` Σ e·q.
@@ -52,7 +58,7 @@ struct ProductsParams {
 };
 
 // The gradients dP of P = [V|U] h from the gradient ds of scores, of slots first_slot ≤ slot < last_slot:
-//   dt = (wᵀ ds) ⊙ σ ⊙ (1 - t²),   dσ = (wᵀ ds) ⊙ t ⊙ σ (1 - σ)
+//   dt = (wᵀ ds) ⊙ σ ⊙ act'(v),   dσ = (wᵀ ds) ⊙ t ⊙ σ (1 - σ),   t = act(v)
 struct BranchParams {
   Problem problem;
   const float* score_grad;  // ds, in the layout of scores

@@ -1,8 +1,10 @@
 #pragma once
 // P = [V|U] h of one segment, 128 columns at a time, and both branches of a unit from it.
+#include <cmath>
+
+#include "pool/activations.h"
 #include "pool/instances.h"
 #include "pool/kernels.h"
-#include "pool/softmax.h"
 
 namespace ercn::pool {
 
@@ -40,34 +42,55 @@ ERCN_DEVICE void project(
 // This thread's units within a group: tile n of TILES, GATED ? 4 : 8, and register i.
 template <bool GATED>
 ERCN_DEVICE int unit_at(int group, int n, int i) {
-  constexpr int kUnits = GATED ? 32 : 64;  // of a warp
-  return group * 2 * kUnits + arch::warp_index() % 2 * kUnits + n * 8 + arch::lane_index() % 4 * 2 + i % 2;
+  const int warp = arch::warp_index() % 2, neighbour = arch::lane_index() % 4 * 2 + i % 2;
+  return GATED ? group * 64 + n * 16 + warp * 8 + neighbour : group * 128 + warp * 64 + n * 8 + neighbour;
 }
 
-// activate, but with tanh to a few ulp of itself: 1 - e^(-2 |v|) cancels where v is small.
-ERCN_DEVICE Activations activate_small(float v, float u) {
-  Activations on = activate(v, u);
-  if (fabsf(v) < 0.25f) {
-    const float square = v * v;
-    const float series = -1 / 3.0f + square * (2 / 15.0f + square * (-17 / 315.0f + square * (62 / 2835.0f)));
-    on.t = v + v * square * series;
-  }
-  return on;
-}
+// What a dropped unit's product with V becomes where there is no gate: a NaN that no arithmetic makes.
+constexpr uint32_t kDropped = 0xffd20b0d;
 
-// tanh and σ (1 if not gated) of tile (m, n), register i; 0 and 1 for units that do not exist, which an infinite h
-// makes NaN.
+// Dropout of a group's units for the instances from `first` on. A unit that is dropped has a gate of σ(-Inf) = 0, or
+// the mark above. The words of a draw are those of four tiles, of every second one if not gated. Draws follow each
+// other in a loop, for their registers would cost a block of the multiprocessor.
 template <bool GATED>
-ERCN_DEVICE Activations activations_at(
-    const Sums& sums, const float* biases, const Columns& columns, int group, int m, int n, int i) {
-  if (unit_at<GATED>(group, n, i) >= columns.L) return {0, 1};
-  const float* bias = biases + group * kColumns;
-  const float v = sums.at[m][n][i] + bias[Sums::column(n, i)];
-  if constexpr (GATED) {
-    return activate_small(v, sums.at[m][n + 4][i] + bias[Sums::column(n + 4, i)]);
-  } else {
-    return {activate_small(v, 0).t, 1};
+ERCN_DEVICE void drop(const Dropout& dropout, int64_t first, int group, Sums& sums) {
+  constexpr int kStep = GATED ? 1 : 2;
+  const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
+#pragma unroll
+  for (int m = 0; m < Sums::kRowTiles; ++m) {
+    uint32_t dropped = 0;
+#pragma unroll 1
+    for (int draw = 0; draw < 4 * kStep; ++draw) {
+      const uint64_t instance = static_cast<uint64_t>(first + Sums::row(m, draw % 4));
+      const Words words = random_words(seed, instance, counter_of(unit_at<GATED>(group, draw / 4, draw)));
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        dropped = dropped << 1 | (is_dropped<GATED>(words.at[word], dropout.limit) ? 1 : 0);
+      }
+    }
+#pragma unroll
+    for (int draw = 0; draw < 4 * kStep; ++draw) {
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        float& sum = sums.at[m][draw / 4 + kStep * word + (GATED ? 4 : 0)][draw % 4];
+        if (dropped >> (16 * kStep - 1 - 4 * draw - word) & 1) sum = GATED ? -INFINITY : arch::float_of(kDropped);
+      }
+    }
   }
+}
+
+// act(v) · σ(u) (σ = 1 if not gated) of tile (m, n), register i; 0 for units that do not exist, which an infinite h
+// makes NaN, and for those that are dropped.
+template <bool GATED, Activation A>
+ERCN_DEVICE float gated_at(
+    const Sums& sums, const float* biases, const Columns& columns, int group, int m, int n, int i) {
+  if (unit_at<GATED>(group, n, i) >= columns.L) return 0;
+  const float* bias = biases + group * kColumns;
+  const float v = sums.at[m][n][i];
+  if (!GATED && arch::float_bits(v) == kDropped) return 0;
+  const float u = GATED ? sums.at[m][n + 4][i] + bias[Sums::column(n + 4, i)] : 0;
+  const Branches on = branches<A, true>(v + bias[Sums::column(n, i)], u);
+  return value_of<A>(on.kept) * (GATED ? on.gate : 1);
 }
 
 }  // namespace ercn::pool

@@ -6,10 +6,12 @@
 namespace ercn::pool {
 namespace {
 
-// One block. |dP| ≤ Σ_k |ds_k| |w_k|, which is brought to 2^14 at most; small values have 38 binary orders left.
+// One block. |dt| ≤ Σ_k |ds_k| |w_k| (1.13 times that for GELU), which is brought to 2^14 at most; small values have 38
+// binary orders left. |dσ| is a quarter of it times |act(v)|, which no size is known of but for tanh: others are brought
+// to 2^6, which |act(v)| of 4095 and 30 orders are left for.
 struct BranchScale {
   using Params = BranchScaleParams;
-  static constexpr int kThreads = 256, kMinBlocks = 1, kMost = 14, kRange = 100;
+  static constexpr int kThreads = 256, kMinBlocks = 1, kRange = 100;
   struct Shared {
     float scratch[kThreads / 32];
   };
@@ -24,10 +26,11 @@ struct BranchScale {
     ds = reduce_block<Max, kThreads>(ds, shared.scratch);
     w = reduce_block<Max, kThreads>(w, shared.scratch);
     if (arch::thread_index() > 0) return;
-    const float bound = p.problem.K * ds * w;
+    const float bound = p.problem.dropout.scale * p.problem.K * ds * w;
+    const int most = p.problem.activation == Activation::kTanh ? 14 : 6;
     int exponent = 0;
     if (bound > 0 && bound < INFINITY) {
-      exponent = kMost - 1 - (static_cast<int>(arch::float_bits(bound) >> 23) - 127);
+      exponent = most - 1 - (static_cast<int>(arch::float_bits(bound) >> 23) - 127);
       exponent = exponent < -kRange ? -kRange : exponent > kRange ? kRange : exponent;
     }
     p.scale[0] = arch::float_of(static_cast<uint32_t>(127 + exponent) << 23);

@@ -94,6 +94,8 @@ std::string cannot_pool(const pool::Inputs& in) {
 
 std::tuple<Tensor, Tensor> pool_forward(const pool::Inputs& in) { return pool::forward<Hopper>(in); }
 
+Tensor pool_scores(const pool::Inputs& in) { return pool::scores<Hopper>(in); }
+
 pool::Gradients pool_backward(
     const pool::Optional& grad_pooled, const pool::Optional& grad_scores, const pool::Inputs& in, const Tensor& scores,
     int64_t needs) {

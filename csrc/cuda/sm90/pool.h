@@ -10,8 +10,9 @@ namespace ercn::sm90 {
 // Why these kernels do not take the tensors, in a sentence, or "".
 std::string cannot_pool(const pool::Inputs& in);
 
-// pooled [B, K, D] in h's type and scores [B, K, N] or [K, T] in fp32.
+// pooled [B, K, D] in h's type and scores [B, K, N] or [K, T] in fp32; or the scores alone.
 std::tuple<Tensor, Tensor> pool_forward(const pool::Inputs& in);
+Tensor pool_scores(const pool::Inputs& in);
 
 // Gradients in h's type of what `needs` asks for, a bit each; the others are empty. pooled is not needed: scores are.
 pool::Gradients pool_backward(

@@ -1,8 +1,8 @@
 // Backward of the pool's branches on Hopper: [V|U] h again, and from the gradient ds of scores
-//   dt = (wᵀ ds) ⊙ σ ⊙ (1 - t²),   dσ = (wᵀ ds) ⊙ t ⊙ σ (1 - σ),   Σ ds ⊗ (t ⊙ σ),   Σ dt,   Σ dσ
+//   dt = (wᵀ ds) ⊙ σ ⊙ act'(v),   dσ = (wᵀ ds) ⊙ t ⊙ σ (1 - σ),   Σ ds ⊗ (t ⊙ σ),   Σ dt,   Σ dσ,   t = act(v)
 #include <arch/launch.h>
 
-#include "pool/softmax.h"
+#include "pool/activations.h"
 #include "sm90/pool_epilogue.h"
 #include "sm90/pool_kernels.h"
 
@@ -10,7 +10,6 @@ namespace ercn::sm90 {
 namespace {
 
 constexpr int kBlocks = kUnits / 8;  // of 8 columns, for either branch
-constexpr int kGate = kSums / 2;     // σ's accumulators begin here
 
 template <typename Element, bool CHANNELS_FIRST>
 struct PoolBranch {
@@ -51,14 +50,23 @@ struct PoolBranch {
       for (int k = 0; k < kMaxHeads; ++k) {
         if (k >= p.problem.K) break;
         const float* from = p.score_grad + score_offset(p.problem.bags, segment, k, p.problem.K);
-        for (int r = 0; r < 2; ++r) ds[r][k] = real[r] ? from[place.row(r)] : 0;
+        for (int r = 0; r < 2; ++r) ds[r][k] = real[r] ? p.problem.dropout.scale * from[place.row(r)] : 0;
       }
       for (int group = 0; group < groups; ++group) {
         float sums[kSums];
         multiplier.product(group, sums);
         const int first = group * kUnits, blocks = arch::divide_up(p.problem.L - first, 8);
-        activations(p, first, blocks, place, real, sums);
-        if (p.part_heads != nullptr) sum_heads(p, slot, first, blocks, place, ds, sums, own, shared);
+        if (p.problem.dropout.seed != nullptr) drop(p.problem, segment, first, place, sums);
+        pool::with_activation(p.problem.activation, [&](auto activation) {
+          branches<decltype(activation)::value>(p, first, blocks, place, real, sums);
+        });
+        if (p.part_heads != nullptr) {
+          if (p.problem.activation == pool::Activation::kGelu) {
+            sum_heads<true>(p, slot, first, blocks, place, ds, sums, own, shared);
+          } else {
+            sum_heads<false>(p, slot, first, blocks, place, ds, sums, own, shared);
+          }
+        }
         gradients(p, first, blocks, place, ds, sums);
         if (p.part_biases != nullptr) sum_biases(p, slot, first, blocks, place, sums, own, shared);
         if (p.branch_grads != nullptr) store(p, slot, first, blocks, place, sums);
@@ -66,8 +74,9 @@ struct PoolBranch {
     }
   }
 
-  // sums become t and σ; 0 in rows that are not real.
-  ERCN_DEVICE static void activations(
+  // sums become what is kept of v, and σ; 0 in rows that are not real.
+  template <pool::Activation A>
+  ERCN_DEVICE static void branches(
       const Params& p, int first, int blocks, const Place& place, const bool (&real)[2], float (&sums)[kSums]) {
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
@@ -76,14 +85,15 @@ struct PoolBranch {
       const Pair u = load_pair<Element>(p.problem.u_bias, first + place.column(j));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const pool::Activations on = pool::activate(sums[4 * j + i] + v.x[i % 2], sums[kGate + 4 * j + i] + u.x[i % 2]);
-        sums[4 * j + i] = real[i / 2] ? on.t : 0;
+        const pool::Branches on =
+            pool::branches<A, false>(sums[4 * j + i] + v.x[i % 2], sums[kGate + 4 * j + i] + u.x[i % 2]);
+        sums[4 * j + i] = real[i / 2] ? on.kept : 0;
         sums[kGate + 4 * j + i] = real[i / 2] ? on.gate : 0;
       }
     }
   }
 
-  // t and σ become dt and dσ.
+  // They become dt and dσ.
   ERCN_DEVICE static void gradients(
       const Params& p, int first, int blocks, const Place& place, const float (&ds)[2][kMaxHeads],
       float (&sums)[kSums]) {
@@ -97,27 +107,41 @@ struct PoolBranch {
         const Pair w = load_pair<Element>(p.problem.w, int64_t{k} * p.problem.L + first + place.column(j));
         for (int i = 0; i < 4; ++i) dg[i] += ds[i / 2][k] * w.x[i % 2];
       }
+      pool::with_activation(p.problem.activation, [&](auto activation) {
+        constexpr pool::Activation A = decltype(activation)::value;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float t = sums[4 * j + i], gate = sums[kGate + 4 * j + i];
-        sums[4 * j + i] = dg[i] * gate * (1 - t * t);
-        sums[kGate + 4 * j + i] = dg[i] * t * gate * (1 - gate);
-      }
+        for (int i = 0; i < 4; ++i) {
+          const float kept = sums[4 * j + i], gate = sums[kGate + 4 * j + i];
+          sums[4 * j + i] = dg[i] * gate * pool::slope_of<A>(kept);
+          sums[kGate + 4 * j + i] = dg[i] * pool::value_of<A>(kept) * gate * (1 - gate);
+        }
+      });
     }
   }
 
+  // What is kept is the value, but for GELU. There are no registers for its values beside it, so they are formed again
+  // for every head.
+  template <bool GELU>
   ERCN_DEVICE static void sum_heads(
       const Params& p, int64_t slot, int first, int blocks, const Place& place, const float (&ds)[2][kMaxHeads],
-      const float (&sums)[kSums], int own, ProductShared& shared) {
-#pragma unroll
+      float (&sums)[kSums], int own, ProductShared& shared) {
+    constexpr pool::Activation A = GELU ? pool::Activation::kGelu : pool::Activation::kTanh;
+    [[maybe_unused]] constexpr int kUnroll = GELU ? 1 : kMaxHeads;
+#pragma unroll kUnroll
     for (int k = 0; k < kMaxHeads; ++k) {
       if (k >= p.problem.K) break;
-      float columns[2 * kBlocks];
+      float of[2] = {ds[0][0], ds[1][0]}, columns[2 * kBlocks];
+#pragma unroll
+      for (int head = 1; head < kMaxHeads; ++head) {
+        for (int r = 0; r < 2; ++r) of[r] = head == k ? ds[r][head] : of[r];
+      }
 #pragma unroll
       for (int i = 0; i < 2 * kBlocks; ++i) {
         const int at = i / 2 * 4 + i % 2;
-        columns[i] = ds[0][k] * (sums[at] * sums[kGate + at]) + ds[1][k] * (sums[at + 2] * sums[kGate + at + 2]);
+        columns[i] = of[0] * (pool::value_of<A>(sums[at]) * sums[kGate + at]) +
+                     of[1] * (pool::value_of<A>(sums[at + 2]) * sums[kGate + at + 2]);
       }
+      if constexpr (GELU) arch::pin(sums);
       float* to = p.part_heads + (slot * p.problem.K + k) * p.problem.L + first;
       sum_columns(columns, place, to, 8 * blocks, own, shared);
     }

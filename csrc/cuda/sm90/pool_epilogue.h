@@ -2,6 +2,8 @@
 // Where a thread's accumulators of [V|U] h lie, and the small operands beside them.
 #include <arch/convert.h>
 
+#include <cmath>
+
 #include "sm90/pool_product.h"
 
 namespace ercn::sm90 {
@@ -37,6 +39,31 @@ ERCN_DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
       const uint32_t got = arch::shuffle_xor(upper ? x[i] : x[i + mask], mask);
       x[i] = upper ? got : x[i];
       x[i + mask] = upper ? x[i + mask] : got;
+    }
+  }
+}
+
+// Dropout of a group's units, `first` and on, for the segment's instances: σ(-Inf) = 0 is the gate of those that are
+// dropped. A thread has every unit that a draw decides.
+ERCN_DEVICE void drop(
+    const pool::Problem& p, const Segment& segment, int first, const Place& place, float (&sums)[kSums]) {
+  const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (first + 64 * half >= p.L) break;
+#pragma unroll
+    for (int j = 8 * half; j < 8 * half + 2; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint64_t instance = static_cast<uint64_t>(segment.first + place.row(i / 2));
+        const pool::Words words =
+            pool::random_words(seed, instance, pool::counter_of(first + place.column(j) + i % 2));
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          float& sum = sums[kGate + 4 * (j + 2 * word) + i];
+          if (pool::is_dropped<true>(words.at[word], p.dropout.limit)) sum = -INFINITY;
+        }
+      }
     }
   }
 }

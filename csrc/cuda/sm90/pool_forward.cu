@@ -1,8 +1,9 @@
 // The pool's forward on Hopper: a segment's scores, their softmax, and Σ e·h from the tile that is in shared memory.
+// Without parts it ends with the scores.
 #include <arch/launch.h>
 
+#include "pool/activations.h"
 #include "pool/reduce.h"
-#include "pool/softmax.h"
 #include "sm90/pool_epilogue.h"
 #include "sm90/pool_kernels.h"
 
@@ -22,17 +23,19 @@ struct PoolForward {
     const int warpgroup = arch::uniform_warp_index() / 4;
     if (warpgroup == 0) {
       arch::lower_registers<kLoadRegisters>();
-      load<CHANNELS_FIRST>(p.maps, work, slabs, groups, groups + 1, shared);
+      load<CHANNELS_FIRST>(p.maps, work, slabs, groups, groups + pools(p), shared);
     } else {
       arch::raise_registers<kMultiplyRegisters>();
       multiply(p, work, slabs, groups, warpgroup - 1, shared);
     }
   }
 
+  ERCN_DEVICE static bool pools(const Params& p) { return p.parts.pooled != nullptr; }
+
   ERCN_DEVICE static void multiply(
       const Params& p, const Work& work, int slabs, int groups, int own, ProductShared& shared) {
     const Place place;
-    Multiplier<Element, CHANNELS_FIRST> multiplier(shared, own, slabs, groups);
+    Multiplier<Element, CHANNELS_FIRST> multiplier(shared, own, slabs, groups - 1 + pools(p));
     unsigned char* attention = shared.scratch[own];  // e [8 heads, 64 rows]; absent heads stay 0
     if (arch::thread_index() % 128 < 64) arch::store_16(attention + 16 * (arch::thread_index() % 128), {});
     for (int64_t pair = work.begin(); pair < work.end; pair += work.step()) {
@@ -47,28 +50,33 @@ struct PoolForward {
       for (int group = 0; group < groups; ++group) {
         float sums[kSums];
         multiplier.product(group, sums);
-        add_scores(p, group, place, sums, scores);
+        add_scores(p, segment, group, place, sums, scores);
       }
       softmax(p, slot, segment, place, scores, own, shared);
-      pool(p, slot, segment, place, groups, own, multiplier, shared);
+      if (pools(p)) pool(p, slot, segment, place, groups, own, multiplier, shared);
     }
   }
 
-  // scores [2 rows, K] += w · (tanh(v + b_V) ⊙ σ(u + b_U)) over this thread's hidden units of a group.
+  // scores [2 rows, K] += w · (act(v + b_V) ⊙ σ(u + b_U)) over this thread's hidden units of a group.
   ERCN_DEVICE static void add_scores(
-      const Params& p, int group, const Place& place, float (&sums)[kSums], float (&scores)[2][kMaxHeads]) {
+      const Params& p, const Segment& segment, int group, const Place& place, float (&sums)[kSums],
+      float (&scores)[2][kMaxHeads]) {
     const int first = group * kUnits, units = p.problem.L - first;
     constexpr int kBlocks = kUnits / 8;
+    if (p.problem.dropout.seed != nullptr) drop(p.problem, segment, first, place, sums);
+    pool::with_activation(p.problem.activation, [&](auto activation) {
+      constexpr pool::Activation A = decltype(activation)::value;
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      if (8 * j >= units) break;
-      const Pair v = load_pair<Element>(p.problem.v_bias, first + place.column(j));
-      const Pair u = load_pair<Element>(p.problem.u_bias, first + place.column(j));
+      for (int j = 0; j < kBlocks; ++j) {
+        if (8 * j >= units) break;
+        const Pair v = load_pair<Element>(p.problem.v_bias, first + place.column(j));
+        const Pair u = load_pair<Element>(p.problem.u_bias, first + place.column(j));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums[4 * j + i] = pool::gated(sums[4 * j + i] + v.x[i % 2], sums[4 * (kBlocks + j) + i] + u.x[i % 2]);
+        for (int i = 0; i < 4; ++i) {
+          sums[4 * j + i] = pool::gated<A>(sums[4 * j + i] + v.x[i % 2], sums[kGate + 4 * j + i] + u.x[i % 2]);
+        }
       }
-    }
+    });
 #pragma unroll
     for (int k = 0; k < kMaxHeads; ++k) {
       if (k >= p.problem.K) break;
@@ -84,7 +92,7 @@ struct PoolForward {
     }
   }
 
-  // Stores the scores, the largest one, Σ e, and e as the factor of the pooled sum. Numerator and denominator meet the
+  // Stores the scores and, to pool, the largest one, Σ e, and e as the factor of the pooled sum. Numerator and denominator meet the
   // same rounded e.
   ERCN_DEVICE static void softmax(
       const Params& p, int64_t slot, const Segment& segment, const Place& place, float (&scores)[2][kMaxHeads], int own,
@@ -103,13 +111,14 @@ struct PoolForward {
         float& s = scores[r][k];
         s += arch::shuffle_xor(s, 1);
         s += arch::shuffle_xor(s, 2);
-        s = real[r] ? s + bias : -INFINITY;
+        s = real[r] ? s * p.problem.dropout.scale + bias : -INFINITY;
         if (quarter == k % 4 && place.row(r) < segment.rows) to[place.row(r)] = s;
       }
       float largest = fmaxf(scores[0][k], scores[1][k]);
       for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, arch::shuffle_xor(largest, mask));
       if (place.lane == 0) exchange[place.warp][k] = largest;
     }
+    if (!pools(p)) return;
     sync_warpgroup(own);
     float sums[kMaxHeads];
 #pragma unroll

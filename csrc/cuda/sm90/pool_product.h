@@ -37,7 +37,8 @@ struct ProductShared {
 };
 static_assert(sizeof(ProductShared) <= 227 << 10);
 
-constexpr int kSums = 64 * 2 * kUnits / 128;  // accumulators of a thread, V's before U's
+constexpr int kSums = 64 * 2 * kUnits / 128;  // accumulators of a thread, V's before
+constexpr int kGate = kSums / 2;              // U's
 constexpr int kProductThreads = (1 + kWarpgroups) * 128;
 constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;
 

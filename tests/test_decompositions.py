@@ -1,5 +1,7 @@
 """The operators' plain forms: the same results, no operator of ours left, any number of pictures."""
 
+import doctest
+
 import pytest
 import torch
 from torch import nn
@@ -72,18 +74,34 @@ def test_ragged_bags_are_refused():
         program.run_decompositions(FORMS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_refinement(dtype):
+def test_refinement():
     layer = PixelAdaptiveRefinement((1, 3), steps=4)
     image = torch.randn(2, 3, 8, 11)
     image[:, :, :4, :6] = 0.25  # flat: every neighbour weighs the same
-    cam = torch.rand(2, 2, 8, 11, dtype=dtype)
+    cam = torch.rand(2, 2, 8, 11, dtype=torch.float64)
     batch = torch.export.Dim("batch")
     program = torch.export.export(layer, (cam, image), dynamic_shapes=({0: batch}, {0: batch}))
     plain = program.run_decompositions(FORMS)
     assert not [node for node in plain.graph.nodes if "ercn" in str(node.target)]
     found = plain.module()(cam[:1].repeat(3, 1, 1, 1), image[:1].repeat(3, 1, 1, 1))
-    close(found, layer(cam, image)[:1].repeat(3, 1, 1, 1), rtol=1e-5, atol=1e-5)
+    close(found, layer(cam, image)[:1].repeat(3, 1, 1, 1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not hasattr(ops, "random_walk"), reason="an operator that this version does not have")
+@pytest.mark.parametrize("radius", [2, 5])
+def test_walk_and_par(radius):
+    value, image = torch.rand(2, 3, 9, 12), torch.randn(2, 3, 9, 12)
+    affinity = ops.edge_affinity(torch.rand(2, 1, 9, 12), radius)
+    affinity[:, 0, :, -1] = float("nan")  # beyond the border, not read
+    args = value, affinity, radius, 8.0, 6, "reference"
+    close(FORMS[torch.ops.ercn.random_walk.default](*args), torch.ops.ercn.random_walk(*args), rtol=1e-5, atol=1e-5)
+    args = value, image, [1, 3], 4, "par", "reference"
+    op = torch.ops.ercn.pixel_adaptive_refinement
+    close(FORMS[op.default](*args), op(*args), rtol=1e-5, atol=1e-5)
+
+
+def test_the_example_of_the_docstring_runs():
+    assert doctest.testmod(_decompositions).attempted and not doctest.testmod(_decompositions).failed
 
 
 def test_the_network_exports_for_any_number_of_pictures_and_is_saved_with_its_output(tmp_path):

@@ -21,8 +21,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     ``torch.onnx.export`` and AOTInductor take it. The formulas are those of the operators, the last bits may differ.
     The number of pictures or bags may stay symbolic, N may not. Gradients' operators are not among them: what is
     exported is for inference. Memory for each picture: of the affinity at most 2²⁴ elements or 16 columns, whichever is
-    more, at once; of the pool its two [N, L] activations; of ``ercn.nn.PixelAdaptiveRefinement``
-    8·len(dilations)·H·W weights, its steps a loop.
+    more, at once; of the pool its two [N, L] activations; of the refinements, whose steps are one loop, the weights of
+    all neighbours.
 
     Raises (while decomposing):
         NotImplementedError: ragged bags (``cu_seqlens``), whose lengths are data.
@@ -94,37 +94,18 @@ def _refuse_ragged(cu_seqlens: Tensor | None) -> None:
 def _pixel_adaptive_refinement(
     cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str = "pamr", backend: str = ""
 ) -> Tensor:
-    from torch._higher_order_ops.while_loop import while_loop_op
-
-    # a loop over the steps: written out they would be thousands of operators, and minutes of compilation
-    dtype = torch.promote_types(torch.promote_types(cam.dtype, image.dtype), torch.float32)
-    weights = _adaptive_weights(image.to(dtype), dilations, form)
-
-    def step(i: Tensor, m: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return i + 1, sum(w * neighbour for w, neighbour in zip(weights.unbind(1), _neighbours(m, dilations)))
-
-    start = torch.zeros((), dtype=torch.int64, device=cam.device)
-    first = cam.to(dtype).clone(memory_format=torch.contiguous_format)
-    refined = while_loop_op(lambda i, m, weights: i < steps, step, (start, first), (weights,))[1]
-    return refined.to(cam.dtype)
+    acc = accumulate_dtype(cam, image)
+    offsets = [(d * dy, d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+    weights = _adaptive_weights(image.to(acc), offsets, form)
+    return _propagate(cam.to(acc), weights, offsets, steps, "replicate").to(cam.dtype)
 
 
-def _neighbours(x: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """Views of the padded ``x``, each [B, C, H, W]: at every pixel its neighbour in one direction and distance."""
-    reach, (h, w) = max(dilations), x.shape[2:]
-    padded = F.pad(x, [reach] * 4, mode="replicate")
-    for d in dilations:
-        for dy in (-d, 0, d):
-            rows = padded[:, :, reach + dy : reach + dy + h]
-            yield from (rows[..., reach + dx : reach + dx + w] for dx in (-d, 0, d) if dy or dx)
-
-
-def _adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Tensor:
-    """w of the refinement, [B, 8·len(dilations), 1, H, W]."""
-    differences = [neighbour - image for neighbour in _neighbours(image, dilations)]
+def _adaptive_weights(image: Tensor, offsets: list[tuple[int, int]], form: str) -> Tensor:
+    """[B, len(offsets), 1, H, W]."""
+    differences = [neighbour - image for neighbour in _neighbours(image, offsets, "replicate")]
     first = sum(differences)
     second = sum(d.square() for d in differences)
-    count = (8 if form == "par" else 9) * len(dilations)
+    count = len(offsets) if form == "par" else len(offsets) // 8 * 9
     deviation = ((second - first.square() / count).clamp(min=0) / (count - 1)).sqrt()
     if form == "par":
         scale = -1 / (image.shape[1] * (0.3 * (deviation + 1e-8)).square())
@@ -133,10 +114,41 @@ def _adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Ten
         scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
         differences = [d.abs() * scale for d in differences]
     weights = torch.stack([d.sum(1, keepdim=True) for d in differences], 1).softmax(1)
-    if form == "par":
-        position = reference.position_weights(reference.ring_offsets(dilations))
-        weights = weights + position.to(weights)[:, None, None, None]
-    return weights
+    return weights + reference.position_weights(offsets).to(weights)[:, None, None, None] if form == "par" else weights
+
+
+def _random_walk(
+    value: Tensor, affinity: Tensor, radius: int, beta: float, steps: int, backend: str = ""
+) -> Tensor:
+    acc = accumulate_dtype(value, affinity)
+    half = reference.half_disc(radius)
+    inside = _neighbours(affinity.new_ones(1, 1, *affinity.shape[2:]), half, "constant")
+    pairs = (affinity.to(acc) ** beta).split(1, 1)
+    after = [torch.where(there > 0, pair, 0) for there, pair in zip(inside, pairs)]
+    before = [next(_neighbours(pair, [(-dy, -dx)], "constant")) for pair, (dy, dx) in zip(after, half)]
+    weights = torch.stack([*reversed(before), torch.ones_like(after[0]), *after], 1)  # [B, 2P + 1, 1, H, W]
+    weights = weights / weights.sum(1, keepdim=True)
+    return _propagate(value.to(acc), weights, reference.disc(radius), steps, "constant").to(value.dtype)
+
+
+def _propagate(map_: Tensor, weights: Tensor, offsets: list[tuple[int, int]], steps: int, mode: str) -> Tensor:
+    from torch._higher_order_ops.while_loop import while_loop_op
+
+    def step(i: Tensor, m: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return i + 1, sum(w * neighbour for w, neighbour in zip(weights.unbind(1), _neighbours(m, offsets, mode)))
+
+    # a loop over the steps: written out they would be thousands of operators, and minutes of compilation
+    start = torch.zeros((), dtype=torch.int64, device=map_.device)
+    first = map_.clone(memory_format=torch.contiguous_format)
+    return while_loop_op(lambda i, m, weights: i < steps, step, (start, first), (weights,))[1]
+
+
+def _neighbours(x: Tensor, offsets: list[tuple[int, int]], mode: str) -> Iterator[Tensor]:
+    """Views of the padded ``x``, each [B, C, H, W]: at every pixel its neighbour at one offset."""
+    reach, (h, w) = max(max(map(abs, offset)) for offset in offsets), x.shape[2:]
+    padded = F.pad(x, [reach] * 4, mode=mode)
+    for dy, dx in offsets:
+        yield padded[:, :, reach + dy : reach + dy + h, reach + dx : reach + dx + w]
 
 
 _FORMS = {
@@ -144,5 +156,6 @@ _FORMS = {
     "gated_attention_pool": _gated_attention_pool,
     "pixel_adaptive_refinement": _pixel_adaptive_refinement,
     "pool_by_scores": _pool_by_scores,
+    "random_walk": _random_walk,
     "relu_affinity": _relu_affinity,
 }

@@ -217,6 +217,26 @@ def test_the_examples_of_the_page_run():
     assert not [node for node in names["plain"].graph.nodes if "ercn" in str(node.target)]
 
 
+@pytest.mark.parametrize(
+    "changes, side",
+    [
+        ({"cam_pool": "topk", "evidence": "additive", "targets": "onehot", "refine_stride": 8, "mask": "hard"}, 65),
+        ({"patch": 32, "cam_pool": "gem", "evidence": "classwise", "confidence": "relative"}, 64),
+    ],
+)
+def test_other_networks_are_exported(changes, side):
+    config = replace(MODEL, refinement=("affinity",), **changes)
+    network = exporting.Predicting(random_network(config), config, 1.0).eval()
+    program = exporting.exported_program(network, side)
+    assert not [node for node in program.graph.nodes if "ercn" in str(node.target)]
+    image = torch.randn(3, 3, side, side)
+    with torch.no_grad():
+        found, expected = program.module()(image), network(image)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), value.numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("targets", ["ordinal", "onehot", "referable"])
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
 def test_the_probabilities_are_those_of_predict(targets, temperature):

@@ -45,15 +45,15 @@ valgrind: $(VENV)/.installed
 	mkdir -p build
 	PYTHONMALLOC=malloc ERCN_CPU_ISA=avx2 OMP_NUM_THREADS=1 \
 		valgrind --log-file=build/valgrind.log $(PY) tests/valgrind_case.py
-	! grep -n -e "ercn::" -e "_C\.cpython" build/valgrind.log
+	! grep -n -e "ercn::" -e "libercn" build/valgrind.log
 
 clean:
-	rm -rf build dist *.egg-info ercn/_C.* ercn/_cuda.* ercn/_build.json $(VENV)/.installed
+	rm -rf build dist *.egg-info ercn/lib ercn/_build.json $(VENV)/.installed
 
 # What the extension is built with comes first, so that it is built against the torch that will run it.
 $(VENV)/.environment: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch setuptools pybind11 ninja
+	$(INSTALL) torch setuptools ninja
 	$(INSTALL) --no-deps nvidia-cutlass
 	touch $@
 

@@ -27,7 +27,7 @@ folder = Path(ercn.__file__).parent
 assert "site-packages" in folder.parts, f"not the installed wheel: {folder}"
 assert _extension.load() is None, _extension.load()
 if os.environ.get("ERCN_BUILD") == "cuda":
-    assert _extension.load("_cuda") is None, _extension.load("_cuda")
+    assert _extension.load("libercn_cuda") is None, _extension.load("libercn_cuda")
 
 value = torch.randn(2, 3, 100, dtype=torch.float64)
 feat = torch.randn(2, 16, 100, dtype=torch.float64, requires_grad=True)

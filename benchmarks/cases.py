@@ -15,7 +15,7 @@ from torch import Tensor
 
 DIRECTIONS = ("forward", "backward", "forward_backward")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPS = ("affinity", "mil", "model")
+OPS = ("affinity", "mil", "model", "overhead")
 SEED = 0
 
 
@@ -268,7 +268,63 @@ class ModelCase:
         return views * buffers * self.batch * pixels**2 * 4
 
 
-Case = AffinityCase | PoolCase | ModelCase
+CALLS = 100  # in a time that a busy machine leaves a process alone
+
+
+@dataclass(frozen=True)
+class OverheadCase:
+    """``CALLS`` small calls of a public function one after the other: a row's 0.1 ms is 1 µs of a call.
+
+    One image of 4 × 4 pixels with 5 maps and 64 features, or one bag of 16 instances of 64 channels with 16 hidden
+    units: what a call costs on the host, whatever it computes.
+    """
+
+    function: str
+    direction: str = "forward"
+    dtype: str = "float32"
+
+    op = "overhead"
+    baseline = "eager"
+
+    @property
+    def inner(self) -> AffinityCase | PoolCase:
+        if self.function == "gated_attention_pool":
+            return PoolCase(16, 64, 16, direction=self.direction, dtype=self.dtype)
+        return AffinityCase(1, 5, 64, 4, self.direction, self.dtype)
+
+    @property
+    def size(self) -> int:
+        return self.inner.size
+
+    @property
+    def shape(self) -> str:
+        return f"{self.function}-n{self.size}-x{CALLS}"
+
+    @property
+    def series(self) -> str:
+        return self.function
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}/{self.direction}/{self.dtype}/{self.shape}"
+
+    def tiny(self) -> OverheadCase:
+        return self
+
+    def inputs(self, device: str, kink_safe: bool = False) -> Inputs:
+        return self.inner.inputs(device, kink_safe)
+
+    def flops(self) -> int:
+        rows = 0  # of ones, which relu_affinity has not
+        if self.function == "relu_affinity":
+            rows = {"forward": 1, "backward": 2, "forward_backward": 3}[self.direction]
+        return CALLS * (self.inner.flops() - 2 * self.size**2 * rows)
+
+    def min_bytes(self) -> int:
+        return CALLS * self.inner.min_bytes()
+
+
+Case = AffinityCase | PoolCase | ModelCase | OverheadCase
 
 
 def _affinity(gpu: bool) -> list[AffinityCase]:
@@ -304,6 +360,14 @@ def _model(gpu: bool) -> list[ModelCase]:
     return [case for case in cases if case.direction == "forward_backward" or not case.checkpointing]
 
 
+def _overhead(gpu: bool) -> list[OverheadCase]:
+    return [
+        OverheadCase(function, direction)
+        for function in ("relu_affinity", "affinity_propagate", "gated_attention_pool")
+        for direction in ("forward", "forward_backward")
+    ]
+
+
 def _directions_and_dtypes(shapes: list, gpu: bool) -> list:
     dtypes = DTYPES if gpu else ("float32", "bfloat16")
     return [
@@ -317,7 +381,7 @@ def _directions_and_dtypes(shapes: list, gpu: bool) -> list:
 def registry(op: str, device: str) -> list[Case]:
     """Every case of an op. TF32 and float16 are measured on GPUs only."""
     gpu = device == "cuda"
-    return {"affinity": _affinity, "mil": _mil, "model": _model}[op](gpu)
+    return {"affinity": _affinity, "mil": _mil, "model": _model, "overhead": _overhead}[op](gpu)
 
 
 # The standard suites: what the README shows, about ten minutes on two cores; "full" has every other shape.
@@ -339,6 +403,7 @@ _STANDARD = {
         r"mil/forward/float32/ragged-b64-n131072-d512-l256-k1",
         r"mil/forward_backward/float32/ragged-b8-n16384-d512-l256-k1",
         r"model/.*/float32/resnet50-b1-512px",
+        r"overhead/.*",
     ),
     "cuda": (
         r"affinity/.*/bfloat16/b1-c22-d(64|192|256)-(56x56|128x128|256x256)",
@@ -354,6 +419,7 @@ _STANDARD = {
         r"mil/.*/bfloat16/ragged-b64-n131072-d1024-l256-k1",
         r"model/.*/bfloat16/resnet50-b1-(1024|2048)px(-os8|-os8-checkpointing)?",
         r"model/.*/bfloat16/resnet50-b8-512px",
+        r"overhead/.*",
     ),
 }
 _QUICK = (

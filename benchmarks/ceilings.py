@@ -61,11 +61,9 @@ def describe(ceilings: dict[str, Any]) -> str:
 
 
 def _fma(dtype: str, rounds: int) -> float:
-    from ercn import _C
-
-    threads = torch.get_num_threads()
+    threads, rate = torch.get_num_threads(), torch.ops.ercn_native.multiply_add_rate
     with ThreadPoolExecutor(threads) as pool:
-        runs = [sum(pool.map(lambda _: _C.multiply_add_rate(dtype, 0.05), range(threads))) for _ in range(rounds)]
+        runs = [sum(pool.map(lambda _: rate(dtype, 0.05), range(threads))) for _ in range(rounds)]
     return max(runs) / 1e9
 
 

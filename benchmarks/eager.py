@@ -58,7 +58,7 @@ def blockwise_pool(h: Tensor, *weights: Tensor) -> Tensor:
     return sum(torch.matmul(a, block) for a, block in zip(attention.split(size, dim=2), blocks))
 
 
-def gated_attention_pool(h: Tensor, *weights: Tensor, mask=None, cu_seqlens=None) -> tuple[Tensor, Tensor]:
-    """In the place of ``ercn.ops.gated_attention_pool`` in the network, which pools dense maps."""
+def gated_attention_pool(h: Tensor, *weights: Tensor, **defaults: object) -> tuple[Tensor, Tensor]:
+    """In the place of ``ercn.ops.gated_attention_pool`` in the network, which pools dense maps and asks for no more."""
     scores = _scores(h, *weights)
     return torch.matmul(F.softmax(scores, dim=-1), h), scores

@@ -7,14 +7,18 @@ Pool: V h + b_V and U h + b_U are multiples of 128, so tanh is -1, 0 or 1 and σ
 and head is one instance, whose score leads by 128 or more (e^-128 is 0 in float32), or it is uniform over a power of
 two of instances. For float64, which knows e^-128, it is 1024 instead.
 
+The scores alone, without a softmax: any activation and a dropout of one half, whose factor is a power of two. Their
+softmax, taken for itself: uniform over a power of two of instances, the others 1024 below.
+
 What is no integer is a multiple of one power of two; results in half precision are rounded once, from float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,12 +132,14 @@ def pool(
     gated: bool = True,
     bias: bool = True,
     mask: Tensor | None = None,
+    weights_dtype: torch.dtype | None = None,
 ) -> Pool:
     """Arguments and upstream gradients whose attention is "one_hot" or "uniform".
 
     instances: of each of ``bags`` bags, h being [B, N, D]; or the lengths of ragged bags, h being [T, D].
     layout: "rows", or "channels_first", where h is the view of a channels-first map.
     mask: [B, N] bool, True = real; masked instances hold NaN.
+    weights_dtype: that of the weights and of pooled, if it is not h's.
 
     Uniform attention wants powers of two: as many real instances in each bag, or none.
     """
@@ -183,17 +189,14 @@ def pool(
         h = h.mT.contiguous().mT
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weights = (v, v_bias if bias else None, u if gated else None, u_bias if gated and bias else None, w)
-    weights = (None if x is None else x.to(dtype) for x in (*weights, w_bias if bias else None))
-    return Pool(h, *weights, mask, lengths, grad_pooled.to(dtype), grad_scores.to(wide))
+    weights_dtype = weights_dtype or dtype
+    weights = (None if x is None else x.to(weights_dtype) for x in (*weights, w_bias if bias else None))
+    return Pool(h, *weights, mask, lengths, grad_pooled.to(weights_dtype), grad_scores.to(wide))
 
 
 @torch.no_grad()
-def expected_pool(p: Pool, dropped: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor | None]:
-    """pooled, scores, grad_h … grad_w_bias: by the signs of V h + b_V and U h + b_U, and by the largest scores.
-
-    dropped: what dropout multiplies the branches of every instance by, each [rows of h, L]. Then scores have no leader
-    any more: nothing is pooled, and gradients are of the scores alone.
-    """
+def expected_pool(p: Pool) -> dict[str, Tensor | None]:
+    """pooled, scores, grad_h … grad_w_bias: by the signs of V h + b_V and U h + b_U, and by the largest scores."""
     h, v, v_bias, u, u_bias, w, w_bias = (None if x is None else x.double() for x in p.inputs)
     heads, dim = len(w), h.shape[-1]
     flat = h.reshape(-1, dim)
@@ -205,18 +208,17 @@ def expected_pool(p: Pool, dropped: tuple[Tensor, Tensor] | None = None) -> dict
     for i, bag in enumerate(_bags(h, p.mask, p.cu_seqlens)):
         if len(bag) == 0:
             continue
-        x, grad = flat[bag], p.grad_pooled[i].double() * (dropped is None)  # [n, D], [K, D]
+        x, grad = flat[bag], p.grad_pooled[i].double()  # [n, D], [K, D]
         t = (x @ v.mT + (0 if v_bias is None else v_bias)).sign()
         s = None if u is None else ((x @ u.mT + (0 if u_bias is None else u_bias)).sign() + 1) / 2
-        kept = 1 if dropped is None else dropped[0][bag] * (1 if s is None else dropped[1][bag])
-        gate = kept * (t if s is None else t * s)
+        gate = t if s is None else t * s
         score = w @ gate.mT + (0 if w_bias is None else w_bias[:, None])  # [K, n]
         best = (score == score.amax(1, keepdim=True)).double()
         attention = best / best.sum(1, keepdim=True)
         scores[:, bag], pooled[i] = score, attention @ x
         q = grad @ x.mT
         ds = attention * (q - (attention * q).sum(1, keepdim=True)) + upstream[:, bag]
-        dg = kept * (ds.mT @ w)
+        dg = ds.mT @ w
         dv = dg * (1 - t * t) * (1 if s is None else s)
         du = None if s is None else dg * t * s * (1 - s)
         grads[0][bag] = attention.mT @ grad + dv @ v + (0 if u is None else du @ u)
@@ -227,10 +229,71 @@ def expected_pool(p: Pool, dropped: tuple[Tensor, Tensor] | None = None) -> dict
     if p.cu_seqlens is None:
         scores = scores.view(heads, *h.shape[:2]).transpose(0, 1)
     grads[0] = grads[0].view(h.shape)
-    narrow = {
-        f"grad_{name}": None if x is None else x.to(p.h.dtype) for name, x in zip(POOL_INPUTS, grads, strict=True)
-    }
-    return {"pooled": pooled.to(p.h.dtype), "scores": scores.to(p.grad_scores.dtype), **narrow}
+    return {"pooled": pooled.to(p.grad_pooled.dtype), "scores": scores.to(p.grad_scores.dtype), **_named(grads, p)}
+
+
+def _named(grads: Sequence[Tensor | None], p: Pool) -> dict[str, Tensor | None]:
+    pairs = zip(POOL_INPUTS, grads, p.inputs, strict=True)
+    return {f"grad_{name}": None if x is None else x.to(given.dtype) for name, x, given in pairs}
+
+
+@torch.no_grad()
+def expected_scores(p: Pool, activation: str = "tanh", factors: tuple[Tensor, Tensor] | None = None) -> dict[str, Any]:
+    """scores and the gradients that p.grad_scores alone gives, by the activations' values at multiples of 128.
+
+    factors: what dropout multiplies the two branches by, [rows, L] each.
+    """
+    h, v, v_bias, u, u_bias, w, w_bias = (None if x is None else x.double() for x in p.inputs)
+    real = torch.ones(p.h.shape[:-1], dtype=torch.bool, device=h.device) if p.mask is None else p.mask
+    real, x = real.flatten(), h.masked_fill(~real.unsqueeze(-1), 0).reshape(-1, h.shape[-1])
+    ragged = p.cu_seqlens is not None
+    ds = p.grad_scores.double() if ragged else p.grad_scores.double().transpose(0, 1).flatten(1)  # [K, rows]
+    ds = ds.masked_fill(~real, 0)
+    keep_t, keep_s = (1, 1) if factors is None else (factor.double() for factor in factors)
+    x_v = x @ v.mT + (0 if v_bias is None else v_bias)
+    t = x_v.sign() if activation == "tanh" else x_v.relu()
+    slope = {"tanh": 1 - t * t, "relu": (x_v > 0).double(), "gelu": (x_v.sign() + 1) / 2}[activation]
+    t, slope = t * keep_t, slope * keep_t
+    dg = ds.mT @ w
+    if u is None:
+        gated, dv, du = t, dg * slope, None
+    else:
+        s = ((x @ u.mT + (0 if u_bias is None else u_bias)).sign() + 1) / 2
+        gated, dv, du = t * s * keep_s, dg * slope * s * keep_s, dg * t * s * (1 - s) * keep_s
+    scores = (w @ gated.mT + (0 if w_bias is None else w_bias[:, None])).masked_fill(~real, float("-inf"))
+    if not ragged:
+        scores = scores.view(len(w), *h.shape[:2]).transpose(0, 1)
+    dh = (dv @ v + (0 if u is None else du @ u)).masked_fill(~real[:, None], 0)
+    sums = (dv.mT @ x, dv.sum(0), None if u is None else du.mT @ x, None if u is None else du.sum(0), ds @ gated)
+    grads = [None if x is None else grad for x, grad in zip(p.inputs, (dh.view(h.shape), *sums, ds.sum(1)))]
+    return {"scores": scores.to(p.grad_scores.dtype), **_named(grads, p)}
+
+
+@torch.no_grad()
+def by_scores(p: Pool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores for the instances of p, and what ``pool_by_scores`` must give: pooled, grad_scores, grad_value (of h)."""
+    value = p.h.double().reshape(-1, p.h.shape[-1])
+    heads = len(p.w_weight)
+    scores = value.new_full((heads, len(value)), float("nan"))
+    grads = torch.zeros_like(scores), torch.zeros_like(value)
+    pooled = value.new_zeros(p.grad_pooled.shape)
+    for i, bag in enumerate(_bags(p.h, p.mask, p.cu_seqlens)):
+        if len(bag) == 0:
+            continue
+        x, grad = value[bag], p.grad_pooled[i].double()
+        count = 1 << len(bag).bit_length() - 1
+        attention = torch.zeros(heads, len(bag), dtype=torch.float64, device=x.device)
+        for k in range(heads):  # other instances for each head
+            attention[k, (torch.arange(count, device=x.device) + k) % len(bag)] = 1 / count
+        scores[:, bag], pooled[i] = 1024 * ((attention > 0).double() - 1), attention @ x
+        q = grad @ x.mT
+        grads[0][:, bag] = attention * (q - (attention * q).sum(1, keepdim=True))
+        grads[1][bag] = attention.mT @ grad
+    scores, grad_scores = (x.to(p.grad_scores.dtype) for x in (scores, grads[0]))
+    if p.cu_seqlens is None:
+        scores, grad_scores = (x.view(heads, *p.h.shape[:2]).transpose(0, 1) for x in (scores, grad_scores))
+    grad_value = grads[1].view(p.h.shape).to(p.h.dtype)
+    return scores, {"pooled": pooled.to(p.h.dtype), "grad_scores": grad_scores, "grad_value": grad_value}
 
 
 def found_pool(op: Callable, p: Pool) -> dict[str, Tensor | None]:

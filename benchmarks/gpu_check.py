@@ -3,8 +3,9 @@
     python benchmarks/gpu_check.py pack --python PYTHON               # where there is a compiler: makes build/gpu_pack
     python3 benchmarks/gpu_check.py first --seconds 200 --out OUT     # on the machine with the GPU
 
-PYTHON has the Python and torch versions of the machine with the GPU, which needs the tracked files and build/gpu_pack
-(ignored by git, so a tool that copies a checkout must be told to carry it) and nothing installed but torch and pytest.
+The machine with the GPU needs the tracked files and build/gpu_pack (ignored by git, so a tool that copies a checkout
+must be told to carry it) and nothing installed but torch and pytest. PYTHON has that machine's versions of Python and
+Triton, whose kernels are compiled ahead; the libraries know neither.
 Where the pack does not load there, the libraries are built first, which takes minutes: ``first --seconds 350``. As time
 is left: ``next --seconds 400 --failed OUT/results.jsonl --out OUT2``; afterwards, anywhere: ``report OUT OUT2`` prints
 what was found, and ``ercn bench readme OUT2/bench.json`` writes the README's rows.
@@ -95,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    pack = commands.add_parser("pack", help="build the libraries for another Python into build/gpu_pack")
-    pack.add_argument("--python", default=sys.executable, help="interpreter to build for (this one)")
+    pack = commands.add_parser("pack", help="put the libraries and compiled Triton kernels into build/gpu_pack")
+    pack.add_argument("--python", default=sys.executable, help="interpreter whose Triton compiles (this one)")
     for name, stages in (("first", FIRST), ("next", NEXT)):
         every = ",".join(stage.name for stage in stages)
         command = commands.add_parser(name, help=every)

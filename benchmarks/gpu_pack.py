@@ -1,8 +1,8 @@
-"""build/gpu_pack: the compiled libraries for another machine's Python, to be carried beside the tracked files.
+"""build/gpu_pack: what another machine would have to compile, to be carried beside the tracked files.
 
-It holds both libraries (the objects of the build here linked anew, since of all files only the Python modules' depend
-on Python), CUTLASS's headers for a build there should they not load, the smoke cases' Triton kernels as Triton's cache
-holds them, and manifest.json, which says what it was made of.
+It holds both libraries, which know no Python and run on any torch from 2.10 on, CUTLASS's headers for a build there
+should they not load, the smoke cases' Triton kernels as the cache of that machine's Triton holds them, and
+manifest.json, which says what it was made of.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
-from glob import glob
-from pathlib import Path
 from typing import Any
 
 from ercn.benchmarks.gpu_check import ROOT, TRITON
+from ercn.ops import _extension
 
 PACK = ROOT / "build" / "gpu_pack"
 ARCH = "9.0a"
-MODULES = ("_C", "_cuda")
-DESCRIBE = (
-    "import json, sysconfig, torch; print(json.dumps({'python': sysconfig.get_python_version(), "
-    "'suffix': sysconfig.get_config_var('EXT_SUFFIX'), 'torch': torch.__version__, 'cuda': torch.version.cuda}))"
-)
+LIBRARIES = ("libercn", "libercn_cuda")
+DESCRIBE = "import json, torch; print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda}))"
 COMPILE = "from ercn.benchmarks import gpu_smoke; gpu_smoke.compile_ahead('sm_90')"
-LOAD = "import torch; from ercn import _C, _cuda; print(len(_cuda.kernels()), 'kernels in', _cuda.__file__)"
+LOAD = """
+from ercn.ops import _extension
+for name in ("libercn", "libercn_cuda"):
+    if reason := _extension.load(name):
+        raise SystemExit(reason)
+print(len(_extension.cuda_kernels()), "kernels in", _extension.path("libercn_cuda"))
+"""
 
 
 def sources() -> str:
@@ -45,40 +45,35 @@ def sources() -> str:
 
 
 def pack(python: str) -> int:
-    """Bring the objects in build/cuda up to date, link them for ``python``, and write the folder."""
+    """Bring the libraries up to date, compile Triton's kernels with ``python``'s Triton, and write the folder."""
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "csrc/cuda"))
     import toolchain
 
-    plan = toolchain.BUILD / "build.ninja"
-    compiled = set(re.findall(r": nvcc (\S+)", plan.read_text())) if plan.exists() else set()
-    if compiled != set(glob("csrc/cuda/**/*.cu", recursive=True)):
-        raise SystemExit(f"{plan} is not of this checkout: build here first (pip install --no-build-isolation -e .)")
     if ARCH not in toolchain.archs():
         raise SystemExit(f"ERCN_CUDA_ARCHS leaves out {ARCH}, which the Hopper kernels need")
-    toolchain.compile_objects()
+    _build_in_place()
     told = subprocess.run([python, "-c", DESCRIBE], capture_output=True, text=True, check=True)
-    target = json.loads(told.stdout)
     shutil.rmtree(PACK, ignore_errors=True)
     PACK.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"ERCN_BUILD": "cuda", "ERCN_CUDA_OBJECTS": str(toolchain.BUILD)}
-        environment |= {"CUTLASS_PATH": str(toolchain.cutlass().parent)}
-        command = [python, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", f"{folder}/temp"]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True)
-        names = [f"{module}{target['suffix']}" for module in MODULES]
-        with tarfile.open(PACK / "libraries.tar.xz", "w:xz", preset=3) as archive:
-            for name in [*names, "_build.json"]:
-                archive.add(Path(folder, "ercn", name), name)
+    with tarfile.open(PACK / "libraries.tar.xz", "w:xz", preset=3) as archive:
+        for file in (*map(_extension.path, LIBRARIES), _extension.RECORD):
+            archive.add(file, file.relative_to(_extension.PACKAGE))
     compile_triton(python)
     with tarfile.open(PACK / "cutlass.tar.xz", "w:xz", preset=3) as archive:
         for name in ("cute", "cutlass"):
             archive.add(toolchain.cutlass() / name, f"include/{name}")
-    target |= {"machine": platform.machine(), "archs": toolchain.archs(), "sources": sources(), "commit": _commit()}
-    (PACK / "manifest.json").write_text(json.dumps(target, indent=1) + "\n")
+    described = json.loads(told.stdout) | {"machine": platform.machine(), "archs": toolchain.archs()}
+    described |= {"sources": sources(), "commit": _commit()}
+    (PACK / "manifest.json").write_text(json.dumps(described, indent=1) + "\n")
     for path in sorted(PACK.iterdir()):
         print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 2**20:.1f} MiB")
     return 0
+
+
+def _build_in_place(**environment: str) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"ERCN_BUILD": "cuda"} | environment, check=True)
 
 
 def compile_triton(python: str) -> None:
@@ -105,10 +100,10 @@ def _commit() -> str:
 
 
 def manifest() -> dict[str, Any]:
-    """Of the pack where there is one for this Python, else empty."""
+    """Of the pack where there is one for this kind of machine, else empty."""
     path = PACK / "manifest.json"
     held = json.loads(path.read_text()) if path.exists() else {}
-    return held if held.get("suffix") == sysconfig.get_config_var("EXT_SUFFIX") else {}
+    return held if held.get("machine") == platform.machine() else {}
 
 
 def refusal() -> str | None:
@@ -123,11 +118,11 @@ def unpack() -> str:
     """Put the libraries in their place, and say what was done."""
     held = manifest()
     if not held:
-        return "there is no build/gpu_pack for this Python; the libraries are those of this checkout"
+        return "there is no build/gpu_pack for this machine; the libraries are those of this checkout"
     with tarfile.open(PACK / "libraries.tar.xz") as archive:
-        archive.extractall(ROOT / "ercn", filter="data")
+        archive.extractall(_extension.PACKAGE, filter="data")
     unpack_triton()
-    return f"unpacked the libraries of commit {held['commit']}, linked with torch {held['torch']}"
+    return f"unpacked the libraries of commit {held['commit']}, built with torch {held['torch']}"
 
 
 def load() -> str | None:
@@ -138,11 +133,10 @@ def load() -> str | None:
 
 
 def build() -> None:
-    """Compile the libraries here, for this machine's Python and torch."""
+    """Compile the libraries here."""
     headers = PACK / "cutlass"
     if (PACK / "cutlass.tar.xz").exists():
         with tarfile.open(PACK / "cutlass.tar.xz") as archive:
             archive.extractall(headers, filter="data")
         os.environ["CUTLASS_PATH"] = str(headers)
-    environment = os.environ | {"ERCN_BUILD": "cuda", "ERCN_CUDA_ARCHS": ARCH}
-    subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
+    _build_in_place(ERCN_CUDA_ARCHS=ARCH)

@@ -7,6 +7,7 @@ import. What a kernel must give is in ``exact``; memory that it allocates holds 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import re
@@ -28,15 +29,14 @@ from torch import Tensor
 from ercn.benchmarks import exact
 from ercn.benchmarks.cases import DTYPES
 from ercn.benchmarks.results import sentence
-from ercn.ops import _extension
-from ercn.ops.reference import dropout_factors
+from ercn.ops import _extension, reference
 
 SILENT_S = {"cuda": 15.0, "cpu": 60.0}  # without a word for so long, a process hangs
 HANGING = 3  # of an op's and a direction's kernels: the others are not waited for
 SIDE_BY_SIDE = min(6, os.cpu_count() or 1)
 SIZES = {"cuda": (300, 128, 1027, 1), "cpu": (70,)}  # pixels or instances of a bag
 HALVES = ("bfloat16", "float16")
-LAYOUTS = ("rows", "channels_first", "ragged", "masked", "dropout")
+LAYOUTS = ("rows", "channels_first", "ragged", "masked")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Group:
     """Sizes of one kernel, which run one after the other in one process.
 
     kernels: generic, sm90 or sm90_dense of the backend ``cuda``; triton, or triton_triangle.
-    channels: C of the affinity. layout: of the pool's instances; "dropout" is rows whose scores alone are wanted.
-    hidden: L of the pool, heads: K.
+    channels: C of the affinity. layout: of the pool's instances. hidden: L of the pool, heads: K. op "scores" is the
+    pool's scores alone, with an activation and a dropout of one half, "by_scores" the pooling by given scores.
+    weights: dtype of the pool's weights, if it is not h's.
     """
 
     op: str
@@ -57,11 +58,15 @@ class Group:
     layout: str = ""
     hidden: int = 0
     heads: int = 1
+    activation: str = "tanh"
+    weights: str = ""
 
     @property
     def name(self) -> str:
         shape = f"D {self.dim}, C {self.channels}" if self.op == "affinity" else f"{self.layout}, D {self.dim}"
-        return f"{self.op} {self.direction}, {self.kernels}, {self.dtype}, {shape}"
+        kind = f", {self.activation}" if self.op == "scores" else ""
+        weights = f" beside {self.weights}" if self.weights else ""
+        return f"{self.op} {self.direction}{kind}, {self.kernels}, {self.dtype}{weights}, {shape}"
 
     @property
     def backend(self) -> str:
@@ -74,6 +79,8 @@ def groups(only: str = "") -> list[Group]:
     for layout in LAYOUTS:
         found += [Group("pool", way, "sm90", "bfloat16", 128, layout=layout, hidden=128, heads=2)
                   for way in ("forward", "backward")]  # fmt: skip
+    found += [Group("scores", way, kernels, "bfloat16", 128, layout="rows", hidden=128, heads=2)
+              for kernels in ("sm90", "generic") for way in ("forward", "backward")]  # fmt: skip
     for channels in (22, 7, 30):  # padded to 24, 8 and 32
         for dim in (192, 64, 128, 256):
             for dtype in HALVES:
@@ -88,9 +95,17 @@ def groups(only: str = "") -> list[Group]:
                 if kernels == "triton" and way == "forward":
                     found.append(Group("affinity", way, "triton_triangle", dtype, 192, 22))
                 for layout in LAYOUTS if dtype == "bfloat16" else ("rows",):
-                    if (kernels, layout) == ("triton", "dropout"):
-                        continue
                     found.append(Group("pool", way, kernels, dtype, 128, layout=layout, hidden=128, heads=2))
+    for way in ("forward", "backward"):
+        for layout in LAYOUTS:
+            sizes = {"dim": 128, "hidden": 128, "heads": 2, "layout": layout}
+            pool = functools.partial(Group, direction=way, kernels="triton", **sizes)
+            found.append(pool("by_scores", dtype="bfloat16"))
+            found.append(pool("scores", dtype="bfloat16", activation="gelu" if layout == "rows" else "tanh"))
+        pool = functools.partial(pool, layout="rows")
+        found += [pool("scores", dtype="float32", activation="relu"), pool("by_scores", dtype="float32")]
+        found.append(pool("pool", dtype="bfloat16", weights="float32"))
+        found.append(Group("by_scores", way, "generic", "bfloat16", 128, layout="masked", hidden=128, heads=2))
     return [group for group in dict.fromkeys(found) if re.search(only, group.name)]
 
 
@@ -124,19 +139,30 @@ def make(group: Group, size: int, device: str) -> Case:
         layout = group.layout if group.layout == "channels_first" else "rows"
         if layout == "channels_first":
             bags = size + -size % 8  # a channel's instances are multiples of 16 bytes
-        p = exact.pool(bags, group.dim, group.hidden, group.heads, dtype, bags=2, layout=layout, mask=mask)
-        seed, dropout_p, dropped = None, 0.0, None
-        names, op, grad_pooled = ("pooled", "scores"), "gated_attention_pool", p.grad_pooled
-        if group.layout == "dropout":
-            seed, dropout_p = torch.tensor([1]), 0.5  # kept units are times 2, exactly
-            dropped = dropout_factors(seed, dropout_p, torch.arange(2 * size), group.hidden, torch.float64)
-            names, grad_pooled, op = ("scores",), None, op if suffix else "attention_scores"
-        expected = exact.expected_pool(p, dropped)
-        arguments = [*there(*p.inputs, p.mask, p.cu_seqlens, seed), dropout_p, "tanh"]
-        if suffix:
-            grads, scores = there(grad_pooled, p.grad_scores), there(expected["scores"])
-            arguments = [*grads, *arguments, *scores, [True] * len(p.inputs)]
-            names = tuple(f"grad_{name}" for name in exact.POOL_INPUTS)
+        weights = DTYPES[group.weights] if group.weights else None
+        p = exact.pool(
+            bags, group.dim, group.hidden, group.heads, dtype, bags=2, layout=layout, mask=mask, weights_dtype=weights
+        )
+        seed, dropped = (torch.tensor([1 << 40]), 0.5) if group.op == "scores" else (None, 0.0)
+        arguments = there(*p.inputs, p.mask, p.cu_seqlens, seed) + [dropped, group.activation]
+        names = tuple(f"grad_{name}" for name in exact.POOL_INPUTS)
+        if group.op == "pool":
+            expected, grads, op = exact.expected_pool(p), (p.grad_pooled, p.grad_scores), "gated_attention_pool"
+            outputs = ("pooled", "scores")
+        elif group.op == "scores":
+            instances = torch.arange(p.h[..., 0].numel())
+            factors = reference.dropout_factors(seed, dropped, instances, group.hidden, torch.float32)
+            expected, grads = exact.expected_scores(p, group.activation, factors), (None, p.grad_scores)
+            op, outputs = "gated_attention_pool" if suffix else "attention_scores", ("scores",)
+        else:
+            scores, expected = exact.by_scores(p)
+            arguments = there(scores, p.h, p.mask, p.cu_seqlens)
+            op, outputs, names = "pool_by_scores", ("pooled",), ("grad_scores", "grad_value")
+        if group.op == "by_scores" and suffix:
+            arguments = [*there(p.grad_pooled), *arguments, [True, True]]
+        elif suffix:
+            arguments = [*there(*grads), *arguments, *there(expected["scores"]), [True] * len(p.inputs)]
+        names = names if suffix else outputs
     return Case(lambda: getattr(launcher, op + suffix)(*arguments), names, {name: expected[name] for name in names})
 
 
@@ -239,10 +265,8 @@ def _process(group: Group, sizes: tuple[int, ...], device: str, pipe: Connection
             pipe.send(("begins", size))
             pipe.send(("ends", run(group, size, device)))
             names = [f"triton {name}" for name in counts]
-            if _extension.load("_cuda") is None:
-                from ercn import _cuda
-
-                names += [f"cuda {kernel['name']}" for kernel in _cuda.kernels() if kernel["launches"] > 0]
+            if _extension.load("libercn_cuda") is None:
+                names += [f"cuda {kernel['name']}" for kernel in _extension.cuda_kernels() if kernel["launches"] > 0]
             pipe.send(("launched", names))
 
 
@@ -262,7 +286,7 @@ def smoke(
 ) -> None:
     """Runs every group; ``done(kind, **values)`` gets a row for every size, and what a process launched."""
     emulate()
-    _extension.load("_cuda")
+    _extension.load("libercn_cuda")
     import_module("ercn.kernels.affinity")
     import_module("ercn.kernels.attention_pool")
     context = multiprocessing.get_context("fork")

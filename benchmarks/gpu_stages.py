@@ -30,7 +30,7 @@ SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
 WORKERS = 12
 TESTS = tuple(f"tests/test_{name}.py" for name in (
     "gpu_exact", "gpu_ops", "cuda_affinity_hopper", "cuda_pool_hopper", "cuda_affinity_generic", "cuda_pool_generic",
-    "cuda_pool_arguments", "cuda_tf32", "triton_ops",
+    "cuda_pool_arguments", "cuda_tf32", "triton_ops", "triton_pool",
 ))  # fmt: skip
 HARDWARE = ("tests/test_gpu_hardware.py",)
 COMPILING = "property and triton"  # tests that do so for a minute
@@ -42,7 +42,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 # One case of every kernel that has barriers or addresses of its own.
 SANITIZED = (
     r"^affinity.*(sm90(_dense)?, bfloat16, D 192, C 22|sm90, float16, D 256, C 7|generic, (bfloat16|float32)|triton.*"
-    r"bfloat16)|^pool.*(sm90|generic|triton), bfloat16, (rows|masked|dropout)"
+    r"bfloat16)|^(pool|scores).*(sm90|generic|triton), bfloat16, (rows|masked)|^by_scores.*bfloat16, masked"
 )
 PROFILED = {"forward": "affinity forward, sm90, bfloat16, D 192, C 22",
             "backward": "affinity backward, sm90, bfloat16, D 192, C 22"}  # fmt: skip
@@ -128,13 +128,12 @@ def environment(run: Run) -> None:
     run.record("environment", **describe("cuda" if torch.cuda.is_available() else "cpu"))
     for row in backends():
         run.record("backend", name=row.name, reason=row.reason)
-    for name in ("_C", "_cuda"):
+    for name in ("libercn", "libercn_cuda"):
         if reason := _extension.load(name):
             sys.exit(reason)
-    from ercn import _cuda
 
     names = [f"triton {name}" for name in kernels.kernels()]
-    run.record("kernels", names=[*names, *(f"cuda {kernel['name']}" for kernel in _cuda.kernels())])
+    run.record("kernels", names=[*names, *(f"cuda {kernel['name']}" for kernel in _extension.cuda_kernels())])
     ops = ("relu_affinity", "relu_affinity_backward", "gated_attention_pool", "gated_attention_pool_backward")
     for op in ops:
         getattr(torch.ops.ercn_native, f"{op}_cuda")

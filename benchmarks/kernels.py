@@ -1,4 +1,4 @@
-"""Which kernels of ercn._cuda a call launches, and what the compiler and the device make of each."""
+"""Which kernels of libercn_cuda a call launches, and what the compiler and the device make of each."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from ercn.benchmarks.results import Row
-from ercn.ops import cuda
+from ercn.ops import _extension, cuda
 
 
 def attributes() -> list[dict[str, Any]]:
-    """Of every kernel of ercn._cuda. Launches are known even where the device tells nothing, as after an error that it
-    keeps.
+    """Of every kernel of libercn_cuda. Launches are known even where the device tells nothing, as after an error that
+    it keeps.
     """
-    from ercn import _cuda
-
     try:
-        return _cuda.kernel_attributes()
+        return _extension.cuda_kernels(attributes=True)
     except RuntimeError as error:
-        return [kernel | {"absent": str(error)} for kernel in _cuda.kernels()]
+        return [kernel | {"absent": str(error)} for kernel in _extension.cuda_kernels()]
 
 
 @contextlib.contextmanager
@@ -31,9 +29,7 @@ def launched() -> Iterator[list[dict[str, Any]]]:
     if cuda.unavailable():
         yield found
         return
-    from ercn import _cuda
-
-    before = {kernel["name"]: kernel["launches"] for kernel in _cuda.kernels()}
+    before = {kernel["name"]: kernel["launches"] for kernel in _extension.cuda_kernels()}
     yield found
     for kernel in attributes():
         launches = kernel["launches"] - before[kernel["name"]]

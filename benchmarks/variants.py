@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ercn.benchmarks import eager, network
-from ercn.benchmarks.cases import AffinityCase, Case, Inputs, ModelCase, PoolCase
+from ercn.benchmarks.cases import CALLS, AffinityCase, Case, Inputs, ModelCase, OverheadCase, PoolCase
 from ercn.benchmarks.settings import CUDA_SETTINGS, SETTINGS, Runner
-from ercn.ops import _backends, affinity_propagate, gated_attention_pool
+from ercn.ops import _backends, affinity_propagate, gated_attention_pool, relu_affinity
 
 # What settings apply to, and which, by device.
 SETTABLE = {"cpu": ("ercn-cpu", SETTINGS), "cuda": ("ercn-cuda", CUDA_SETTINGS)}
@@ -67,8 +67,13 @@ def variants(case: Case, device: str, backend: str = "", also: Iterable[str] = (
     ours = [row.name for row in _backends.TABLE if row.device in ("any", device)]
     if backend:
         ours = [backend]
-    build = {AffinityCase: _affinity_variants, PoolCase: _pool_variants, ModelCase: _model_variants}[type(case)]
-    rows = build(case, ours)
+    build = {
+        AffinityCase: _affinity_variants,
+        PoolCase: _pool_variants,
+        ModelCase: _model_variants,
+        OverheadCase: _overhead_variants,
+    }
+    rows = build[type(case)](case, ours)
     settable, settings = SETTABLE[device]
     own = next((v for v in rows if v.name == settable), None)
     names = [name for name in also if own is not None and name != case.dtype]
@@ -87,6 +92,8 @@ def arguments(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor | None, ...]
             return {"gated_attention_pool": (*inputs.tensors, None, None, None, 0.0, "tanh")}
         case ModelCase():
             return network.arguments(case, inputs)
+        case OverheadCase():
+            return arguments(case.inner, inputs)
 
 
 def inputs_of(case: Case, device: str) -> Inputs:
@@ -295,6 +302,34 @@ def _pool_variants(case: PoolCase, ours: list[str]) -> list[Variant]:
             dropout = _in_direction(ercn(name, 0.25))
             rows.append(Variant(f"dropout-{name}", "yardstick", dropout, PoolCase.flops, backend=name))
     return rows
+
+
+def _many_times(function: Callable[..., Tensor]) -> Callable[[Case, Inputs], Runner]:
+    def make(case: OverheadCase, inputs: Inputs) -> Runner:
+        run = _in_direction(lambda case, *x: function(*x))(case, inputs)
+
+        def calls() -> tuple[Tensor, ...]:
+            for _ in range(CALLS - 1):
+                run()
+            return run()
+
+        return calls
+
+    return make
+
+
+def _overhead_variants(case: OverheadCase, ours: list[str]) -> list[Variant]:
+    plain, fused = {
+        "relu_affinity": (lambda value, feat: value @ F.relu(feat.mT @ feat), relu_affinity),
+        "affinity_propagate": (eager.propagate, affinity_propagate),
+        "gated_attention_pool": (eager.pool, lambda *x, backend: gated_attention_pool(*x, backend=backend)[0]),
+    }[case.function]
+
+    def ercn(name: str) -> Variant:
+        make = _many_times(lambda *x: fused(*x, backend=name))
+        return Variant(f"ercn-{name}", "ercn", make, OverheadCase.flops, backend=name)
+
+    return [Variant("eager", "baseline", _many_times(plain), OverheadCase.flops), *map(ercn, ours)]
 
 
 def _model_variants(case: ModelCase, ours: list[str]) -> list[Variant]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Targets = Literal["ordinal", "onehot", "referable"]
@@ -57,10 +57,14 @@ class ModelConfig:
     """The ERCN network. Where the paper's text is not public, the field is our reading and says what else it can be.
 
     backbone: any timm model that supports ``features_only``.
-    pretrained: timm's weights for the backbone (needs network or a local cache); a path loads our safetensors export.
+    pretrained: what the backbone starts from. false: random weights; true: timm's (needs network or a local cache); a
+        path: a run of ``ercn pretrain`` or ``ercn train``, or a file of weights, .safetensors or .pth, in timm's,
+        torchvision's or RETFound's layout (``ercn.pretrained``).
+    backbone_kwargs: further arguments of ``timm.create_model``, for one {"img_size": 512} where a network takes one
+        size of pictures only, or {"dynamic_img_size": true}.
     num_grades: K; grade 0 is background, grades 1 … K-1 are foreground.
     targets: "ordinal" (channel k says grade ≥ k), "onehot" (channel k says grade = k) or "referable" (grade ≥ 2).
-    output_stride: input pixels per CAM element, 8, 16 or 32.
+    output_stride: input pixels per CAM element, 8, 16 or 32; of a ViT, the size of its patches.
     patch: 0 makes every element of the feature map an instance. P > 0 is patch-level MIL: the picture is cut into P × P
         px patches, the backbone encodes each on its own, and their embeddings are the elements; P a multiple of
         output_stride.
@@ -93,7 +97,7 @@ class ModelConfig:
     refine_stride: input pixels per element where the affinity is computed, a divisor of output_stride; 0 for the CAM's
         own grid.
     refine_stages: of the backbone, what the affinity embeds beside the picture, two of them: 0 is the finest, -1 the
-        last.
+        last; of a ViT, blocks, by default its last three (backbone_kwargs {"out_indices": [2, 5, 8, 11]} names others).
     detach: stop gradients into the refinement's CAM and features (SEAM and Chikontwe do).
     pool: "gated" or "plain" attention MIL over all feature-map elements, or "none" (CAM only).
     pool_dim: L, hidden width of the attention.
@@ -102,7 +106,8 @@ class ModelConfig:
     """
 
     backbone: str = "resnet50"
-    pretrained: bool = False
+    pretrained: bool | str = False
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     num_grades: int = 5
     targets: Targets = "ordinal"
     output_stride: int = 16
@@ -128,6 +133,8 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.pretrained == "":
+            raise ValueError("pretrained must be true, false or a path; got ''")
         _require(self, "at least 1", "output_stride", "embed_dim", "pool_dim", "steps", "pamr_steps")
         _require(self, "at least 0", "patch", "refine_stride")
         _require(self, "above 0", "cam_scale", "pamr_reach")
@@ -267,6 +274,7 @@ class PretrainConfig:
     """``ercn pretrain``: contrastive learning of the backbone without labels.
 
     backbone: any timm model that supports ``features_only``. output_stride: input pixels per element of its last stage.
+    backbone_kwargs: as of ``ModelConfig``.
     method: "simclr" (NT-Xent) or "moco_v2" (momentum encoder and queue). The exported backbone loads through
     ``init`` of ``TrainConfig``.
     On small sets prefer SimCLR. After 6 epochs on 360 pictures of an earlier phantom at 97 px in batches of 20
@@ -287,6 +295,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/pretrain"))
     backbone: str = "resnet50"
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     output_stride: int = 32
     method: Literal["simclr", "moco_v2"] = "simclr"
     temperature: float = 0.5
@@ -321,7 +330,8 @@ class CeilingConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """``ercn train``. init: the run folder of ``ercn pretrain`` whose backbone to start from, or none."""
+    """``ercn train``. init: the run folder of ``ercn pretrain`` whose backbone to start from, or none. It is read as
+    ``model.pretrained`` is, and given instead of it."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -567,8 +577,16 @@ def _check(hint: Any, value: Any, path: str) -> Any:
         if value not in options:
             raise ValueError(f"{path} must be one of {', '.join(map(repr, options))}; got {value!r}")
         return value
-    if origin is UnionType:  # X | None
-        return None if value is None else _check(options[0], value, path)
+    if origin is UnionType:  # X | None, bool | str
+        if type(value) in options:
+            return value
+        if NoneType in options:
+            return _check(options[0], value, path)
+        raise ValueError(f"{path} must be {' or '.join(option.__name__ for option in options)}; got {value!r}")
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise ValueError(f"{path} must be a mapping of names; got {value!r}")
+        return dict(value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{path} must be a list; got {value!r}")

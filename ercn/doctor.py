@@ -27,7 +27,7 @@ def doctor(selftest: bool = False) -> int:
     """
     _table("Versions", _versions())
     _table("Hardware", _hardware())
-    _table("Compiled extensions", [*_compiled_cpu(), *_compiled_cuda()])
+    _table("Compiled libraries", [*_compiled_cpu(), *_compiled_cuda()])
     _table("Backends, in the order tried", _backend_rows())
     _table("Training extra", _training_extra())
     _table("Environment variables", _environment())
@@ -63,10 +63,9 @@ def _versions() -> list[tuple[str, str]]:
 def _hardware() -> list[tuple[str, str]]:
     rows = [("system", platform.platform()), ("CPU", f"{cpu_name()}, {torch.get_num_threads()} threads in use")]
     if _extension.load() is None:
-        from ercn import _C
-
-        rows.append(("CPU features", " ".join(name for name, present in _C.cpu_features().items() if present)))
-        rows.append(("CPU kernels", os.environ.get("ERCN_CPU_ISA") or _C.cpu_isas()[-1]))
+        info = _extension.cpu_info()
+        rows.append(("CPU features", " ".join(name for name, present in info["features"].items() if present)))
+        rows.append(("CPU kernels", os.environ.get("ERCN_CPU_ISA") or info["isas"][-1]))
     else:
         rows.append(("CPU features", f"{torch.backends.cpu.get_cpu_capability()} (as torch sees it)"))
     if not torch.cuda.is_available():
@@ -95,26 +94,23 @@ def cpu_name() -> str:
 def _compiled_cpu() -> list[tuple[str, str]]:
     reason = _extension.load()
     if reason is not None:
-        return [("ercn._C", f"absent; {reason}"), ("to build it", REBUILD.format("cpu"))]
-    from ercn import _C
-
-    info = _C.build_info()
+        return [("libercn", f"absent; {reason}"), ("to build it", REBUILD.format("cpu"))]
+    info = _extension.cpu_info()["build"]
     return [
-        ("ercn._C", f"present, for torch {info['torch_target_version']} and newer"),
-        ("built with", f"{info['compiler']}, C++{str(info['cpp_standard'])[2:4]}, pybind11 {info['pybind11']}"),
+        ("libercn", f"present, for torch {info['torch_target_version']} and newer"),
+        ("file", str(_extension.path())),
+        ("built with", f"{info['compiler']}, C++{str(info['cpp_standard'])[2:4]}"),
         ("flags", f"{info['flags']} ({info['build_type']})"),
     ]
 
 
 def _compiled_cuda() -> list[tuple[str, str]]:
-    reason = _extension.load("_cuda")
+    reason = _extension.load("libercn_cuda")
     if reason is not None:
-        return [("ercn._cuda", f"absent; {reason}"), ("to build it", REBUILD.format("cuda"))]
-    from ercn import _cuda
-
-    info = _cuda.build_info()
-    text = f"present, {len(_cuda.kernels())} kernels for compute capabilities {info['archs'].replace(',', ', ')}"
-    return [("ercn._cuda", text), ("built with", f"CUDA {info['cuda']}")]
+        return [("libercn_cuda", f"absent; {reason}"), ("to build it", REBUILD.format("cuda"))]
+    info, kernels = _extension.cuda_info(), _extension.cuda_kernels()
+    text = f"present, {len(kernels)} kernels for compute capabilities {info['archs'].replace(',', ', ')}"
+    return [("libercn_cuda", text), ("built with", f"CUDA {info['cuda']}")]
 
 
 def _backend_rows() -> list[tuple[str, str]]:

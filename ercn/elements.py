@@ -7,9 +7,10 @@ the picture's centre, so that flips and quarter turns of the picture turn the ma
 nearest such one first (``exact_side``). All resizing of pictures and maps then is bilinear with or without
 ``align_corners``, and nothing moves.
 
-What is not symmetric is mended or refused when a backbone is built (``symmetrize``, ``aligned_corners``): average pools
-of 2 × 2, as in the shortcuts of "d" ResNets, lie half an element off and become binomial ones; a backbone whose
-gradients are still not symmetric is none for that output stride.
+What is not symmetric is mended or refused when a backbone is built (``symmetrize``, ``centre``, ``aligned_corners``):
+average pools of 2 × 2, as in the shortcuts of "d" ResNets, lie half an element off and become binomial ones; a network
+that must have cells, because it cuts windows (MaxViT, CoAtNet), has its strided kernels centred on them; a backbone
+whose gradients are still not symmetric is none for that output stride.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-GEOMETRY = 3  # version of the above that exports carry; 1: maps drawn as cells of unmended backbones; 2: patches as cut
+# Version of the above that exports carry. 1: maps drawn as cells of unmended backbones; 2: patches as cut; 3: networks
+# of one picture size taken for cells as they are.
+GEOMETRY = 4
 
 
 class BinomialPool(nn.Module):
@@ -38,6 +41,46 @@ class BinomialPool(nn.Module):
         return F.avg_pool2d(F.avg_pool2d(x, 2, 1, padding=1, count_include_pad=False), 2, self.stride)
 
 
+class CentredConv2d(nn.Conv2d):
+    """A convolution of stride s, its odd kernel moved onto the middle of cells of s × s: k ⊗ [1, 1] ⊗ [1, 1] / 4.
+
+    [B, C, h, w] -> [B, D, h / s, w / s] for sides that s divides, zeros beyond the edges; weights are those of the
+    convolution that it stands for.
+    """
+
+    def __init__(self, of: nn.Conv2d) -> None:
+        super().__init__(
+            of.in_channels, of.out_channels, of.kernel_size, of.stride, groups=of.groups, bias=False, device="meta"
+        )
+        self.weight, self.bias = of.weight, of.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = sum(F.pad(self.weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1)) / 4
+        padding = (weight.shape[-1] - self.stride[0]) // 2
+        return F.conv2d(x, weight, self.bias, self.stride, padding, 1, self.groups)
+
+
+def centre(backbone: nn.Module) -> nn.Module:
+    """The backbone, strided convolutions of odd kernels replaced in place by ``CentredConv2d``; no weights change."""
+
+    def replacement(module: nn.Module) -> nn.Module | None:
+        if type(module) is not nn.Conv2d and type(module).__name__ != "Conv2dSame":  # timm's, which pads on one side
+            return None
+        (k, *kernel), (s, *stride) = _pair(module.kernel_size), _pair(module.stride)
+        square = [k] == kernel and [s] == stride and _pair(module.dilation) == (1, 1)
+        return CentredConv2d(module) if square and k % 2 and s % 2 == 0 and k + 1 >= s else None
+
+    _replace(backbone, replacement)
+    return backbone
+
+
+def cuts_patches(backbone: nn.Module) -> bool:
+    """Whether it is a ViT, whose elements all are the patches that its first convolution cuts: cells, unmeasured."""
+    proj = getattr(getattr(getattr(backbone, "model", None), "patch_embed", None), "proj", None)
+    strides = {(stride, stride) for stride in backbone.feature_info.reduction()}
+    return isinstance(proj, nn.Conv2d) and {proj.kernel_size, proj.stride} == strides and proj.padding == (0, 0)
+
+
 def symmetrize(backbone: nn.Module) -> nn.Module:
     """The backbone, 2 × 2 average pools replaced in place by ``BinomialPool`` of their stride; no weights change."""
 
@@ -50,18 +93,26 @@ def symmetrize(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def aligned_corners(build: Callable[[], nn.Module], stages: Callable[[nn.Module, Tensor], list[Tensor]]) -> bool | None:
+def aligned_corners(
+    build: Callable[[int], nn.Module],
+    stages: Callable[[nn.Module, Tensor], list[Tensor]],
+    stride: int,
+    own: int | None = None,
+) -> bool | None:
     """Whether the outer elements of the last stages lie on the outer pixels (True) or inside cells (False).
 
     Measured on a network whose kernels are constant and whose other layers are linear: the gradient of the middle
     element with respect to a picture of 3 elements a side is then symmetric about the picture's centre to rounding, for
-    sides of 2 · stride + 1 where corners are aligned and 3 · stride where elements are cells. None where neither is so.
-    Networks that only take the size of their training (ViT, Swin) cut patches: False.
+    sides of 2 · stride + 1 where corners are aligned and 3 · stride where elements are cells. Attention, which looks
+    from an element at others and moves none, is left out where it keeps the shape. None where neither is so.
 
     Args:
-        build: makes the network, untrained. Always called with data, on the CPU, in float32, whatever the caller's
-            modes and default device and dtype are, and leaves torch's random state as it was.
+        build: makes the network for pictures of that side. Always called in float32 and without data, whatever the
+            caller's modes and default device and dtype are, and leaves torch's random state as it was; with data, on
+            the CPU, where it keeps more tensors than parameters and buffers.
         stages: gives its feature maps, [B, C, h, w] each.
+        stride: input pixels per element of the last stage.
+        own: the side that it is made for, tried where it takes no other.
     """
     dtype = torch.get_default_dtype()
     with (
@@ -70,37 +121,40 @@ def aligned_corners(build: Callable[[], nn.Module], stages: Callable[[nn.Module,
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         torch.random.fork_rng(devices=[]),
-        torch.device("cpu"),
     ):
         torch.set_default_dtype(torch.float32)
         try:
-            return _aligned_corners(build().eval(), stages)
+            if _symmetric(build, stages, stride, 2 * stride + 1, True):
+                return True
+            cells = _symmetric(build, stages, stride, 3 * stride, False)
+            if cells is None and own and own % stride == 0:
+                cells = _symmetric(build, stages, stride, own, False)
+            return False if cells else None
         finally:
             torch.set_default_dtype(dtype)
 
 
-def _aligned_corners(probe: nn.Module, stages: Callable[[nn.Module, Tensor], list[Tensor]]) -> bool | None:
-    if (getattr(probe, "pretrained_cfg", None) or {}).get("fixed_input_size"):
-        return False
-    stride = probe.feature_info.reduction()[-1]
-    _replace(probe, _linear)
-    for module in probe.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter.data.fill_(1 / parameter[0].numel() if parameter.ndim > 1 else float("bias" not in name))
-    for corners, side in ((True, 2 * stride + 1), (False, 3 * stride)):
-        image = torch.ones(1, 3, side, side, requires_grad=True)
-        try:
+def _symmetric(build, stages, stride: int, side: int, corners: bool, device: str = "meta") -> bool | None:
+    """Whether the gradients of the middle elements are; None where the network does not take that side."""
+    try:
+        with torch.device(device):
+            probe = build(side).eval()
+        _replace(probe, _linear)
+        with torch.device("cpu"):
+            _fill(probe)
+            image = torch.full((1, 3, side, side), 2.0**-10, requires_grad=True)  # gates are nearly linear there
             maps = stages(probe, image)[-3:]
-        except (AssertionError, RuntimeError):  # a size that it does not take
-            continue
-        if maps[-1].shape[-1] != 3 or corners and any(x.shape[-1] % 2 == 0 for x in maps):
-            continue
-        centres = [slice((x.shape[-1] - 1) // 2, x.shape[-1] // 2 + 1) for x in maps]  # one element, or two
-        middle = [x[..., centre, centre].sum() for x, centre in zip(maps, centres)]
-        grads = [torch.autograd.grad(y, image, retain_graph=True)[0] for y in middle]
-        if all(torch.allclose(g, g.flip((2, 3)), rtol=1e-3, atol=1e-4 * float(g.abs().max())) for g in grads):
-            return corners
-    return None
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if "meta" in str(error) and device == "meta":
+            return _symmetric(build, stages, stride, side, corners, "cpu")
+        return None
+    if maps[-1].shape[-1] != side // stride + corners or corners and any(x.shape[-1] % 2 == 0 for x in maps):
+        return False
+    centres = [slice((x.shape[-1] - 1) // 2, x.shape[-1] // 2 + 1) for x in maps]  # one element, or two
+    middle = [x[..., centre, centre].sum() for x, centre in zip(maps, centres)]
+    grads = [torch.autograd.grad(y, image, retain_graph=True)[0] for y in middle]
+    errors = [((g - g.flip((2, 3))).abs() - 1e-3 * g.abs()).max() / g.abs().max() for g in grads]
+    return all(bool(error <= 1e-4) for error in errors)  # not where one is NaN
 
 
 def exact_side(side: int, stride: int, align_corners: bool) -> int:
@@ -144,11 +198,44 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _linear(module: nn.Module) -> nn.Module | None:
-    """What stands for a layer whose gradient is that of one pixel (maximum), or of differences (norm)."""
+    """What stands for a layer whose gradient is that of one pixel (maximum), or of differences (norm, attention)."""
+    if "Attention" in type(module).__name__:
+        _replace(module, _linear)
+        return _PassedBy(module)
     if isinstance(module, nn.MaxPool2d):
         return nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
     leaf = not any(True for _ in module.children())
     return nn.Identity() if leaf and "Norm" in type(module).__name__ else None
+
+
+def _fill(probe: nn.Module) -> None:
+    """Constant kernels of sum 1, scales and variances of 1, everything else 0."""
+    for module in probe.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            value = 1 / parameter[0].numel() if parameter.ndim > 1 else float("bias" not in name)
+            setattr(module, name, nn.Parameter(torch.full(parameter.shape, value)))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                value = float(name == "running_var")
+                module.register_buffer(name, torch.full(buffer.shape, value, dtype=buffer.dtype))
+
+
+class _PassedBy(nn.Module):
+    """What goes into a layer in the place of what comes out, where it has the same shape."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what the network reads of its layer
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        result = self.layer(x, *args, **kwargs)
+        return x if isinstance(result, Tensor) and result.shape == x.shape else result
 
 
 def _replace(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:

@@ -37,9 +37,10 @@ def checkpoint_blocks(backbone: nn.Module) -> int:
     return len(blocks)
 
 
-def _checkpointed(block: nn.Module, forward, *args):
+def _checkpointed(block: nn.Module, forward, *args, **kwargs):
     if not torch.is_grad_enabled():
-        return forward(*args)
+        return forward(*args, **kwargs)
+    forward = partial(forward, **kwargs)
     if torch.compiler.is_compiling():  # the compiler recomputes values only, no updates of buffers
         return checkpoint(forward, *args, use_reentrant=False)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(block)))

@@ -7,23 +7,33 @@ not public: this is a reconstruction from SEAM (CVPR 2020), Chikontwe et al. (Me
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import _register_namedtuple
 
 from ercn.config import ModelConfig
-from ercn.elements import GEOMETRY, aligned_corners, exact_side, resize, symmetrize
+from ercn.elements import GEOMETRY, aligned_corners, centre, cuts_patches, exact_side, resize, symmetrize
 from ercn.losses import EPS, add_background, full, normalize_cam
 from ercn.nn import GatedAttentionPool, PixelAdaptiveRefinement, PixelCorrelation
+from ercn.pretrained import load_pretrained
 
 OUTPUT_STRIDES = (8, 16, 32)
-_ALIGNED: dict[tuple[str, int], bool | None] = {}  # of (backbone, output stride), measured once
+# Of (backbone, output stride, its other arguments): how it is mended, and where its elements then lie. Measured once.
+_ALIGNED: dict[tuple[str, int, str], tuple[Callable[[nn.Module], nn.Module], bool | None]] = {}
+_FREE_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # what makes a network of one size take others
+# What ercn itself tells timm.
+_TAKEN = "checkpoint_path", "features_only", "in_chans", "num_classes", "output_stride", "pretrained", "pretrained_cfg"
 
 
 class ERCNOutput(NamedTuple):
@@ -65,7 +75,7 @@ class ERCN(nn.Module):
 
     Args:
         geometry: of an export. 1 is from before ``ercn.elements``: nothing is mended or resized, and maps are cells;
-            with 2, patches are not resized.
+            with 2, patches are not resized; with 2 and 3, networks of one picture size are not mended.
 
     Raises:
         ValueError: a configuration that does not fit together, or a backbone that is unknown or does not support the
@@ -95,7 +105,11 @@ class ERCN(nn.Module):
         self.config, self.geometry = config, geometry
         symmetric = geometry > 1
         self.backbone = create_backbone(
-            config.backbone, config.output_stride, pretrained=config.pretrained, symmetric=symmetric
+            config.backbone,
+            config.output_stride,
+            pretrained=config.pretrained,
+            kwargs=config.backbone_kwargs,
+            geometry=geometry,
         )
         self.align_corners = symmetric and not config.patch and self.backbone.align_corners
         channels = self.backbone.feature_info.channels()
@@ -266,23 +280,33 @@ class ERCN(nn.Module):
 
 
 def create_backbone(
-    name: str, output_stride: int, *, pretrained: bool = False, symmetric: bool = True
+    name: str,
+    output_stride: int,
+    *,
+    pretrained: bool | str = False,
+    kwargs: Mapping[str, Any] | None = None,
+    geometry: int = GEOMETRY,
 ) -> nn.Module:
     """A timm feature extractor whose last stage has one element for ``output_stride`` input pixels each way.
 
-    Its attribute ``align_corners`` says where the elements lie (``ercn.elements``). Average pools that would move them
-    are replaced by symmetric ones, which changes what pre-trained "d" ResNets compute by half a pixel of their
-    shortcuts.
+    Of a ViT all stages are blocks, the last three by default, and the output stride is the size of its patches. The
+    attribute ``align_corners`` says where the elements lie (``ercn.elements``); ``loaded``, what was read of a file
+    (``ercn.pretrained.Loaded``), or None. Average pools that would move elements are replaced by symmetric ones, which
+    changes what pre-trained "d" ResNets compute by half a pixel of their shortcuts, and of networks that must have
+    cells (MaxViT) strided convolutions are centred on them, which moves what they compute by half a pixel of their
+    input.
 
     Args:
         name: any timm model that supports ``features_only``.
-        output_stride: 8, 16 or 32. Where timm's model has no such argument, its own stride must be this one.
-        pretrained: timm's weights, from its cache or the network; otherwise nothing is downloaded.
-        symmetric: False leaves the network as timm has it, with elements where they may be.
+        output_stride: 8, 16, 32, or the network's own. Where timm's model has no such argument, it must be its own.
+        pretrained: timm's weights, from its cache or the network; or a path (``ercn.pretrained``); otherwise nothing
+            is read.
+        kwargs: further arguments of ``timm.create_model``.
+        geometry: of an export, as of ``ERCN``.
 
     Raises:
-        ValueError: unknown model, or a stride that it does not support or at which its elements do not lie
-            symmetrically (ConvNeXt dilated, for one); the message lists the strides that it supports.
+        ValueError: unknown model, arguments that it does not take, or a stride that it does not support or at which its
+            elements do not lie symmetrically (ConvNeXt dilated, for one); the message lists what it takes.
     """
     try:
         import timm
@@ -291,47 +315,153 @@ def create_backbone(
 
     if not timm.is_model(name):
         raise ValueError(f"unknown backbone '{name}'; timm.list_models() names those that timm has")
+    kwargs = dict(kwargs or {})
+    own = _check_arguments(name, kwargs)
 
-    def build(stride: int, **kwargs) -> nn.Module | None:
+    def build(stride: int, **more) -> nn.Module | None:
         """The model, None where it does not support the stride; how timm's models say so differs."""
-        for arguments in ({"output_stride": stride}, {}):
-            make = partial(_extractor, name, symmetric, **arguments)
+        for arguments in (kwargs | {"output_stride": stride}, kwargs):
             try:
-                model = make(**kwargs)
+                model = timm.create_model(name, features_only=True, **arguments, **more)
             except (AssertionError, NotImplementedError, TypeError, ValueError):
                 continue
             if model.feature_info.reduction()[-1] != stride:
                 continue
-            if symmetric:
-                if (name, stride) not in _ALIGNED:
-                    _ALIGNED[name, stride] = aligned_corners(make, stages)
-                model.align_corners = _ALIGNED[name, stride]
+            if geometry > 1:
+                mend, model.align_corners = _geometry(name, stride, arguments, model, geometry)
                 if model.align_corners is None:
                     continue
+                mend(model)
             return model
         return None
 
-    model = build(output_stride, pretrained=pretrained)
+    model = build(output_stride, pretrained=pretrained is True)
     if model is None:
-        supported = ", ".join(str(stride) for stride in OUTPUT_STRIDES if build(stride) is not None)
+        with _without_data():
+            supported = [stride for stride in sorted({*OUTPUT_STRIDES, own}) if build(stride) is not None]
         raise ValueError(
-            f"backbone '{name}' does not support output_stride {output_stride}; "
-            f"it supports {supported or 'none of 8, 16 and 32'}"
+            f"backbone '{name}' does not support output_stride {output_stride}; it supports "
+            f"{', '.join(map(str, supported)) or 'none at which its elements lie symmetrically in the picture'}"
         )
+    model.img_size = _img_size(model, kwargs)
+    model.loaded = load_pretrained(model, pretrained, name) if isinstance(pretrained, str) else None
     return model
 
 
-def _extractor(name: str, symmetric: bool, **arguments) -> nn.Module:
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Networks that are built have no data, whatever mode the caller has set, and draw no numbers."""
+    with unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        yield
+
+
+def _check_arguments(name: str, kwargs: Mapping[str, Any]) -> int:
+    """The model's own stride; ValueError where timm's model is not to be had with these arguments."""
     import timm
 
-    model = timm.create_model(name, features_only=True, **arguments)
-    return symmetrize(model) if symmetric else model
+    if taken := [key for key in kwargs if key in _TAKEN]:
+        raise ValueError(f"backbone_kwargs must not have {', '.join(taken)}: ercn itself sets {', '.join(_TAKEN)}")
+    try:
+        with _without_data():
+            return timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()[-1]
+    except Exception as error:  # whatever a model makes of them
+        if not kwargs:
+            raise ValueError(f"backbone '{name}' has no feature maps in timm: {_first_line(error)}") from error
+        raise ValueError(
+            f"backbone_kwargs {dict(kwargs)} are not what timm builds '{name}' with ({_first_line(error)}); "
+            f"it takes {', '.join(_arguments(name))}"
+        ) from error
+
+
+def _arguments(name: str) -> list[str]:
+    """Names of the arguments that a timm model takes beside those that ercn sets."""
+    import timm
+
+    with _without_data():
+        model = timm.create_model(name)
+    parameters = inspect.signature(type(model)).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    for p in parameters:
+        if p.name == "cfg" and is_dataclass(p.annotation):  # whose fields the others overlay
+            known += [field.name for field in fields(p.annotation)]
+    return [key for key in known if key not in (*_TAKEN, "cfg", "device", "dtype")]
+
+
+def _img_size(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The picture's sides that timm's model is built for, None where any do."""
+    size = kwargs.get("img_size") or model.pretrained_cfg["input_size"][1:]
+    free = any(kwargs.get(key) is value for key, value in _FREE_SIZE.items())
+    fixed = model.pretrained_cfg.get("fixed_input_size") and not free
+    return tuple((size, size) if isinstance(size, int) else size) if fixed else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _geometry(
+    name: str, stride: int, arguments: Mapping[str, Any], model: nn.Module, geometry: int
+) -> tuple[Callable[[nn.Module], nn.Module], bool | None]:
+    """How timm's ``model`` of these arguments is mended, and ``align_corners``: None where it cannot be."""
+    import timm
+
+    config = model.pretrained_cfg
+    fixed = bool(config.get("fixed_input_size"))
+    if cuts_patches(model) or fixed and geometry < 4:
+        return symmetrize, False
+    key = name, stride, json.dumps(arguments, sort_keys=True, default=str)
+    if key not in _ALIGNED:
+        sized = (fixed or "img_size" in arguments) and "img_size" in _arguments(name)
+
+        def make(mend: Callable[[nn.Module], nn.Module], side: int) -> nn.Module:
+            size = {"img_size": side} if sized else {}
+            return mend(timm.create_model(name, features_only=True, **{**arguments, **size}))
+
+        for mend in (symmetrize, centre):
+            own = config["input_size"][-1] if fixed else None
+            _ALIGNED[key] = mend, aligned_corners(partial(make, mend), _maps, stride, own)
+            if _ALIGNED[key][1] is not None:
+                break
+    return _ALIGNED[key]
 
 
 def stages(backbone: nn.Module, image: Tensor) -> list[Tensor]:
-    """All stages of a backbone of ``create_backbone`` as [B, C, h, w]; some timm models put the channels last."""
+    """All stages of a backbone of ``create_backbone`` as [B, C, h, w]; some timm models put the channels last.
+
+    Raises ValueError where it does not take pictures of that size; the message says which it takes.
+    """
+    try:
+        return _maps(backbone, image)
+    except (AssertionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "must match the size" not in str(error):
+            raise
+        raise ValueError(_misfit(backbone, image.shape[-2:], error)) from error
+
+
+def _maps(backbone: nn.Module, image: Tensor) -> list[Tensor]:
     maps = backbone(image)
     return [x.permute(0, 3, 1, 2) for x in maps] if getattr(backbone, "output_fmt", None) == "NHWC" else list(maps)
+
+
+def _misfit(backbone: nn.Module, size: Sequence[int], error: Exception) -> str:
+    """That pictures of ``size`` do not fit, and what makes them."""
+    name, stride = backbone.pretrained_cfg["architecture"], backbone.feature_info.reduction()[-1]
+    takes, ways, built = _arguments(name), [], getattr(backbone, "img_size", None)
+    if built:
+        height, width = built
+        fits = f"as it is built, it takes {height} x {width} px"
+        ways.append(f"pictures of that size (data.image_size {height})")
+    else:
+        fits = f"it takes sides that are multiples of {stride}"
+    if "img_size" in takes:
+        exact = [max(1, round(side / stride)) * stride for side in size]
+        ways.append(f'backbone_kwargs {{"img_size": {exact[0] if exact[0] == exact[1] else exact}}}')
+    if built and (free := [key for key in _FREE_SIZE if key in takes]):
+        ways.append(f"{json.dumps({free[0]: _FREE_SIZE[free[0]]})} for all sides that are multiples of {stride}")
+    return (
+        f"backbone '{name}' does not take pictures of {size[0]} x {size[1]} px ({_first_line(error)}); {fits}"
+        f"{': give ' if ways else ''}{', or '.join(ways)}"
+    )
 
 
 def foreground_channels(config: ModelConfig) -> int:

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ercn.kernels.configs import cdiv
+
 # The interpreter multiplies the bits of bfloat16 as integers and truncates when it narrows to it.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -46,7 +48,7 @@ def rounded(x: torch.Tensor, precision: str) -> torch.Tensor:
     out = torch.empty_like(x)
     if out.stride() != x.stride():  # x has gaps
         x = out.copy_(x)
-    round_kernel[(triton.cdiv(x.numel(), 1024),)](x, out, x.numel(), BLOCK=1024)
+    round_kernel[(cdiv(x.numel(), 1024),)](x, out, x.numel(), BLOCK=1024)
     return out
 
 

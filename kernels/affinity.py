@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ercn.kernels import configs
 from ercn.kernels._tiles import accumulate, add_product, dot, dot_terms, factor, narrow, rounded, split, transpose
+from ercn.kernels.configs import cdiv
 
 
 @triton.jit
@@ -297,23 +298,24 @@ def _terms(x: Tensor, precision: configs.Precision) -> Tensor:
     """x [B, C, N] as [B, terms, N, CP] in the layout of the kernels."""
     batch, channels, n = x.shape
     block_c, block_n = configs.channel_block(channels), 32
-    padded = triton.cdiv(channels, block_c) * block_c
+    padded = cdiv(channels, block_c) * block_c
     count = 1 if precision.full or x.dtype == torch.bfloat16 else 2
     terms = torch.empty(batch, count, n, padded, dtype=precision.terms_dtype, device=x.device)
-    split_kernel[(batch * triton.cdiv(n, block_n) * (padded // block_c),)](
+    split_kernel[(batch * cdiv(n, block_n) * (padded // block_c),)](
         x, terms, channels, n, *x.stride(),
         TERMS=count, CP=padded, BLOCK_N=block_n, BLOCK_C=block_c, FULL=precision.full,
     )  # fmt: skip
     return terms
 
 
+@configs.kept
 def forward_constants(
     channels: int, dim: int, terms: int, plan: configs.ForwardPlan, precision: configs.Precision
 ) -> dict[str, object]:
     """Compile-time arguments of ``forward_kernel``."""
     config = plan.config
     return {
-        "TRIANGLE": plan.band > 0, "RESIDENT": config.resident, "CHUNKS": triton.cdiv(dim, config.block_d),
+        "TRIANGLE": plan.band > 0, "RESIDENT": config.resident, "CHUNKS": cdiv(dim, config.block_d),
         "EVEN_D": dim % config.block_d == 0, "TERMS": terms, "A_TERMS": precision.a_terms, "FULL": precision.full,
         "PRECISION": precision.dot, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d,
         "BLOCK_C": configs.channel_block(channels), "ROW_TILES": config.row_tiles,
@@ -321,15 +323,16 @@ def forward_constants(
     }  # fmt: skip
 
 
+@configs.kept
 def backward_constants(
     channels: int, dim: int, need_value: bool, terms: tuple[int, int], plan: configs.BackwardPlan,
     precision: configs.Precision,
 ) -> dict[str, object]:  # fmt: skip
     """Compile-time arguments of ``backward_kernel``; terms: those of value and of grad_out."""
     config, block_c = plan.config, configs.channel_block(channels)
-    blocks_c = triton.cdiv(channels, block_c)
+    blocks_c = cdiv(channels, block_c)
     resident = config.chunks == 0
-    chunks = triton.cdiv(dim, config.block_d) if resident else config.chunks
+    chunks = cdiv(dim, config.block_d) if resident else config.chunks
     return {
         "NEED_VALUE": need_value and resident and blocks_c == 1, "RESIDENT": resident, "CHUNKS": chunks,
         "EVEN_D": dim % (chunks * config.block_d) == 0, "BLOCKS_C": blocks_c,
@@ -352,7 +355,7 @@ def relu_affinity(value: Tensor, feat: Tensor, plan: configs.ForwardPlan | None 
     terms = _terms(value, precision)
     constants = forward_constants(channels, dim, terms.shape[1], plan, precision)
     group, padded = plan.config.group, terms.shape[3]
-    groups, blocks_c = triton.cdiv(n, group), padded // constants["BLOCK_C"]
+    groups, blocks_c = cdiv(n, group), padded // constants["BLOCK_C"]
 
     def launch(direct: Tensor, mirrored: Tensor, first: int, count: int) -> None:
         forward_kernel[(batch * count * plan.slabs * blocks_c,)](
@@ -371,7 +374,7 @@ def relu_affinity(value: Tensor, feat: Tensor, plan: configs.ForwardPlan | None 
         direct = out.new_empty(plan.slabs, batch, channels, min(left, count * group))
         launch(direct, mirrored, first, count)
         block_n = min(256, triton.next_power_of_2(group) // 2 if group & (group - 1) else group)
-        combine_kernel[(batch * channels * triton.cdiv(left, block_n),)](
+        combine_kernel[(batch * channels * cdiv(left, block_n),)](
             direct, mirrored, out, batch, channels, n, count, plan.slabs, plan.slab, first,
             GROUP=group, BLOCK_N=block_n, ACCUMULATE=first > 0,
         )  # fmt: skip
@@ -401,7 +404,7 @@ def relu_affinity_backward(
     part_value = grad_value
     if fused and not whole:
         part_value = grad_value.new_empty(plan.slabs, *value.shape, dtype=torch.float32)
-    blocks = triton.cdiv(n, constants["BLOCK_M"]) * triton.cdiv(dim, constants["CHUNKS"] * constants["BLOCK_D"])
+    blocks = cdiv(n, constants["BLOCK_M"]) * cdiv(dim, constants["CHUNKS"] * constants["BLOCK_D"])
     backward_kernel[(batch * blocks * plan.slabs,)](
         factors, v, g, part_value, part_feat, batch, channels, dim, n, plan.slabs, plan.slab, v.shape[3],
         *factors.stride(), **constants,

@@ -1,7 +1,8 @@
 """Which tile sizes, how many programs, dense or triangle: pure functions of shape, dtype and architecture.
 
 The numbers themselves are in ``table.py``, written by ``python -m ercn.kernels.tune``. Nothing here looks at a clock:
-the same call takes the same path in every process.
+the same call takes the same path in every process. Plans are kept, at most ``KEPT`` of each kind, by all that they
+depend on, the row of the table included: one that the tuning tool changes makes another plan.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from triton import cdiv, next_power_of_2
+from triton import next_power_of_2
 
 from ercn.kernels.table import TABLE
 
@@ -19,6 +20,14 @@ MIRRORED_BYTES = 96 << 20
 # Bytes of activation gradients that the pool's backward holds at a time; they should stay in the L2 cache.
 WORKSPACE_BYTES = 16 << 20
 MAX_BLOCK_C = 32
+KEPT = 256
+
+kept = functools.lru_cache(maxsize=KEPT)
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y rounded up; Triton's own is for kernels too, and slow on the host."""
+    return -(-x // y)
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,14 @@ class Precision:
 
 def precision(dtype: torch.dtype, arch: str) -> Precision:
     """float32 follows ``torch.get_float32_matmul_precision()``; float16's range is too small for gradients."""
+    return _precision(dtype, arch, torch.get_float32_matmul_precision() == "highest")
+
+
+@kept
+def _precision(dtype: torch.dtype, arch: str, highest: bool) -> Precision:
     if dtype == torch.bfloat16:
         return Precision(False, "ieee", 1, torch.bfloat16)
-    full = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    full = dtype == torch.float32 and highest
     fast = "ieee" if arch.startswith("gfx") and arch != "gfx942" else "tf32"  # AMD has TF32 in CDNA 3 alone
     return Precision(full, exact(arch) if full else fast, 2, torch.float32)
 
@@ -147,9 +161,14 @@ def rows(arch: str, kernel: str, dtype: torch.dtype) -> dict[int, tuple[int, ...
 
 def row(arch: str, kernel: str, dtype: torch.dtype, dim: int) -> tuple[int, ...]:
     known = rows(arch, kernel, dtype)
-    return known[min((limit for limit in known if limit >= dim), default=0)]
+    least = 0
+    for limit in known:
+        if limit >= dim and not 0 < least <= limit:
+            least = limit
+    return known[least]
 
 
+@kept
 def channel_block(channels: int) -> int:
     """Channels of value in one product: a power of two that tensor cores take."""
     return min(MAX_BLOCK_C, max(16, next_power_of_2(channels)))
@@ -190,20 +209,31 @@ def slabs(n: int, step: int, programs: int, wanted: int) -> tuple[int, int]:
 
 def forward_plan(batch: int, channels: int, dim: int, n: int, dtype: torch.dtype, arch: str) -> ForwardPlan:
     triangle = use_triangle(dim, n, arch)
-    config = ForwardConfig(*row(arch, "triangle" if triangle else "forward", dtype, dim))
-    wanted = TABLE[family(arch)]["programs"]
+    fields = row(arch, "triangle" if triangle else "forward", dtype, dim)
+    return _forward_plan(batch, channels, n, triangle, fields, TABLE[family(arch)]["programs"], MIRRORED_BYTES)
+
+
+@kept
+def _forward_plan(
+    batch: int, channels: int, n: int, triangle: bool, fields: tuple[int, ...], wanted: int, mirrored_bytes: int
+) -> ForwardPlan:
+    config = ForwardConfig(*fields)
     groups, blocks_c = cdiv(n, config.group), cdiv(channels, channel_block(channels))
     if not triangle:
         return ForwardPlan(config, *slabs(n, config.block_n, batch * groups * blocks_c, wanted), band=0)
-    band = min(groups, max(1, MIRRORED_BYTES // (4 * batch * channels * n)))
+    band = min(groups, max(1, mirrored_bytes // (4 * batch * channels * n)))
     # Half of a launch's programs lie below the diagonal, and those on it are shorter.
     return ForwardPlan(config, *slabs(n, config.group, batch * band * blocks_c, 4 * wanted), band)
 
 
 def backward_plan(batch: int, dim: int, n: int, dtype: torch.dtype, arch: str) -> BackwardPlan:
-    config = BackwardConfig(*row(arch, "backward", dtype, dim))
-    programs = batch * cdiv(n, config.block_m)
-    return BackwardPlan(config, *slabs(n, config.block_n, programs, TABLE[family(arch)]["programs"]))
+    return _backward_plan(batch, n, row(arch, "backward", dtype, dim), TABLE[family(arch)]["programs"])
+
+
+@kept
+def _backward_plan(batch: int, n: int, fields: tuple[int, ...], wanted: int) -> BackwardPlan:
+    config = BackwardConfig(*fields)
+    return BackwardPlan(config, *slabs(n, config.block_n, batch * cdiv(n, config.block_m), wanted))
 
 
 @dataclass(frozen=True)
@@ -216,11 +246,16 @@ class WeightGradPlan:
 
 
 def pool_config(dim: int, dtype: torch.dtype, arch: str) -> PoolConfig:
-    return PoolConfig(*row(arch, "pool", dtype, dim))
+    return _config(PoolConfig, row(arch, "pool", dtype, dim))
 
 
 def gemm_config(kernel: str, dtype: torch.dtype, arch: str) -> GemmConfig:
-    return GemmConfig(*row(arch, kernel, dtype, 0))
+    return _config(GemmConfig, row(arch, kernel, dtype, 0))
+
+
+@kept
+def _config(kind: type[Launch], fields: tuple[int, ...]) -> Launch:
+    return kind(*fields)
 
 
 def workspace_tiles(block_m: int, width: int, dtype: torch.dtype) -> int:
@@ -229,6 +264,12 @@ def workspace_tiles(block_m: int, width: int, dtype: torch.dtype) -> int:
 
 
 def weight_grad_plan(units: int, dim: int, rows: int, dtype: torch.dtype, arch: str) -> WeightGradPlan:
-    config = gemm_config("weight_grad", dtype, arch)
+    return _weight_grad_plan(
+        units, dim, rows, gemm_config("weight_grad", dtype, arch), TABLE[family(arch)]["programs"]
+    )
+
+
+@kept
+def _weight_grad_plan(units: int, dim: int, rows: int, config: GemmConfig, wanted: int) -> WeightGradPlan:
     programs = max(1, cdiv(units, config.block_m) * cdiv(dim, config.block_n))
-    return WeightGradPlan(config, *slabs(max(rows, 1), config.block_k, programs, TABLE[family(arch)]["programs"]))
+    return WeightGradPlan(config, *slabs(max(rows, 1), config.block_k, programs, wanted))

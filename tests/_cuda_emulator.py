@@ -73,7 +73,7 @@ def operators_with(name: str, sources: list[Path], flags: tuple[str, ...] = (), 
 
 
 def operator_sources() -> list[Path]:
-    without = ("bindings.cpp", "stream.cpp")  # of Python and of the driver
+    without = ("info.cpp", "stream.cpp")  # of the runtime and of the driver
     sources = [*sorted(DEVICE.rglob("*.cu")), *(p for p in sorted(DEVICE.glob("*.cpp")) if p.name not in without)]
     return [*sources, EMULATOR / "operators.cpp"]
 

@@ -112,7 +112,9 @@ def train_until(rank, world, config, death):
 def save_peak(rank, world, config, path):
     """What two real training steps take at most, beside what the libraries hold after a small one."""
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, as large tensors always do
-    _two_steps(replace(config, data=replace(config.data, image_size=64, batch_size=1)))
+    kwargs = config.model.backbone_kwargs
+    small = replace(config.model, backbone_kwargs=kwargs | {"img_size": 64} if "img_size" in kwargs else kwargs)
+    _two_steps(replace(config, model=small, data=replace(config.data, image_size=64, batch_size=1)))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident_bytes()

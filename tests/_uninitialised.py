@@ -10,6 +10,8 @@ import sys
 import torch
 
 ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+OPERATORS = [(torch._ops.OpOverloadPacket, "__call__"), (torch._ops.OpOverload, "__call__")]
+OPERATORS += [(torch._ops.OpOverload, "redispatch")]
 M_PERTURB = -6  # of glibc's mallopt
 
 
@@ -30,11 +32,13 @@ def from_python(allocate):
 
 
 def from_cpp(call):
-    """OpOverloadPacket.__call__: for a compiled operator of ours, torch fills what it allocates, and malloc too."""
+    """A call of an operator: for one of ours torch fills what it allocates, and malloc too."""
 
     @functools.wraps(call)
     def wrapper(self, *args, **kwargs):
-        with _filled() if self._qualified_op_name.startswith("ercn_native::") else contextlib.nullcontext():
+        name = self._name if isinstance(self, torch._ops.OpOverload) else self._qualified_op_name
+        ours = name.startswith(("ercn::", "ercn_native::"))
+        with _filled() if ours else contextlib.nullcontext():
             return call(self, *args, **kwargs)
 
     return wrapper

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from _coverage import GpuCoverage
-from _uninitialised import ALLOCATORS, from_cpp, from_python
+from _uninitialised import ALLOCATORS, OPERATORS, from_cpp, from_python
 
 from ercn.ops import triton
 
@@ -39,8 +39,8 @@ def uninitialised_memory_is_nan():
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ALLOCATORS:
             patch.setattr(owner, name, from_python(getattr(owner, name)))
-        packet = torch._ops.OpOverloadPacket
-        patch.setattr(packet, "__call__", from_cpp(packet.__call__))
+        for owner, name in OPERATORS:
+            patch.setattr(owner, name, from_cpp(getattr(owner, name)))
         yield
 
 

@@ -322,20 +322,6 @@ def test_checkpointing_and_retained_graphs(backend):
         assert all(torch.equal(a, b) for a, b in zip(plain, grads))
 
 
-def test_double_backward_says_what_is_missing(backend):
-    value, feat = randn(1, 2, 5, seed=1).requires_grad_(), randn(1, 3, 5, seed=2).requires_grad_()
-    (grad,) = torch.autograd.grad(relu_affinity(value, feat, backend=backend).square().sum(), feat, create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward"):
-        grad.sum().backward()
-
-
-def test_forward_mode_is_refused(backend):
-    value, feat = randn(1, 2, 5, seed=1), randn(1, 3, 5, seed=2)
-    for function in (relu_affinity, affinity_propagate):
-        with pytest.raises(NotImplementedError, match="relu_affinity has no forward-mode derivative"):
-            torch.func.jvp(lambda x, f=function: f(value, x, backend=backend), (feat,), (feat,))
-
-
 PEAK = """
 import re, sys
 from pathlib import Path

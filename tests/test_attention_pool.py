@@ -375,12 +375,6 @@ def test_any_shape_and_stride_property(backend, data):
     assert_within_budget(*(x[1].masked_fill(~real[:, None], 0) for x in (ours, plain, exact)))
 
 
-def test_forward_mode_is_refused(backend):
-    h, *weights = inputs(2, 5, 4, 3)
-    with pytest.raises(NotImplementedError, match="gated_attention_pool has no forward-mode derivative"):
-        torch.func.jvp(lambda x: gated_attention_pool(x, *weights, backend=backend), (h,), (h,))
-
-
 def test_shapes_without_data(backend):
     pooled, scores = gated_attention_pool(*(x.to("meta") for x in inputs(2, 5, 4, 3)), backend=backend)
     assert pooled.is_meta and pooled.shape == (2, 1, 4) and scores.shape == (2, 1, 5)

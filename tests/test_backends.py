@@ -214,7 +214,7 @@ def test_an_error_in_the_block_ends_the_override(recorders):
     assert recorders["first"].calls == ["relu_affinity"]
 
 
-@pytest.mark.skipif("cpu" not in [row.name for row in backends() if row.reason is None], reason="ercn._C is not built")
+@pytest.mark.skipif("cpu" not in [row.name for row in backends() if row.reason is None], reason="libercn is not built")
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_a_compiled_backward_runs_on_the_named_backend(monkeypatch, name):
     """The table as it is: each launcher is counted, none replaced."""

@@ -10,12 +10,10 @@ from _ops import assert_within_budget, dense_affinity, error, layouts, least_luc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ercn.ops import _extension, relu_affinity
+from ercn.ops import _extension, cpu, relu_affinity
 
 if (reason := _extension.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
-
-from ercn import _C
 
 # Blocks are 96 pixels, panels and strips 4 to 48, channels go by 8: one off each, primes, degenerate sizes, odd and
 # even numbers of blocks and of pixels.
@@ -40,10 +38,20 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True, params=_C.cpu_isas())
+@pytest.fixture(autouse=True, params=_extension.cpu_info()["isas"])
 def isa(request, monkeypatch):
     monkeypatch.setenv("ERCN_CPU_ISA", request.param)
     return request.param
+
+
+def native(value, feat):
+    """The kernel in C++, past all that Python registers."""
+    return torch.ops.ercn.relu_affinity.default.redispatch(cpu.KEY, value, feat, "cpu")
+
+
+def native_backward(grad_out, value, feat, need_value):
+    backward = torch.ops.ercn.relu_affinity_backward.default
+    return backward.redispatch(cpu.KEY, grad_out, value, feat, need_value, "cpu")
 
 
 def inputs(B, C, D, N, dtype=torch.float64):
@@ -62,10 +70,9 @@ def thread_counts():
 @pytest.mark.parametrize("B, C, D, N", SHAPES)
 def test_forward_and_gradients_equal_torch_in_float64(B, C, D, N):
     value, grad_out, feat = inputs(B, C, D, N)
-    native = torch.ops.ercn_native
     expected, *gradients = dense_affinity(value, feat, grad_out)
-    torch.testing.assert_close(native.relu_affinity_cpu(value, feat), expected)
-    torch.testing.assert_close(native.relu_affinity_backward_cpu(grad_out, value, feat, True), tuple(gradients))
+    torch.testing.assert_close(native(value, feat), expected)
+    torch.testing.assert_close(native_backward(grad_out, value, feat, True), tuple(gradients))
 
 
 @pytest.mark.parametrize("B, C, D, N", SHAPES[:6])
@@ -73,9 +80,8 @@ def test_float32_error_is_within_budget(B, C, D, N):
     value, grad_out, feat = inputs(B, C, D, N, torch.float32)
     # Integer features: T is exact in both precisions, so the ReLU kink is at the same pairs.
     feat = (2 * feat).round()
-    native = torch.ops.ercn_native
-    ours = [native.relu_affinity_cpu(value, feat)]
-    ours += native.relu_affinity_backward_cpu(grad_out, value, feat, True)
+    ours = [native(value, feat)]
+    ours += native_backward(grad_out, value, feat, True)
     exact = dense_affinity(value.double(), feat.double(), grad_out.double())
     for our, their, true in zip(ours, least_lucky(value, feat, grad_out, exact), exact):
         assert_within_budget(our, their, true, channels=True)
@@ -85,12 +91,11 @@ def test_float32_error_is_within_budget(B, C, D, N):
 @pytest.mark.parametrize("B, N", [(2, 1000), (1, 300)])  # 11 blocks; 4, and with five threads fewer pairs than threads
 def test_same_bits_for_any_thread_count_and_every_run(B, N, dtype, thread_counts):
     value, grad_out, feat = inputs(B, 5, 19, N, dtype)
-    native = torch.ops.ercn_native
     runs = []
     for threads in thread_counts * 2:
         torch.set_num_threads(threads)
-        backward = native.relu_affinity_backward_cpu(grad_out, value, feat, True)
-        runs.append((native.relu_affinity_cpu(value, feat), *backward))
+        backward = native_backward(grad_out, value, feat, True)
+        runs.append((native(value, feat), *backward))
     for run in runs[1:]:
         assert all(torch.equal(first, other) for first, other in zip(runs[0], run))
 
@@ -101,7 +106,7 @@ from ercn.ops import _extension
 assert _extension.load() is None
 torch.set_num_threads(4)
 values = torch.arange(24 * 500).reshape(2, 12, 500).remainder(7) - 3.0
-print(torch.ops.ercn_native.relu_affinity_cpu(values[:, :3], values[:, 3:]).sum().item())
+print(torch.ops.ercn.relu_affinity(values[:, :3], values[:, 3:]).sum().item())
 """
 
 
@@ -116,8 +121,7 @@ def test_one_thread_does_the_work_of_several_workers(isa):
 
 def test_any_strides():
     value, grad_out, feat = inputs(2, 6, 10, 77)
-    native = torch.ops.ercn_native
-    expected = native.relu_affinity_backward_cpu(grad_out, value, feat, True)
+    expected = native_backward(grad_out, value, feat, True)
 
     def channels_last(x):
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -128,18 +132,17 @@ def test_any_strides():
     for layout in (channels_last, with_offset):
         strided = [layout(x) for x in (grad_out, value, feat)]
         assert not any(x.is_contiguous() for x in strided)
-        for ours, same in zip(native.relu_affinity_backward_cpu(*strided, True), expected):
+        for ours, same in zip(native_backward(*strided, True), expected):
             assert torch.equal(ours, same)
-    expanded = native.relu_affinity_cpu(value[:, :1].expand_as(value), feat)
-    assert torch.equal(expanded, native.relu_affinity_cpu(value[:, :1], feat).expand_as(value))
+    expanded = native(value[:, :1].expand_as(value), feat)
+    assert torch.equal(expanded, native(value[:, :1], feat).expand_as(value))
 
 
 def test_the_gradient_of_value_is_left_out_unless_asked_for():
     value, grad_out, feat = inputs(2, 3, 9, 70)
-    backward = torch.ops.ercn_native.relu_affinity_backward_cpu
-    nothing, grad_feat = backward(grad_out, value, feat, False)
+    nothing, grad_feat = native_backward(grad_out, value, feat, False)
     assert nothing.shape == (0,)
-    assert torch.equal(grad_feat, backward(grad_out, value, feat, True)[1])
+    assert torch.equal(grad_feat, native_backward(grad_out, value, feat, True)[1])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -147,9 +150,8 @@ def test_the_gradient_of_value_is_left_out_unless_asked_for():
 def test_nan_and_infinity_propagate_as_in_torch(bad, where):
     value, grad_out, feat = inputs(1, 2, 3, 67)
     {"value": value, "feat": feat, "grad_out": grad_out}[where][0, 1, 66] = bad
-    native = torch.ops.ercn_native
-    ours = [native.relu_affinity_cpu(value, feat)]
-    ours += native.relu_affinity_backward_cpu(grad_out, value, feat, True)
+    ours = [native(value, feat)]
+    ours += native_backward(grad_out, value, feat, True)
     # Autograd adds F·(VᵀG) and F·(GᵀV) after the products, where opposite infinities meet; the op defines F·W.
     affinity = feat.transpose(1, 2) @ feat
     outer = value.transpose(1, 2) @ grad_out
@@ -165,13 +167,13 @@ def test_nan_and_infinity_propagate_as_in_torch(bad, where):
         (torch.ones(2, 3), torch.ones(1, 2, 3), "value must be"),
         (torch.ones(1, 1, 4), torch.ones(1, 2, 3), "value must be"),
         (torch.ones(1, 1, 3), torch.ones(2, 3), "feat must be"),
-        (torch.ones(1, 1, 3, dtype=torch.float64), torch.ones(1, 2, 3), "float32"),
-        (torch.ones(1, 1, 3, dtype=torch.int64), torch.ones(1, 2, 3, dtype=torch.int64), "float32"),
+        (torch.ones(1, 1, 3, dtype=torch.int64), torch.ones(1, 2, 3), "floating point"),
+        (torch.ones(1, 1, 3), torch.ones(1, 2, 3, dtype=torch.int64), "floating point"),
     ],
 )
 def test_unsafe_arguments_are_refused(value, feat, words):
     with pytest.raises(RuntimeError, match=words):
-        torch.ops.ercn_native.relu_affinity_cpu(value, feat)
+        native(value, feat)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -208,3 +210,17 @@ def test_an_unknown_instruction_set_is_named(monkeypatch):
     monkeypatch.setenv("ERCN_CPU_ISA", "sse9")
     with pytest.raises(RuntimeError, match="'sse9'; there are portable, avx2"):
         relu_affinity(torch.ones(1, 1, 2), torch.ones(1, 1, 2), backend="cpu")
+
+
+@pytest.mark.parametrize("value_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("feat_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_any_pair_of_dtypes(value_dtype, feat_dtype):
+    """Sums are float64 where an input is, else float32; gradients come back in each input's dtype."""
+    value, grad_out, feat = inputs(1, 3, 5, 40)
+    value, feat = value.to(value_dtype), (2 * feat).round().to(feat_dtype)
+    sums = torch.float64 if torch.float64 in (value_dtype, feat_dtype) else torch.float32
+    out, gradients = native(value, feat), native_backward(grad_out, value, feat, True)
+    assert [x.dtype for x in (out, *gradients)] == [sums, value_dtype, feat_dtype]
+    exact = dense_affinity(value.double(), feat.double(), grad_out)
+    for ours, true in zip((out, *gradients), exact):
+        assert error(ours, true) <= torch.finfo(ours.dtype).eps + 8 * torch.finfo(sums).eps

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from ercn.ops import gated_attention_pool, pool_by_scores
 
-pytestmark = pytest.mark.skipif("cpu" not in backends_of("gated_attention_pool"), reason="ercn._C is not built")
+pytestmark = pytest.mark.skipif("cpu" not in backends_of("gated_attention_pool"), reason="libercn is not built")
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -17,8 +17,8 @@ def fresh(monkeypatch):
 
 
 def test_every_obstacle_is_a_sentence(fresh):
-    fresh.setattr(_extension, "load", lambda name: f"ercn.{name} was not built: no CUDA toolkit")
-    assert cuda.unavailable() == "ercn._cuda was not built: no CUDA toolkit"
+    fresh.setattr(_extension, "load", lambda name: f"{name} was not built: no CUDA toolkit")
+    assert cuda.unavailable() == "libercn_cuda was not built: no CUDA toolkit"
     fresh.setattr(_extension, "load", lambda name: None)
     for available, capability, expected in (
         (False, None, "torch finds no GPU, or no driver for it"),
@@ -42,7 +42,7 @@ def test_tensors_on_the_cpu_are_refused():
         relu_affinity(x, x, backend="cuda")
 
 
-@pytest.mark.skipif(_extension.load("_cuda") is not None, reason=str(_extension.load("_cuda")))
+@pytest.mark.skipif(_extension.load("libercn_cuda") is not None, reason=str(_extension.load("libercn_cuda")))
 @pytest.mark.parametrize("shared, most", [(99, (256, 128)), (163, (512, 256)), (227, (768, 384))], ids=str)
 def test_what_it_takes(monkeypatch, shared, most):
     monkeypatch.setattr(cuda, "_shared_bytes", lambda device: shared << 10)

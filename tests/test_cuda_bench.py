@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
-
 import pytest
 
-import ercn
 from ercn.benchmarks import kernels
 from ercn.benchmarks.cases import AffinityCase, ModelCase, PoolCase
 from ercn.benchmarks.variants import inputs_of, variants
-from ercn.ops import _backends, reference
+from ercn.ops import _backends, _extension, reference
 
 
 @pytest.fixture
@@ -21,9 +17,7 @@ def records(monkeypatch):
         "local_bytes": 0, "static_shared_bytes": 0, "dynamic_shared_bytes": 90112, "blocks_per_multiprocessor": 2,
     }  # fmt: skip
     table = [forward, forward | {"name": "ercn::pool::Combine", "launches": 5}]
-    module = SimpleNamespace(kernels=lambda: table, kernel_attributes=lambda: table)
-    monkeypatch.setitem(sys.modules, "ercn._cuda", module)
-    monkeypatch.setattr(ercn, "_cuda", module, raising=False)
+    monkeypatch.setattr(_extension, "cuda_kernels", lambda attributes=False: table)
     monkeypatch.setattr(kernels.cuda, "unavailable", lambda: None)
     return table
 
@@ -39,21 +33,24 @@ def test_only_what_was_launched_is_told(records):
     )
 
 
-def test_kernels_are_known_by_name(records):
-    """Whether kernel_attributes() leaves out what has no code for the device, or says that it is absent."""
+def test_kernels_are_known_by_name(records, monkeypatch):
+    """Whether the attributes leave out what has no code for the device, or says that it is absent."""
     absent = {key: records[0][key] for key in ("name", "launches", "threads")} | {"absent": "invalid device function"}
     for attributes in (records[1:], [absent, records[1]], records[::-1]):
-        sys.modules["ercn._cuda"].kernel_attributes = lambda attributes=attributes: attributes
+        told = [records, attributes]
+        monkeypatch.setattr(_extension, "cuda_kernels", lambda attributes=False, told=told: told[attributes])
         with kernels.launched() as found:
             records[1]["launches"] += 1
         assert [(k["name"], k["launches"]) for k in found] == [(records[1]["name"], 1)]
 
 
-def test_a_device_that_tells_no_attributes_costs_no_row(records):
-    def fail():
-        raise RuntimeError("invalid device function")
+def test_a_device_that_tells_no_attributes_costs_no_row(records, monkeypatch):
+    def told(attributes=False):
+        if attributes:
+            raise RuntimeError("invalid device function")
+        return records
 
-    sys.modules["ercn._cuda"].kernel_attributes = fail
+    monkeypatch.setattr(_extension, "cuda_kernels", told)
     with kernels.launched() as found:
         records[1]["launches"] += 4
     assert [(k["name"], k["launches"]) for k in found] == [("ercn::pool::Combine", 4)]

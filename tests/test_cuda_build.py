@@ -1,4 +1,4 @@
-"""The CUDA extension: present where it can be compiled, its symbols, and its machine code, without a GPU."""
+"""The CUDA library: present where it can be compiled, its symbols, and its machine code, without a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from ercn.ops import _extension
 
-reason = _extension.load("_cuda")
+reason = _extension.load("libercn_cuda")
 built = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
@@ -29,23 +29,20 @@ def test_it_is_built_where_there_is_a_toolkit():
 
 @built
 def test_operators_and_kernels_are_registered():
-    from ercn import _cuda
-
     names = ["attention_scores"]
     for op in ("relu_affinity", "gated_attention_pool", "pool_by_scores"):
         names += [op, f"{op}_backward"]
-    for name in names:
+    for name in names:  # as Python calls them, and for processes without it
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ercn_native::{name}_cuda", "CUDA")
-    names = [kernel["name"] for kernel in _cuda.kernels()]
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ercn::{name}", "CUDA")
+    names = [kernel["name"] for kernel in _extension.cuda_kernels()]
     assert len(names) == len(set(names)) and all(name.startswith("ercn::") for name in names)
-    assert all(kernel["launches"] == 0 for kernel in _cuda.kernels()) or torch.cuda.is_available()
+    assert all(kernel["launches"] == 0 for kernel in _extension.cuda_kernels()) or torch.cuda.is_available()
 
 
 @built
 def test_build_info():
-    from ercn import _cuda
-
-    info = _cuda.build_info()
+    info = _extension.cuda_info()
     assert set(info) == {"cuda", "archs", "flags"}
     assert info["cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
 
@@ -53,10 +50,8 @@ def test_build_info():
 @built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_attributes_need_a_device():
-    from ercn import _cuda
-
     with pytest.raises(RuntimeError, match="CUDA|driver"):
-        _cuda.kernel_attributes()
+        _extension.cuda_kernels(attributes=True)
 
 
 RUNTIME = """
@@ -78,7 +73,10 @@ def test_kernels_without_code_for_the_device_are_told_as_absent(tmp_path):
     (tmp_path / "runtime.cpp").write_text(RUNTIME)
     shim = tmp_path / "runtime.so"
     subprocess.run(["g++", "-shared", "-fPIC", "-o", shim, tmp_path / "runtime.cpp"], check=True)
-    code = "import json, torch; from ercn import _cuda; print(json.dumps(_cuda.kernel_attributes()))"
+    code = (
+        "import json; from ercn.ops import _extension; _extension.load('libercn_cuda'); "
+        "print(json.dumps(_extension.cuda_kernels(attributes=True)))"
+    )
     command = [sys.executable, "-c", code]
     result = subprocess.run(
         command, env=os.environ | {"LD_PRELOAD": str(shim)}, capture_output=True, text=True, check=True
@@ -86,18 +84,14 @@ def test_kernels_without_code_for_the_device_are_told_as_absent(tmp_path):
     records = json.loads(result.stdout)
     assert all("registers" in kernel and "absent" not in kernel for kernel in records[::2])
     assert all("registers" not in kernel and "function" in kernel["absent"] for kernel in records[1::2])
-    from ercn import _cuda
-
-    assert [kernel["name"] for kernel in records] == [kernel["name"] for kernel in _cuda.kernels()]
+    assert [kernel["name"] for kernel in records] == [kernel["name"] for kernel in _extension.cuda_kernels()]
 
 
 @built
 def test_only_the_stable_abi_is_used():
-    from ercn import _cuda
-
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
-    listing = ["nm", "--dynamic", "--undefined-only", "--demangle", _cuda.__file__]
+    listing = ["nm", "--dynamic", "--undefined-only", "--demangle", _extension.path("libercn_cuda")]
     symbols = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
     assert "aoti_torch_get_current_cuda_stream" in symbols
     assert "cudaSetDevice" in symbols  # autograd's thread has no context otherwise, which tensor maps need
@@ -140,13 +134,11 @@ def tool(*command: str | Path) -> str:
 @cache
 def functions() -> list[Function]:
     """Every kernel of every architecture in the library."""
-    from ercn import _cuda
-
     if find_spec("triton") is None:
         pytest.skip("cuobjdump comes with Triton, which is not installed")
     resources: dict[tuple[int, str], dict[str, int]] = {}
     arch = 0
-    for line in tool("--dump-resource-usage", _cuda.__file__).splitlines():
+    for line in tool("--dump-resource-usage", _extension.path("libercn_cuda")).splitlines():
         if found := re.match(r"arch = sm_(\d+)", line):
             arch = int(found[1])
         elif found := re.match(r"\s*Function (\S+):", line):
@@ -159,7 +151,7 @@ def functions() -> list[Function]:
         if sass:
             all_functions.append(Function(name, arch, resources[arch, name], tuple(sass)))
 
-    for line in tool("--dump-sass", _cuda.__file__).splitlines():
+    for line in tool("--dump-sass", _extension.path("libercn_cuda")).splitlines():
         if found := re.match(r"\s*code for sm_(\d+)", line):
             finish()
             arch, sass = int(found[1]), []
@@ -181,10 +173,8 @@ def named(pattern: str) -> list[Function]:
 @built
 @pytest.mark.slow
 def test_kernels_are_there_for_every_architecture():
-    from ercn import _cuda
-
-    kernels = {re.sub(r"\s", "", kernel["name"]) for kernel in _cuda.kernels()}
-    archs = {int(arch.replace(".", "").rstrip("af")) for arch in _cuda.build_info()["archs"].split(",")}
+    kernels = {re.sub(r"\s", "", kernel["name"]) for kernel in _extension.cuda_kernels()}
+    archs = {int(arch.replace(".", "").rstrip("af")) for arch in _extension.cuda_info()["archs"].split(",")}
     assert {f.arch for f in functions()} == archs
     assert max(sum(f.arch == arch for f in functions()) for arch in archs) == len(kernels)
 
@@ -293,8 +283,6 @@ def test_hopper_affinity_adds_partial_sums_by_16_bytes():
 
 
 def hopper(pattern: str) -> list[Function]:
-    from ercn import _cuda
-
-    if "9.0a" not in _cuda.build_info()["archs"]:
+    if "9.0a" not in _extension.cuda_info()["archs"]:
         pytest.skip("9.0a is not in ERCN_CUDA_ARCHS")
     return named(pattern)

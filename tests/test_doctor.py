@@ -33,7 +33,7 @@ def broken_backend(monkeypatch):
 def test_everything_is_told(capsys):
     assert doctor() == 0
     printed = capsys.readouterr().out
-    titles = ("Versions", "Hardware", "Compiled extensions", "Backends", "Training extra", "Environment variables")
+    titles = ("Versions", "Hardware", "Compiled libraries", "Backends", "Training extra", "Environment variables")
     for title in titles:
         assert f"\n{title}" in printed
     assert f"torch         {metadata.version('torch')}" in printed
@@ -77,12 +77,12 @@ def test_selftest_passes_here(capsys):
     assert "passed" in printed and "FAILED" not in printed
 
 
-def test_an_absent_extension_is_explained(capsys, monkeypatch):
+def test_an_absent_library_is_explained(capsys, monkeypatch):
     reason = "was not built: no C++ compiler: 'c++' was not found"
-    monkeypatch.setattr(_extension, "load", lambda name="_C": f"ercn.{name} {reason}")
+    monkeypatch.setattr(_extension, "load", lambda name="libercn": f"{name} {reason}")
     assert doctor() == 0
     printed = capsys.readouterr().out
-    assert f"absent; ercn._C {reason}" in printed and f"absent; ercn._cuda {reason}" in printed
+    assert f"absent; libercn {reason}" in printed and f"absent; libercn_cuda {reason}" in printed
     assert module.REBUILD.format("cpu") in printed and module.REBUILD.format("cuda") in printed
 
 

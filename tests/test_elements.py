@@ -41,27 +41,35 @@ def offsets(backbone, side, n, places, *, draws, power):
     return torch.stack(found)
 
 
-def frozen(name, stride):
+def frozen(name, stride, kwargs=None):
     torch.manual_seed(0)
-    return create_backbone(name, stride).eval().requires_grad_(False)
+    return create_backbone(name, stride, kwargs=kwargs).eval().requires_grad_(False)
+
+
+SWIN = {"img_size": 160, "embed_dim": 12, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8]}
+VIT = {"img_size": 80, "embed_dim": 32, "depth": 4, "num_heads": 2}
+MAXVIT = {"img_size": 160, "embed_dim": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "stem_width": 16}
 
 
 @pytest.mark.parametrize(
-    "name, stride, n, draws",
+    "name, stride, n, draws, kwargs",
     [
-        ("test_resnet", 8, 13, 16),
-        ("test_resnet", 16, 9, 8),
-        ("test_resnet", 32, 5, 8),
-        ("resnet10t", 8, 11, 8),
-        ("resnet10t", 16, 7, 8),
-        ("resnet18", 32, 5, 2),
-        ("regnety_002", 8, 7, 2),
-        ("regnety_002", 32, 5, 2),
-        ("convnext_atto", 32, 5, 4),
+        ("swin_tiny_patch4_window7_224", 32, 5, 4, SWIN),
+        ("vit_tiny_patch16_224", 16, 5, 8, VIT),
+        ("maxvit_rmlp_pico_rw_256", 32, 5, 16, MAXVIT),
+        ("test_resnet", 8, 13, 16, {}),
+        ("test_resnet", 16, 9, 8, {}),
+        ("test_resnet", 32, 5, 8, {}),
+        ("resnet10t", 8, 11, 8, {}),
+        ("resnet10t", 16, 7, 8, {}),
+        ("resnet18", 32, 5, 2, {}),
+        ("regnety_002", 8, 7, 2, {}),
+        ("regnety_002", 32, 5, 2, {}),
+        ("convnext_atto", 32, 5, 4, {}),
     ],
 )
-def test_gradients_of_a_new_network_are_centred_on_the_element(name, stride, n, draws):
-    backbone = frozen(name, stride)
+def test_gradients_of_a_new_network_are_centred_on_the_element(name, stride, n, draws, kwargs):
+    backbone = frozen(name, stride, kwargs)
     for side in pictures_of(stride, n, backbone.align_corners):
         places = [(n // 2, n // 2), (n // 2 - 1, n // 2 + 1)]
         assert offsets(backbone, side, n, places, draws=draws, power=2).abs().max() < TOLERANCE
@@ -201,14 +209,14 @@ def test_symmetrize_replaces_average_pools_of_two():
 def of_timm(name, stride, mend=lambda backbone: backbone):
     import timm
 
-    return lambda: mend(timm.create_model(name, features_only=True, output_stride=stride))
+    return lambda side: mend(timm.create_model(name, features_only=True, output_stride=stride))
 
 
 def test_what_is_not_symmetric_is_seen():
-    assert aligned_corners(of_timm("resnet10t", 16), stages) is None
-    assert aligned_corners(of_timm("resnet10t", 16, symmetrize), stages) is True
-    assert aligned_corners(of_timm("convnext_atto", 16), stages) is None
-    assert aligned_corners(of_timm("convnext_atto", 32), stages) is False
+    assert aligned_corners(of_timm("resnet10t", 16), stages, 16) is None
+    assert aligned_corners(of_timm("resnet10t", 16, symmetrize), stages, 16) is True
+    assert aligned_corners(of_timm("convnext_atto", 16), stages, 16) is None
+    assert aligned_corners(of_timm("convnext_atto", 32), stages, 32) is False
     with pytest.raises(ValueError, match="'convnext_atto' does not support output_stride 16; it supports 32"):
         create_backbone("convnext_atto", 16)
 
@@ -237,7 +245,7 @@ def test_measuring_draws_no_numbers(monkeypatch):
     for _ in range(2):  # measured, then known
         torch.manual_seed(0)
         states.append((create_backbone("test_resnet", 16).state_dict(), torch.rand(4)))
-    assert models._ALIGNED == {("test_resnet", 16): True}
+    assert models._ALIGNED == {("test_resnet", 16, '{"output_stride": 16}'): (symmetrize, True)}
     (first, drawn), (second, again) = states
     assert torch.equal(drawn, again) and first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

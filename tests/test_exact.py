@@ -16,9 +16,11 @@ from test_attention_pool import dense as dense_pool
 from ercn.benchmarks.exact import (
     POOL_INPUTS,
     affinity,
+    by_scores,
     differences,
     expected_affinity,
     expected_pool,
+    expected_scores,
     found_affinity,
     found_pool,
     pool,
@@ -28,9 +30,7 @@ from ercn.ops import _extension, gated_attention_pool, relu_affinity
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["reference"]
 if _extension.load() is None:
-    from ercn import _C
-
-    BACKENDS += [f"cpu {isa}" for isa in _C.cpu_isas()]
+    BACKENDS += [f"cpu {isa}" for isa in _extension.cpu_info()["isas"]]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -127,15 +127,26 @@ def test_expected_results_are_those_of_plain_torch():
         assert differences(found, expected_pool(p)) is None
 
 
-def test_expected_results_with_dropout_are_those_of_plain_torch():
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
+def test_expected_scores_with_dropout_are_those_of_plain_torch(activation):
     p = pool(64, 33, 20, 2, torch.float64, bags=2)
     dropped = [2 * (torch.rand(2, 64, 20, generator=torch.Generator().manual_seed(s)) < 0.5).double() for s in (0, 1)]
-    expected = expected_pool(p, [x.flatten(0, 1) for x in dropped])
+    expected = expected_scores(p, activation, [x.flatten(0, 1) for x in dropped])
     leaves = [x.clone().requires_grad_() for x in p.inputs]
-    scores = scores_of(*leaves, dropped=dropped)
+    scores = scores_of(*leaves, activation=activation, dropped=dropped)
     assert torch.equal(scores, expected["scores"])
     for name, grad in zip(POOL_INPUTS, torch.autograd.grad(scores, leaves, p.grad_scores), strict=True):
         assert torch.equal(grad, expected[f"grad_{name}"])
+
+
+def test_expected_pooling_by_scores_is_that_of_plain_torch():
+    p = pool(37, 33, 20, 2, torch.float64, bags=2)
+    scores, expected = by_scores(p)
+    leaves = scores.requires_grad_(), p.h.clone().requires_grad_()
+    pooled = torch.softmax(leaves[0], -1) @ leaves[1]
+    grads = torch.autograd.grad(pooled, leaves, p.grad_pooled)
+    found = {"pooled": pooled.detach(), "grad_scores": grads[0], "grad_value": grads[1]}
+    assert expected["grad_scores"].count_nonzero() > 0 and differences(found, expected) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,16 +1,19 @@
-"""The compiled extension: what it says of itself, its ABI, and why it is absent where it is."""
+"""The compiled library: what it says of itself, its ABI, its schemas, and why it is absent where it is."""
 
+import ast
 import multiprocessing
 import platform
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from torch.utils.data import DataLoader
 
-from ercn.ops import _extension, relu_affinity
+from ercn.ops import _extension, _library, relu_affinity
 
 reason = _extension.load()
 built = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -18,10 +21,8 @@ built = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 @built
 def test_build_info():
-    from ercn import _C
-
-    info = _C.build_info()
-    assert set(info) == {"compiler", "cpp_standard", "flags", "build_type", "torch_target_version", "pybind11"}
+    info = _extension.cpu_info()["build"]
+    assert set(info) == {"compiler", "cpp_standard", "flags", "build_type", "torch_target_version"}
     assert info["torch_target_version"] == "2.10"
     assert "-O3" in info["flags"]
     assert info["cpp_standard"] >= 201703
@@ -29,9 +30,7 @@ def test_build_info():
 
 @built
 def test_cpu_features_agree_with_the_kernel():
-    from ercn import _C
-
-    features = _C.cpu_features()
+    features = _extension.cpu_info()["features"]
     assert features and all(type(value) is bool for value in features.values())
     try:
         with open("/proc/cpuinfo") as file:
@@ -45,9 +44,7 @@ def test_cpu_features_agree_with_the_kernel():
 
 @built
 def test_isas_follow_from_the_features():
-    from ercn import _C
-
-    features, isas = _C.cpu_features(), _C.cpu_isas()
+    features, isas = _extension.cpu_info()["features"], _extension.cpu_info()["isas"]
     assert isas == ["portable", "avx2", "avx512", "avx512_bf16"][: len(isas)]
     assert ("avx512" in isas) == all(features.get(f"avx512{part}") for part in ("f", "bw", "dq", "vl"))
     assert ("avx512_bf16" in isas) == (features.get("avx512_bf16", False) and "avx512" in isas)
@@ -56,9 +53,7 @@ def test_isas_follow_from_the_features():
 @built
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_multiply_add_rate(dtype):
-    from ercn import _C
-
-    assert 1e6 < _C.multiply_add_rate(dtype, 0.001) < 1e15
+    assert 1e6 < torch.ops.ercn_native.multiply_add_rate(dtype, 0.001) < 1e15
 
 
 def multiply_adds(function: str, machine_code: str) -> tuple[int, int]:
@@ -79,11 +74,9 @@ def test_multiply_add_rates_are_those_of_independent_operations():
     """The rate counts so many multiply-adds a step: as many instructions are there, each with a sum of its own. Where
     a compiler merges the equal chains of a dtype, its rate would be several times the truth.
     """
-    from ercn import _C
-
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
-    listing = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", _C.__file__]
+    listing = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", _extension.path()]
     code = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
     for isa, chains in (("avx2", 12), ("avx512", 24), ("avx512_bf16", 24)):
         for dtype in ("float", "double"):
@@ -93,11 +86,9 @@ def test_multiply_add_rates_are_those_of_independent_operations():
 
 @built
 def test_only_the_stable_abi_is_used():
-    from ercn import _C
-
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
-    listing = ["nm", "--dynamic", "--undefined-only", "--demangle", _C.__file__]
+    listing = ["nm", "--dynamic", "--undefined-only", "--demangle", _extension.path()]
     symbols = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
     assert "torch_parallel_for" in symbols
     assert not [line for line in symbols.splitlines() if "at::" in line or "c10::" in line or "torch::" in line]
@@ -129,19 +120,91 @@ def test_load_is_cached():
     assert _extension.load() is _extension.load()
 
 
-def test_an_absent_extension_gives_the_recorded_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(_extension, "find_spec", lambda name: None)
+def test_an_absent_library_gives_the_recorded_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
     monkeypatch.setattr(_extension, "RECORD", tmp_path / "_build.json")
     absent = _extension.load.__wrapped__
     assert "not installed" in absent()
-    _extension.RECORD.write_text('{"reasons": {"ercn._C": "no C++ compiler: \'c++\' was not found"}}')
-    assert absent() == "ercn._C was not built: no C++ compiler: 'c++' was not found"
+    _extension.RECORD.write_text('{"reasons": {"libercn": "no C++ compiler: \'c++\' was not found"}}')
+    assert absent() == "libercn was not built: no C++ compiler: 'c++' was not found"
+    assert absent("libercn_cuda") == (
+        "libercn_cuda was not built: the build succeeded, but for another platform; install again"
+    )
 
 
-def test_an_extension_that_cannot_load_gives_the_loaders_message(monkeypatch):
-    def fail(name):
-        raise ImportError("undefined symbol: torch_parallel_for")
+def test_a_library_that_cannot_load_gives_the_loaders_message(monkeypatch, tmp_path):
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    _extension.path().parent.mkdir()
+    _extension.path().write_bytes(b"no library")
+    words = r"libercn failed to load: .*libercn\.\w+: (file too short|invalid ELF header|.*not a .*)"
+    assert re.match(words, _extension.load.__wrapped__())
 
-    monkeypatch.setattr(_extension, "find_spec", lambda name: object())
-    monkeypatch.setattr(_extension.importlib, "import_module", fail)
-    assert _extension.load.__wrapped__() == "ercn._C failed to load: undefined symbol: torch_parallel_for"
+
+WITHOUT_THE_LIBRARY = """
+import torch
+from ercn.ops import _extension
+_extension.load = lambda name="libercn": f"{name} was not built: it is not wanted"
+import ercn.ops
+from ercn.ops import _library
+print({str(overload._schema) for overload in _library.DEFINED})
+x = torch.ones(1, 1, 2, requires_grad=True)
+ercn.ops.relu_affinity(x, x).sum().backward()
+assert torch.equal(x.grad, torch.full((1, 1, 2), 6.0)), x.grad
+"""
+
+
+@built
+def test_schemas_in_python_are_those_of_the_library():
+    """What Python defines where the library is absent, and the operators run then."""
+    command = [sys.executable, "-c", WITHOUT_THE_LIBRARY]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    in_python = ast.literal_eval(told.stdout)
+    assert in_python == {str(overload._schema) for overload in _library.DEFINED} and len(in_python) >= 4
+    in_cpp = {name for name in in_python if _has_kernel(name.partition("(")[0], "CPU")}
+    assert {"ercn::relu_affinity", "ercn::relu_affinity_backward"} <= {name.partition("(")[0] for name in in_cpp}
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+@built
+def test_only_libraries_of_torch_are_needed():
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    for name in ("libercn", "libercn_cuda"):
+        if not _extension.path(name).exists():
+            continue
+        listing = subprocess.run(["readelf", "-d", _extension.path(name)], capture_output=True, text=True, check=True)
+        needed = re.findall(r"NEEDED.*\[(.*)\]", listing.stdout)
+        assert "libtorch_cpu.so" in needed and not [file for file in needed if re.search("python|c10", file)]
+        symbols = subprocess.run(["nm", "-D", _extension.path(name)], capture_output=True, text=True, check=True).stdout
+        assert not re.search(r" _?Py[A-Z_]", symbols)
+
+
+def test_every_device_has_the_operators():
+    for overload in _library.DEFINED:
+        for key in ("BackendSelect", "CompositeExplicitAutograd"):
+            assert _has_kernel(overload._schema.name, key)
+
+
+def test_the_dispatcher_sees_what_runs_at_once():
+    """Modes and the profiler are told of the op although its kernel can be called past the dispatcher."""
+    x = torch.ones(1, 1, 2)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
+        relu_affinity(x, x)
+    assert flops.get_total_flops() == 2 * 2 * 2 * 2
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        relu_affinity(x, x)
+    assert "ercn::relu_affinity" in {event.key for event in profile.key_averages()}
+
+
+def test_tensors_that_stand_for_others():
+    """A lazy negation, and what old-style vmap wraps, must not reach a kernel as they lie in memory."""
+    x = torch.arange(1.0, 4.0).view(1, 1, 3)
+    negated = torch._neg_view(x)
+    assert torch.equal(relu_affinity(negated, x), -relu_affinity(x, x))
+    leaf = x.clone().requires_grad_()
+    grads = torch.stack([x, 2 * x])
+    (batched,) = torch.autograd.grad(relu_affinity(leaf, x), leaf, grads, is_grads_batched=True)
+    assert torch.equal(batched, torch.stack([relu_affinity(g, x) for g in grads]))

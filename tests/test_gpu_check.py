@@ -7,9 +7,9 @@ import gc
 import inspect
 import json
 import os
+import platform
 import subprocess
 import sys
-import sysconfig
 import time
 import weakref
 from collections import Counter
@@ -45,9 +45,12 @@ def test_every_kernel_has_a_smoke_case():
         for op in ("affinity", "pool"):
             ways = {(g.direction, g.dtype) for g in found if (g.op, g.kernels) == (op, kernels)}
             assert len(ways) == 2 * 4
+    ways = {(g.op, g.direction, g.layout) for g in found if "scores" in g.op and g.kernels == "triton"}
+    assert len(ways) == 2 * 2 * len(gpu_smoke.LAYOUTS)
     for kernels in ("sm90", "generic", "triton"):
         layouts = {g.layout for g in found if g.op == "pool" and g.kernels == kernels}
-        assert layouts == set(gpu_smoke.LAYOUTS) - ({"dropout"} if kernels == "triton" else set())
+        assert layouts == set(gpu_smoke.LAYOUTS)
+        assert {g.direction for g in found if (g.op, g.kernels) == ("scores", kernels)} == {"forward", "backward"}
 
 
 def test_what_hangs_dies_or_fails_is_named_and_the_rest_goes_on(monkeypatch):
@@ -289,10 +292,10 @@ def test_bench_that_is_out_of_time_keeps_its_file(tmp_path, monkeypatch):
 def test_a_pack_of_other_sources_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_pack, "PACK", tmp_path)
     assert gpu_pack.refusal() is None and "there is no" in gpu_pack.unpack()
-    held = {"sources": "0", "suffix": ".of-another-python.so", "commit": "abc"}
+    held = {"sources": "0", "machine": "of another kind", "commit": "abc"}
     (tmp_path / "manifest.json").write_text(json.dumps(held))
-    assert gpu_pack.refusal() is None and "for this Python" in gpu_pack.unpack()
-    held["suffix"] = sysconfig.get_config_var("EXT_SUFFIX")
+    assert gpu_pack.refusal() is None and "for this machine" in gpu_pack.unpack()
+    held["machine"] = platform.machine()
     (tmp_path / "manifest.json").write_text(json.dumps(held | {"sources": gpu_pack.sources()}))
     assert gpu_pack.refusal() is None
     (tmp_path / "manifest.json").write_text(json.dumps(held))

@@ -15,7 +15,7 @@ import _gpu_backends
 import pytest
 import torch
 
-import ercn
+from ercn.ops import _extension
 
 TESTS = Path(__file__).parent
 
@@ -79,13 +79,12 @@ def test_a_worker_whose_gpu_keeps_an_error_ends(monkeypatch, outcome, broken):
 
 
 def test_launches_are_known_where_the_gpu_keeps_an_error(monkeypatch):
-    def fail():
-        raise RuntimeError("an illegal memory access was encountered")
+    def told(attributes=False):
+        if attributes:
+            raise RuntimeError("an illegal memory access was encountered")
+        return [{"name": "Forward", "launches": 2}, {"name": "Backward", "launches": 0}]
 
-    table = [{"name": "Forward", "launches": 2}, {"name": "Backward", "launches": 0}]
-    module = SimpleNamespace(kernels=lambda: table, kernel_attributes=fail)
-    monkeypatch.setitem(sys.modules, "ercn._cuda", module)
-    monkeypatch.setattr(ercn, "_cuda", module, raising=False)
+    monkeypatch.setattr(_extension, "cuda_kernels", told)
     monkeypatch.setattr(_gpu_backends, "BACKENDS", ["cuda"])
     monkeypatch.setattr(_gpu_backends, "EMULATED", False)
     assert _coverage._launches(Counter()) == {"cuda Forward": 2}

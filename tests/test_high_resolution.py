@@ -169,6 +169,23 @@ def test_a_run_without_memory_ends_with_advice(error):
     assert raised.value.__cause__ is error
 
 
+@pytest.mark.parametrize("failed", [MemoryError(), KeyError("x"), RuntimeError("a\n  sentence")], ids=repr)
+def test_advice_that_fails_hides_no_error(failed):
+    """What the user must see is that there was no memory."""
+
+    def advice():
+        raise failed
+
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(MemoryError) as raised:
+        runs.fit(Trainer(error), None, None, None, advice)
+    said = {"MemoryError": "", "KeyError": ": 'x'", "RuntimeError": ": a sentence"}[type(failed).__name__]
+    assert str(raised.value) == (
+        f"out of memory in epoch 3: what would fit could not be predicted ({type(failed).__name__}{said})"
+    )
+    assert raised.value.__cause__ is error
+
+
 def test_advice_for_a_run_without_memory(monkeypatch):
     monkeypatch.setattr(planning, "available", lambda config: 2.2e9 / 0.9)
     told = planning.advice(LARGE)

@@ -56,3 +56,22 @@ def test_the_tables_are_tables_and_no_id_is_told(run):
         rows = block.strip().split("\n")
         assert len({row.count("|") for row in rows}) == 1 and set(rows[1]) <= set("|- "), rows[0]
     assert not re.search(r"p\d{4}", text) and str(run.parent) not in text
+
+
+@pytest.mark.parametrize("layout, told", [
+    ("ercn pretrain", "contrastive pre-training, run `simclr`."),
+    ("ercn train", "the backbone's weights from `model.safetensors` (ercn train; 9 tensors, 1 interpolated, 0 missing"),
+])  # fmt: skip
+def test_what_the_backbone_started_from(run, layout, told):
+    path = run / "export" / "model.json"
+    text = path.read_text()
+    assert "- Start: random weights." in write_model_card(run).read_text()
+    model = json.loads(text)
+    model["config"]["init"] = "/data/runs/simclr/"
+    model["pretrained"] = {"source": "/data/runs/simclr/export/model.safetensors", "layout": layout, "sha256": "ab"}
+    model["pretrained"] |= {"tensors": 9, "resized": {"pos_embed": ""}, "missing": [], "unused": {}, "prefix": ""}
+    path.write_text(json.dumps(model))
+    try:
+        assert f"- Start: {told}" in write_model_card(run).read_text()
+    finally:
+        path.write_text(text)

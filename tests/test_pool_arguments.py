@@ -613,20 +613,6 @@ def test_errors_say_what_was_given():
             pool_by_scores(*arguments, **kwargs)
 
 
-@reference_alone
-def test_what_has_no_derivative_says_so():
-    arguments = small("cpu")
-    scores, value = torch.ones(1, 5), torch.ones(5, 4)
-    with pytest.raises(NotImplementedError, match="attention_scores has no forward-mode derivative"):
-        torch.func.jvp(lambda x: attention_scores(x, *arguments[1:]), (arguments[0],), (arguments[0],))
-    with pytest.raises(NotImplementedError, match="pool_by_scores has no forward-mode derivative"):
-        torch.func.jvp(lambda x: pool_by_scores(x, value), (scores,), (scores,))
-    scores.requires_grad_()
-    (grad,) = torch.autograd.grad(pool_by_scores(scores, value).sum(), scores, create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward"):
-        grad.sum().backward()
-
-
 @of_scores
 def test_autocast(backend):
     h, *weights = small(backend)

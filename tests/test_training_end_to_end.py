@@ -80,6 +80,9 @@ def test_the_run_folder_is_complete(root):
     assert all(0 <= float(row[name]) <= 1 for name in ("val_flat_cam", "val_cam_extent") for row in history)
     exported = json.loads((run / "export" / "model.json").read_text())
     assert exported["flat_cam"] == float(history[exported["epoch"] - 1]["val_flat_cam"])
+    started = exported["pretrained"]
+    assert started["source"] == str(root / "moco_v2/export/backbone.safetensors")
+    assert started["layout"] == "ercn pretrain"
     for method in ("simclr", "moco_v2"):
         assert {"loss", "top1"} <= rows(root / method / "metrics.csv")[1].keys()
         assert (root / method / "export" / "backbone.safetensors").exists()

@@ -1,7 +1,6 @@
 """Exported weights: they come back as they were, and everything that does not fit is named."""
 
 import json
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ercn.config import ModelConfig, TrainConfig
 from ercn.elements import GEOMETRY
 from ercn.models import ERCN
-from ercn.training.checkpoint import load_backbone, load_model, save_model, save_weights
+from ercn.training.checkpoint import load_model, save_model, save_weights
 from ercn.training.maps import enlarge, heat_maps
 
 DATA = Path(__file__).parent / "data"
@@ -44,7 +43,7 @@ def test_what_is_saved_comes_back(run):
     assert info["config"] == CONFIG and info["thresholds"]["referable"] == 0.4
     assert "medical device" in info["notice"] and info["packages"]["torch"] == torch.__version__.split("+")[0]
     image = torch.randn(1, 3, 64, 64)
-    assert not loaded.training and info["geometry"] == loaded.geometry == GEOMETRY == 3 and loaded.align_corners
+    assert not loaded.training and info["geometry"] == loaded.geometry == GEOMETRY == 4 and loaded.align_corners
     torch.testing.assert_close(loaded(image).logits, model(image).logits)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
     assert sorted(p.name for p in (folder / "export").iterdir()) == ["model.json", "model.safetensors"]
@@ -94,8 +93,8 @@ def test_damaged_or_newer_description_is_named(run):
     path.write_text(text.replace('"format": 1', '"format": 7'))
     with pytest.raises(ValueError, match="has format 7; this version of ercn reads format 1"):
         load_model(folder)
-    path.write_text(text.replace('"geometry": 3', '"geometry": 4'))
-    with pytest.raises(ValueError, match="has geometry 4; this version of ercn reads 1 to 3"):
+    path.write_text(text.replace('"geometry": 4', '"geometry": 5'))
+    with pytest.raises(ValueError, match="has geometry 5; this version of ercn reads 1 to 4"):
         load_model(folder)
     path.write_text(text.replace('"backbone"', '"bakcbone"'))
     with pytest.raises(ValueError, match=r"model\.json: config\.model\.bakcbone"):
@@ -164,25 +163,3 @@ def test_a_failed_write_leaves_the_old_file(run, monkeypatch):
         save_model(folder, model, CONFIG, INFO)
     assert (folder / "export" / "model.safetensors").read_bytes() == before
     assert len(list((folder / "export").iterdir())) == 2
-
-
-def test_backbone_of_pretraining(tmp_path):
-    torch.manual_seed(1)
-    source = ERCN(CONFIG.model)
-    info = {"backbone": CONFIG.model.backbone, "config": asdict(CONFIG)}
-    save_weights(tmp_path / "export", "backbone", source.backbone.state_dict(), info)
-    target = ERCN(CONFIG.model)
-    load_backbone(target, tmp_path, CONFIG.model.backbone)
-    pairs = zip(source.backbone.state_dict().values(), target.backbone.state_dict().values())
-    assert all(torch.equal(a, b) for a, b in pairs)
-
-    other = replace(CONFIG.model, backbone="resnet10t")
-    with pytest.raises(ValueError, match="pre-trained mobilenetv3_small_050, but model.backbone is resnet10t"):
-        load_backbone(ERCN(other), tmp_path, other.backbone)
-    state = source.backbone.state_dict()
-    first = next(iter(state))
-    save_weights(tmp_path / "export", "backbone", state | {first: torch.zeros(7)}, info)
-    with pytest.raises(ValueError, match=r"backbone.safetensors .* mobilenetv3_small_050: 1 of another shape .*\[7\]"):
-        load_backbone(target, tmp_path, CONFIG.model.backbone)
-    with pytest.raises(FileNotFoundError, match="ercn pretrain"):
-        load_backbone(target, tmp_path / "nothing", CONFIG.model.backbone)

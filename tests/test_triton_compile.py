@@ -71,12 +71,24 @@ def run_affinity(arch: str, kernel: str, dtype: torch.dtype, dim: int, layout: s
 
 
 def run_pool(dtype: torch.dtype, option: str) -> None:
+    """option: ragged, masked, by scores, or any of dropout, relu, gelu and wider, of which "wider" are the weights."""
+    if option == "by scores":
+        h, scores = meta(2, PIXELS, POOL_DIM, dtype=dtype), meta(2, 1, PIXELS, dtype=torch.float32)
+        pooled = attention_pool.pool_by_scores(scores, h, None, None)
+        attention_pool.pool_by_scores_backward(pooled, scores, h, None, None, [True, True])
+        return
     ragged = option == "ragged"
     h = meta(PIXELS, POOL_DIM, dtype=dtype) if ragged else meta(2, PIXELS, POOL_DIM, dtype=dtype)
+    words = option.split()
+    dtype = torch.float32 if "wider" in words else dtype
     v, u = (meta(HIDDEN, POOL_DIM, dtype=dtype) for _ in range(2))
     weights = v, meta(HIDDEN, dtype=dtype), u, meta(HIDDEN, dtype=dtype), meta(1, HIDDEN, dtype=dtype), None
     mask = meta(2, PIXELS, dtype=torch.bool) if option == "masked" else None
-    bags = mask, meta(3, dtype=torch.int64) if ragged else None, *PLAIN
+    drawn = (meta(1, dtype=torch.int64), 0.25) if "dropout" in words else PLAIN[:2]
+    activation = next((word for word in words if word in ("relu", "gelu")), "tanh")
+    bags = mask, meta(3, dtype=torch.int64) if ragged else None, *drawn, activation
+    if option:
+        attention_pool.attention_scores(h, *weights, *bags)
     pooled, scores = attention_pool.gated_attention_pool(h, *weights, *bags)
     needs = [True] * 6 + [False]
     attention_pool.gated_attention_pool_backward(pooled, scores, h, *weights, *bags, scores, needs)
@@ -156,6 +168,50 @@ def test_other_layouts_fit_on_chip(arch, option, tmp_path):
         assert_fits(binary, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "option"),
+    [
+        ("bfloat16", "dropout"), ("bfloat16", "dropout relu"), ("bfloat16", "dropout gelu"), ("bfloat16", "gelu"),
+        ("float32", "dropout gelu"), ("bfloat16", "wider dropout"), ("bfloat16", "by scores"), ("float32", "by scores"),
+    ],
+)  # fmt: skip
+def test_other_arguments_of_the_pool_fit_on_chip(precision, option, tmp_path):
+    for binary in compiled("sm_90", "pool", precision, 0, option):
+        assert_fits(binary, tmp_path, option)
+
+
+def test_dropout_is_formed_where_it_is_asked_for(tmp_path):
+    """64-bit products of the generator's words: two rounds of ten by row and by unit, the rest by four units."""
+    steps = str(0x9E3779B9 - (1 << 32))
+    for name in ("forward_kernel", "branch_grad_kernel"):
+        kernels = (compiled("sm_90", "pool", "bfloat16", 0, option) for option in ("", "dropout"))
+        plain, dropping = (named(found, name)[-1] for found in kernels)
+        assert steps not in plain.kernel.asm["ttir"] and steps in dropping.kernel.asm["ttir"]
+        products = [binary.sass(tmp_path).count("IMAD.WIDE.U32") for binary in (plain, dropping)]
+        units = 128 * 64 / (32 * plain.constants["num_warps"])  # of a thread
+        assert 16 * units / 4 <= products[1] - products[0] <= 20 * units / 4
+
+
+def test_plans_are_kept_by_all_that_they_depend_on(monkeypatch):
+    call = functools.partial(configs.forward_plan, 1, 22, 192, dtype=torch.bfloat16, arch="sm_90")
+    triangle, dense = call(n=128**2), call(n=64**2)
+    assert call(n=128**2) is triangle and triangle.band > 0 and dense.band == 0
+    monkeypatch.setattr(configs, "use_triangle", lambda *_: False)
+    assert call(n=128**2).band == 0
+    monkeypatch.undo()
+    monkeypatch.setitem(TABLE["sm_90"], "programs", 4)
+    assert call(n=64**2) != dense
+    monkeypatch.undo()
+    monkeypatch.setitem(TABLE["sm_90"]["triangle"]["half"], 192, (4, 1, 64, 64, 64, 1, True))
+    assert call(n=128**2).config.num_warps == 4
+    monkeypatch.undo()
+    assert call(n=128**2) is triangle and call(n=64**2) is dense
+    for n in range(2 * configs.KEPT):
+        call(n=n + 1)
+    assert configs._forward_plan.cache_info().currsize == configs.KEPT
+
+
 def sums_in_loops(text: str) -> set[str]:
     """Accumulators of products that a loop carries from step to step, in Triton's intermediate code."""
     carried = {name for group in re.findall(r"iter_args\((.*?)\) ->", text) for name in re.findall(r"(%\S+) =", group)}
@@ -194,6 +250,14 @@ def test_sizes_of_one_which_triton_takes_as_constants(triangle):
             attention_pool.gated_attention_pool_backward(
                 pooled, None, h, *weights, None, cu_seqlens, *PLAIN, scores, needs
             )
+            least = meta(1, dtype=torch.int64), 2**-16, "tanh"  # a threshold of 1
+            attention_pool.gated_attention_pool_backward(
+                None, scores, h, *weights, None, cu_seqlens, *least, attention_pool.attention_scores(
+                    h, *weights, None, cu_seqlens, *least
+                ), needs,
+            )  # fmt: skip
+            attention_pool.pool_by_scores(scores, h, None, cu_seqlens)
+            attention_pool.pool_by_scores_backward(pooled, scores, h, None, cu_seqlens, [True, True])
 
     names = {kernel.name for kernel in launches("sm_90", run)}
     assert {"forward_kernel", "backward_kernel", "weight_grad_kernel"} <= names

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+COVERING = ("gpu_ops", "gpu_exact", "triton_ops", "triton_pool")  # between them every kernel
 
 
 @pytest.mark.slow
@@ -18,7 +19,7 @@ def test_kernels_in_the_interpreter():
     command += [TESTS / "test_triton_launches.py", TESTS / "test_triton_tensor_cores.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, "--gpu-coverage", *(TESTS / f"test_{name}.py" for name in ("gpu_ops", "gpu_exact", "triton_ops"))],
+        [*command, "--gpu-coverage", *(TESTS / f"test_{name}.py" for name in COVERING)],
         cwd=TESTS.parent,
         env=environment,
         capture_output=True,

@@ -16,6 +16,7 @@ pytest.importorskip("ercn.kernels", reason="this is a source tree that was not i
 FORWARD, BACKWARD = "test_triton_ops.py::test_forward_plans", "test_triton_ops.py::test_backward_plans"
 CORES = "test_triton_tensor_cores.py"
 RAGGED = "test_gpu_ops.py::test_pool_ragged[triton-torch.int32]"
+DROPOUT, BY_SCORES = "test_triton_pool.py::test_scores_with_dropout", "test_triton_pool.py::test_pool_by_scores"
 
 # file, text, what replaces it, the test that finds it
 FAULTS = {
@@ -47,6 +48,19 @@ FAULTS = {
     "weight gradients of earlier rows lost": (
         "attention_pool.py", "ACCUMULATE=first > 0", "ACCUMULATE=False",
         "test_triton_ops.py::test_pool_workspace_in_several_pieces",
+    ),
+    "a word of the generator for its neighbours": (
+        "_dropout.py", "tl.where(lower, a, c), tl.where(lower, b, d)", "tl.where(lower, a, d), tl.where(lower, b, c)",
+        f"{DROPOUT}[rows]",
+    ),
+    "dropout forgotten in the backward": ("attention_pool.py", "        slope *= keep\n", "", f"{DROPOUT}[ragged]"),
+    "instances numbered within a tile": (
+        "attention_pool.py", "dropout_factor(seed, r, i_l", "dropout_factor(seed, r % BLOCK_M, i_l",
+        f"{DROPOUT}_in_several_pieces",
+    ),
+    "masked values pooled": (
+        "attention_pool.py", "inside = real & (r >= start) & (r < after)", "inside = (r >= start) & (r < after)",
+        f"{BY_SCORES}[masked-torch.float32]",
     ),
     "TF32 factors not rounded": (
         "_tiles.py", "x = nearest(x, 13)", "x = x", f"{CORES}::test_affinity_factors_are_rounded[contiguous]",

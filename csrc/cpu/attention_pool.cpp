@@ -1,8 +1,9 @@
-// Gated attention pooling on the CPU, registered as ercn_native::gated_attention_pool_cpu and …_backward_cpu,
-// attention_scores_cpu, pool_by_scores_cpu and …_backward_cpu (LibTorch stable ABI).
+// Gated attention pooling on the CPU: ercn::gated_attention_pool and …_backward, attention_scores, pool_by_scores and
+// …_backward (LibTorch stable ABI).
 //   s = w · (drop(act(V h + b_V)) ⊙ drop(σ(U h + b_U))) + b_w,  a = softmax(s),  z = Σ a h
-// h, the weights and grad_pooled are fp32, fp64 or bf16 of one type, or h is bf16 beside fp32; with any strides. Sums,
-// scores and the gradients of the weights are fp32 (fp64 for fp64).
+// The kernels take h, the weights and grad_pooled in fp32, fp64 or bf16 of one type, or h in bf16 beside fp32, with any
+// strides; other types are converted first. Sums, scores and the kernels' gradients of the weights are fp32 (fp64 for
+// fp64).
 //
 // All bags' instances are one row of numbers, cut into chunks whatever the bags; segments are the bags' shares of
 // chunks. Chunks, superblocks and the order of every sum depend on the shapes and on the mask alone, so results do not
@@ -24,6 +25,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../backend.h"
+#include "convert.h"
 #include "elements.h"
 #include "kernels.h"
 
@@ -604,8 +607,9 @@ void check(const Inputs& in) {
   require(in.u_bias, "u_bias", {L});
   require(in.w_weight, "w_weight", {K, L});
   require(in.w_bias, "w_bias", {K});
-  STD_TORCH_CHECK(!in.seed || (in.seed->is_cpu() && in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1),
-                  "seed must be int64 [1] on the CPU");
+  STD_TORCH_CHECK(
+      !in.seed || (in.seed->is_cpu() && in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1),
+      "seed must be int64 [1] on the CPU");
   STD_TORCH_CHECK(in.dropout_p >= 0 && in.dropout_p <= 1, "dropout_p must be from 0 to 1");
 }
 
@@ -709,30 +713,103 @@ std::tuple<Tensor, Tensor> pool_by_scores_backward_cpu(const Tensor& grad_pooled
   }
 }
 
+// The weights, and h beside them, in types that have kernels.
+struct Converted {
+  Tensor h, v_weight;
+  Optional v_bias, u_weight, u_bias;
+  Tensor w_weight;
+  Optional w_bias;
+
+  Converted(const Tensor& h_, const Tensor& v_weight_, const Optional& v_bias_, const Optional& u_weight_,
+            const Optional& u_bias_, const Tensor& w_weight_, const Optional& w_bias_)
+      : h(h_), v_weight(v_weight_), v_bias(v_bias_), u_weight(u_weight_), u_bias(u_bias_), w_weight(w_weight_),
+        w_bias(w_bias_) {
+    const ScalarType type = h.scalar_type();
+    if (type == v_weight.scalar_type() && type != ScalarType::Half) return;
+    const ScalarType sums = type_of_sums(h, v_weight);
+    h = accepted(h, sums);
+    for (Tensor* x : {&v_weight, &w_weight}) *x = converted(*x, sums);
+    for (Optional* x : {&v_bias, &u_weight, &u_bias, &w_bias}) {
+      if (*x) *x = converted(**x, sums);
+    }
+  }
+};
+
+// That of pooled.
+ScalarType promoted(const Tensor& h, const Tensor& weight) {
+  return h.scalar_type() == weight.scalar_type() ? h.scalar_type() : type_of_sums(h, weight);
+}
+
+Optional converted_if_there(const Optional& x, ScalarType type) { return x ? Optional(converted(*x, type)) : x; }
+
+std::tuple<Tensor, Tensor> gated_attention_pool(
+    const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
+    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens,
+    const Optional& seed, double dropout_p, std::string activation, const std::string& backend) {
+  check_backend(backend, "cpu");
+  const Converted x(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias);
+  const auto [pooled, scores] = gated_attention_pool_cpu(x.h, x.v_weight, x.v_bias, x.u_weight, x.u_bias, x.w_weight,
+                                                         x.w_bias, mask, cu_seqlens, seed, dropout_p, activation);
+  return {converted(pooled, promoted(h, v_weight)), scores};
+}
+
+Tensor attention_scores(
+    const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
+    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens,
+    const Optional& seed, double dropout_p, std::string activation, const std::string& backend) {
+  check_backend(backend, "cpu");
+  const Converted x(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias);
+  return attention_scores_cpu(x.h, x.v_weight, x.v_bias, x.u_weight, x.u_bias, x.w_weight, x.w_bias, mask, cu_seqlens,
+                              seed, dropout_p, activation);
+}
+
+Gradients gated_attention_pool_backward(
+    const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h, const Tensor& v_weight,
+    const Optional& v_bias, const Optional& u_weight, const Optional& u_bias, const Tensor& w_weight,
+    const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, const Optional& seed, double dropout_p,
+    std::string activation, const Tensor& scores, std::vector<bool> needs, const std::string& backend) {
+  check_backend(backend, "cpu");
+  const Converted x(h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias);
+  int64_t wanted = 0;
+  for (size_t i = 0; i < needs.size(); ++i) wanted |= int64_t{needs[i]} << i;
+  const Gradients grads = gated_attention_pool_backward_cpu(
+      converted_if_there(grad_pooled, x.v_weight.scalar_type()), converted_if_there(grad_scores, scores.scalar_type()),
+      x.h, x.v_weight, x.v_bias, x.u_weight, x.u_bias, x.w_weight, x.w_bias, mask, cu_seqlens, seed, dropout_p,
+      activation, torch::stable::contiguous(scores), wanted);
+  const auto as = [](const Tensor& grad, const Optional& of) { return of ? converted(grad, of->scalar_type()) : grad; };
+  return {as(std::get<0>(grads), h),        as(std::get<1>(grads), v_weight), as(std::get<2>(grads), v_bias),
+          as(std::get<3>(grads), u_weight), as(std::get<4>(grads), u_bias),   as(std::get<5>(grads), w_weight),
+          as(std::get<6>(grads), w_bias)};
+}
+
+Tensor pool_by_scores(const Tensor& scores, const Tensor& value, const Optional& mask, const Optional& cu_seqlens,
+                      const std::string& backend) {
+  check_backend(backend, "cpu");
+  const ScalarType sums = type_of_sums(scores, value);
+  const Tensor wide = torch::stable::contiguous(converted(scores, sums));
+  return converted(pool_by_scores_cpu(wide, accepted(value, sums), mask, cu_seqlens), value.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> pool_by_scores_backward(
+    const Tensor& grad_pooled, const Tensor& scores, const Tensor& value, const Optional& mask,
+    const Optional& cu_seqlens, std::vector<bool> needs, const std::string& backend) {
+  check_backend(backend, "cpu");
+  STD_TORCH_CHECK(needs.size() == 2, "needs must have two elements");
+  const ScalarType sums = type_of_sums(scores, value);
+  const Tensor v = accepted(value, sums);
+  const auto [grad_scores, grad_value] = pool_by_scores_backward_cpu(
+      converted(grad_pooled, v.scalar_type()), torch::stable::contiguous(converted(scores, sums)), v, mask, cu_seqlens,
+      needs[0], needs[1]);
+  return {converted(grad_scores, scores.scalar_type()), converted(grad_value, value.scalar_type())};
+}
+
 }  // namespace
 }  // namespace ercn
 
-#define ERCN_POOL_INPUTS                                                                                       \
-  "Tensor h, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias, " \
-  "Tensor? mask, Tensor? cu_seqlens, Tensor? seed, float dropout_p, str activation"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(ercn_native, m) {
-  m.def("gated_attention_pool_cpu(" ERCN_POOL_INPUTS ") -> (Tensor pooled, Tensor scores)");
-  m.def("attention_scores_cpu(" ERCN_POOL_INPUTS ") -> Tensor scores");
-  m.def(
-      "gated_attention_pool_backward_cpu(Tensor? grad_pooled, Tensor? grad_scores, " ERCN_POOL_INPUTS
-      ", Tensor scores, int needs) -> (Tensor grad_h, Tensor grad_v_weight, Tensor grad_v_bias, "
-      "Tensor grad_u_weight, Tensor grad_u_bias, Tensor grad_w_weight, Tensor grad_w_bias)");
-  m.def("pool_by_scores_cpu(Tensor scores, Tensor value, Tensor? mask, Tensor? cu_seqlens) -> Tensor pooled");
-  m.def(
-      "pool_by_scores_backward_cpu(Tensor grad_pooled, Tensor scores, Tensor value, Tensor? mask, Tensor? cu_seqlens, "
-      "bool need_scores, bool need_value) -> (Tensor grad_scores, Tensor grad_value)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ercn_native, CPU, m) {
-  m.impl("gated_attention_pool_cpu", TORCH_BOX(&ercn::gated_attention_pool_cpu));
-  m.impl("attention_scores_cpu", TORCH_BOX(&ercn::attention_scores_cpu));
-  m.impl("gated_attention_pool_backward_cpu", TORCH_BOX(&ercn::gated_attention_pool_backward_cpu));
-  m.impl("pool_by_scores_cpu", TORCH_BOX(&ercn::pool_by_scores_cpu));
-  m.impl("pool_by_scores_backward_cpu", TORCH_BOX(&ercn::pool_by_scores_backward_cpu));
+STABLE_TORCH_LIBRARY_IMPL(ercn, CPU, m) {
+  m.impl("gated_attention_pool", TORCH_BOX(&ercn::gated_attention_pool));
+  m.impl("gated_attention_pool_backward", TORCH_BOX(&ercn::gated_attention_pool_backward));
+  m.impl("attention_scores", TORCH_BOX(&ercn::attention_scores));
+  m.impl("pool_by_scores", TORCH_BOX(&ercn::pool_by_scores));
+  m.impl("pool_by_scores_backward", TORCH_BOX(&ercn::pool_by_scores_backward));
 }

@@ -6,46 +6,38 @@
 namespace ercn::ERCN_ISA {
 
 using Words = Vec<uint32_t>;
+using Wide = Vec<uint64_t>;  // words in the lower halves of the lanes; what the upper ones hold does not matter
 constexpr int kWords = kVecBytes / 4;
 
-// The halves of the 64-bit products of every lane.
-ERCN_INLINE void multiply(Words x, uint32_t factor, Words& high, Words& low) {
+// The 64-bit products of the lower halves.
+ERCN_INLINE Wide multiply(Wide x, uint32_t factor) {
 #if defined(ERCN_AVX512)
-  const auto even = (Vec<uint64_t>)_mm512_maskz_mul_epu32(0xff, (__m512i)x, _mm512_set1_epi32(factor));
-  const auto odd = (Vec<uint64_t>)_mm512_maskz_mul_epu32(
-      0xff, (__m512i)((Vec<uint64_t>)x >> 32), _mm512_set1_epi32(factor));
-  low = __builtin_shufflevector((Words)even, (Words)odd, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-  high = __builtin_shufflevector((Words)even, (Words)odd, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  return (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)x, _mm512_set1_epi64(factor));  // without a mask GCC 12 warns
 #elif defined(ERCN_AVX2)
-  const auto even = (Vec<uint64_t>)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi32(factor));
-  const auto odd = (Vec<uint64_t>)_mm256_mul_epu32((__m256i)((Vec<uint64_t>)x >> 32), _mm256_set1_epi32(factor));
-  low = __builtin_shufflevector((Words)even, (Words)odd, 0, 8, 2, 10, 4, 12, 6, 14);
-  high = __builtin_shufflevector((Words)even, (Words)odd, 1, 9, 3, 11, 5, 13, 7, 15);
+  return (Wide)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
 #elif defined(__SSE2__)
-  const auto even = (Vec<uint64_t>)_mm_mul_epu32((__m128i)x, _mm_set1_epi32(factor));
-  const auto odd = (Vec<uint64_t>)_mm_mul_epu32((__m128i)((Vec<uint64_t>)x >> 32), _mm_set1_epi32(factor));
-  low = __builtin_shufflevector((Words)even, (Words)odd, 0, 4, 2, 6);
-  high = __builtin_shufflevector((Words)even, (Words)odd, 1, 5, 3, 7);
+  return (Wide)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(factor));
 #else
-  for (int i = 0; i < kWords; ++i) {
-    const uint64_t product = static_cast<uint64_t>(x[i]) * factor;
-    low[i] = static_cast<uint32_t>(product);
-    high[i] = static_cast<uint32_t>(product >> 32);
-  }
+  return (x & 0xffffffff) * factor;
 #endif
 }
 
-// Four words for the counters (first, second, third[lane], 0).
-ERCN_INLINE void philox(uint32_t first, uint32_t second, Words third, const uint32_t (&keys)[10][2], Words (&out)[4]) {
-  Words a = Words{} + first, b = Words{} + second, c = third, d = {};
+// Four words for each of the counters (first, second, third + lane, 0): those of even lanes and those of odd ones go
+// side by side, so that no word changes its lane until the end.
+ERCN_INLINE void philox(uint32_t first, uint32_t second, uint32_t third, const uint64_t (&keys)[10][2],
+                        Words (&out)[4]) {
+  Wide even[4] = {Wide{} + first, Wide{} + second, Wide{} + third, {}}, odd[4];
+  for (int i = 0; i < kWords / 2; ++i) even[2][i] += 2 * i;
+  ERCN_UNROLL for (int j = 0; j < 4; ++j) odd[j] = even[j];
+  odd[2] += 1;
   ERCN_UNROLL for (int round = 0; round < 10; ++round) {
-    Words high_a, low_a, high_c, low_c;
-    multiply(a, 0xD2511F53, high_a, low_a);
-    multiply(c, 0xCD9E8D57, high_c, low_c);
-    a = high_c ^ b ^ keys[round][0], b = low_c;
-    c = high_a ^ d ^ keys[round][1], d = low_a;
+    ERCN_UNROLL for (Wide* x : {even, odd}) {
+      const Wide a = multiply(x[0], 0xD2511F53), c = multiply(x[2], 0xCD9E8D57);
+      x[0] = c >> 32 ^ x[1] ^ keys[round][0], x[1] = c;
+      x[2] = a >> 32 ^ x[3] ^ keys[round][1], x[3] = a;
+    }
   }
-  out[0] = a, out[1] = b, out[2] = c, out[3] = d;
+  ERCN_UNROLL for (int j = 0; j < 4; ++j) out[j] = (Words)((even[j] & 0xffffffff) | odd[j] << 32);
 }
 
 }  // namespace ercn::ERCN_ISA

@@ -16,7 +16,7 @@ enum class Activation { tanh, relu, gelu };
 // A unit is dropped where its 16 random bits are below the threshold; the others are scaled. Unit l of instance i takes
 // word (l / 16) % 4 of Philox's counter (i, i >> 32, l / 64 * 16 + l % 16, 0), V its low 16 bits and U its high ones.
 struct Dropout {
-  uint32_t keys[10][2];  // of every round
+  uint64_t keys[10][2];  // of every round, words in 64 bits
   int32_t threshold;
   double scale;
 };
@@ -33,10 +33,10 @@ struct Segment {
   int64_t first, rows, bag;
 };
 
-// One call. h holds E (float, double, or bfloat16 as uint16_t), the weights and pooled W (E, or T), sums are T. Instances are numbered over all bags;
-// `real`, if not null, lists those that the mask keeps, and all else speaks of places in that list: masked ones are
-// never read. Instance i lies at h[i / N * stride_b + i % N * stride_n]; its score at scores[i / N * K * N + k * N + i
-// % N].
+// One call. h holds E (float, double, or bfloat16 as uint16_t), the weights and pooled W (E, or T), sums are T.
+// Instances are numbered over all bags; `real`, if not null, lists those that the mask keeps, and all else speaks of
+// places in that list: masked ones are never read. Instance i lies at h[i / N * stride_b + i % N * stride_n]; its score
+// at scores[i / N * K * N + k * N + i % N].
 template <typename E, typename T, typename W>
 struct Pool {
   const E* h;
@@ -94,7 +94,8 @@ struct PoolKernel {
   // dots, and the parts of max, sum and dot.
   void (*dots)(const Pool<E, T, W>& pool, int64_t begin, int64_t end, void* scratch);
   // dp of a superblock that begins at instance dp_first, part_grads number `part`, and grad_h.
-  void (*backward)(const Pool<E, T, W>& pool, int64_t begin, int64_t end, int64_t dp_first, int64_t part, void* scratch);
+  void (*backward)(const Pool<E, T, W>& pool, int64_t begin, int64_t end, int64_t dp_first, int64_t part,
+                   void* scratch);
   // Of pool_by_scores, after dots: grad_h = aᵀ ĝ, and scores_grad.
   void (*pool_backward)(const Pool<E, T, W>& pool, int64_t begin, int64_t end);
   // grad[l, d] += Σ_i dp[i - first, unit + l] h[i, d] over the superblock's `rows` instances, hidden units [unit, unit

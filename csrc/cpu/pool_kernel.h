@@ -295,14 +295,13 @@ ERCN_INLINE Vec<T> existing(Vec<T> x, int64_t first, int64_t L) {
 
 // Random bits of kDropUnits hidden units from `unit` on, for the chunk's instances.
 template <typename E, typename T, typename W>
-__attribute__((noinline)) void draw(const Pool<E, T, W>& p, int64_t first, int64_t rows, int64_t unit, uint32_t* words) {
-  Words lane;
-  for (int i = 0; i < kWords; ++i) lane[i] = unit / 4 + i;
+__attribute__((noinline)) void draw(const Pool<E, T, W>& p, int64_t first, int64_t rows, int64_t unit,
+                                    uint32_t* words) {
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t i = instance(p, first + m);
     ERCN_UNROLL for (int part = 0; part < 16; part += kWords) {
       Words out[4];
-      philox(static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), lane + part, p.dropout->keys, out);
+      philox(static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), unit / 4 + part, p.dropout->keys, out);
       ERCN_UNROLL for (int j = 0; j < 4; ++j) store(words + m * kDropUnits + j * 16 + part, out[j]);
     }
   }

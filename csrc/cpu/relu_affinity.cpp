@@ -1,20 +1,23 @@
-// ReLU affinity on the CPU, registered as ercn_native::relu_affinity_cpu and …_backward_cpu (LibTorch stable ABI).
+// ReLU affinity on the CPU: ercn::relu_affinity and …_backward (LibTorch stable ABI).
 //   Y = V · A,  A = relu(FᵀF);   dV = G · A;   dF = F · W,  W = 1[FᵀF > 0] ⊙ (VᵀG + GᵀV)
-// V, G [B, C, N] in fp32 or fp64; F [B, D, N] in that type, or bf16 beside fp32; any strides. A and W are symmetric:
-// only blocks on one side of the diagonal are formed, and each serves its rows and its columns. schedule.h says why the
-// result does not depend on threads. Extra memory: packed copies of the inputs and the outputs' sums, O(B · N · (C +
-// D)).
+// V, G [B, C, N] and F [B, D, N], any strides. Sums are fp64 where an input is, else fp32; the kernels read F in that
+// type or in bf16 beside fp32, and other types are converted first. A and W are symmetric: only blocks on one side of
+// the diagonal are formed, and each serves its rows and its columns. schedule.h says why the result does not depend on
+// threads. Extra memory: packed copies of the inputs and the outputs' sums, O(B · N · (C + D)).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "../backend.h"
 #include "affinity_packing.h"
 #include "affinity_pairs.h"
+#include "convert.h"
 #include "kernels.h"
 
 namespace ercn {
@@ -23,29 +26,40 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <typename T>
-constexpr ScalarType scalar_type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-
-// `width` numbers of every pixel of whole blocks. A tensor is the memory, so that torch's allocator sees it.
+// `width` numbers of every pixel of whole blocks, a part of Memory.
 template <typename T>
 class Packed {
  public:
-  Packed(const Tensor& like, int64_t B, int64_t N, int64_t width)
-      : image_(round_up(N, kBlock) * width),
-        width_(width),
-        memory_(torch::stable::new_empty(
-            like, {B * image_}, std::is_same_v<T, uint16_t> ? ScalarType::BFloat16 : scalar_type<T>)) {}
+  Packed(int64_t B, int64_t N, int64_t width) : image_(round_up(N, kBlock) * width), width_(width), images_(B) {}
+
+  int64_t bytes() const { return round_up(images_ * image_ * static_cast<int64_t>(sizeof(T)), kLine); }
+  void place(char* memory) { numbers_ = reinterpret_cast<T*>(memory); }
 
   // The numbers of image b from pixel n0 on, the first of a block; null where the width is 0.
-  T* at(int64_t b, int64_t n0 = 0) const {
-    return width_ ? static_cast<T*>(memory_.mutable_data_ptr()) + b * image_ + n0 * width_ : nullptr;
-  }
+  T* at(int64_t b, int64_t n0 = 0) const { return width_ ? numbers_ + b * image_ + n0 * width_ : nullptr; }
   T* at(const Block& block) const { return at(block.b, block.n0); }
   void zero(const Block& block) const { std::fill_n(at(block), kBlock * width_, T(0)); }
 
+  static constexpr int64_t kLine = 64;
+
  private:
-  int64_t image_, width_;
-  Tensor memory_;
+  int64_t image_, width_, images_;
+  T* numbers_ = nullptr;
+};
+
+// What is packed, in one piece. It is a tensor, so that torch's allocator sees it.
+class Memory {
+ public:
+  template <typename... Parts>
+  Memory(const Tensor& like, Parts&... parts)
+      : tensor_(torch::stable::new_empty(like, {(parts.bytes() + ... + Packed<char>::kLine)}, ScalarType::Byte)) {
+    char* next = static_cast<char*>(tensor_.mutable_data_ptr());
+    next += -reinterpret_cast<intptr_t>(next) & (Packed<char>::kLine - 1);
+    ((parts.place(next), next += parts.bytes()), ...);
+  }
+
+ private:
+  Tensor tensor_;
 };
 
 // From: feat's element in memory, E: in the panels, T: of all else.
@@ -56,9 +70,10 @@ Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Te
   if (B * C * N == 0) return out;
   constexpr int side = sizeof(E) == 2 ? 2 : 1;
   const int64_t depth = round_up(D, side), channels = round_up(C, kChannels);
-  const Packed<E> panels(feat, B, N, depth);
-  const Packed<T> values(feat, B, N, channels), units(feat, B, N, channels), column_sums(feat, B, N, channels),
-      row_sums(feat, B, N, channels * kUnit<T>);
+  Packed<E> panels(B, N, depth);
+  Packed<T> values(B, N, channels), units(B, N, channels), column_sums(B, N, channels),
+      row_sums(B, N, channels * kUnit<T>);
+  const Memory memory(feat, panels, values, units, column_sums, row_sums);
   std::vector<AffinityImage<E, T>> images;
   for (int64_t b = 0; b < B; ++b) {
     images.push_back({.feat = panels.at(b),
@@ -92,11 +107,12 @@ std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Te
   const int64_t B = feat.size(0), C = value.size(1), D = feat.size(1), N = feat.size(2);
   const int64_t feat_row = round_up(D, kernel.strip), channels = round_up(C, kChannels);
   const int64_t summed = need_value ? channels : 0;
-  const Packed<T> out_feat(feat, B, N, feat_row), column_sums(feat, B, N, summed),
-      row_sums(feat, B, N, summed * kUnit<T>);
+  Packed<T> out_feat(B, N, feat_row), column_sums(B, N, summed), row_sums(B, N, summed * kUnit<T>);
+  const Memory sums(feat, out_feat, column_sums, row_sums);
   if (B * N > 0) {  // what is packed is freed before the gradients exist as tensors
-    const Packed<T> panels(feat, B, N, D), strips(feat, B, N, feat_row), values(feat, B, N, channels),
-        grads(feat, B, N, channels), units(feat, B, N, summed);
+    Packed<T> panels(B, N, D), strips(B, N, feat_row), values(B, N, channels), grads(B, N, channels),
+        units(B, N, summed);
+    const Memory memory(feat, panels, strips, values, grads, units);
     std::vector<AffinityImage<T, T>> images;
     for (int64_t b = 0; b < B; ++b) {
       images.push_back({.feat = panels.at(b),
@@ -135,55 +151,68 @@ std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Te
   return {grad_value, grad_feat};
 }
 
+bool is_floating(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+    case ScalarType::Float8_e5m2:
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2fnuz:
+    case ScalarType::Float8_e4m3fnuz: return true;
+    default: return false;
+  }
+}
+
 void check(const Tensor& tensor, const char* name, const Tensor& feat) {
   STD_TORCH_CHECK(feat.dim() == 3, "feat must be [B, D, N], it has ", feat.dim(), " dimensions");
   STD_TORCH_CHECK(
       tensor.dim() == 3 && tensor.size(0) == feat.size(0) && tensor.size(2) == feat.size(2),
       name, " must be [B, C, N] with feat's B and N");
   STD_TORCH_CHECK(tensor.is_cpu() && feat.is_cpu(), name, " and feat must be on the CPU");
-  const bool bf16 = feat.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(
-      tensor.scalar_type() == (bf16 ? ScalarType::Float : feat.scalar_type()) &&
-          (bf16 || feat.scalar_type() == ScalarType::Float || feat.scalar_type() == ScalarType::Double),
-      name, " and feat must both be float32 or both float64, or feat bfloat16 and ", name, " float32");
+      is_floating(tensor.scalar_type()) && is_floating(feat.scalar_type()), name, " and feat must be floating point");
 }
 
-Tensor relu_affinity_cpu(const Tensor& value, const Tensor& feat) {
+Tensor relu_affinity(const Tensor& value, const Tensor& feat, const std::string& backend) {
+  check_backend(backend, "cpu");
   check(value, "value", feat);
   const Kernels& k = kernels(isa());
-  switch (feat.scalar_type()) {
-    case ScalarType::Double: return forward<double>(k.affinity_double, value, feat);
-    case ScalarType::Float: return forward<float>(k.affinity_float, value, feat);
+  const ScalarType sums = type_of_sums(value, feat);
+  const Tensor v = converted(value, sums), f = accepted(feat, sums);
+  switch (f.scalar_type()) {
+    case ScalarType::Double: return forward<double>(k.affinity_double, v, f);
+    case ScalarType::Float: return forward<float>(k.affinity_float, v, f);
     default:
-      return k.affinity_bf16.pair ? forward<uint16_t>(k.affinity_bf16, value, feat)
-                                  : forward<uint16_t>(k.affinity_float, value, feat);
+      return k.affinity_bf16.pair ? forward<uint16_t>(k.affinity_bf16, v, f)
+                                  : forward<uint16_t>(k.affinity_float, v, f);
   }
 }
 
-std::tuple<Tensor, Tensor> relu_affinity_backward_cpu(
-    const Tensor& grad_out, const Tensor& value, const Tensor& feat, bool need_value) {
+std::tuple<Tensor, Tensor> relu_affinity_backward(
+    const Tensor& grad_out, const Tensor& value, const Tensor& feat, bool need_value, const std::string& backend) {
+  check_backend(backend, "cpu");
   check(grad_out, "grad_out", feat);
   check(value, "value", feat);
   STD_TORCH_CHECK(grad_out.size(1) == value.size(1), "grad_out must have value's shape");
   const Kernels& k = kernels(isa());
-  switch (feat.scalar_type()) {
-    case ScalarType::Double: return backward<double>(k.affinity_double, grad_out, value, feat, need_value);
-    case ScalarType::Float: return backward<float>(k.affinity_float, grad_out, value, feat, need_value);
-    default: return backward<uint16_t>(k.affinity_float, grad_out, value, feat, need_value);
-  }
+  const ScalarType sums = type_of_sums(value, feat);
+  const Tensor g = converted(grad_out, sums), v = converted(value, sums), f = accepted(feat, sums);
+  const std::tuple<Tensor, Tensor> grads = [&] {
+    switch (f.scalar_type()) {
+      case ScalarType::Double: return backward<double>(k.affinity_double, g, v, f, need_value);
+      case ScalarType::Float: return backward<float>(k.affinity_float, g, v, f, need_value);
+      default: return backward<uint16_t>(k.affinity_float, g, v, f, need_value);
+    }
+  }();
+  return {converted(std::get<0>(grads), value.scalar_type()), converted(std::get<1>(grads), feat.scalar_type())};
 }
 
 }  // namespace
 }  // namespace ercn
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ercn_native, m) {
-  m.def("relu_affinity_cpu(Tensor value, Tensor feat) -> Tensor");
-  m.def(
-      "relu_affinity_backward_cpu(Tensor grad_out, Tensor value, Tensor feat, bool need_value)"
-      " -> (Tensor grad_value, Tensor grad_feat)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ercn_native, CPU, m) {
-  m.impl("relu_affinity_cpu", TORCH_BOX(&ercn::relu_affinity_cpu));
-  m.impl("relu_affinity_backward_cpu", TORCH_BOX(&ercn::relu_affinity_backward_cpu));
+STABLE_TORCH_LIBRARY_IMPL(ercn, CPU, m) {
+  m.impl("relu_affinity", TORCH_BOX(&ercn::relu_affinity));
+  m.impl("relu_affinity_backward", TORCH_BOX(&ercn::relu_affinity_backward));
 }

@@ -1,5 +1,5 @@
-// Gated attention pooling on CUDA, registered as ercn_native::gated_attention_pool_cuda, attention_scores_cuda,
-// pool_by_scores_cuda and …_backward_cuda (LibTorch stable ABI).
+// Gated attention pooling on CUDA: ercn_native::gated_attention_pool_cuda, attention_scores_cuda, pool_by_scores_cuda
+// and …_backward_cuda, which Python calls, and their ercn::* for processes without it (LibTorch stable ABI).
 //   s = w · (drop(act(V h + b_V)) ⊙ drop(σ(U h + b_U))) + b_w,   a = softmax(s),   z = Σ a h
 // h [B, N, D] or ragged [T, D], the weights and grad_pooled are fp32, bf16 or fp16 of one type, with any strides;
 // scores and sums are fp32. Here: checks, and which kernels run.
@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "alone.h"
 #include "library.h"
 #include "pool/pool.h"
 #if ERCN_SM90
@@ -217,3 +218,63 @@ ERCN_REGISTER(STABLE_TORCH_LIBRARY_IMPL, ERCN_LIBRARY, ERCN_DISPATCH_KEY, m) {
   m.impl("pool_by_scores_cuda", TORCH_BOX(&ercn::pool_by_scores));
   m.impl("pool_by_scores_backward_cuda", TORCH_BOX(&ercn::pool_by_scores_backward));
 }
+
+#ifndef ERCN_EMULATED
+namespace ercn {
+namespace {
+
+std::tuple<Tensor, Tensor> gated_attention_pool_alone(
+    const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
+    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens,
+    const Optional& seed, double dropout_p, std::string activation, const std::string& backend) {
+  return gated_attention_pool(
+      h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, seed, dropout_p, activation,
+      exact_alone(h), kernels_alone(backend));
+}
+
+Tensor attention_scores_alone(
+    const Tensor& h, const Tensor& v_weight, const Optional& v_bias, const Optional& u_weight, const Optional& u_bias,
+    const Tensor& w_weight, const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens,
+    const Optional& seed, double dropout_p, std::string activation, const std::string& backend) {
+  return attention_scores(
+      h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, seed, dropout_p, activation,
+      exact_alone(h), kernels_alone(backend));
+}
+
+Gradients gated_attention_pool_backward_alone(
+    const Optional& grad_pooled, const Optional& grad_scores, const Tensor& h, const Tensor& v_weight,
+    const Optional& v_bias, const Optional& u_weight, const Optional& u_bias, const Tensor& w_weight,
+    const Optional& w_bias, const Optional& mask, const Optional& cu_seqlens, const Optional& seed, double dropout_p,
+    std::string activation, const Tensor& scores, std::vector<bool> needs, const std::string& backend) {
+  int64_t wanted = 0;
+  for (size_t i = 0; i < needs.size(); ++i) wanted |= int64_t{needs[i]} << i;
+  return gated_attention_pool_backward(
+      grad_pooled, grad_scores, h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, seed,
+      dropout_p, activation, scores, wanted, exact_alone(h), kernels_alone(backend));
+}
+
+Tensor pool_by_scores_alone(const Tensor& scores, const Tensor& value, const Optional& mask, const Optional& cu_seqlens,
+                            const std::string& backend) {
+  check_backend(backend, "cuda");
+  return pool_by_scores(scores, value, mask, cu_seqlens);
+}
+
+std::tuple<Tensor, Tensor> pool_by_scores_backward_alone(
+    const Tensor& grad_pooled, const Tensor& scores, const Tensor& value, const Optional& mask,
+    const Optional& cu_seqlens, std::vector<bool> needs, const std::string& backend) {
+  check_backend(backend, "cuda");
+  STD_TORCH_CHECK(needs.size() == 2, "needs must have two elements");
+  return pool_by_scores_backward(grad_pooled, scores, value, mask, cu_seqlens, needs[0], needs[1]);
+}
+
+}  // namespace
+}  // namespace ercn
+
+STABLE_TORCH_LIBRARY_IMPL(ercn, CUDA, m) {
+  m.impl("gated_attention_pool", TORCH_BOX(&ercn::gated_attention_pool_alone));
+  m.impl("gated_attention_pool_backward", TORCH_BOX(&ercn::gated_attention_pool_backward_alone));
+  m.impl("attention_scores", TORCH_BOX(&ercn::attention_scores_alone));
+  m.impl("pool_by_scores", TORCH_BOX(&ercn::pool_by_scores_alone));
+  m.impl("pool_by_scores_backward", TORCH_BOX(&ercn::pool_by_scores_backward_alone));
+}
+#endif

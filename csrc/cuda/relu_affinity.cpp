@@ -1,4 +1,5 @@
-// ReLU affinity on CUDA, registered as ercn_native::relu_affinity_cuda and …_backward_cuda (LibTorch stable ABI).
+// ReLU affinity on CUDA: ercn_native::relu_affinity_cuda and …_backward_cuda, which Python calls, and their ercn::* for
+// processes without it (LibTorch stable ABI).
 //   Y = V · A,  A = relu(FᵀF);   dV = G · A;   dF = F · W,  W = 1[FᵀF > 0] ⊙ (VᵀG + GᵀV)
 // V, G [B, C, N] and F [B, D, N] in fp32, bf16 or fp16, any strides; Y in fp32. Here: checks, and which kernels run.
 #include <string>
@@ -6,6 +7,7 @@
 
 #include "affinity/affinity.h"
 #include "affinity/tiles.h"
+#include "alone.h"
 #include "library.h"
 #if ERCN_SM90
 #include "sm90/affinity.h"
@@ -95,3 +97,25 @@ ERCN_REGISTER(STABLE_TORCH_LIBRARY_IMPL, ERCN_LIBRARY, ERCN_DISPATCH_KEY, m) {
 ERCN_REGISTER(STABLE_TORCH_LIBRARY_IMPL, ERCN_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("relu_affinity_most_features", TORCH_BOX(&ercn::most_features));
 }
+
+#ifndef ERCN_EMULATED
+namespace ercn {
+namespace {
+
+Tensor relu_affinity_alone(const Tensor& value, const Tensor& feat, const std::string& backend) {
+  return relu_affinity(value, feat, exact_alone(feat), kernels_alone(backend));
+}
+
+std::tuple<Tensor, Tensor> relu_affinity_backward_alone(
+    const Tensor& grad_out, const Tensor& value, const Tensor& feat, bool need_value, const std::string& backend) {
+  return relu_affinity_backward(grad_out, value, feat, need_value, exact_alone(feat), kernels_alone(backend));
+}
+
+}  // namespace
+}  // namespace ercn
+
+STABLE_TORCH_LIBRARY_IMPL(ercn, CUDA, m) {
+  m.impl("relu_affinity", TORCH_BOX(&ercn::relu_affinity_alone));
+  m.impl("relu_affinity_backward", TORCH_BOX(&ercn::relu_affinity_backward_alone));
+}
+#endif

@@ -99,13 +99,7 @@ def sources() -> list[str]:
 
 
 def objects(macros: list[tuple[str, str]]) -> list[str]:
-    """Compile every .cu file, those that changed alone, and return the object files.
-
-    ERCN_CUDA_OBJECTS is the folder of a build for another Python, whose objects are taken as they are: they know
-    neither Python nor, by the stable ABI, torch's version.
-    """
-    if folder := os.environ.get("ERCN_CUDA_OBJECTS"):
-        return re.findall(r"^build (\S+):", Path(folder, "build.ninja").read_text(), re.MULTILINE)
+    """Compile every .cu file, those that changed alone, and return the object files."""
     files = sorted(glob("csrc/cuda/**/*.cu", recursive=True))
     if HOPPER not in archs():
         files = [file for file in files if "/sm90/" not in file]
@@ -118,15 +112,10 @@ def objects(macros: list[tuple[str, str]]) -> list[str]:
         outputs.append(output)
     (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
     if outputs:
-        compile_objects()
+        ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([*ninja, "-f", str(BUILD / "build.ninja"), *jobs], check=True)
     return outputs
-
-
-def compile_objects() -> None:
-    """Bring what the last build compiled up to date."""
-    ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    subprocess.run([*ninja, "-f", str(BUILD / "build.ninja"), *jobs], check=True)
 
 
 def _rules(macros: list[tuple[str, str]]) -> list[str]:

@@ -68,6 +68,15 @@ def requested(backend: str | None) -> str:
     return backend or _override
 
 
+def takes_cpu(backend: str) -> bool:
+    """Whether ``launch`` would take the ``cpu`` row for tensors on the CPU, if that takes every argument of the op."""
+    row = TABLE[0]
+    if row.launcher is not cpu or cpu.unavailable() is not None:
+        return False
+    name = backend or os.environ.get("ERCN_BACKEND", "")
+    return row.automatic if not name else name == row.name
+
+
 def launch(op: str, backend: str, *args):
     """Run ``op`` on ``backend``, else on ``ERCN_BACKEND``, else on the first automatic row that can."""
     if name := backend or os.environ.get("ERCN_BACKEND", ""):

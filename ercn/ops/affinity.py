@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ercn.ops import _backends, _library
+from ercn.ops import _backends, _library, reference
 from ercn.ops.reference import accumulate_dtype
 
 
@@ -30,7 +30,10 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
-        NotImplementedError: double backward or forward-mode AD; ``torch.func.grad`` and ``jacrev`` raise torch's error.
+        NotImplementedError: a third derivative. The first two are there, in reverse and forward mode, and so are
+            ``vmap`` and the transforms of ``torch.func``, which except for ``vmap`` break the graph of torch.compile.
+            The kink at T = 0 has no second derivative. Beyond the first gradient and the tangent of value they are
+            plain torch in part, blockwise, on every backend.
 
     FLOPs are 2·B·N²·(D + C) counted densely; memory is O(B·N·(C + D)). Two runs on one machine are bit-equal.
     Under autocast ``feat`` is cast to autocast's dtype and ``value`` is not.
@@ -42,9 +45,9 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
     tensor([[[2., 0., 4.]]])
     """
     _check_pair("value", value, feat)
-    _library.refuse_forward_mode("relu_affinity", value, feat)
-    out = torch.ops.ercn.relu_affinity(_flat(value), _flat(feat), _backends.requested(backend))
-    return out.view(value.shape)
+    if value.dim() == 3:
+        return _relu_affinity(value, feat, _backends.requested(backend))
+    return _relu_affinity(value.flatten(2), feat.flatten(2), _backends.requested(backend)).view(value.shape)
 
 
 def affinity_propagate(
@@ -91,33 +94,111 @@ def affinity_propagate(
     _check_pair("cam", cam, feat)
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
-    _library.refuse_forward_mode("relu_affinity", cam, feat)
+    settings = eps, normalize, steps, _backends.requested(backend)
+    if _library.is_plain_eager(cam, feat):
+        return _SingleLevelPropagation.apply(cam, feat, *settings)
+    return _propagated(cam, feat, *settings)
+
+
+def _propagated(cam: Tensor, feat: Tensor, eps: float, normalize: bool, steps: int, backend: str) -> Tensor:
+    """As a composition of differentiable parts."""
     acc = accumulate_dtype(cam, feat)
     f = _flat(feat)
     if normalize:
         wide = f.to(acc)
         f = (wide / (torch.linalg.vector_norm(wide, dim=1, keepdim=True) + eps)).to(feat.dtype)
-    backend = _backends.requested(backend)
     out = _flat(cam).to(acc)
     ones = out.new_ones(out.shape[0], 1, out.shape[2])
     for _ in range(steps):
         # The row of ones meets the same rounded affinities, so numerator and denominator round alike.
-        product = torch.ops.ercn.relu_affinity(torch.cat([out, ones], dim=1), f, backend)
+        product = _relu_affinity(torch.cat([out, ones], dim=1), f, backend)
         out = product[:, :-1] / (product[:, -1:] + eps)
     return out.reshape(cam.shape).to(cam.dtype)
+
+
+class _SingleLevelPropagation(torch.autograd.Function):
+    """The same with both directions written out, which saves most of the time of a small call."""
+
+    @staticmethod
+    def forward(ctx, cam, feat, eps, normalize, steps, backend):
+        ctx.settings = eps, normalize, steps, backend
+        acc = accumulate_dtype(cam, feat)
+        f = _flat(feat)
+        norm = divisor = None
+        if normalize:
+            wide = _to(f, acc)
+            norm = torch.linalg.vector_norm(wide, 2, 1, True)
+            divisor = norm + eps
+            f = _to(wide / divisor, feat.dtype)
+        out = _to(_flat(cam), acc)
+        ones = out.new_ones(out.shape[0], 1, out.shape[2])
+        parts = out.shape[1], 1
+        kept = []
+        for _ in range(steps):
+            value = torch.cat((out, ones), 1)
+            product, denominator = torch.split_with_sizes(_library.run(_FORWARD, value, f, backend), parts, 1)
+            out = product / denominator.add_(eps)
+            kept += (value, denominator, out)
+        ctx.save_for_backward(cam, feat, norm, divisor, f, *kept)
+        return _to(_shaped(out, cam), cam.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        cam, feat, norm, divisor, f, *kept = ctx.saved_tensors
+        backend = ctx.settings[-1]
+        need_cam, need_feat, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a derivative of this is asked for
+            inputs = [x for x, need in ((cam, need_cam), (feat, need_feat)) if need]
+            out = _propagated(cam, feat, *ctx.settings)
+            grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
+            return next(grads) if need_cam else None, next(grads) if need_feat else None, None, None, None, None
+        acc = kept[0].dtype
+        grad = _to(_flat(grad_out), acc)
+        channels, total = grad.shape[1], None
+        for step in range(len(kept) - 3, -1, -3):
+            value, denominator, out = kept[step : step + 3]
+            grad = grad / denominator
+            grad = torch.cat((grad, (grad * out).sum(1, True).neg_()), 1)
+            need_value = need_cam or step > 0
+            if need_feat:
+                grad, part = _library.run(_BACKWARD, grad, value, f, need_value, backend)
+                total = _to(part, acc) if total is None else total + part
+            else:
+                grad = _library.run(_FORWARD, grad, f, backend)
+            if need_value:
+                grad = grad.narrow(1, 0, channels)
+        grad_cam = _to(_shaped(grad, cam), cam.dtype) if need_cam else None
+        if not need_feat:
+            return grad_cam, None, None, None, None, None
+        if norm is not None:  # of x / (|x| + eps), whose second term is 0 where x is
+            wide = _to(_flat(feat), acc)
+            along = (wide * total).sum(1, True) / (norm * divisor).clamp_min_(_TINY)
+            total = torch.addcmul(total, wide, along, value=-1) / divisor
+        return grad_cam, _to(_shaped(total, feat), feat.dtype), None, None, None, None
+
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.flatten(2) if x.dim() == 4 else x
 
 
+def _shaped(x: Tensor, like: Tensor) -> Tensor:
+    return x.reshape(like.shape) if like.dim() == 4 else x
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _check_pair(name: str, value: Tensor, feat: Tensor) -> None:
-    wanted = f"{name} must be [B, C, N] with feat [B, D, N], or [B, C, H, W] with feat [B, D, H, W]"
-    got = f"got {name} {list(value.shape)}, feat {list(feat.shape)}"
-    if value.dim() != feat.dim() or value.dim() not in (3, 4):
-        raise ValueError(f"{wanted}; {got}")
-    if value.shape[0] != feat.shape[0] or value.shape[2:] != feat.shape[2:]:
-        raise ValueError(f"{wanted}; {got}")
+    v, f = value.shape, feat.shape
+    if len(v) != len(f) or len(v) not in (3, 4) or v[0] != f[0] or v[2:] != f[2:]:
+        raise ValueError(
+            f"{name} must be [B, C, N] with feat [B, D, N], or [B, C, H, W] with feat [B, D, H, W]; "
+            f"got {name} {list(v)}, feat {list(f)}"
+        )
     if not (value.is_floating_point() and feat.is_floating_point()):
         raise ValueError(f"{name} and feat must be floating point; got {value.dtype} and {feat.dtype}")
     if value.device != feat.device:
@@ -141,40 +222,125 @@ def _(grad_out, value, feat, need_value, backend=""):
     return value.new_empty(value.shape if need_value else 0), feat.new_empty(feat.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    value, feat, ctx.backend = inputs
-    ctx.value_dtype = value.dtype
-    ctx.save_for_backward(value if ctx.needs_input_grad[1] else None, feat)
+class _Affinity(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        value, feat, ctx.backend = inputs
+        ctx.value_dtype = value.dtype
+        ctx.save_for_backward(value if ctx.needs_input_grad[1] else None, feat)
+        _library.save_for_forward(ctx, value, feat)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        value, feat = ctx.saved_tensors
+        need_value, need_feat, *_ = ctx.needs_input_grad
+        if not need_feat:  # the op is its own adjoint
+            return _relu_affinity(grad_out, feat, ctx.backend).to(ctx.value_dtype), None, None
+        grad_value, grad_feat = _relu_affinity_backward(grad_out, value, feat, need_value, ctx.backend)
+        return grad_value if need_value else None, grad_feat, None
+
+    @staticmethod
+    def jvp(ctx, value_tangent, feat_tangent, _):
+        value, feat = ctx.saved_tensors
+        along_value = _relu_affinity(value_tangent, feat, ctx.backend)
+        return along_value + _Derivative.apply(value, feat_tangent, feat, feat).to(along_value.dtype)
 
 
-def _backward(ctx, grad_out):
-    value, feat = ctx.saved_tensors
-    need_value, need_feat, *_ = ctx.needs_input_grad
-    if not need_feat:  # the op is its own adjoint
-        return _FORWARD(grad_out, feat, ctx.backend).to(ctx.value_dtype), None, None
-    grad_value, grad_feat = _BACKWARD(grad_out, value, feat, need_value, ctx.backend)
-    return grad_value if need_value else None, grad_feat, None
+class _AffinityBackward(torch.autograd.Function):
+    """(G·A, F·W) with W = 1[T>0] ⊙ (VᵀG + GᵀV). For cotangents (Y, X) of the two, and S = FᵀX + XᵀF:
+
+        dG = Y·A + V·(1 ⊙ S),   dV = G·(1 ⊙ S),   dF = F·(1 ⊙ (GᵀY + YᵀG)) + X·W
+    """
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_out, value, feat, ctx.need_value, ctx.backend = inputs
+        ctx.save_for_backward(grad_out, value, feat)
+        _library.save_for_forward(ctx, grad_out, value, feat)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, y, x):
+        grad_out, value, feat = ctx.saved_tensors
+        need_grad, need_value, need_feat, *_ = ctx.needs_input_grad
+        along_grad = along_value = along_feat = None
+        if y is not None and ctx.need_value:
+            along_grad, along_feat = _relu_affinity_backward(y, grad_out, feat, True, ctx.backend)
+            along_grad = along_grad.to(grad_out.dtype)
+        if x is not None:
+            if need_grad:
+                along_grad = _sum(along_grad, _Derivative.apply(value, feat, x, feat).to(grad_out.dtype))
+            if need_value:
+                along_value = _Derivative.apply(grad_out, feat, x, feat).to(value.dtype)
+            if need_feat:
+                along_feat = _sum(along_feat, _Derivative.apply(x, value, grad_out, feat).to(feat.dtype))
+        return along_grad if need_grad else None, along_value, along_feat if need_feat else None, None, None
+
+    @staticmethod
+    def jvp(ctx, grad_tangent, value_tangent, feat_tangent, *_):
+        grad_out, value, feat = ctx.saved_tensors
+        grad_tangent, value_tangent, feat_tangent = (
+            torch.zeros_like(x) if t is None else t
+            for t, x in ((grad_tangent, grad_out), (value_tangent, value), (feat_tangent, feat))
+        )
+        moved = _Derivative.apply(feat_tangent, value, grad_out, feat)
+        moved = moved + _Derivative.apply(feat, value_tangent, grad_out, feat)
+        moved = (moved + _Derivative.apply(feat, value, grad_tangent, feat)).to(feat.dtype)
+        if not ctx.need_value:
+            return value.new_zeros(0), moved
+        along = _relu_affinity(grad_tangent, feat, ctx.backend) + _Derivative.apply(grad_out, feat_tangent, feat, feat)
+        return along.to(value.dtype), moved
 
 
-torch.library.register_autograd(_FORWARD, _backward, setup_context=_setup_context)
-_library.refuse_double_backward(_BACKWARD)
-_library.autocast(_FORWARD, lambda cast, args: (args[0], cast(args[1]), *args[2:]))
+class _Derivative(torch.autograd.Function):
+    """``reference.relu_affinity_derivative``, which has no derivative of its own here."""
+
+    @staticmethod
+    def forward(left, p, q, feat):
+        return reference.relu_affinity_derivative(left, p, q, feat)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "relu_affinity has no third derivative: differentiate value @ relu(feat.mT @ feat) in plain torch instead"
+        )
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        folded = (_library.fold(dim, info.batch_size, x) for dim, x in zip(in_dims, args))
+        return _Derivative.apply(*folded).unflatten(0, (info.batch_size, -1)), 0
 
 
-@torch.library.register_vmap(_FORWARD)
-def _(info, in_dims, value, feat, backend=""):
+def _sum(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+def _map(op, info, in_dims, value, feat, backend=""):
     size = info.batch_size
-    out = _FORWARD(_library.fold(in_dims[0], size, value), _library.fold(in_dims[1], size, feat), backend)
+    out = op(_library.fold(in_dims[0], size, value), _library.fold(in_dims[1], size, feat), backend)
     return out.unflatten(0, (size, -1)), 0
 
 
-@torch.library.register_vmap(_BACKWARD)
-def _(info, in_dims, grad_out, value, feat, need_value, backend=""):
+def _map_backward(op, info, in_dims, grad_out, value, feat, need_value, backend=""):
     size = info.batch_size
     folded = (_library.fold(dim, size, x) for dim, x in zip(in_dims, (grad_out, value, feat)))
-    grad_value, grad_feat = _BACKWARD(*folded, need_value, backend)
+    grad_value, grad_feat = op(*folded, need_value, backend)
     grad_value = grad_value.unflatten(0, (size, -1)) if need_value else grad_value
     return (grad_value, grad_feat.unflatten(0, (size, -1))), (0 if need_value else None, 0)
+
+
+def _cast(cast, args):
+    return (args[0], cast(args[1]), *args[2:])
+
+
+_relu_affinity = _library.join(_FORWARD, _Affinity, _map, _cast)
+_relu_affinity_backward = _library.join(_BACKWARD, _AffinityBackward, _map_backward)
 
 
 @register_flop_formula(torch.ops.ercn.relu_affinity)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ercn.ops import _backends, _library
-from ercn.ops.reference import ACTIVATIONS, accumulate_dtype
+from ercn.ops import _backends, _derivative, _library, reference
+from ercn.ops.reference import ACTIVATIONS, accumulate_dtype, bag_slices
 
 _MASKED = float("-inf")
 
@@ -67,7 +67,10 @@ def gated_attention_pool(
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
-        NotImplementedError: double backward or forward-mode AD; ``torch.func.grad`` and ``jacrev`` raise torch's error.
+
+    All derivatives are there, in reverse and forward mode, and so are ``vmap`` and the transforms of ``torch.func``,
+    which except for ``vmap`` break the graph of torch.compile. Beyond the first gradient, which the kernels compute,
+    they are plain torch on every backend, with O(N·L) memory.
 
     FLOPs are 4·B·N·D·L for the projections (2·B·N·D·L ungated) and 2·B·N·K·(L + D). No [N, L] activation and no mask of
     the dropout is kept: the backward computes them again. Two runs on one machine are bit-equal, with dropout under the
@@ -94,8 +97,7 @@ def gated_attention_pool(
     alone, mask, *arguments = _prepared(
         h, weights, mask, key_padding_mask, cu_seqlens, activation, dropout_p, generator, masked_score
     )
-    _library.refuse_forward_mode("gated_attention_pool", h, *weights)
-    pooled, scores = torch.ops.ercn.gated_attention_pool(*arguments, _backends.requested(backend))
+    pooled, scores = _gated_attention_pool(*arguments, _backends.requested(backend))
     scores = _with_masked_score(scores, mask, masked_score)
     return (pooled.squeeze(0), scores.squeeze(0)) if alone else (pooled, scores)
 
@@ -133,7 +135,7 @@ def attention_scores(
         input is, else float32.
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: as ``gated_attention_pool``.
+        ValueError, RuntimeError: as ``gated_attention_pool``, and so are derivatives.
 
     FLOPs are those of the projections and 2·B·N·K·L. Determinism, dropout and source as ``gated_attention_pool``.
 
@@ -147,8 +149,7 @@ def attention_scores(
     alone, mask, *arguments = _prepared(
         h, weights, mask, key_padding_mask, cu_seqlens, activation, dropout_p, generator, masked_score
     )
-    _library.refuse_forward_mode("attention_scores", h, *weights)
-    scores = torch.ops.ercn.attention_scores(*arguments, _backends.requested(backend))
+    scores = _attention_scores(*arguments, _backends.requested(backend))
     scores = _with_masked_score(scores, mask, masked_score)
     return scores.squeeze(0) if alone else scores
 
@@ -178,7 +179,7 @@ def pool_by_scores(
         empty or fully masked bag gives 0 and zero gradients. Differentiable in scores and value.
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: as ``gated_attention_pool``.
+        ValueError, RuntimeError: as ``gated_attention_pool``, and so are derivatives.
 
     FLOPs are 2·B·N·K·D; value is read once, and once more in the backward. Two runs on one machine are bit-equal. Under
     autocast ``value`` is cast to autocast's dtype and ``scores`` is not.
@@ -204,10 +205,9 @@ def pool_by_scores(
         raise ValueError(f"scores and value must be on one device; got {scores.device} and {value.device}")
     _check_bounds(value, cu_seqlens)
     mask = _real_instances(value, mask, key_padding_mask, cu_seqlens)
-    _library.refuse_forward_mode("pool_by_scores", scores, value)
     if alone:
         scores, value = scores.unsqueeze(0), value.unsqueeze(0)
-    pooled = torch.ops.ercn.pool_by_scores(scores, value, mask, cu_seqlens, _backends.requested(backend))
+    pooled = _pool_by_scores(scores, value, mask, cu_seqlens, _backends.requested(backend))
     return pooled.squeeze(0) if alone else pooled
 
 
@@ -305,39 +305,41 @@ def _warn_once(message: str) -> None:
         warnings.warn_explicit(message, UserWarning, *site)
 
 
-_WEIGHTS = ("v_weight", "v_bias", "u_weight", "u_bias", "w_weight", "w_bias")
-
-
 def _check(h, weights, cu_seqlens) -> None:
-    v_weight, _, u_weight, u_bias, w_weight, _ = weights
-    if h.dim() != 2 and (h.dim() != 3 or cu_seqlens is not None):
+    v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = weights
+    of_h, of_v, of_w = h.shape, v_weight.shape, w_weight.shape
+    if len(of_h) != 2 and (len(of_h) != 3 or cu_seqlens is not None):
         raise ValueError(
             "h must be [B, N, D], one bag [N, D], or ragged [T, D] with cu_seqlens; "
-            f"got {list(h.shape)}{'' if cu_seqlens is None else ' with cu_seqlens'}"
+            f"got {list(of_h)}{'' if cu_seqlens is None else ' with cu_seqlens'}"
         )
-    if v_weight.dim() != 2 or w_weight.dim() != 2:
-        raise ValueError(
-            f"v_weight must be [L, D] and w_weight [K, L]; got {list(v_weight.shape)} and {list(w_weight.shape)}"
-        )
-    dim, hidden, heads = h.shape[-1], v_weight.shape[0], w_weight.shape[0]
+    if len(of_v) != 2 or len(of_w) != 2:
+        raise ValueError(f"v_weight must be [L, D] and w_weight [K, L]; got {list(of_v)} and {list(of_w)}")
     if u_weight is None and u_bias is not None:
         raise ValueError("u_bias must be None where u_weight is None (plain attention)")
     if not (h.is_floating_point() and v_weight.is_floating_point()):
         raise ValueError(f"h and v_weight must be floating point; got {h.dtype} and {v_weight.dtype}")
-    dtype, device = v_weight.dtype, h.device
-    shapes = ((hidden, dim), (hidden,), (hidden, dim), (hidden,), (heads, hidden), (heads,))
-    for name, tensor, shape in zip(_WEIGHTS, weights, shapes):
-        if tensor is None or (tensor.shape == shape and tensor.dtype == dtype and tensor.device == device):
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} must be {list(shape)} for D = {dim}, L = {hidden}, K = {heads}; got {list(tensor.shape)}"
-            )
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on h's device {device}; got {tensor.device}")
-        if not _autocast(device):
-            raise ValueError(f"{name} must have v_weight's dtype {dtype} outside autocast; got {tensor.dtype}")
+    hidden, heads, dim = of_v[0], of_w[0], of_h[-1]
+    device, dtype = h.device, v_weight.dtype
+    _check_weight("v_weight", v_weight, (hidden, dim), device, dtype, weights)
+    _check_weight("v_bias", v_bias, (hidden,), device, dtype, weights)
+    _check_weight("u_weight", u_weight, (hidden, dim), device, dtype, weights)
+    _check_weight("u_bias", u_bias, (hidden,), device, dtype, weights)
+    _check_weight("w_weight", w_weight, (heads, hidden), device, dtype, weights)
+    _check_weight("w_bias", w_bias, (heads,), device, dtype, weights)
     _check_bounds(h, cu_seqlens)
+
+
+def _check_weight(name, x, shape, device, dtype, weights) -> None:
+    if x is None:
+        return
+    if x.shape != shape:
+        hidden, dim, heads = *weights[0].shape, len(weights[4])
+        raise ValueError(f"{name} must be {list(shape)} for D = {dim}, L = {hidden}, K = {heads}; got {list(x.shape)}")
+    if x.dtype != dtype and not _library.autocasts(device):
+        raise ValueError(f"{name} must have v_weight's dtype {dtype} outside autocast; got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on h's device {device}; got {x.device}")
 
 
 def _check_bounds(h: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -349,10 +351,8 @@ def _check_bounds(h: Tensor, cu_seqlens: Tensor | None) -> None:
             f"cu_seqlens must be int32 or int64 [B+1] on {h.device}; "
             f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
         )
-
-
-def _autocast(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    if _readable(cu_seqlens):
+        bag_slices(cu_seqlens, h.shape[0])
 
 
 _INPUTS = (
@@ -413,88 +413,164 @@ def _(grad_pooled, scores, value, mask, cu_seqlens, needs, backend=""):
     return tuple(x.new_empty(x.shape if need else 0) for x, need in zip((scores, value), needs))
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p, ctx.activation, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[-1] if isinstance(output, tuple) else output)
-    ctx.set_materialize_grads(False)
+class _Scored(torch.autograd.Function):
+    """What the pool and its scores alone have in common."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.dropout_p, ctx.activation, ctx.backend = inputs
+        ctx.save_for_backward(*tensors, output[-1] if isinstance(output, tuple) else output)
+        _library.save_for_forward(ctx, *tensors)
+        ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_pooled, grad_scores):
-    needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-    if grad_pooled is None and grad_scores is None:
-        return (None,) * _ARGUMENTS
-    *tensors, scores = ctx.saved_tensors
-    rest = (ctx.dropout_p, ctx.activation, scores, needs, ctx.backend)
-    grads = _BACKWARD(grad_pooled, grad_scores, *tensors, *rest)
-    grads = [grad if need else None for grad, need in zip(grads, needs)]
-    return (*grads, *(None,) * (_ARGUMENTS - _DIFFERENTIABLE))
+class _Pool(_Scored):
+    @staticmethod
+    def backward(ctx, grad_pooled, grad_scores):
+        if grad_pooled is None and grad_scores is None:
+            return (None,) * _ARGUMENTS
+        *tensors, scores = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+        rest = ctx.dropout_p, ctx.activation, scores, needs, ctx.backend
+        grads = _gated_attention_pool_backward(grad_pooled, grad_scores, *tensors, *rest)
+        return (*_needed(grads, needs), *(None,) * (_ARGUMENTS - _DIFFERENTIABLE))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        args = (*ctx.saved_tensors, ctx.dropout_p, ctx.activation)
+        return _derivative.push(reference.gated_attention_pool, args, tangents[:-1])
 
 
-def _scores_backward(ctx, grad_scores):
-    return _backward(ctx, None, grad_scores)
+class _Scores(_Scored):
+    @staticmethod
+    def backward(ctx, grad_scores):
+        return _Pool.backward(ctx, None, grad_scores)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        args = (*ctx.saved_tensors, ctx.dropout_p, ctx.activation)
+        return _derivative.push(reference.attention_scores, args, tangents[:-1])
 
 
-def _pool_setup_context(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+class _PoolBackward(torch.autograd.Function):
+    """Its own derivatives are those of the reference's gradient, which computes the scores again as h's function."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.dropout_p, ctx.activation, _, ctx.needs, _ = inputs
+        ctx.save_for_backward(*tensors)
+        _library.save_for_forward(ctx, *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def gradient(ctx):
+        grad_pooled, grad_scores, *tensors = ctx.saved_tensors
+        constants = (*tensors[_DIFFERENTIABLE:], ctx.dropout_p, ctx.activation)
+        pool = lambda *inputs: reference.gated_attention_pool(*inputs, *constants)
+        args = (grad_pooled, grad_scores, *tensors[:_DIFFERENTIABLE])
+        return _derivative.Gradient(pool, args[:2], ctx.needs), args
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        gradient, args = _PoolBackward.gradient(ctx)
+        return (*gradient.pull(args, cotangents, ctx.needs_input_grad), *(None,) * 8)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        gradient, args = _PoolBackward.gradient(ctx)
+        return gradient.push(args, tangents, _DIFFERENTIABLE)
 
 
-def _pool_backward(ctx, grad_pooled):
-    needs = list(ctx.needs_input_grad[:2])
-    grads = _POOL_BACKWARD(grad_pooled, *ctx.saved_tensors, needs, ctx.backend)
-    return (*(grad if need else None for grad, need in zip(grads, needs)), None, None, None)
+class _ByScores(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.backend = inputs
+        ctx.save_for_backward(*tensors)
+        _library.save_for_forward(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad_pooled):
+        needs = list(ctx.needs_input_grad[:2])
+        grads = _pool_by_scores_backward(grad_pooled, *ctx.saved_tensors, needs, ctx.backend)
+        return (*_needed(grads, needs), None, None, None)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return _derivative.push(reference.pool_by_scores, ctx.saved_tensors, tangents[:-1])
 
 
-torch.library.register_autograd(_FORWARD, _backward, setup_context=_setup_context)
-torch.library.register_autograd(_SCORES, _scores_backward, setup_context=_setup_context)
-torch.library.register_autograd(_POOL, _pool_backward, setup_context=_pool_setup_context)
-_library.refuse_double_backward(_BACKWARD)
-_library.refuse_double_backward(_POOL_BACKWARD)
-for _overload in (_FORWARD, _SCORES):
-    _library.autocast(_overload, lambda cast, args: (*map(cast, args[:_DIFFERENTIABLE]), *args[_DIFFERENTIABLE:]))
-_library.autocast(_POOL, lambda cast, args: (args[0], cast(args[1]), *args[2:]))
+class _ByScoresBackward(torch.autograd.Function):
+    """As ``_PoolBackward``."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.needs, _ = inputs
+        ctx.save_for_backward(*tensors)
+        _library.save_for_forward(ctx, *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def gradient(ctx):
+        *args, mask, cu_seqlens = ctx.saved_tensors
+        pool = lambda *inputs: (reference.pool_by_scores(*inputs, mask, cu_seqlens),)
+        return _derivative.Gradient(pool, args[:1], ctx.needs), args
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        gradient, args = _ByScoresBackward.gradient(ctx)
+        return (*gradient.pull(args, cotangents, ctx.needs_input_grad), *(None,) * 4)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        gradient, args = _ByScoresBackward.gradient(ctx)
+        return gradient.push(args, tangents, 2)
 
 
-def _vmap_bags(overload, info, in_dims, args) -> tuple[tuple[Tensor, ...], tuple]:
+def _needed(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needs)]
+
+
+def _map_bags(op, info, in_dims, *args) -> tuple[tuple[Tensor, ...], tuple]:
     """Where only the bags are batched, more bags; dropout, which numbers instances in each call, stays a loop."""
-    outputs_of = overload if overload is _FORWARD else lambda *args: (overload(*args),)
     h_dim, *weight_dims, mask_dim = in_dims[:8]
     if args[8] is None and args[9] is None and all(dim is None for dim in weight_dims):
         fold = [_library.fold(dim, info.batch_size, x) for dim, x in ((h_dim, args[0]), (mask_dim, args[7]))]
-        outputs = outputs_of(fold[0], *args[1:7], fold[1], None, *args[9:])
+        outputs = op(fold[0], *args[1:7], fold[1], None, *args[9:])
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)
-    return _library.loop(outputs_of, info.batch_size, in_dims, args)
+    return _library.loop(op, info.batch_size, in_dims, args)
 
 
-@torch.library.register_vmap(_FORWARD)
-def _(info, in_dims, *args):
-    return _vmap_bags(_FORWARD, info, in_dims, args)
-
-
-@torch.library.register_vmap(_SCORES)
-def _(info, in_dims, *args):
-    (scores,), (dim,) = _vmap_bags(_SCORES, info, in_dims, args)
+def _map_scores(op, info, in_dims, *args) -> tuple[Tensor, int]:
+    (scores,), (dim,) = _map_bags(lambda *args: (op(*args),), info, in_dims, *args)
     return scores, dim
 
 
-@torch.library.register_vmap(_BACKWARD)
-def _(info, in_dims, *args):
-    return _library.loop(_BACKWARD, info.batch_size, in_dims, args)
-
-
-@torch.library.register_vmap(_POOL)
-def _(info, in_dims, scores, value, mask, cu_seqlens, backend=""):
+def _map_values(op, info, in_dims, scores, value, mask, cu_seqlens, backend="") -> tuple[Tensor, int]:
     args = (scores, value, mask, cu_seqlens, backend)
     if cu_seqlens is not None:
-        (pooled,), (dim,) = _library.loop(lambda *args: (_POOL(*args),), info.batch_size, in_dims, args)
+        (pooled,), (dim,) = _library.loop(lambda *args: (op(*args),), info.batch_size, in_dims, args)
         return pooled, dim
     folded = [_library.fold(dim, info.batch_size, x) for dim, x in zip(in_dims[:3], args[:3])]
-    return _POOL(*folded, None, backend).unflatten(0, (info.batch_size, -1)), 0
+    return op(*folded, None, backend).unflatten(0, (info.batch_size, -1)), 0
 
 
-@torch.library.register_vmap(_POOL_BACKWARD)
-def _(info, in_dims, *args):
-    return _library.loop(_POOL_BACKWARD, info.batch_size, in_dims, args)
+def _cast_all(cast, args):
+    return (*map(cast, args[:_DIFFERENTIABLE]), *args[_DIFFERENTIABLE:])
+
+
+def _cast_value(cast, args):
+    return (args[0], cast(args[1]), *args[2:])
+
+
+def _map_loop(op, info, in_dims, *args):
+    return _library.loop(op, info.batch_size, in_dims, args)
+
+
+_gated_attention_pool = _library.join(_FORWARD, _Pool, _map_bags, _cast_all)
+_gated_attention_pool_backward = _library.join(_BACKWARD, _PoolBackward, _map_loop)
+_attention_scores = _library.join(_SCORES, _Scores, _map_scores, _cast_all)
+_pool_by_scores = _library.join(_POOL, _ByScores, _map_values, _cast_value)
+_pool_by_scores_backward = _library.join(_POOL_BACKWARD, _ByScoresBackward, _map_loop)
 
 
 @register_flop_formula(torch.ops.ercn.gated_attention_pool)

@@ -29,7 +29,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def unavailable() -> str | None:
-    if reason := _extension.load("_cuda"):
+    if reason := _extension.load("libercn_cuda"):
         return reason
     if not torch.cuda.is_available():
         return "torch finds no GPU, or no driver for it"

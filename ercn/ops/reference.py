@@ -68,6 +68,22 @@ def relu_affinity_backward(
     return grad_value.to(value.dtype), grad_feat.to(feat.dtype)
 
 
+def relu_affinity_derivative(left: Tensor, p: Tensor, q: Tensor, feat: Tensor) -> Tensor:
+    """L·(1[T>0] ⊙ (PᵀQ + QᵀP)), T = FᵀF: what every derivative of A = relu(T) comes to. left L [B, R, N], p and q
+    [B, C, N], feat F [B, D, N] -> [B, R, N], in the dtype of the sums.
+
+    A tangent Ḟ changes V·A by (V; Ḟ, F); the gradient of F is (F; V, G), whose derivatives are such terms again.
+    """
+    acc = accumulate_dtype(left, p, q, feat)
+    left, p, q, f = (x.to(acc) for x in (left, p, q, feat))
+    batch, _, n = f.shape
+    out = torch.empty(left.shape, dtype=acc, device=left.device)
+    for cols in _blocks(n, batch * n):
+        w = p.mT @ q[..., cols] + q.mT @ p[..., cols]  # [B, N, cols]
+        out[..., cols] = left @ w.masked_fill_(f.mT @ f[..., cols] <= 0, 0)
+    return out
+
+
 # Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
@@ -175,7 +191,9 @@ def _attention(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.softmax(scores, dim=-1)
     masked = ~mask.unsqueeze(1)
-    return torch.softmax(scores.masked_fill(masked, float("-inf")), dim=-1).masked_fill(masked, 0)
+    nothing = masked.all(-1, keepdim=True)  # all -inf would give NaN, and its gradient with it
+    scores = scores.masked_fill(masked, float("-inf")).masked_fill(nothing, 0)
+    return torch.softmax(scores, dim=-1).masked_fill(masked, 0)
 
 
 def bag_slices(cu_seqlens: Tensor, total: int) -> list[slice]:
@@ -207,17 +225,18 @@ def attention_scores(
     w, bw = _widen(branches.acc, w_weight, w_bias)
     batch, n, dim = h.shape
     real = _real(h, mask)
-    scores = torch.empty(batch, len(w), n, dtype=branches.acc, device=h.device)
+    parts = [h.new_empty(batch, len(w), 0, dtype=branches.acc)]
     for rows in _blocks(n, batch * max(v_weight.shape[0], dim)):
         t, s, *_ = branches(real[:, rows].to(branches.acc), rows)
-        scores[..., rows] = torch.nn.functional.linear(t if s is None else t * s, w, bw).mT
+        parts.append(torch.nn.functional.linear(t if s is None else t * s, w, bw).mT)
+    scores = torch.cat(parts, dim=-1)
     if mask is not None:
-        scores.masked_fill_(~mask.unsqueeze(1), float("-inf"))
+        scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
     return scores if cu_seqlens is None else scores[0]
 
 
 def _pool(scores: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """softmax(scores) · value, [B, K, D] in the accumulation dtype."""
+    """softmax(scores) · value, [B, K, D] in the accumulation dtype. Like the scores', its steps are differentiable."""
     acc = accumulate_dtype(scores, value)
     if cu_seqlens is not None:
         bags = bag_slices(cu_seqlens, value.shape[0])
@@ -228,7 +247,7 @@ def _pool(scores: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor
     batch, n, dim = value.shape
     pooled = torch.zeros(batch, scores.shape[1], dim, dtype=acc, device=value.device)
     for rows in _blocks(n, batch * dim):
-        pooled += attention[..., rows] @ real[:, rows].to(acc)
+        pooled = pooled + attention[..., rows] @ real[:, rows].to(acc)
     return pooled
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-
-from ercn.ops._pool_arguments import refusal
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -23,6 +22,9 @@ _MODULES = {
     "relu_affinity_backward": "affinity",
     "gated_attention_pool": "attention_pool",
     "gated_attention_pool_backward": "attention_pool",
+    "attention_scores": "attention_pool",
+    "pool_by_scores": "attention_pool",
+    "pool_by_scores_backward": "attention_pool",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,17 +51,26 @@ def can_run(op: str, *args) -> str | None:
     for x in args:
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in _DTYPES:
             return f"it takes float32, bfloat16 and float16; got {x.dtype}"
-    return refusal(op, args)
+    return None
+
+
+@functools.cache
+def _launcher(op: str) -> Callable:
+    return getattr(import_module(f"ercn.kernels.{_MODULES[op]}"), op)
 
 
 def _launch(op: str, *args):
-    launcher = getattr(import_module(f"ercn.kernels.{_MODULES[op]}"), op)
     device = next(x for x in args if isinstance(x, Tensor)).device
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        return launcher(*args)
+    if device.type != "cuda":
+        return _launcher(op)(*args)
+    with torch.cuda.device(device):
+        return _launcher(op)(*args)
 
 
 relu_affinity = functools.partial(_launch, "relu_affinity")
 relu_affinity_backward = functools.partial(_launch, "relu_affinity_backward")
 gated_attention_pool = functools.partial(_launch, "gated_attention_pool")
 gated_attention_pool_backward = functools.partial(_launch, "gated_attention_pool_backward")
+attention_scores = functools.partial(_launch, "attention_scores")
+pool_by_scores = functools.partial(_launch, "pool_by_scores")
+pool_by_scores_backward = functools.partial(_launch, "pool_by_scores_backward")

@@ -119,21 +119,8 @@ def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
     return model.eval(), info
 
 
-def load_backbone(model: ERCN, run: str | Path, backbone: str) -> None:
-    """Loads the backbone that ``ercn pretrain`` exported into ``run`` strictly; ValueError names both architectures."""
-    folder = Path(run) / "export"
-    state, info = load_weights(folder, "backbone", "ercn pretrain", ("backbone",))
-    if info["backbone"] != backbone:
-        raise ValueError(
-            f"init {run} holds a pre-trained {info['backbone']}, but model.backbone is {backbone}; "
-            f"set --model.backbone {info['backbone']} or pre-train {backbone}"
-        )
-    check_state(model.backbone, state, str(folder / "backbone.safetensors"), backbone)
-    model.backbone.load_state_dict(state, strict=True)
-
-
 def without_pretrained(config: TrainConfig) -> TrainConfig:
-    """The same configuration without timm's weights, which the loaded ones replace."""
+    """The same configuration without the backbone's published weights, which the loaded ones replace."""
     return replace(config, model=replace(config.model, pretrained=False))
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ercn.config import TrainConfig
 from ercn.data import Manifest
@@ -15,7 +18,7 @@ from ercn.data.splits import SPLITS
 from ercn.models import ERCN
 from ercn.training import runs
 from ercn.training.callbacks import SafeCheckpointIO
-from ercn.training.checkpoint import load_backbone, save_model
+from ercn.training.checkpoint import save_model
 from ercn.training.evaluation import check_classes, choose_on_validation, collect, ground_of, write_evaluation
 from ercn.training.infer import pick_device
 from ercn.training.loaders import GradedData
@@ -35,10 +38,10 @@ def train(config: TrainConfig) -> Path:
     """Trains ERCN on a prepared folder and leaves a complete run in ``run.out``; returns that folder.
 
     The folder holds config.yaml, environment.json, metrics.csv (one row an epoch), checkpoints/last.ckpt and
-    best.ckpt (highest validation quadratic weighted kappa), export/model.safetensors and model.json (the best epoch),
-    evaluation/val.json, and report.html. Everything drawn is a function of ``run.seed``: on the CPU a run that is
-    killed and resumed (``run.resume``) ends with the same bits. Raises ValueError, DataError or FileNotFoundError
-    naming argument or file.
+    best.ckpt (highest validation quadratic weighted kappa), export/model.safetensors and model.json (the best epoch,
+    and what the backbone had of a file of weights), evaluation/val.json, and report.html. Everything drawn is a
+    function of ``run.seed``: on the CPU a run that is killed and resumed (``run.resume``) ends with the same bits.
+    Raises ValueError, DataError or FileNotFoundError naming argument or file.
     """
     manifest = load_manifest(config.data.root)
     for split in ("train", "val"):
@@ -47,11 +50,15 @@ def train(config: TrainConfig) -> Path:
     check_losses(config)
     check_batchnorm(config)
     check_patches(config)
+    check_start(config)
     info = describe(config, manifest)
     torch.manual_seed(derive(config.run.seed, "init"))
-    model = ERCN(config.model)
-    if config.init is not None:
-        load_backbone(model, config.init, config.model.backbone)
+    model = ERCN(config.model if config.init is None else replace(config.model, pretrained=config.init))
+    check_size(model, config)
+    if (loaded := model.backbone.loaded) is not None:
+        info["pretrained"] = loaded.as_dict()
+        if rank_zero_only.rank == 0:
+            print(loaded, flush=True)
     module = ERCNModule(model, config, class_weights(config, manifest))
     runs.set_up(module, model, config.run)
     trainer = runs.make_trainer(config.run, monitor=MONITOR)
@@ -104,8 +111,38 @@ def check_batchnorm(config: TrainConfig) -> None:
     if config.run.freeze_batchnorm and config.init is None and not config.model.pretrained:
         raise ValueError(
             "run.freeze_batchnorm keeps BatchNorm as the pre-training has it, and there is none: give --init (a run of "
-            "ercn pretrain) or --model.pretrained true, or set --run.freeze_batchnorm false"
+            "ercn pretrain) or --model.pretrained (true or a file), or set --run.freeze_batchnorm false"
         )
+
+
+def check_start(config: TrainConfig) -> None:
+    """Raises ValueError for two starts of the backbone."""
+    if config.init is not None and config.model.pretrained:
+        raise ValueError(
+            f"init {config.init} and model.pretrained {config.model.pretrained} both say what the backbone starts "
+            "from: give one of them"
+        )
+
+
+def check_size(model: ERCN, config: TrainConfig) -> None:
+    """Raises ValueError for pictures that a network of one picture size does not take, of either view."""
+    if model.backbone.img_size is None:
+        return
+    side, views = config.data.image_size, [1.0]
+    if config.loss.transform == "rescale":
+        views.append(config.loss.rescale)
+    training = model.training
+    for scale in views:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            image = torch.zeros(1, 3, *[round(scale * side)] * 2)
+            try:
+                model.eval()(image, refine=False)
+            except ValueError as error:
+                if scale == 1:
+                    raise
+                raise ValueError(f"loss.transform 'rescale' makes pictures of another size: {error}") from error
+            finally:
+                model.train(training)
 
 
 def check_patches(config: TrainConfig) -> None:

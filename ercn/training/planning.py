@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ercn._memory import RESERVE, LiveBytes, free_bytes, resident_bytes
@@ -66,15 +69,17 @@ def footprint(config: TrainConfig) -> Footprint:
     takes less, the libraries themselves and cuDNN's workspaces come on top. Takes seconds, and memory for no tensor.
 
     Raises:
-        ValueError: ``run.precision`` is none of ``PRECISIONS``.
+        ValueError: ``run.precision`` is none of ``PRECISIONS``, or a configuration that ``ercn train`` refuses, too.
     """
     run, data = config.run, config.data
     if run.precision not in PRECISIONS:
         raise ValueError(f"run.precision must be one of {', '.join(PRECISIONS)}; got {run.precision!r}")
     dtype, half = PRECISIONS[run.precision]
     cast = torch.autocast("cpu", half) if half else nullcontext()
-    with _no_data(dtype), LiveBytes() as live:
+    with _default_dtype(dtype), torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = ERCN(replace(config.model, pretrained=False)).train()
+    with _default_dtype(dtype), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        _onto_the_cpu(model)
         if run.grad_checkpointing:
             checkpoint_blocks(model.backbone)
         weights = live.now
@@ -113,15 +118,22 @@ def _largest(config: TrainConfig) -> Transform:
 
 
 @contextmanager
-def _no_data(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are of ``dtype`` and hold nothing."""
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with FakeTensorMode():
-            yield
+        yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _onto_the_cpu(model: nn.Module) -> None:
+    """In fake mode, in which timm's networks cannot be built: what ``model`` has on the meta device, as on the CPU."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad))
+        for name, x in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(x.shape, dtype=x.dtype))
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,10 @@ def changes(config: TrainConfig, fits: Callable[[Footprint], bool]) -> list[Chan
     for smaller in (_checkpointing, _smaller_batch, _half_precision, _coarser_map, _smaller_picture):
         while options := smaller(config):
             changed = _changed(config, options)
-            then = footprint(changed)
+            try:
+                then = footprint(changed)
+            except ValueError:  # what the backbone does not take
+                break
             if then.peak >= now.peak:
                 break
             config, now = changed, then
@@ -179,7 +194,13 @@ def _coarser_map(config: TrainConfig) -> dict[str, object]:
 
 
 def _smaller_picture(config: TrainConfig) -> dict[str, object]:
-    step, corners = math.lcm(32, config.model.patch or 1), not config.model.patch  # a picture of whole patches
+    kwargs = config.model.backbone_kwargs
+    stride = math.lcm(32, config.model.output_stride)
+    if isinstance(kwargs.get("img_size"), int):  # a network that is built for a size
+        size = kwargs["img_size"] * 3 // 4 // stride * stride
+        options = {"data.image_size": size, "model.backbone_kwargs": {**kwargs, "img_size": size}}
+        return options if size >= 192 and not config.model.patch else {}
+    step, corners = math.lcm(stride, config.model.patch or 1), not config.model.patch  # a picture of whole patches
     size = config.data.image_size * 3 // 4 // step * step + corners
     return {"data.image_size": size} if size >= 192 else {}
 
@@ -198,7 +219,10 @@ def advice(config: TrainConfig) -> str:
 
 
 def _spelled(options: dict[str, object]) -> str:
-    return " ".join(f"--{name} {str(value).lower()}" for name, value in options.items())
+    def spelled(value: object) -> str:
+        return shlex.quote(json.dumps(value)) if isinstance(value, dict) else str(value).lower()
+
+    return " ".join(f"--{name} {spelled(value)}" for name, value in options.items())
 
 
 def available(config: TrainConfig) -> float | None:

@@ -97,7 +97,7 @@ class Contrastive(pl.LightningModule):
     def __init__(self, config: PretrainConfig, queue: int) -> None:
         super().__init__()
         self.config = config
-        backbone = create_backbone(config.backbone, config.output_stride)
+        backbone = create_backbone(config.backbone, config.output_stride, kwargs=config.backbone_kwargs)
         width = backbone.feature_info.channels()[-1]
         moco = config.method == "moco_v2"
         head = MoCoProjectionHead if moco else SimCLRProjectionHead

@@ -159,7 +159,12 @@ def fit(
         if not _out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that took the memory
-        raise MemoryError(f"out of memory in epoch {trainer.current_epoch + 1}: {advice()}") from error
+        try:
+            told = advice()
+        except Exception as failed:  # noqa: BLE001  it must not hide what has happened
+            reason = ": ".join(filter(None, (type(failed).__name__, " ".join(str(failed).split()))))
+            told = f"what would fit could not be predicted ({reason})"
+        raise MemoryError(f"out of memory in epoch {trainer.current_epoch + 1}: {told}") from error
     return trainer.is_global_zero
 
 

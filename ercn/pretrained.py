@@ -1,0 +1,310 @@
+"""Weights of a backbone from a run's folder or a file, in the layouts in which they are published.
+
+Read are exports of ``ercn pretrain`` and ``ercn train`` (the run's folder, or the file), and files of weights,
+.safetensors or what ``torch.load`` reads without running code, in timm's layout, in torchvision's (ResNet, DenseNet,
+RegNet, EfficientNet, ConvNeXt, Swin, ViT) and in that of masked autoencoders (RETFound), which is timm's beside a
+decoder. What stands before the names (``module.``, ``model.``, ``teacher.backbone.``, ``encoder_q.`` …) is found.
+Position embeddings and tables of relative positions of another size are interpolated as timm does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ENOUGH = 0.9  # of the tensors that a backbone needs must be there
+_PREFERRED = ("ema", "teacher", "encoder_q", "online")  # of several networks in a file
+_UNREAD = "num_batches_tracked"  # what old files do not have and no network reads
+
+_SE = {"fc1": "se.conv_reduce", "fc2": "se.conv_expand"}
+# Of torchvision's EfficientNet, blocks of the first stage and others: which layer is what.
+_DEPTHWISE = {"0.0": "conv_dw", "0.1": "bn1", "2.0": "conv_pw", "2.1": "bn2"} | {f"1.{k}": v for k, v in _SE.items()}
+_INVERTED = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "3.0": "conv_pwl", "3.1": "bn3"}
+_INVERTED |= {f"2.{k}": v for k, v in _SE.items()}
+# How torchvision's names become timm's, one pattern after the other.
+_TORCHVISION = {
+    "RegNet": (
+        (r"\bstem\.0\.", "stem.conv."),
+        (r"\bstem\.1\.", "stem.bn."),
+        (r"\btrunk_output\.block\d+\.block(\d+)-(\d+)\.", lambda m: f"s{m[1]}.b{int(m[2]) + 1}."),
+        (r"\.proj\.", ".downsample."),
+        (r"\.f\.([abc])\.", lambda m: f".conv{'abc'.index(m[1]) + 1}."),
+        (r"\.f\.se\.", ".se."),
+        (r"(\.downsample|\.conv\d)\.0\.", r"\1.conv."),
+        (r"(\.downsample|\.conv\d)\.1\.", r"\1.bn."),
+    ),
+    "EfficientNet": (
+        (r"\bfeatures\.0\.0\.", "conv_stem."),
+        (r"\bfeatures\.0\.1\.", "bn1."),
+        (
+            r"\bfeatures\.(\d+)\.(\d+)\.block\.(\d\.\w+)\.",
+            lambda m: f"blocks.{int(m[1]) - 1}.{m[2]}.{(_DEPTHWISE if m[1] == '1' else _INVERTED).get(m[3], m[3])}.",
+        ),
+    ),
+    "ConvNeXt": (
+        (r"\bfeatures\.0\.", "stem."),
+        (r"\bfeatures\.(\d*[13579])\.(\d+)\.", lambda m: f"stages.{int(m[1]) // 2}.blocks.{m[2]}."),
+        (r"\bfeatures\.(\d+)\.", lambda m: f"stages.{int(m[1]) // 2}.downsample."),
+        (r"\.block\.0\.", ".conv_dw."),
+        (r"\.block\.2\.", ".norm."),
+        (r"\.block\.3\.", ".mlp.fc1."),
+        (r"\.block\.5\.", ".mlp.fc2."),
+        (r"\.layer_scale$", ".gamma"),
+    ),
+    "Swin": (
+        (r"\bfeatures\.0\.0\.", "patch_embed.proj."),
+        (r"\bfeatures\.0\.2\.", "patch_embed.norm."),
+        (r"\bfeatures\.(\d*[13579])\.(\d+)\.", lambda m: f"layers.{int(m[1]) // 2}.blocks.{m[2]}."),
+        (r"\bfeatures\.(\d+)\.", lambda m: f"layers.{int(m[1]) // 2}.downsample."),
+        (r"\.mlp\.0\.", ".mlp.fc1."),
+        (r"\.mlp\.3\.", ".mlp.fc2."),
+    ),
+    "ViT": (
+        (r"\bconv_proj\.", "patch_embed.proj."),
+        (r"\bclass_token$", "cls_token"),
+        (r"\bencoder\.pos_embedding$", "pos_embed"),
+        (r"\bencoder\.layers\.encoder_layer_", "blocks."),
+        (r"\.ln_([12])\.", r".norm\1."),
+        (r"\.self_attention\.in_proj_", ".attn.qkv."),
+        (r"\.self_attention\.out_proj\.", ".attn.proj."),
+        (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
+        (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
+        (r"\bencoder\.ln\.", "norm."),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a backbone has of a file.
+
+    source: the file. sha256: of it. layout: whose names it has. prefix: what stood before them. tensors: how many were
+    loaded. missing: what the file does not have, and stays as it was drawn. resized: what was interpolated, with both
+    shapes. unused: of what is in the file and not in the backbone, how many tensors in each part.
+    """
+
+    source: str
+    sha256: str
+    layout: str
+    prefix: str
+    tensors: int
+    missing: tuple[str, ...]
+    resized: dict[str, str]
+    unused: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"missing": list(self.missing)}
+
+    def __str__(self) -> str:
+        below = f", below {self.prefix!r}" if self.prefix else ""
+        parts = [f"backbone: {self.tensors} tensors of {self.source} ({self.layout} layout{below})"]
+        if self.resized:
+            parts.append(f"interpolated: {_some([f'{key} {shapes}' for key, shapes in self.resized.items()])}")
+        if self.missing:
+            parts.append(f"{len(self.missing)} not in the file, as drawn: {_some(self.missing)}")
+        if self.unused:
+            parts.append(f"not used: {_some([f'{part} ({count})' for part, count in self.unused.items()], 8)}")
+        return "; ".join(parts)
+
+
+def load_pretrained(backbone: nn.Module, path: str | Path, name: str) -> Loaded:
+    """Loads weights of ``path`` into a backbone of ``ercn.models.create_backbone``, timm's ``name``.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the folder has no export.
+        ValueError: the file is damaged, needs code to be run, is the export of another backbone, has less than
+            ``ENOUGH`` of what the backbone needs (or, an export, not all), or has it in shapes that do not fit; the
+            message has examples of the names, or the shapes.
+    """
+    file = _find(Path(path))
+    command, origin = _described(file)
+    if origin is not None and origin != name:
+        raise ValueError(
+            f"{path} holds a pre-trained {origin}, but model.backbone is {name}; "
+            f"set --model.backbone {origin} or pre-train {name}"
+        )
+    given = dict(_tensors(_read(file)))
+    own = backbone.state_dict()
+    layout, prefix, found = _matched(given, own)
+    needed = [key for key in own if not key.endswith(_UNREAD)]
+    missing = tuple(key for key in needed if key not in found)
+    unused = [key for key in given if key not in found.values()]
+    if len(missing) > (0 if command else (1 - ENOUGH) * len(needed)):
+        raise ValueError(
+            f"{file} does not hold the weights of {name}: of {len(needed)} tensors that it needs, "
+            f"{len(needed) - len(missing)} are there. It needs, for one, {_some(missing)}; the file has "
+            f"{_some(unused) or 'nothing else'}"
+        )
+    state, resized, misfits = {}, {}, []
+    for key, source in found.items():
+        value = _fitted(key, given[source], own[key], backbone)
+        if value is None:
+            misfits.append(f"{source} {list(given[source].shape)} instead of {list(own[key].shape)}")
+        else:
+            state[key] = value
+            if value.numel() != given[source].numel():
+                resized[key] = f"{list(given[source].shape)} to {list(value.shape)}"
+    if misfits:
+        raise ValueError(
+            f"{file} holds the weights of another model than {name}: "
+            f"{len(misfits)} of another shape ({_some(misfits)})"
+        )
+    backbone.load_state_dict(state, strict=False)
+    return Loaded(
+        str(file), _hash(file), command or layout, prefix, len(state), missing, resized, _parts(unused, prefix)
+    )
+
+
+def _find(path: Path) -> Path:
+    """The file of weights that ``path`` is or has."""
+    if path.is_file():
+        return path
+    names = [f"{folder}{name}.safetensors" for folder in ("export/", "") for name in ("backbone", "model")]
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} has no {' or '.join(names[:2])}; ercn pretrain or train writes it at its end")
+    raise FileNotFoundError(f"{path} does not exist: give a run of ercn pretrain or ercn train, or a file of weights")
+
+
+def _described(file: Path) -> tuple[str, str | None]:
+    """Of an export the command that wrote it, and its backbone; of another file "" and None."""
+    about = file.with_suffix(".json")
+    if file.suffix != ".safetensors" or not about.is_file():
+        return "", None
+    try:
+        info = json.loads(about.read_text(encoding="utf-8"))
+        if "notice" not in info:
+            return "", None
+        if "backbone" in info:
+            return "ercn pretrain", info["backbone"]
+        return "ercn train", info["config"]["model"]["backbone"]
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{about} is damaged: {error!r}") from error
+
+
+def _read(file: Path) -> Any:
+    """What the file holds; no code of it runs."""
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain settings, in checkpoints of MAE
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{file} cannot be read without running code that it brings"
+            f"{f' ({reason[1]})' if reason else ''}, or is damaged; save its weights alone, with "
+            "safetensors.torch.save_file or torch.save(model.state_dict(), …)"
+        ) from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever reading makes of it
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+
+
+def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested mappings, names joined with dots."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{path}.{key}" if path else str(key))
+
+
+def _matched(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, str, dict[str, str]]:
+    """Layout, prefix, and which of ``given`` is which of ``own``, where most are.
+
+    timm's feature extractors put "model." before a network's names, or make "stages.0" one name, "stages_0".
+    """
+    inner = "model." if all(key.startswith("model.") for key in own) else ""
+    plain = {key: _flat(key[len(inner) :]) for key in own}
+    best: tuple[tuple[int, int], str, str, dict[str, str]] = ((-1, 0), "timm", "", {})
+    for layout, rules in {"timm": (), **_TORCHVISION}.items():
+        names: dict[str, str] = {}
+        for key in given:
+            name = key
+            for pattern, new in rules:
+                name = re.sub(pattern, new, name)
+            names[name] = key
+        flat = {_flat(name): name for name in names}
+        for prefix in _prefixes(flat, plain):
+            start = _flat(prefix)
+            found = {key: names[flat[start + name]] for key, name in plain.items() if start + name in flat}
+            rank = len(found), any(word in prefix for word in _PREFERRED)
+            if rank > best[0]:
+                best = rank, f"torchvision's {layout}" if rules else layout, prefix, found
+    return best[1:]
+
+
+def _prefixes(flat: Mapping[str, str], plain: Mapping[str, str]) -> list[str]:
+    """What may stand before the names, judged by a few of them, in the order of the file."""
+    some = list(plain.values())[:: max(1, len(plain) // 16)]
+    found = {
+        name[: len(name) - len(ending)]: None
+        for key, name in flat.items()
+        for ending in some
+        if key.endswith(ending)
+    }
+    return [prefix for prefix in found if not prefix or prefix.endswith(".")]
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _fitted(key: str, value: Tensor, own: Tensor, backbone: nn.Module) -> Tensor | None:
+    """``value`` in the shape of ``own``; None where it is another thing."""
+    if value.shape == own.shape:
+        return value
+    if value.squeeze().shape == own.squeeze().shape:
+        return value.reshape(own.shape)
+    parent = backbone.get_submodule(key.rpartition(".")[0])
+    if key.endswith("pos_embed") and value.ndim == own.ndim == 3 and value.shape[::2] == own.shape[::2]:
+        from timm.layers import resample_abs_pos_embed
+
+        grid = parent.patch_embed.grid_size
+        prefix = own.shape[1] - grid[0] * grid[1]
+        side = round((value.shape[1] - prefix) ** 0.5)
+        if side * side + prefix == value.shape[1]:
+            return resample_abs_pos_embed(value, grid, (side, side), prefix)
+    if key.endswith("relative_position_bias_table") and value.ndim == own.ndim == 2 and value.shape[1] == own.shape[1]:
+        from timm.layers import resize_rel_pos_bias_table_simple
+
+        return resize_rel_pos_bias_table_simple(value, parent.window_size, own.shape)
+    return None
+
+
+def _parts(keys: list[str], prefix: str) -> dict[str, int]:
+    """How many tensors there are of each part: the first name, behind the prefix where there is one."""
+    return dict(Counter(key.removeprefix(prefix).split(".")[0] for key in keys))
+
+
+def _hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _some(items: tuple[str, ...] | list[str], limit: int = 3) -> str:
+    return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")

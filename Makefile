@@ -31,7 +31,8 @@ sanitize: $(VENV)/.installed
 		$(PY) -m pip install --quiet --no-build-isolation --no-deps --target $(SANITIZED) .
 	cd tests && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=../$(SANITIZED) \
-		../$(PY) -m pytest -q -p no:cacheprovider test_cpu_affinity.py test_cpu_pool.py
+		../$(PY) -m pytest -q -p no:cacheprovider test_cpu_affinity.py test_cpu_pool.py \
+		test_cpu_refinement.py
 
 # The same of the CUDA kernels, emulated. libstdc++ comes first for the exceptions of others that are loaded later.
 sanitize-cuda: $(VENV)/.installed

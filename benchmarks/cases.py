@@ -15,7 +15,7 @@ from torch import Tensor
 
 DIRECTIONS = ("forward", "backward", "forward_backward")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPS = ("affinity", "mil", "model", "overhead")
+OPS = ("affinity", "mil", "refinement", "walk", "model", "overhead")
 SEED = 0
 
 
@@ -221,6 +221,126 @@ class PoolCase:
 
 
 @dataclass(frozen=True)
+class RefinementCase:
+    """``pixel_adaptive_refinement`` (PAMR) of ``maps`` maps by a picture of bytes, with the published six dilations and
+    10 steps. The map alone has a gradient.
+    """
+
+    batch: int
+    maps: int
+    height: int
+    direction: str = "forward"
+    dtype: str = "float32"
+
+    op = "refinement"
+    baseline = "eager"
+    dilations = (1, 2, 4, 8, 12, 24)
+    steps = 10
+
+    @property
+    def size(self) -> int:
+        return self.height**2
+
+    @property
+    def shape(self) -> str:
+        return f"b{self.batch}-c{self.maps}-{self.height}x{self.height}"
+
+    @property
+    def series(self) -> str:
+        return f"B {self.batch}, C {self.maps}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}/{self.direction}/{self.dtype}/{self.shape}"
+
+    def tiny(self) -> RefinementCase:
+        return replace(self, batch=1, height=8)
+
+    def inputs(self, device: str, kink_safe: bool = False) -> Inputs:
+        """No gradient meets a kink: kink_safe changes nothing."""
+        generator = torch.Generator().manual_seed(SEED)
+        shape = self.batch, self.maps, self.height, self.height
+        cam = torch.rand(shape, generator=generator)
+        image = torch.randint(0, 256, (self.batch, 3, *shape[2:]), generator=generator, dtype=torch.uint8)
+        upstream = torch.randn(shape, generator=generator)
+        dtype = DTYPES[self.dtype]
+        return Inputs((cam.to(device, dtype), image.to(device)), upstream.to(device, dtype))
+
+    def flops(self) -> int:
+        """Of the steps; the backward is as many of the adjoint."""
+        runs = 2 if self.direction == "forward_backward" else 1
+        return runs * 2 * self.steps * 8 * len(self.dilations) * self.batch * self.maps * self.size
+
+    def min_bytes(self) -> int:
+        maps = 4 if self.direction == "forward_backward" else 2
+        return self.batch * self.size * (3 + maps * self.maps * DTYPES[self.dtype].itemsize)
+
+    def eager_bytes(self) -> float:
+        """Of a step: each neighbour's copy of the maps, dilation by dilation and together, or that and the product."""
+        return 2.1 * self.batch * self.maps * 8 * len(self.dilations) * self.size * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class WalkCase:
+    """IRN's walk of ``maps`` maps: 256 steps over the affinities of an edge map of bytes, radius 5, β 10.
+
+    The maps alone have a gradient.
+    """
+
+    maps: int
+    height: int
+    direction: str = "forward"
+    dtype: str = "float32"
+
+    op = "walk"
+    baseline = "eager"
+    radius, beta, doublings = 5, 10, 8
+    entries = 69  # of a pixel in T
+
+    @property
+    def size(self) -> int:
+        return self.height**2
+
+    @property
+    def shape(self) -> str:
+        return f"c{self.maps}-{self.height}x{self.height}"
+
+    @property
+    def series(self) -> str:
+        return f"C {self.maps}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}/{self.direction}/{self.dtype}/{self.shape}"
+
+    def tiny(self) -> WalkCase:
+        return replace(self, height=8)
+
+    def inputs(self, device: str, kink_safe: bool = False) -> Inputs:
+        """No gradient meets a kink: kink_safe changes nothing."""
+        generator = torch.Generator().manual_seed(SEED)
+        shape = 1, self.maps, self.height, self.height
+        cam = torch.rand(shape, generator=generator)
+        edge = torch.randint(0, 64, (1, 1, *shape[2:]), generator=generator, dtype=torch.uint8)
+        upstream = torch.randn(shape, generator=generator)
+        dtype = DTYPES[self.dtype]
+        return Inputs((cam.to(device, dtype), edge.to(device)), upstream.to(device, dtype))
+
+    def flops(self) -> int:
+        """Of the steps; the backward is as many of the adjoint."""
+        runs = 2 if self.direction == "forward_backward" else 1
+        return runs * 2 * 2**self.doublings * self.entries * self.maps * self.size
+
+    def min_bytes(self) -> int:
+        maps = 4 if self.direction == "forward_backward" else 2
+        return self.size * (1 + maps * self.maps * DTYPES[self.dtype].itemsize)
+
+    def eager_bytes(self) -> float:
+        """The dense matrix, its power, T and its square."""
+        return 4.1 * self.size**2 * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
 class ModelCase:
     """The whole network at ``image_size`` pixels, ResNet-50, with affinity, MIL and the hybrid loss (``network``).
 
@@ -324,7 +444,7 @@ class OverheadCase:
         return CALLS * self.inner.min_bytes()
 
 
-Case = AffinityCase | PoolCase | ModelCase | OverheadCase
+Case = AffinityCase | PoolCase | RefinementCase | WalkCase | ModelCase | OverheadCase
 
 
 def _affinity(gpu: bool) -> list[AffinityCase]:
@@ -350,6 +470,20 @@ def _mil(gpu: bool) -> list[PoolCase]:
             for hidden in (128, 256)]  # fmt: skip
     ragged = [PoolCase(bags * 2048, dim, 256, layout="ragged", bags=bags) for bags in (8, 64) for dim in (512, 1024)]
     return _directions_and_dtypes(dense + maps + ragged, gpu)
+
+
+def _refinement(gpu: bool) -> list[RefinementCase]:
+    shapes = [RefinementCase(1, maps, height) for height in (56, 128, 256, 512) for maps in (1, 5, 21)]
+    shapes += [RefinementCase(8, 21, 56), RefinementCase(8, 5, 256)]
+    return _without_backward_alone(shapes)
+
+
+def _walk(gpu: bool) -> list[WalkCase]:
+    return _without_backward_alone([WalkCase(maps, height) for height in (28, 56, 64, 128) for maps in (1, 4, 21)])
+
+
+def _without_backward_alone(shapes: list) -> list:
+    return [replace(shape, direction=direction) for shape in shapes for direction in ("forward", "forward_backward")]
 
 
 def _model(gpu: bool) -> list[ModelCase]:
@@ -381,7 +515,15 @@ def _directions_and_dtypes(shapes: list, gpu: bool) -> list:
 def registry(op: str, device: str) -> list[Case]:
     """Every case of an op. TF32 and float16 are measured on GPUs only."""
     gpu = device == "cuda"
-    return {"affinity": _affinity, "mil": _mil, "model": _model, "overhead": _overhead}[op](gpu)
+    makers = {
+        "affinity": _affinity,
+        "mil": _mil,
+        "refinement": _refinement,
+        "walk": _walk,
+        "model": _model,
+        "overhead": _overhead,
+    }
+    return makers[op](gpu)
 
 
 # The standard suites: what the README shows, about ten minutes on two cores; "full" has every other shape.
@@ -402,6 +544,11 @@ _STANDARD = {
         r"mil/forward/float32/map-n4096-d512-l128-k1",
         r"mil/forward/float32/ragged-b64-n131072-d512-l256-k1",
         r"mil/forward_backward/float32/ragged-b8-n16384-d512-l256-k1",
+        r"refinement/forward/float32/b1-c(1|5|21)-256x256",
+        r"refinement/forward/float32/b8-c21-56x56",
+        r"refinement/forward_backward/float32/b1-c(5|21)-256x256",
+        r"walk/forward/float32/c(4|21)-(56x56|64x64)",
+        r"walk/forward_backward/float32/c21-56x56",
         r"model/.*/float32/resnet50-b1-512px",
         r"overhead/.*",
     ),
@@ -417,6 +564,9 @@ _STANDARD = {
         r"mil/.*/bfloat16/dense-n8192-d2048-l512-k4",
         r"mil/forward/bfloat16/map-n4096-d2048-l128-k1",
         r"mil/.*/bfloat16/ragged-b64-n131072-d1024-l256-k1",
+        r"refinement/.*/float32/b1-c(5|21)-(256x256|512x512)",
+        r"refinement/.*/float32/b8-(c21-56x56|c5-256x256)",
+        r"walk/.*/float32/c21-(56x56|64x64|128x128)",
         r"model/.*/bfloat16/resnet50-b1-(1024|2048)px(-os8|-os8-checkpointing)?",
         r"model/.*/bfloat16/resnet50-b8-512px",
         r"overhead/.*",
@@ -425,6 +575,8 @@ _STANDARD = {
 _QUICK = (
     r"affinity/.*/float32/b1-c6-d192-28x28",
     r"mil/(forward|forward_backward)/float32/dense-n1024-d512-l128-k1",
+    r"refinement/.*/float32/b1-c5-56x56",
+    r"walk/.*/float32/c4-28x28",
 )
 
 

@@ -8,10 +8,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """``ercn bench [affinity|mil|model|overhead|all]``.
+    """``ercn bench [affinity|mil|refinement|walk|model|overhead|all]``.
 
-    op: affinity, mil, model, overhead (100 small calls: what one costs on the host) or all. device: "auto" takes the
-    GPU where torch can use one.
+    op: affinity, mil, refinement, walk, model, overhead (100 small calls: what one costs on the host) or all. device:
+    "auto" takes the GPU where torch can use one.
     backend: measure only this one of ours (ercn doctor lists them), besides the baselines. direction: only this one.
     dtype: only this one. also: settings, separated by commas, in which our compiled backend takes turns with itself. On
     the CPU: one_thread, the instruction sets portable, avx2 and avx512, and float32 (on float32 copies of the inputs);

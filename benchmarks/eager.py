@@ -1,11 +1,15 @@
-"""Plain-torch versions of both ops, as people write them: the baselines, and the judges of correctness."""
+"""Plain-torch versions of the ops, as people write them: the baselines, and the judges of correctness."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from ercn.ops.reference import half_disc
 
 BLOCK_ELEMENTS = 1 << 21  # affinities or activations in a block of the blockwise versions
 
@@ -62,3 +66,43 @@ def gated_attention_pool(h: Tensor, *weights: Tensor, **defaults: object) -> tup
     """In the place of ``ercn.ops.gated_attention_pool`` in the network, which pools dense maps and asks for no more."""
     scores = _scores(h, *weights)
     return torch.matmul(F.softmax(scores, dim=-1), h), scores
+
+
+def _shifts(x: Tensor, dilations: Sequence[int], own: bool = False) -> Tensor:
+    """Copies of a map for each neighbour (and for the pixel itself), by one convolution a dilation: [B, C, P, H, W]."""
+    (b, c, h, w), places = x.shape, 9
+    kernel = torch.eye(places, dtype=x.dtype, device=x.device).view(places, 1, 3, 3)
+    kernel = kernel if own else torch.cat([kernel[:4], kernel[5:]])
+    flat = x.reshape(b * c, 1, h, w)
+    copies = [F.conv2d(F.pad(flat, [d] * 4, mode="replicate"), kernel, dilation=d) for d in dilations]
+    return torch.cat(copies, 1).view(b, c, -1, h, w)
+
+
+def pixel_adaptive_refinement(cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int) -> Tensor:
+    """PAMR with the neighbours of all pixels side by side in memory, as its published code has them."""
+    image = image.to(cam.dtype)
+    difference = (_shifts(image, dilations) - image.unsqueeze(2)).abs()
+    sigma = _shifts(image, dilations, own=True).std(2, keepdim=True)
+    weights = F.softmax((-difference / (1e-8 + 0.1 * sigma)).mean(1, keepdim=True), 2)
+    for _ in range(steps):
+        cam = (_shifts(cam, dilations) * weights).sum(2)
+    return cam
+
+
+def random_walk(cam: Tensor, affinity: Tensor, radius: int, beta: float, doublings: int) -> Tensor:
+    """The walk of 2 ** doublings steps by squaring the dense matrix T, as PSA and IRN do: affinity [1, P, H, W]."""
+    (h, w), number = cam.shape[2:], cam.shape[2] * cam.shape[3]
+    index = torch.arange(number, device=cam.device).view(h, w)
+    dense = torch.eye(number, dtype=cam.dtype, device=cam.device)
+    for (dy, dx), pairs in zip(half_disc(radius), affinity[0]):
+        own, other = index[: max(0, h - dy)], index[dy:]
+        here = slice(max(0, -dx), max(0, w - max(0, dx)))
+        there = slice(max(0, dx), max(0, w - max(0, -dx)))
+        i, j, a = own[:, here].flatten(), other[:, there].flatten(), pairs[: own.shape[0], here].flatten()
+        dense[i, j] = a
+        dense[j, i] = a
+    t = dense**beta
+    t = t / t.sum(0, keepdim=True)
+    for _ in range(doublings):
+        t = t @ t
+    return (cam.flatten(2) @ t).view_as(cam)

@@ -11,7 +11,7 @@ from ercn.benchmarks.environment import machine
 from ercn.benchmarks.results import Row, load, timed
 
 COLORS = {"eager": "C3", "compile": "C1", "blockwise": "C5", "sdpa": "C7", "t_gemm": "k", "t_mlp": "k"}
-MARKERS = {"affinity": "o", "mil": "s", "model": "^", "overhead": "D"}
+MARKERS = {"affinity": "o", "mil": "s", "refinement": "D", "walk": "v", "model": "^", "overhead": "P"}
 
 
 def plot(config: PlotConfig) -> int:

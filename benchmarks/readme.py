@@ -36,9 +36,10 @@ def render(runs: list[tuple[str, dict[str, Any]]]) -> str:
     introduction = (
         "Median times of interleaved runs on random data. *One product* is the dense matrix product that plain torch "
         "cannot avoid (`torch.matmul(fᵀ, f, out=…)` for the affinity, `torch.mm(h, [V|U], out=…)` for the pool, each "
-        "into memory that exists); *eager* is plain torch as SEAM and AMLab write it; *reference* is our backend in "
-        "plain torch. Peak memory is beyond the inputs; error is the largest one against float64, relative to the "
-        "largest value."
+        "into memory that exists); *eager* is plain torch as the published code has it: SEAM's affinity, AMLab's pool, "
+        "PAMR with its neighbours side by side in memory, IRN's walk by squaring a dense matrix; *reference* is our "
+        "backend in plain torch. Peak memory is beyond the inputs; error is the largest one against float64, relative "
+        "to the largest value."
     )
     blocks = [introduction, *(_machine(name, run) for name, run in runs)]
     if not any(run["environment"]["device"] == "cuda" for _, run in runs):

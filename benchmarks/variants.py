@@ -13,9 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ercn.benchmarks import eager, network
-from ercn.benchmarks.cases import CALLS, AffinityCase, Case, Inputs, ModelCase, OverheadCase, PoolCase
+from ercn.benchmarks.cases import (
+    CALLS,
+    AffinityCase,
+    Case,
+    Inputs,
+    ModelCase,
+    OverheadCase,
+    PoolCase,
+    RefinementCase,
+    WalkCase,
+)
 from ercn.benchmarks.settings import CUDA_SETTINGS, SETTINGS, Runner
-from ercn.ops import _backends, affinity_propagate, gated_attention_pool, relu_affinity
+from ercn.ops import (
+    _backends,
+    affinity_propagate,
+    edge_affinity,
+    gated_attention_pool,
+    pixel_adaptive_refinement,
+    random_walk,
+    relu_affinity,
+)
 
 # What settings apply to, and which, by device.
 SETTABLE = {"cpu": ("ercn-cpu", SETTINGS), "cuda": ("ercn-cuda", CUDA_SETTINGS)}
@@ -70,6 +88,8 @@ def variants(case: Case, device: str, backend: str = "", also: Iterable[str] = (
     build = {
         AffinityCase: _affinity_variants,
         PoolCase: _pool_variants,
+        RefinementCase: _refinement_variants,
+        WalkCase: _walk_variants,
         ModelCase: _model_variants,
         OverheadCase: _overhead_variants,
     }
@@ -90,6 +110,10 @@ def arguments(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor | None, ...]
             return {"gated_attention_pool": (*tensors, None, bounds, None, 0.0, "tanh")}
         case PoolCase():
             return {"gated_attention_pool": (*inputs.tensors, None, None, None, 0.0, "tanh")}
+        case RefinementCase():
+            return {"pixel_adaptive_refinement": inputs.tensors}
+        case WalkCase():
+            return {"random_walk": inputs.tensors}
         case ModelCase():
             return network.arguments(case, inputs)
         case OverheadCase():
@@ -330,6 +354,57 @@ def _overhead_variants(case: OverheadCase, ours: list[str]) -> list[Variant]:
         return Variant(f"ercn-{name}", "ercn", make, OverheadCase.flops, backend=name)
 
     return [Variant("eager", "baseline", _many_times(plain), OverheadCase.flops), *map(ercn, ours)]
+
+
+def _refinement_variants(case: RefinementCase, ours: list[str]) -> list[Variant]:
+    def ercn(name: str) -> Callable[..., Tensor]:
+        return lambda case, cam, image: pixel_adaptive_refinement(
+            cam, image, dilations=case.dilations, steps=case.steps, backend=name
+        )
+
+    def plain(case: RefinementCase, cam: Tensor, image: Tensor) -> Tensor:
+        return eager.pixel_adaptive_refinement(cam, image, case.dilations, case.steps)
+
+    def compiled(case: RefinementCase, cam: Tensor, image: Tensor) -> Tensor:
+        return _compiled(eager.pixel_adaptive_refinement)(cam, image, case.dilations, case.steps)
+
+    def eager_flops(case: RefinementCase) -> int:
+        """What its convolutions multiply with ones and zeros: 9 products for each neighbour."""
+        shifts = 8 * (case.steps * case.maps + 3) + 9 * 3
+        runs = 2 if case.direction == "forward_backward" else 1
+        again = (runs - 1) * 8 * case.steps * case.maps
+        return 2 * 9 * len(case.dilations) * case.batch * case.size * (shifts + again)
+
+    return [
+        Variant("eager", "baseline", _in_direction(plain), eager_flops, RefinementCase.eager_bytes),
+        Variant("compile", "baseline", _in_direction(compiled), eager_flops, RefinementCase.eager_bytes),
+        *(
+            Variant(f"ercn-{name}", "ercn", _in_direction(ercn(name)), RefinementCase.flops, backend=name)
+            for name in ours
+        ),
+    ]
+
+
+def _walk_variants(case: WalkCase, ours: list[str]) -> list[Variant]:
+    def affinity(cam: Tensor, edge: Tensor) -> Tensor:
+        return edge_affinity(edge.to(cam.dtype) / 255, WalkCase.radius)
+
+    def ercn(name: str) -> Callable[..., Tensor]:
+        return lambda case, cam, edge: random_walk(
+            cam, affinity(cam, edge), radius=case.radius, beta=case.beta, steps=2**case.doublings, backend=name
+        )
+
+    def plain(case: WalkCase, cam: Tensor, edge: Tensor) -> Tensor:
+        return eager.random_walk(cam, affinity(cam, edge), case.radius, case.beta, case.doublings)
+
+    def eager_flops(case: WalkCase) -> int:
+        runs = 2 if case.direction == "forward_backward" else 1
+        return 2 * case.size**2 * (case.doublings * case.size + runs * case.maps)
+
+    return [
+        Variant("eager", "baseline", _in_direction(plain), eager_flops, WalkCase.eager_bytes),
+        *(Variant(f"ercn-{name}", "ercn", _in_direction(ercn(name)), WalkCase.flops, backend=name) for name in ours),
+    ]
 
 
 def _model_variants(case: ModelCase, ours: list[str]) -> list[Variant]:

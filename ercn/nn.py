@@ -1,4 +1,4 @@
-"""Layers around the two ops of ``ercn.ops``, parameters and one op call each; and a refinement without parameters."""
+"""Layers around the ops of ``ercn.ops``: parameters, where there are any, and one op call each."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ercn.elements import resize
-from ercn.ops import affinity_propagate, attention_scores, gated_attention_pool
+from ercn.ops import affinity_propagate, attention_scores, gated_attention_pool, pixel_adaptive_refinement
+from ercn.ops.refinement import check_settings
 
 
 class PixelCorrelation(nn.Module):
@@ -123,24 +123,16 @@ class PixelCorrelation(nn.Module):
 class PixelAdaptiveRefinement(nn.Module):
     """PAMR, pixel-adaptive mask refinement: draw maps to the edges of the picture, without parameters.
 
-        k_ij = -mean_c |I_c(i) - I_c(j)| / (1e-8 + 0.1 σ_c(i)),   w_ij = softmax_j(k_ij),   m_i <- Σ_j w_ij m_j
-
-    The neighbours j of pixel i are the 8 at each dilation d, (±d or 0, ±d or 0) away; i itself is none of them. σ_c(i)
-    is the standard deviation (n - 1 in the denominator) of channel c over the 9 pixels of each dilation, in which i
-    counts once for each. Beyond the border, picture and map repeat their edge. Rows of w sum to 1: constants stay, and
-    no value leaves the range of the map. Scale and offset of the picture do not matter. Flips and quarter turns of
-    picture and map turn the result, to rounding.
+    ``pixel_adaptive_refinement(cam, image)`` of ``ercn.ops``, which has the formula.
 
     Args:
         dilations: distances of the neighbours in pixels, each at least 1.
-        steps: how often w is applied; 0 returns the map.
+        steps: how often the weights are applied; 0 returns the map.
+        form: "pamr", or "par" for the weights of PAR.
 
-    The weights of one picture at a time take 8·len(dilations)·H·W values: with six dilations in float32 12.7 MB at
-    257 × 257 and 806 MB at 2049 × 2049. Compiled and exported networks hold it as one operator.
-
-    Inputs are detached: nothing here gives a gradient. Computed in float32, or in float64 where an input is.
-    Deterministic. Source: Araslanov and Roth, CVPR 2020 (arXiv 2005.08104), and its published code, which also resizes
-    the map to the picture.
+    Compiled and exported networks hold it as one operator. The map has a gradient, the picture none: it is detached.
+    Flips and quarter turns of picture and map turn the result, to rounding. Deterministic. Source: Araslanov and Roth,
+    CVPR 2020 (arXiv 2005.08104), and its published code, which also resizes the map to the picture and detaches it.
 
     >>> import torch
     >>> from ercn.nn import PixelAdaptiveRefinement
@@ -150,91 +142,32 @@ class PixelAdaptiveRefinement(nn.Module):
     tensor([0.1500, 0.1500, 0.1500, 0.8500, 0.8500, 0.8500])
     """
 
-    def __init__(self, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24), steps: int = 10) -> None:
+    def __init__(
+        self, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24), steps: int = 10, *, form: str = "pamr"
+    ) -> None:
         super().__init__()
-        if not dilations or min(dilations) < 1:
-            raise ValueError(f"dilations must be at least one distance of 1 or more pixels; got {list(dilations)}")
-        if steps < 0:
-            raise ValueError(f"steps must be at least 0; got {steps}")
-        self.dilations, self.steps = tuple(dilations), steps
+        check_settings(dilations, steps, form)
+        self.dilations, self.steps, self.form = tuple(dilations), steps, form
 
     def forward(self, cam: Tensor, image: Tensor) -> Tensor:
         """Refine ``cam``.
 
         Args:
             cam: [B, C, H, W], floating point, of any range.
-            image: [B, 3, H, W], of any dtype: the picture at the size of the map.
+            image: [B, K, H, W], of any dtype: the picture at the size of the map.
 
         Returns:
-            Like ``cam``, without gradient.
+            Like ``cam``.
 
         Raises:
-            ValueError: another shape.
-            TypeError: a map that is not floating point.
+            ValueError: another shape, or a map that is not floating point.
         """
-        if cam.dim() != 4 or image.shape != (cam.shape[0], 3, *cam.shape[2:]) or not cam.numel():
-            raise ValueError(
-                "cam must be [B, C, H, W], not empty, and image [B, 3, H, W] of the same B, H and W; "
-                f"got {list(cam.shape)} and {list(image.shape)}"
-            )
-        if not cam.is_floating_point():
-            raise TypeError(f"cam must be floating point; got {cam.dtype}")
-        if not self.steps:
-            return cam.detach()
-        return _refined_to_edges(cam.detach(), image.detach(), self.dilations, self.steps)
+        return pixel_adaptive_refinement(
+            cam, image.detach(), dilations=self.dilations, steps=self.steps, form=self.form
+        )
 
     def extra_repr(self) -> str:
-        return f"dilations={self.dilations}, steps={self.steps}"
-
-
-@torch.library.custom_op("ercn::pixel_adaptive_refinement", mutates_args=())
-def _refined_to_edges(cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int) -> Tensor:
-    """One node of a compiled or exported network, where its steps would be thousands. Picture by picture: the weights
-    are the largest tensor of an evaluation.
-    """
-    dtype = torch.promote_types(torch.promote_types(cam.dtype, image.dtype), torch.float32)
-    refined = torch.empty_like(cam, memory_format=torch.contiguous_format)
-    for out, m, picture in zip(refined.split(1), cam.to(dtype).split(1), image.split(1)):
-        weights = _adaptive_weights(picture.to(dtype), dilations)
-        for _ in range(steps):
-            neighbours = _neighbours(m, dilations)
-            m = torch.zeros_like(m)
-            for weight, neighbour in zip(weights.split(1, 1), neighbours):
-                m.addcmul_(weight, neighbour)
-        out.copy_(m)
-    return refined
-
-
-@_refined_to_edges.register_fake
-def _(cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int) -> Tensor:
-    return torch.empty_like(cam, memory_format=torch.contiguous_format)
-
-
-def _neighbours(x: Tensor, dilations: Sequence[int]) -> list[Tensor]:
-    """Views of the padded ``x``, each [B, C, H, W]: at every pixel its neighbour in one direction and distance."""
-    reach, (h, w) = max(dilations), x.shape[2:]
-    padded = F.pad(x, [reach] * 4, mode="replicate")
-    moves = [(d * dy, d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
-    return [padded[:, :, reach + dy : reach + dy + h, reach + dx : reach + dx + w] for dy, dx in moves]
-
-
-def _adaptive_weights(image: Tensor, dilations: Sequence[int]) -> Tensor:
-    """w of ``PixelAdaptiveRefinement`` as [B, 8·len(dilations), H, W]."""
-    neighbours = _neighbours(image, dilations)
-    first, second = torch.zeros_like(image), torch.zeros_like(image)
-    for neighbour in neighbours:  # moments about pixel i, which is 1 of 9: the difference keeps 1/9 of ``second``
-        difference = neighbour - image
-        first += difference
-        second.addcmul_(difference, difference)
-    count = 9 * len(dilations)
-    deviation = ((second - first.square() / count).clamp(min=0) / (count - 1)).sqrt()
-    scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
-    weights = image.new_empty(len(image), len(neighbours), *image.shape[2:])
-    for j, neighbour in enumerate(neighbours):
-        weights[:, j] = ((neighbour - image).abs_() * scale).sum(1)
-    weights -= weights.amax(1, keepdim=True)
-    weights.exp_()
-    return weights.div_(weights.sum(1, keepdim=True))
+        return f"dilations={self.dilations}, steps={self.steps}, form={self.form!r}"
 
 
 # The Linear layers V, [U,] w of published attention layers; {} is the number of a head.

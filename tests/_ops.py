@@ -21,15 +21,17 @@ def golden(name: str) -> dict[str, torch.Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def backends_of(op: str) -> list[str]:
+def backends_of(op: str, device: str = "cpu") -> list[str]:
     """Backends on this machine that have the op at all."""
     usable = {b.name for b in ercn.ops.backends() if b.reason is None}
-    x = torch.ones(1, 1, 1)
+    x, map_ = torch.ones(1, 1, 1, device=device), torch.ones(1, 1, 1, 1, device=device)
     probes = {
         "relu_affinity": (x, x),
         "gated_attention_pool": (x, x[0], None, None, None, x[0], *PLAIN),
         "attention_scores": (x, x[0], None, None, None, x[0], *PLAIN),
         "pool_by_scores": (x, x, None, None),
+        "pixel_adaptive_refinement": (map_, map_, [1], 1, "pamr"),
+        "random_walk": (map_, map_.expand(1, 4, 1, 1), 2, 1.0, 1),
     }
     return [row.name for row in _backends.TABLE if row.name in usable and row.can_run(op, *probes[op]) is None]
 

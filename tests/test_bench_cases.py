@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ercn.benchmarks import cases, network
-from ercn.benchmarks.cases import AffinityCase, ModelCase, PoolCase
+from ercn.benchmarks.cases import AffinityCase, ModelCase, PoolCase, RefinementCase, WalkCase
 from ercn.benchmarks.variants import inputs_of, variants
 
 
@@ -57,6 +57,8 @@ SMALL += [
     for direction in cases.DIRECTIONS
 ]
 SMALL += [PoolCase(49, 64, 32, layout="map", direction="forward_backward")]
+SMALL += [case(*sizes, direction=direction) for case, sizes in ((RefinementCase, (2, 3, 8)), (WalkCase, (3, 9)))
+          for direction in ("forward", "forward_backward")]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
@@ -101,6 +103,15 @@ def test_flops_agree_with_torchs_counter(case, name):
     assert counter.get_total_flops() == pytest.approx(variant.flops(case), rel=tolerance)
 
 
+@pytest.mark.parametrize("case", SMALL[-4:], ids=lambda case: case.id)
+def test_refinements_agree_with_their_published_forms(case):
+    data = case.inputs("cpu")
+    data = cases.Inputs((data.tensors[0].double(), data.tensors[1]), data.upstream.double())
+    found = {v.name: v.make(case, data)() for v in variants(case, "cpu") if v.name in ("eager", "ercn-reference")}
+    for ours, theirs in zip(found["ercn-reference"], found["eager"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
 def test_flops_and_bytes_by_hand():
     case = AffinityCase(1, 21, 192, 56)
     assert case.flops() == 2 * 3136**2 * (192 + 22)
@@ -108,6 +119,10 @@ def test_flops_and_bytes_by_hand():
     unit = 2 * 3136**2 * 192
     backward = AffinityCase(1, 21, 192, 56, direction="backward").flops() / unit
     assert backward == pytest.approx(2 + (3 * 21 + 2) / 192)
+    assert RefinementCase(1, 21, 256).flops() == 2 * 10 * 48 * 21 * 65536
+    assert WalkCase(21, 56).flops() == 2 * 256 * 69 * 21 * 3136
+    eager = next(v for v in variants(WalkCase(21, 56), "cpu") if v.name == "eager")
+    assert eager.flops(WalkCase(21, 56)) == 2 * (8 * 3136**3 + 21 * 3136**2)
     pool = PoolCase(1024, 512, 256)
     assert pool.flops() == 4 * 1024 * 512 * 256 + 2 * 1024 * (256 + 512)
 

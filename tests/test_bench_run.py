@@ -532,7 +532,7 @@ main(sys.argv[1:])
 
     result = run_bench(*options)
     assert result.returncode == 0, result.stderr
-    assert {row["op"] for row in results.timed(results.load(save))} == {"affinity", "mil"}
+    assert {row["op"] for row in results.timed(results.load(save))} == {"affinity", "mil", "refinement", "walk"}
     assert "  eager: median ms " in result.stdout and "affinity/forward/" in result.stdout
     result = run_bench("compare", str(save), str(save))
     assert result.returncode == 2 and "rich is not installed" in result.stderr and "ercn[bench]" in result.stderr

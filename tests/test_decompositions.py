@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import ercn.nn  # noqa: F401  has an operator of its own
 from ercn import ops
 from ercn.config import ModelConfig
 from ercn.models import ERCN, ERCNOutput
@@ -87,7 +86,6 @@ def test_refinement():
     close(found, layer(cam, image)[:1].repeat(3, 1, 1, 1), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.skipif(not hasattr(ops, "random_walk"), reason="an operator that this version does not have")
 @pytest.mark.parametrize("radius", [2, 5])
 def test_walk_and_par(radius):
     value, image = torch.rand(2, 3, 9, 12), torch.randn(2, 3, 9, 12)

@@ -103,7 +103,7 @@ def test_pamr_is_one_operator_of_a_graph():
     operator = torch.ops.ercn.pixel_adaptive_refinement.default
     cam = torch.rand(2, 2, 9, 8).to(memory_format=torch.channels_last)
     for image in (torch.rand(2, 3, 9, 8), torch.randint(0, 256, (2, 3, 9, 8), dtype=torch.uint8)):
-        torch.library.opcheck(operator, (cam, image, [1, 3], 2))
+        torch.library.opcheck(operator, (cam, image, [1, 3], 2, "pamr"))
     model = build(refinement=("affinity", "pamr")).eval()
     image = pictures(65, 65)
     program = torch.export.export(model, (image,))

@@ -18,7 +18,7 @@ pytest.importorskip("ercn.kernels", reason="this is a source tree that was not i
 
 from _triton_aot import SHARED_LIMIT, TENSOR_MEMORY, Compiled, launches
 
-from ercn.kernels import affinity, attention_pool, configs, tune
+from ercn.kernels import affinity, attention_pool, configs, refinement, tune
 from ercn.kernels.table import TABLE
 
 ARCHS = [arch for arch in TABLE if arch != "interpreter"]
@@ -261,6 +261,29 @@ def test_sizes_of_one_which_triton_takes_as_constants(triangle):
 
     names = {kernel.name for kernel in launches("sm_90", run)}
     assert {"forward_kernel", "backward_kernel", "weight_grad_kernel"} <= names
+
+
+def run_refinement(form: str, dtype: torch.dtype, dilations: tuple[int, ...]) -> None:
+    cam, image = meta(2, CHANNELS, 64, 64, dtype=dtype), meta(2, 3, 64, 64, dtype=dtype)
+    refinement.pixel_adaptive_refinement(cam, image, dilations, 2, form)
+    refinement.pixel_adaptive_refinement_backward(cam, image, dilations, 2, form)
+    refinement.random_walk(cam, meta(2, 34, 64, 64, dtype=dtype), 5, 8.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("arch", "form", "dtype", "dilations"),
+    [
+        ("sm_80", "pamr", torch.float32, (1, 2, 4, 8, 12, 24)),
+        ("sm_90", "par", torch.bfloat16, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 614)),
+        ("gfx942", "pamr", torch.float16, (1,)),
+    ],
+    ids=["sm_80", "sm_90", "gfx942"],
+)
+def test_refinements_fit_on_chip(arch, form, dtype, dilations, tmp_path):
+    kernels = launches(arch, lambda: run_refinement(form, dtype, dilations))
+    assert {kernel.name for kernel in kernels} == {"scale_kernel", "weight_kernel", "step_kernel", "walk_kernel"}
+    for kernel in kernels:
+        assert_fits(kernel, tmp_path)
 
 
 def test_every_row_of_the_table_is_compiled():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-COVERING = ("gpu_ops", "gpu_exact", "triton_ops", "triton_pool")  # between them every kernel
+COVERING = ("gpu_ops", "gpu_exact", "gpu_refinement", "triton_ops", "triton_pool")  # between them every kernel
 
 
 @pytest.mark.slow

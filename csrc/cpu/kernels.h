@@ -2,6 +2,7 @@
 #include "affinity.h"
 #include "isa.h"
 #include "pool.h"
+#include "refinement.h"
 
 namespace ercn {
 
@@ -14,6 +15,8 @@ struct Kernels {
   PoolKernel<double, double, double> pool_double;
   PoolKernel<uint16_t, float, uint16_t> pool_bf16;
   PoolKernel<uint16_t, float, float> pool_mixed;  // bfloat16 instances, float weights
+  RefinementKernel<float> refinement_float;
+  RefinementKernel<double> refinement_double;
   // FLOPs of that many steps of independent multiply-adds in registers (multiply_add.h).
   double (*multiply_add_float)(int64_t steps);
   double (*multiply_add_double)(int64_t steps);

@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "multiply_add.h"
 #include "pool_kernel.h"
+#include "refinement_kernel.h"
 
 namespace ercn::ERCN_ISA {
 
@@ -21,6 +22,8 @@ const Kernels& kernels() {
       pool_kernel<double, double, double>(),
       pool_kernel<uint16_t, float, uint16_t>(),
       pool_kernel<uint16_t, float, float>(),
+      refinement_kernel<float>(),
+      refinement_kernel<double>(),
       multiply_add<float>,
       multiply_add<double>,
 #if defined(ERCN_AVX512_BF16)

@@ -51,15 +51,25 @@ class Packed {
 class Memory {
  public:
   template <typename... Parts>
-  Memory(const Tensor& like, Parts&... parts)
-      : tensor_(torch::stable::new_empty(like, {(parts.bytes() + ... + Packed<char>::kLine)}, ScalarType::Byte)) {
-    char* next = static_cast<char*>(tensor_.mutable_data_ptr());
+  Memory(const Tensor& like, Parts&... parts) {
+#if defined(__SANITIZE_ADDRESS__)  // in pieces, so that an access beyond one of them shows
+    (add(like, parts), ...);
+#else
+    add(like, parts...);
+#endif
+  }
+
+ private:
+  template <typename... Parts>
+  void add(const Tensor& like, Parts&... parts) {
+    tensors_.push_back(
+        torch::stable::new_empty(like, {(parts.bytes() + ... + Packed<char>::kLine)}, ScalarType::Byte));
+    char* next = static_cast<char*>(tensors_.back().mutable_data_ptr());
     next += -reinterpret_cast<intptr_t>(next) & (Packed<char>::kLine - 1);
     ((parts.place(next), next += parts.bytes()), ...);
   }
 
- private:
-  Tensor tensor_;
+  std::vector<Tensor> tensors_;
 };
 
 // From: feat's element in memory, E: in the panels, T: of all else.

@@ -36,7 +36,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     (False, 2)
     """
     ops = torch.ops.ercn
-    return {getattr(ops, name).default: form for name, form in _FORMS.items() if hasattr(ops, name)}
+    return {getattr(ops, name).default: form for name, form in _FORMS.items()}
 
 
 def _relu_affinity(value: Tensor, feat: Tensor, backend: str = "") -> Tensor:
@@ -92,10 +92,10 @@ def _refuse_ragged(cu_seqlens: Tensor | None) -> None:
 
 
 def _pixel_adaptive_refinement(
-    cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str = "pamr", backend: str = ""
+    cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str, backend: str = ""
 ) -> Tensor:
     acc = accumulate_dtype(cam, image)
-    offsets = [(d * dy, d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+    offsets = reference.ring_offsets(dilations)
     weights = _adaptive_weights(image.to(acc), offsets, form)
     return _propagate(cam.to(acc), weights, offsets, steps, "replicate").to(cam.dtype)
 

@@ -400,3 +400,158 @@ def gated_attention_pool_backward(
 
 def _narrow(grads: Sequence[Tensor], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     return tuple(g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs))
+
+
+# Refinement over fixed neighbours, one image after the other: its weights are the largest tensor.
+
+
+def near(dilations: Sequence[int], image: Tensor) -> tuple[int, ...]:
+    """From the longer side of a map on, all that is beyond its border is the same edge: margins need not be wider."""
+    return tuple(min(d, max(image.shape[2:])) for d in dilations)
+
+
+def ring_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
+    """(dy, dx) of the 8 neighbours at each distance."""
+    return [(d * dy, d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+
+
+def _neighbours(x: Tensor, offsets: list[tuple[int, int]], mode: str) -> list[Tensor]:
+    """Views of the padded ``x``, each [B, C, H, W]: at every pixel its neighbour at one offset."""
+    reach, (h, w) = max(max(map(abs, offset)) for offset in offsets), x.shape[2:]
+    padded = torch.nn.functional.pad(x, [reach] * 4, mode=mode)
+    return [padded[:, :, reach + dy : reach + dy + h, reach + dx : reach + dx + w] for dy, dx in offsets]
+
+
+def adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Tensor:
+    """w of ``pixel_adaptive_refinement``, [B, P, H, W]."""
+    neighbours = _neighbours(image, ring_offsets(near(dilations, image)), "replicate")
+    own = 0 if form == "par" else len(dilations)  # how often pixel i counts
+    count = len(neighbours) + own
+    mean, spread = torch.zeros_like(image), torch.zeros_like(image)
+    for neighbour in neighbours:  # about pixel i
+        mean += neighbour - image
+    mean /= count
+    for neighbour in neighbours:
+        spread += (neighbour - image - mean).square_()
+    deviation = ((spread + own * mean.square()) / (count - 1)).sqrt()
+    if form == "par":
+        scale = -1 / (image.shape[1] * (0.3 * (deviation + 1e-8)).square())
+    else:
+        scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
+    weights = image.new_empty(len(image), len(neighbours), *image.shape[2:])
+    for j, neighbour in enumerate(neighbours):
+        difference = neighbour - image
+        weights[:, j] = ((difference.square_() if form == "par" else difference.abs_()) * scale).sum(1)
+    weights -= weights.amax(1, keepdim=True)
+    weights.exp_()
+    weights /= weights.sum(1, keepdim=True)
+    return weights.add_(position_weights(dilations).to(weights)[:, None, None]) if form == "par" else weights
+
+
+def position_weights(dilations: Sequence[int]) -> Tensor:
+    """What form "par" adds to the weight of each neighbour, [P], float64."""
+    distance = torch.tensor(ring_offsets(dilations), dtype=torch.float64).norm(dim=1)
+    return 0.01 * torch.softmax(-(distance / (0.3 * (distance.std() + 1e-8))).square(), 0)
+
+
+def fold_margin(x: Tensor, margin: int) -> Tensor:
+    """[B, C, H + 2 margin, W + 2 margin] -> [B, C, H, W]: the margin is added to the edge, in place."""
+    inner = slice(margin, -margin)
+    for y in (x, x[:, :, inner].mT):
+        y[:, :, margin] += y[:, :, :margin].sum(2)
+        y[:, :, -1 - margin] += y[:, :, -margin:].sum(2)
+    return x[:, :, inner, inner]
+
+
+def _propagate(map_: Tensor, weights: Tensor, offsets: list[tuple[int, int]], steps: int, mode: str) -> Tensor:
+    for _ in range(steps):
+        neighbours = _neighbours(map_, offsets, mode)
+        map_ = torch.zeros_like(map_)
+        for weight, neighbour in zip(weights.split(1, 1), neighbours):
+            map_.addcmul_(weight, neighbour)
+    return map_
+
+
+def pixel_adaptive_refinement(
+    cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str
+) -> Tensor:
+    """m_i <- Σ_p w_p(i) m(i + o_p), the edge repeated beyond the border, ``steps`` times."""
+    acc = accumulate_dtype(cam, image)
+    refined = torch.empty_like(cam, memory_format=torch.contiguous_format)
+    for out, m, picture in zip(refined.split(1), cam.split(1), image.split(1)):
+        weights = adaptive_weights(picture.to(acc), dilations, form)
+        out.copy_(_propagate(m.to(acc), weights, ring_offsets(near(dilations, image)), steps, "replicate"))
+    return refined
+
+
+def pixel_adaptive_refinement_backward(
+    grad_out: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str
+) -> Tensor:
+    """The adjoint: w_p(i) g(i) goes to i + o_p, where that lies beyond the border to the edge."""
+    acc = accumulate_dtype(grad_out, image)
+    grad_cam = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
+    (h, w), reach = image.shape[2:], max(near(dilations, image))
+    for out, g, picture in zip(grad_cam.split(1), grad_out.split(1), image.split(1)):
+        weights = adaptive_weights(picture.to(acc), dilations, form).split(1, 1)
+        g = g.to(acc)
+        for _ in range(steps):
+            wide = g.new_zeros(*g.shape[:2], h + 2 * reach, w + 2 * reach)
+            for weight, (dy, dx) in zip(weights, ring_offsets(near(dilations, image))):
+                wide[:, :, reach + dy : reach + dy + h, reach + dx : reach + dx + w].addcmul_(weight, g)
+            g = fold_margin(wide, reach)
+        out.copy_(g)
+    return grad_cam
+
+
+def half_disc(radius: int) -> list[tuple[int, int]]:
+    """(dy, dx) of the neighbours less than ``radius`` away to the right and below, row by row."""
+    square = ((dy, dx) for dy in range(radius) for dx in range(1 - radius, radius) if dy or dx > 0)
+    return [(dy, dx) for dy, dx in square if dy * dy + dx * dx < radius * radius]
+
+
+def disc(radius: int) -> list[tuple[int, int]]:
+    """All of them and the pixel itself, row by row."""
+    below = half_disc(radius)
+    return [(-dy, -dx) for dy, dx in reversed(below)] + [(0, 0)] + below
+
+
+def _overlap(size: int, shift: int) -> tuple[slice, slice]:
+    """Places i of a row with i + shift in it, and those i + shift."""
+    first, last = max(0, -shift), max(0, size - max(0, shift))
+    return slice(first, max(first, last)), slice(first + shift, max(first, last) + shift)
+
+
+def transition(affinity: Tensor, radius: int, beta: float, adjoint: bool) -> Tensor:
+    """T of ``random_walk`` as what every pixel takes of its ``disc``, [B, 2P + 1, H, W]; adjoint: Tᵀ."""
+    batch, pairs, h, w = affinity.shape
+    taken = affinity.new_zeros(batch, 2 * pairs + 1, h, w)
+    taken[:, pairs] = 1
+    for p, (dy, dx) in enumerate(half_disc(radius)):
+        (rows, rows_below), (columns, columns_beside) = _overlap(h, dy), _overlap(w, dx)
+        power = affinity[:, p, rows, columns] ** beta
+        taken[:, pairs + 1 + p, rows, columns] = power
+        taken[:, pairs - 1 - p, rows_below, columns_beside] = power
+    degree = taken.sum(1)
+    if not adjoint:
+        return taken.div_(degree.unsqueeze(1))
+    for p, (dy, dx) in enumerate(disc(radius)):
+        (rows, there_rows), (columns, there_columns) = _overlap(h, dy), _overlap(w, dx)
+        taken[:, p, rows, columns] /= degree[:, there_rows, there_columns]
+    return taken
+
+
+def random_walk(value: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    return _walk(value, affinity, radius, beta, steps, adjoint=False)
+
+
+def random_walk_backward(grad_out: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    return _walk(grad_out, affinity, radius, beta, steps, adjoint=True)
+
+
+def _walk(map_: Tensor, affinity: Tensor, radius: int, beta: float, steps: int, adjoint: bool) -> Tensor:
+    acc = accumulate_dtype(map_, affinity)
+    out = torch.empty_like(map_, memory_format=torch.contiguous_format)
+    for to, m, pairs in zip(out.split(1), map_.split(1), affinity.split(1)):
+        weights = transition(pairs.to(acc), radius, beta, adjoint)
+        to.copy_(_propagate(m.to(acc), weights, disc(radius), steps, "constant"))
+    return out

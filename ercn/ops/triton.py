@@ -25,6 +25,10 @@ _MODULES = {
     "attention_scores": "attention_pool",
     "pool_by_scores": "attention_pool",
     "pool_by_scores_backward": "attention_pool",
+    "pixel_adaptive_refinement": "refinement",
+    "pixel_adaptive_refinement_backward": "refinement",
+    "random_walk": "refinement",
+    "random_walk_backward": "refinement",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,3 +78,7 @@ gated_attention_pool_backward = functools.partial(_launch, "gated_attention_pool
 attention_scores = functools.partial(_launch, "attention_scores")
 pool_by_scores = functools.partial(_launch, "pool_by_scores")
 pool_by_scores_backward = functools.partial(_launch, "pool_by_scores_backward")
+pixel_adaptive_refinement = functools.partial(_launch, "pixel_adaptive_refinement")
+pixel_adaptive_refinement_backward = functools.partial(_launch, "pixel_adaptive_refinement_backward")
+random_walk = functools.partial(_launch, "random_walk")
+random_walk_backward = functools.partial(_launch, "random_walk_backward")

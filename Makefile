@@ -59,5 +59,5 @@ $(VENV)/.environment: constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.environment pyproject.toml $(NATIVE)
-	$(INSTALL) --no-build-isolation -e '.[train,bench,dev]'
+	$(INSTALL) --no-build-isolation -e '.[train,export,bench,dev]'
 	touch $@

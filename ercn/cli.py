@@ -23,6 +23,7 @@ from ercn import config as configs
 
 TRAIN_EXTRA = "pip install 'ercn[train]'"
 BENCH_EXTRA = "pip install 'ercn[bench]'"
+EXPORT_EXTRA = "pip install 'ercn[export]'"
 COMMANDS: dict[str, tuple[str, type]] = {
     "prepare": ("ercn.data", configs.PrepareConfig),
     "plan": ("ercn.training", configs.PlanConfig),
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "train": ("ercn.training", configs.TrainConfig),
     "evaluate": ("ercn.training", configs.EvaluateConfig),
     "predict": ("ercn.training", configs.PredictConfig),
+    "export": ("ercn.training", configs.ExportConfig),
     "report": ("ercn.training.report", configs.ReportConfig),
     "ablate": ("ercn.training", configs.AblateConfig),
     "select": ("ercn.training", configs.SelectConfig),
@@ -43,6 +45,7 @@ SUMMARIES = {
     "train": "train ERCN on image labels",
     "evaluate": "metrics with intervals, localisation against lesion masks, HTML report",
     "predict": "grades and full-resolution heat maps of any pictures",
+    "export": "a network and a script for use without ercn: ONNX, torch or C++",
     "report": "compare runs in one self-contained HTML page: ercn report RUN RUN …",
     "ablate": "train and evaluate a grid of configurations and seeds, one table",
     "select": "choose a configuration of a grid on validation, without the test split",
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if debug or (error.name or "").split(".")[0] == "ercn":
             raise
-        extra = BENCH_EXTRA if argv[0] == "bench" else TRAIN_EXTRA
+        extra = BENCH_EXTRA if argv[0] == "bench" else EXPORT_EXTRA if "onnx" in (error.name or "") else TRAIN_EXTRA
         print(f"error: {error.name} is not installed; this command needs {extra}", file=sys.stderr)
         sys.exit(2)
 

@@ -451,6 +451,20 @@ class PredictConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """``ercn export``: the network for programs without ``ercn``, with a script that predicts.
+
+    run: folder of ``ercn train``. out: a new or empty folder.
+    format: "onnx" for ONNX Runtime; "pt2" for ``torch.export.load``; "aoti", compiled by AOTInductor for the processor
+        of this machine, for C++ without Python.
+    """
+
+    run: str = "runs/ercn"
+    format: Literal["onnx", "pt2", "aoti"] = "onnx"
+    out: str = "runs/exported"
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """``ercn report RUN …``: one page that compares runs.
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import _register_namedtuple
 
 from ercn.config import ModelConfig
 from ercn.elements import GEOMETRY, aligned_corners, centre, cuts_patches, exact_side, resize, symmetrize
@@ -53,6 +54,9 @@ class ERCNOutput(NamedTuple):
     refined_cam: Tensor
     mask: Tensor
     attention: Tensor | None
+
+
+_register_namedtuple(ERCNOutput, serialized_type_name="ercn.models.ERCNOutput")  # for torch.export.save
 
 
 class ERCN(nn.Module):

@@ -96,6 +96,7 @@ def test_config_file_wins_over_preset(called, capsys, tmp_path):
         (["train", "--config", "/nowhere.yaml"], ["/nowhere.yaml"]),
         (["evaluate", "--split", "dev"], ["--split", "dev", "val"]),
         (["predict", "--overlays", "cam"], ["--overlays", "cam"]),
+        (["export", "--format", "tflite"], ["--format", "onnx", "pt2", "aoti", "tflite"]),
     ],
 )
 def test_wrong_arguments_are_one_line_and_code_2(argv, words, called, capsys):
@@ -142,13 +143,17 @@ def test_interrupt_says_how_to_resume(monkeypatch, capsys):
     assert code == 130 and "ercn train --run.out 'runs/my run' --run.resume true" in err
 
 
-def test_a_missing_extra_names_what_to_install(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "command, package, extra",
+    [("train", "lightning", "train"), ("export", "timm", "train"), ("export", "onnxscript", "export")],
+)
+def test_a_missing_extra_names_what_to_install(command, package, extra, monkeypatch, capsys):
     def missing(config):
-        raise ModuleNotFoundError("No module named 'lightning'", name="lightning")
+        raise ModuleNotFoundError(f"No module named '{package}'", name=package)
 
     monkeypatch.setattr(cli, "_function", lambda module, name: missing)
-    code, _, err = run(capsys, "train")
-    assert code == 2 and "lightning" in err and "pip install 'ercn[train]'" in err
+    code, _, err = run(capsys, command)
+    assert code == 2 and package in err and f"pip install 'ercn[{extra}]'" in err
 
 
 def test_a_missing_extra_for_the_parser_itself(monkeypatch, capsys):

@@ -68,7 +68,7 @@ def pixel_adaptive_refinement(
     >>> pixel_adaptive_refinement(cam, image, dilations=(1, 2))[0, 0, 0].round(decimals=2)
     tensor([0.1500, 0.1500, 0.1500, 0.8500, 0.8500, 0.8500])
     """
-    if cam.dim() != 4 or image.dim() != 4 or len(cam) != len(image) or cam.shape[2:] != image.shape[2:]:
+    if cam.dim() != 4 or image.dim() != 4 or cam.shape[0] != image.shape[0] or cam.shape[2:] != image.shape[2:]:
         raise ValueError(
             "cam must be [B, C, H, W] and image [B, K, H, W] of the same B, H and W; "
             f"got {list(cam.shape)} and {list(image.shape)}"
@@ -141,7 +141,7 @@ def random_walk(
     if radius < 2:
         raise ValueError(f"radius must be at least 2 pixels; got {radius}")
     pairs = len(half_disc(radius))
-    shape = (len(value), pairs, *value.shape[2:])
+    shape = (value.shape[0], pairs, *value.shape[2:])
     if value.dim() != 4 or affinity.shape != shape or not value.numel():
         raise ValueError(
             f"value must be [B, C, H, W], not empty, and affinity [B, {pairs}, H, W] for radius {radius}; "

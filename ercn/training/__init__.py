@@ -1,7 +1,7 @@
-"""Pre-training, training, evaluation, prediction, ablation and selection; needs ``pip install 'ercn[train]'``.
+"""Pre-training, training, evaluation, prediction, export, ablation and selection; needs ``pip install 'ercn[train]'``.
 
-``from ercn.training import pretrain, train, evaluate, predict, ablate, select``: each takes its configuration from
-``ercn.config``.
+``from ercn.training import pretrain, train, evaluate, predict, export, ablate, select``: each takes its configuration
+from ``ercn.config``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ _MODULES = {
     "train": "fit",
     "evaluate": "evaluation",
     "predict": "prediction",
+    "export": "exporting",
     "ablate": "ablation",
     "select": "selection",
     "train_ceiling": "ceiling",

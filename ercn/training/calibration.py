@@ -6,7 +6,7 @@ import numpy as np
 
 RANGE = (0.05, 20.0)  # of the temperature
 _STEPS = 600  # of its search, 1 % apart
-_FLOOR = 1e-6  # smallest probability: an ordinal grade's can be 0, of which there is no logarithm
+FLOOR = 1e-6  # smallest probability: an ordinal grade's can be 0, of which there is no logarithm
 
 
 def temper(probability: np.ndarray, temperature: float) -> np.ndarray:
@@ -19,7 +19,7 @@ def temper(probability: np.ndarray, temperature: float) -> np.ndarray:
     """
     if temperature == 1:
         return probability
-    logarithm = np.log(np.maximum(probability, _FLOOR)) / temperature
+    logarithm = np.log(np.maximum(probability, FLOOR)) / temperature
     power = np.exp(logarithm - logarithm.max(1, keepdims=True))
     return power / power.sum(1, keepdims=True)
 

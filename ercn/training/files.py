@@ -23,6 +23,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_empty(out: Path) -> None:
+    """ValueError where a command that overwrites nothing would find something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out {out} is not an empty folder, and nothing is overwritten: give another --out")
+
+
 def read_json(path: Path) -> Any:
     """Raises FileNotFoundError, or ValueError naming the file where it is no JSON."""
     try:

@@ -19,7 +19,7 @@ from ercn.data.dataset import to_tensor
 from ercn.data.normalization import prepared
 from ercn.training.calibration import temper
 from ercn.training.checkpoint import load_model
-from ercn.training.files import DISCLAIMER, write_csv, write_json
+from ercn.training.files import DISCLAIMER, check_empty, write_csv, write_json
 from ercn.training.infer import Views, forward, pick_device
 from ercn.training.maps import NAMES, maps_of
 from ercn.training.overlay import overlay, save_jpeg
@@ -73,8 +73,7 @@ def predict(config: PredictConfig) -> Path:
     """
     paths, ids = find_pictures(config.input)
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out {out} is not an empty folder, and nothing is overwritten: give another --out")
+    check_empty(out)
     for name in config.overlays:
         if name not in NAMES:
             raise ValueError(f"overlays must be of {', '.join(NAMES)}; {name!r} is none")

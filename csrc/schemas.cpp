@@ -43,6 +43,12 @@ struct Schemas {
     define(
         "pool_by_scores_backward(Tensor grad_pooled, Tensor scores, Tensor value, Tensor? mask, Tensor? cu_seqlens, "
         "bool[] needs, str backend=\"\") -> (Tensor grad_scores, Tensor grad_value)");
+    define(
+        "pixel_adaptive_refinement(Tensor cam, Tensor image, int[] dilations, int steps, str form, "
+        "str backend=\"\") -> Tensor");
+    define(
+        "pixel_adaptive_refinement_backward(Tensor grad_out, Tensor image, int[] dilations, int steps, str form, "
+        "str backend=\"\") -> Tensor");
   }
   ~Schemas() { aoti_torch_delete_library_object(library); }
 } schemas;

@@ -13,13 +13,11 @@ from ercn.ops.reference import transition
 if (reason := _extension.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from ercn import _C
-
 NATIVE = torch.ops.ercn_native
 EVERYTHING = 1 << 40  # bytes
 
 
-@pytest.fixture(autouse=True, params=_C.cpu_isas())
+@pytest.fixture(autouse=True, params=_extension.cpu_info()["isas"])
 def isa(request, monkeypatch):
     monkeypatch.setenv("ERCN_CPU_ISA", request.param)
     return request.param

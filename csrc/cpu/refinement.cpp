@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "../backend.h"
+#include "convert.h"
 #include "kernels.h"
 
 namespace ercn {
@@ -456,4 +458,37 @@ STABLE_TORCH_LIBRARY_IMPL(ercn_native, CPU, m) {
   m.impl("pixel_adaptive_refinement_cpu", TORCH_BOX(&ercn::pixel_adaptive_refinement_cpu));
   m.impl("pixel_adaptive_refinement_backward_cpu", TORCH_BOX(&ercn::pixel_adaptive_refinement_backward_cpu));
   m.impl("random_walk_cpu", TORCH_BOX(&ercn::random_walk_cpu));
+}
+
+namespace ercn {
+namespace {
+
+// Adaptive weights of an image are kept from step to step up to this size. Larger ones are made again at every step,
+// which takes a quarter longer at 1024² pixels and 5 channels.
+constexpr int64_t kStoredBytes = int64_t{64} << 20;
+
+Tensor pixel_adaptive_refinement(const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations, int64_t steps,
+                                 std::string form, const std::string& backend) {
+  check_backend(backend, "cpu");
+  const ScalarType sums = type_of_sums(cam, image);
+  const Tensor out = pixel_adaptive_refinement_cpu(converted(cam, sums), converted(image, sums), std::move(dilations),
+                                                   steps, std::move(form), kStoredBytes);
+  return converted(out, cam.scalar_type());
+}
+
+Tensor pixel_adaptive_refinement_backward(const Tensor& grad_out, const Tensor& image, std::vector<int64_t> dilations,
+                                          int64_t steps, std::string form, const std::string& backend) {
+  check_backend(backend, "cpu");
+  const ScalarType sums = type_of_sums(grad_out, image);
+  const Tensor grad = pixel_adaptive_refinement_backward_cpu(converted(grad_out, sums), converted(image, sums),
+                                                             std::move(dilations), steps, std::move(form));
+  return converted(grad, grad_out.scalar_type());
+}
+
+}  // namespace
+}  // namespace ercn
+
+STABLE_TORCH_LIBRARY_IMPL(ercn, CPU, m) {
+  m.impl("pixel_adaptive_refinement", TORCH_BOX(&ercn::pixel_adaptive_refinement));
+  m.impl("pixel_adaptive_refinement_backward", TORCH_BOX(&ercn::pixel_adaptive_refinement_backward));
 }

@@ -6,7 +6,6 @@ avx512_bf16 forces a lower one, read at every call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -33,10 +32,6 @@ _OPS = (
     "relu_affinity_backward",
 )
 
-# Adaptive weights of an image are kept from step to step up to this size. Larger ones are made again at every step,
-# which takes a quarter longer at 1024² pixels and 5 channels.
-STORED_BYTES = 64 << 20
-
 
 def can_run(op: str, *args) -> str | None:
     return None if op in _OPS else f"it has no kernel for {op}"
@@ -54,24 +49,8 @@ gated_attention_pool_backward = partial(_native, "gated_attention_pool_backward"
 attention_scores = partial(_native, "attention_scores")
 pool_by_scores = partial(_native, "pool_by_scores")
 pool_by_scores_backward = partial(_native, "pool_by_scores_backward")
-
-
-def pixel_adaptive_refinement(cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str) -> Tensor:
-    acc = accumulate_dtype(cam, image)
-    out = torch.ops.ercn_native.pixel_adaptive_refinement_cpu(
-        cam.to(acc), image.to(acc), dilations, steps, form, STORED_BYTES
-    )
-    return out.to(cam.dtype)
-
-
-def pixel_adaptive_refinement_backward(
-    grad_out: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str
-) -> Tensor:
-    acc = accumulate_dtype(grad_out, image)
-    grad_cam = torch.ops.ercn_native.pixel_adaptive_refinement_backward_cpu(
-        grad_out.to(acc), image.to(acc), dilations, steps, form
-    )
-    return grad_cam.to(grad_out.dtype)
+pixel_adaptive_refinement = partial(_native, "pixel_adaptive_refinement")
+pixel_adaptive_refinement_backward = partial(_native, "pixel_adaptive_refinement_backward")
 
 
 def random_walk(value: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:

@@ -74,7 +74,7 @@ def test_ragged_bags_are_refused():
 
 
 def test_refinement():
-    layer = PixelAdaptiveRefinement((1, 3), steps=4)
+    layer = PixelAdaptiveRefinement((1, 30), steps=4)
     image = torch.randn(2, 3, 8, 11)
     image[:, :, :4, :6] = 0.25  # flat: every neighbour weighs the same
     cam = torch.rand(2, 2, 8, 11, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_walk_and_par(radius):
     affinity[:, 0, :, -1] = float("nan")  # beyond the border, not read
     args = value, affinity, radius, 8.0, 6, "reference"
     close(FORMS[torch.ops.ercn.random_walk.default](*args), torch.ops.ercn.random_walk(*args), rtol=1e-5, atol=1e-5)
-    args = value, image, [1, 3], 4, "par", "reference"
+    args = value, image, [1, 30], 4, "par", "reference"
     op = torch.ops.ercn.pixel_adaptive_refinement
     close(FORMS[op.default](*args), op(*args), rtol=1e-5, atol=1e-5)
 

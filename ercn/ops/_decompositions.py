@@ -95,18 +95,20 @@ def _pixel_adaptive_refinement(
     cam: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str, backend: str = ""
 ) -> Tensor:
     acc = accumulate_dtype(cam, image)
-    offsets = reference.ring_offsets(dilations)
-    weights = _adaptive_weights(image.to(acc), offsets, form)
+    weights = _adaptive_weights(image.to(acc), dilations, form)
+    offsets = reference.ring_offsets(reference.near(dilations, image))
     return _propagate(cam.to(acc), weights, offsets, steps, "replicate").to(cam.dtype)
 
 
-def _adaptive_weights(image: Tensor, offsets: list[tuple[int, int]], form: str) -> Tensor:
-    """[B, len(offsets), 1, H, W]."""
+def _adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Tensor:
+    """[B, 8·len(dilations), 1, H, W]."""
+    offsets = reference.ring_offsets(reference.near(dilations, image))
     differences = [neighbour - image for neighbour in _neighbours(image, offsets, "replicate")]
-    first = sum(differences)
-    second = sum(d.square() for d in differences)
-    count = len(offsets) if form == "par" else len(offsets) // 8 * 9
-    deviation = ((second - first.square() / count).clamp(min=0) / (count - 1)).sqrt()
+    own = 0 if form == "par" else len(dilations)  # how often pixel i counts
+    count = len(differences) + own
+    mean = sum(differences) / count
+    spread = sum((d - mean).square() for d in differences)
+    deviation = ((spread + own * mean.square()) / (count - 1)).sqrt()
     if form == "par":
         scale = -1 / (image.shape[1] * (0.3 * (deviation + 1e-8)).square())
         differences = [d.square() * scale for d in differences]
@@ -114,7 +116,9 @@ def _adaptive_weights(image: Tensor, offsets: list[tuple[int, int]], form: str) 
         scale = -1 / (image.shape[1] * (1e-8 + 0.1 * deviation))
         differences = [d.abs() * scale for d in differences]
     weights = torch.stack([d.sum(1, keepdim=True) for d in differences], 1).softmax(1)
-    return weights + reference.position_weights(offsets).to(weights)[:, None, None, None] if form == "par" else weights
+    if form == "par":
+        weights = weights + reference.position_weights(dilations).to(weights)[:, None, None, None]
+    return weights
 
 
 def _random_walk(

@@ -104,10 +104,10 @@ struct Map {
   }
 };
 
-// Runs body(begin, end) on shares of the rows, none of them smaller than is worth a thread.
+// Runs body(begin, end) on shares of the rows, none with less than 2^19 multiply-adds, some 20 µs.
 template <typename F>
 void for_rows(int64_t rows, int64_t work_of_a_row, const F& body) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(work_of_a_row, 1));
+  const int64_t grain = std::max<int64_t>(1, (1 << 19) / std::max<int64_t>(work_of_a_row, 1));
   torch::stable::parallel_for(0, rows, grain, body);
 }
 

@@ -106,10 +106,10 @@ struct Map {
   }
 };
 
-// Runs body(begin, end) on shares of the rows, none of them smaller than is worth a thread.
+// Runs body(begin, end) on shares of the rows, none with less than 2^19 multiply-adds, some 20 µs.
 template <typename F>
 void for_rows(int64_t rows, int64_t work_of_a_row, const F& body) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(work_of_a_row, 1));
+  const int64_t grain = std::max<int64_t>(1, (1 << 19) / std::max<int64_t>(work_of_a_row, 1));
   torch::stable::parallel_for(0, rows, grain, body);
 }
 
@@ -464,7 +464,7 @@ namespace ercn {
 namespace {
 
 // Adaptive weights of an image are kept from step to step up to this size. Larger ones are made again at every step,
-// which takes a quarter longer at 1024² pixels and 5 channels.
+// which takes two fifths longer at 1024² pixels and 5 channels.
 constexpr int64_t kStoredBytes = int64_t{64} << 20;
 
 Tensor pixel_adaptive_refinement(const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations, int64_t steps,

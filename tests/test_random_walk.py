@@ -220,8 +220,13 @@ def test_affinities_by_hand_and_their_gradients():
     p = half_disc(3).index((2, -1))
     expected = torch.exp(-(feat[0, :, 1, 4] - feat[0, :, 3, 3]).abs().mean())
     torch.testing.assert_close(pairs[0, p, 1, 4], expected)
-    on_line = [(1, 4), (2, 4), (2, 3), (3, 3)]  # each less than one pixel from the line from (1, 4) to (3, 3)
-    torch.testing.assert_close(lines[0, p, 1, 4], 1 - max(edge[0, 0, y, x] for y, x in on_line))
+    corners = [(1, 6), (3, 4)]  # one pixel and more from the diagonal from (1, 4) to (3, 6)
+    on_line = [(y, x) for y in (1, 2, 3) for x in (4, 5, 6) if (y, x) not in corners]
+    for largest in range(9):
+        marked = edge.clone()
+        marked[0, 0, 1 + largest // 3, 4 + largest % 3] = 0.999
+        value = edge_affinity(marked, 3)[0, half_disc(3).index((2, 2)), 1, 4]
+        torch.testing.assert_close(value, 1 - max(marked[0, 0, y, x] for y, x in on_line))
     assert (lines[0, p, 4:] == 0).all() and (lines[0, p, :, 0] == 0).all()  # beyond the border
     assert (pairs[..., :2] == 0).all() and (pairs[..., -2:] == 0).all() and (pairs[..., -2:, :] == 0).all()
     assert torch.autograd.gradcheck(lambda x: feature_affinity(x, 2), feat.requires_grad_())

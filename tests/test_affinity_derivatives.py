@@ -75,6 +75,32 @@ def test_double_backward_of_one_input(backend, need):
         assert_equal(*second)
 
 
+@pytest.mark.parametrize("made", ["feat is cam", "feat of cam", "cam of feat"])
+def test_inputs_that_depend_on_each_other(backend, made):
+    """The gradient with a graph of its own counts each path once."""
+
+    def loss(x):
+        other = x * x + 1
+        cam, feat = {"feat is cam": (x, x), "feat of cam": (x, other), "cam of feat": (other, x)}[made]
+        return affinity_propagate(cam, feat, backend=backend).pow(3).sum()
+
+    x = inputs()[1].requires_grad_()
+    (plain,) = torch.autograd.grad(loss(x), x)
+    (with_graph,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    assert_equal(with_graph, plain)
+    assert torch.autograd.gradgradcheck(loss, x)
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7)])
+def test_the_result_may_be_changed_in_place(backend, shape):
+    value, feat = (x.unflatten(2, shape).requires_grad_() for x in inputs())
+    for op in (relu_affinity, affinity_propagate):
+        expected = torch.autograd.grad((2 * op(value, feat, backend=backend)).square().sum(), (value, feat))
+        out = op(value, feat, backend=backend)
+        out.mul_(2)
+        assert_equal(torch.autograd.grad(out.square().sum(), (value, feat)), expected)
+
+
 def test_forward_mode(backend):
     leaves = [x.requires_grad_() for x in inputs()]
     for ours, _ in pairs(backend):

@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 import torch.utils.flop_counter
 from torch.utils.data import DataLoader
 
-from ercn.ops import _extension, _library, relu_affinity
+from ercn.ops import _extension, _library, affinity_propagate, gated_attention_pool, relu_affinity
 
 reason = _extension.load()
 built = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -197,6 +198,34 @@ def test_the_dispatcher_sees_what_runs_at_once():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         relu_affinity(x, x)
     assert "ercn::relu_affinity" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("need", [False, True])
+def test_traces_hold_the_operators(need, tmp_path):
+    """torch.jit.trace and make_fx record a call, whose result is that of another call for other inputs."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    weights = (torch.randn(3, 4), None, torch.randn(3, 4), None, torch.randn(1, 3), None)
+    mask = torch.tensor([[True, True, False, True, True]])
+
+    def calls(h):
+        pooled, scores = gated_attention_pool(h, *weights, mask=mask)
+        return pooled, scores, affinity_propagate(h.mT, h.mT), relu_affinity(h.mT, h.mT)
+
+    x, other = torch.randn(1, 5, 4, requires_grad=need), torch.randn(1, 5, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it takes sizes for constants, and is deprecated
+        trace = torch.jit.trace(calls, (x,))
+    torch.jit.save(trace, str(tmp_path / "trace.pt"))
+    for traced in (trace, torch.jit.load(str(tmp_path / "trace.pt")), make_fx(calls)(x)):
+        for ours, expected in zip(traced(other), calls(other)):
+            torch.testing.assert_close(ours, expected)
+
+
+def test_a_library_of_other_sources_is_refused():
+    """As a stale one in an editable checkout would be."""
+    with pytest.raises(ImportError, match=r"libercn was built from other sources, where ercn::relu_affinity\(Tensor v"):
+        _library.define('relu_affinity(Tensor value, str backend="") -> Tensor')
 
 
 def test_tensors_that_stand_for_others():

@@ -613,6 +613,45 @@ def test_errors_say_what_was_given():
             pool_by_scores(*arguments, **kwargs)
 
 
+@reference_alone
+def test_an_error_draws_nothing():
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="mask must be bool or 0/1"):
+        gated_attention_pool(*small("cpu"), dropout_p=0.5, mask=torch.ones(1, 1))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@reference_alone
+def test_weights_that_autocast_leaves_apart_are_refused():
+    h, v, bv, u, bu, w, bw = small("cpu")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="u_weight must have v_weight's dtype"):
+        gated_attention_pool(h, v, bv, u.double(), bu, w, bw)
+
+
+on_the_host = pytest.mark.parametrize("backend", [
+    name for name in backends_for("attention_scores", *pool_arguments()) if name in ("cpu", "reference")
+])
+
+
+@reference_alone
+@on_the_host
+@pytest.mark.parametrize("bounds", [[0, 3], [0], [1, 5], [0, 4, 3, 5], [0, 6]])
+def test_bounds_that_do_not_fit_raise_where_python_reads_nothing(backend, bounds):
+    """In compiled graphs and direct calls the kernels themselves look."""
+    h, *weights = small("cpu")
+    with pytest.raises((RuntimeError, ValueError), match="cu_seqlens must rise from 0 to T = 5 without falling"):
+        torch.ops.ercn.gated_attention_pool(
+            h[0], *weights, None, torch.tensor(bounds), None, 0.0, "tanh", backend
+        )
+
+
+@reference_alone
+@on_the_host
+def test_an_operator_without_a_seed_drops_nothing_in_silence(backend):
+    with pytest.raises((RuntimeError, ValueError), match="dropout needs a seed"):
+        torch.ops.ercn.attention_scores(*small("cpu"), None, None, None, 0.5, "tanh", backend)
+
+
 @of_scores
 def test_autocast(backend):
     h, *weights = small(backend)

@@ -133,10 +133,17 @@ struct Bags {
 };
 
 template <typename Index>
-std::vector<int64_t> ends_of(const Tensor& cu_seqlens) {
+std::vector<int64_t> ends_of(const Tensor& cu_seqlens, int64_t total) {
   const Index* bounds = static_cast<const Index*>(cu_seqlens.const_data_ptr());
   std::vector<int64_t> ends(cu_seqlens.size(0) - 1);
-  for (size_t b = 0; b < ends.size(); ++b) ends[b] = bounds[(b + 1) * cu_seqlens.stride(0)];
+  int64_t begin = bounds[0];
+  bool fits = begin == 0;
+  for (size_t b = 0; b < ends.size(); ++b) {
+    ends[b] = bounds[(b + 1) * cu_seqlens.stride(0)];
+    fits = fits && begin <= ends[b];
+    begin = ends[b];
+  }
+  STD_TORCH_CHECK(fits && begin == total, "cu_seqlens must rise from 0 to T = ", total, " without falling");
   return ends;
 }
 
@@ -144,13 +151,9 @@ Bags bags_of(const Instances& in) {
   Bags bags;
   if (in.cu_seqlens) {
     const Tensor& bounds = *in.cu_seqlens;
-    bags.ends = bounds.scalar_type() == ScalarType::Int ? ends_of<int32_t>(bounds) : ends_of<int64_t>(bounds);
     bags.total = in.h.size(0);
-    int64_t begin = 0;
-    for (const int64_t end : bags.ends) {
-      STD_TORCH_CHECK(begin <= end && end <= bags.total, "cu_seqlens must rise from 0 to T without falling");
-      begin = end;
-    }
+    bags.ends = bounds.scalar_type() == ScalarType::Int ? ends_of<int32_t>(bounds, bags.total)
+                                                        : ends_of<int64_t>(bounds, bags.total);
     return bags;
   }
   const int64_t B = in.h.size(0), N = in.h.size(1);
@@ -611,6 +614,7 @@ void check(const Inputs& in) {
       !in.seed || (in.seed->is_cpu() && in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1),
       "seed must be int64 [1] on the CPU");
   STD_TORCH_CHECK(in.dropout_p >= 0 && in.dropout_p <= 1, "dropout_p must be from 0 to 1");
+  STD_TORCH_CHECK(in.dropout_p == 0 || in.seed, "dropout needs a seed");
 }
 
 void check_scores(const Instances& in, const Tensor& scores, int64_t heads) {

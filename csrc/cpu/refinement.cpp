@@ -416,11 +416,16 @@ void check_dilations(const std::vector<int64_t>& dilations) {
                   "dilations must be at least one distance of 1 or more");
 }
 
+bool is_par(const std::string& form) {
+  STD_TORCH_CHECK(form == "pamr" || form == "par", "form must be pamr or par");
+  return form == "par";
+}
+
 Tensor pixel_adaptive_refinement_cpu(const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations,
                                      int64_t steps, std::string form, int64_t stored_bytes) {
   check(cam, "cam", image, "image", steps);
   check_dilations(dilations);
-  const bool par = form == "par";
+  const bool par = is_par(form);
   return cam.scalar_type() == ScalarType::Double ? refine<double>(cam, image, dilations, steps, par, stored_bytes)
                                                  : refine<float>(cam, image, dilations, steps, par, stored_bytes);
 }
@@ -429,7 +434,7 @@ Tensor pixel_adaptive_refinement_backward_cpu(const Tensor& grad_out, const Tens
                                               std::vector<int64_t> dilations, int64_t steps, std::string form) {
   check(grad_out, "grad_out", image, "image", steps);
   check_dilations(dilations);
-  const bool par = form == "par";
+  const bool par = is_par(form);
   return grad_out.scalar_type() == ScalarType::Double ? refine_backward<double>(grad_out, image, dilations, steps, par)
                                                       : refine_backward<float>(grad_out, image, dilations, steps, par);
 }

@@ -44,6 +44,9 @@ def define(schema: str) -> torch._ops.OpOverload:
     if not hasattr(torch.ops.ercn, op):
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.ercn, op).default
+    expected = torch._C.parse_schema(f"ercn::{schema}")
+    if str(overload._schema) != str(expected):
+        raise ImportError(f"libercn was built from other sources, where {overload._schema}: install ercn again")
     DEFINED.append(overload)
     count = len(overload._schema.arguments)
 
@@ -118,6 +121,7 @@ def run(overload: torch._ops.OpOverload, *args) -> Any:
         and all(map(_is_dense_cpu, args))
         and not _len_torch_dispatch_stack()
         and not _profiler_enabled()
+        and not torch.jit.is_tracing()
     ):
         return overload.redispatch(cpu.KEY, *args)
     _shard()
@@ -159,8 +163,8 @@ def join(
     function.forward = staticmethod(functools.partial(run, overload))
 
     def call(*args):
-        if torch.compiler.is_compiling() and forward_ad._current_level < 0:  # a registered op has no tangent
-            return overload(*args)
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() and forward_ad._current_level < 0:
+            return overload(*args)  # which has no tangent
         if cast_arguments is not None and autocasts(args[0].device):
             args = _casted(args[0].device.type, cast_arguments, args)
         if _are_functorch_transforms_active():
@@ -178,11 +182,29 @@ def is_plain_eager(*tensors: Tensor) -> bool:
     """Whether plain tensors are computed with as they come: nothing compiles, transforms, casts or is a subclass."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not _are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not _is_any_autocast_enabled()
         and all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
     )
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether Python can read the values of x: they are there, on the CPU, and nothing traces or compiles."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not _len_torch_dispatch_stack()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def is_sharded(x: Tensor) -> bool:
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    return dtensor is not None and isinstance(x, dtensor.DTensor)
 
 
 def save_for_forward(ctx: torch.autograd.function.FunctionCtx, *tensors: Tensor) -> None:

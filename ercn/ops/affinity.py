@@ -134,13 +134,16 @@ class _SingleLevelPropagation(torch.autograd.Function):
         ones = out.new_ones(out.shape[0], 1, out.shape[2])
         parts = out.shape[1], 1
         kept = []
-        for _ in range(steps):
+        for step in range(steps):
             value = torch.cat((out, ones), 1)
             product, denominator = torch.split_with_sizes(_library.run(_FORWARD, value, f, backend), parts, 1)
-            out = product / denominator.add_(eps)
-            kept += (value, denominator, out)
+            denominator.add_(eps)
+            kept += (value, product, denominator)
+            if step < steps - 1:
+                out = product / denominator
         ctx.save_for_backward(cam, feat, norm, divisor, f, *kept)
-        return _to(_shaped(out, cam), cam.dtype)
+        # A tensor of its own, neither kept nor a view: the caller may change it in place.
+        return _to(_spatial(product, cam) / _spatial(denominator, cam), cam.dtype)
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -148,6 +151,7 @@ class _SingleLevelPropagation(torch.autograd.Function):
         backend = ctx.settings[-1]
         need_cam, need_feat, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a derivative of this is asked for
+            cam, feat = cam.view_as(cam), feat.view_as(feat)  # apart, even if one is made of the other
             inputs = [x for x, need in ((cam, need_cam), (feat, need_feat)) if need]
             out = _propagated(cam, feat, *ctx.settings)
             grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
@@ -156,9 +160,9 @@ class _SingleLevelPropagation(torch.autograd.Function):
         grad = _to(_flat(grad_out), acc)
         channels, total = grad.shape[1], None
         for step in range(len(kept) - 3, -1, -3):
-            value, denominator, out = kept[step : step + 3]
+            value, product, denominator = kept[step : step + 3]
             grad = grad / denominator
-            grad = torch.cat((grad, (grad * out).sum(1, True).neg_()), 1)
+            grad = torch.cat((grad, (grad * product).sum(1, True).div_(denominator).neg_()), 1)
             need_value = need_cam or step > 0
             if need_feat:
                 grad, part = _library.run(_BACKWARD, grad, value, f, need_value, backend)
@@ -182,6 +186,11 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def _flat(x: Tensor) -> Tensor:
     return x.flatten(2) if x.dim() == 4 else x
+
+
+def _spatial(x: Tensor, like: Tensor) -> Tensor:
+    """A view [B, ·, H, W] of x [B, ·, N] where ``like`` is spatial."""
+    return x.unflatten(2, like.shape[2:]) if like.dim() == 4 else x
 
 
 def _shaped(x: Tensor, like: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def gated_attention_pool(
 
     FLOPs are 4·B·N·D·L for the projections (2·B·N·D·L ungated) and 2·B·N·K·(L + D). No [N, L] activation and no mask of
     the dropout is kept: the backward computes them again. Two runs on one machine are bit-equal, with dropout under the
-    same seed. Under autocast all floating inputs are cast.
+    same seed. Under autocast all floating inputs but float64 are cast.
 
     Dropout takes Philox4x32-10 under one seed for each call, ``torch.randint(2**62, (1,))``. Instance i (b·N + n, or
     the ragged row) and hidden unit l take word (l // 16) % 4 of the counter (i mod 2³², i // 2³², (l // 64)·16 + l %
@@ -168,8 +168,8 @@ def pool_by_scores(
         a = softmax_k(s),   z = Σ_k a_k value_k
 
     Args:
-        scores: s, [B, K, N], [K, T] with ``cu_seqlens`` or [K, N] for one bag; floating point. What a score of -inf
-            stands for is pooled with weight 0.
+        scores: s, [B, K, N], [K, T] with ``cu_seqlens`` or [K, N] for one bag; floating point. -inf gives weight 0;
+            where a bag has no other score the result is NaN, as of any softmax, which only a mask avoids.
         value: [B, N, D], [T, D] or [N, D], any strides and floating dtype.
         mask, key_padding_mask: as ``gated_attention_pool``. What scores and value hold where masked is never used.
         cu_seqlens, backend: as ``gated_attention_pool``.
@@ -218,26 +218,29 @@ def _prepared(h, weights, mask, key_padding_mask, cu_seqlens, activation, dropou
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if not masked_score < math.inf:
         raise ValueError(f"masked_score must be finite or -inf; got {masked_score}")
-    seed = _seed(h.device, dropout_p, generator)
     mask = _real_instances(h, mask, key_padding_mask, cu_seqlens)
+    seed = _seed(h, dropout_p, generator)
     alone = cu_seqlens is None and h.dim() == 2
     if alone:
         h = h.unsqueeze(0)
     return alone, mask, h, *weights, mask, cu_seqlens, seed, float(dropout_p), activation
 
 
-def _seed(device: torch.device, dropout_p: float, generator: torch.Generator | None) -> Tensor | None:
+def _seed(h: Tensor, dropout_p: float, generator: torch.Generator | None) -> Tensor | None:
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be from 0 to 1; got {dropout_p}")
     if dropout_p == 0:
         if generator is not None:
             raise ValueError("generator was given, but dropout_p is 0: nothing is drawn")
         return None
+    if _library.is_sharded(h):
+        raise ValueError(f"dropout_p must be 0 with DTensors, where each rank would draw its own; got {dropout_p}")
+    device = h.device
     if generator is None:
-        return torch.randint(1 << 63 - 1, (1,), device=device)
+        return torch.randint(1 << 62, (1,), device=device)
     if generator.device.type != device.type or generator.device.index not in (None, device.index):
         raise ValueError(f"generator must be on h's device {device}; it is on {generator.device}")
-    return torch.randint(1 << 63 - 1, (1,), device=device, generator=generator)
+    return torch.randint(1 << 62, (1,), device=device, generator=generator)
 
 
 def _with_masked_score(scores: Tensor, mask: Tensor | None, masked_score: float) -> Tensor:
@@ -268,7 +271,7 @@ def _real_instances(
             f"{name} must be bool or 0/1 {list(h.shape[:-1])} on {h.device}; "
             f"got {given.dtype} {list(given.shape)} on {given.device}"
         )
-    readable = _readable(given)
+    readable = _library.is_readable(given)
     real = given
     if given.dtype != torch.bool:
         real = given != 0
@@ -282,13 +285,6 @@ def _real_instances(
     if readable and real.numel() > 0 and not real.any():
         _warn_once(f"{name} masks all {real.numel()} instances: pooled is 0. {_POLARITY[name]}")
     return real.unsqueeze(0) if real.dim() == 1 else real
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether x has values that Python can read without waiting for a device."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 _warned: set[tuple[str, int]] = set()  # file and line
@@ -336,7 +332,7 @@ def _check_weight(name, x, shape, device, dtype, weights) -> None:
     if x.shape != shape:
         hidden, dim, heads = *weights[0].shape, len(weights[4])
         raise ValueError(f"{name} must be {list(shape)} for D = {dim}, L = {hidden}, K = {heads}; got {list(x.shape)}")
-    if x.dtype != dtype and not _library.autocasts(device):
+    if x.dtype != dtype and (torch.float64 in (x.dtype, dtype) or not _library.autocasts(device)):
         raise ValueError(f"{name} must have v_weight's dtype {dtype} outside autocast; got {x.dtype}")
     if x.device != device:
         raise ValueError(f"{name} must be on h's device {device}; got {x.device}")
@@ -351,7 +347,7 @@ def _check_bounds(h: Tensor, cu_seqlens: Tensor | None) -> None:
             f"cu_seqlens must be int32 or int64 [B+1] on {h.device}; "
             f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
         )
-    if _readable(cu_seqlens):
+    if _library.is_readable(cu_seqlens):
         bag_slices(cu_seqlens, h.shape[0])
 
 

@@ -131,6 +131,8 @@ class _Branches:
     """drop(act(V h + b_V)) and drop(σ(U h + b_U)) of a dense batch's instances, and their derivatives."""
 
     def __init__(self, h, v_weight, v_bias, u_weight, u_bias, seed, dropout_p, activation):
+        if dropout_p > 0 and seed is None:
+            raise ValueError(f"dropout needs a seed; got dropout_p = {dropout_p} without one")
         self.acc = accumulate_dtype(h, v_weight)
         self.weights = _widen(self.acc, v_weight, v_bias, u_weight, u_bias)
         self.activation, self.seed, self.dropout_p = activation, seed, dropout_p

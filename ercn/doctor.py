@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Iterable
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,24 +148,36 @@ def _problem() -> str | None:
     return None
 
 
-def _affinity_arguments() -> list[Tensor]:
+def _selftests() -> dict[str, list]:
+    """Arguments of every op; tensors that take a gradient ask for one."""
     generator = torch.Generator().manual_seed(0)
-    value = torch.randn(2, 3, 131, generator=generator)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
     # Small integers: T = FᵀF is exact in every dtype, so no rounding moves a pair across the ReLU's kink.
-    return [value, torch.randint(-3, 4, (2, 24, 131), generator=generator)]
-
-
-def _pool_arguments() -> list:
-    generator = torch.Generator().manual_seed(0)
+    feat = torch.randint(-3, 4, (2, 24, 131), generator=generator).float().requires_grad_()
     shapes = [(2, 131, 24), (16, 24), (16,), (16, 24), (16,), (2, 16), (2,)]  # h, V, b_V, U, b_U, w, b_w
-    return [*(torch.randn(shape, generator=generator) for shape in shapes), None, None, None, 0.0, "tanh"]
-
-
-SELFTESTS = {"relu_affinity": _affinity_arguments, "gated_attention_pool": _pool_arguments}
+    pool = [draw(*shape) for shape in shapes]
+    picture, near = draw(2, 3, 9, 11).detach(), torch.rand(2, 4, 9, 11, generator=generator)
+    return {
+        "relu_affinity": [draw(2, 3, 131), feat],
+        "gated_attention_pool": [*pool, None, None, None, 0.0, "tanh"],
+        "attention_scores": [*pool, None, None, torch.tensor([1]), 0.25, "gelu"],
+        "pool_by_scores": [draw(2, 2, 131), draw(2, 131, 24), None, None],
+        "pixel_adaptive_refinement": [draw(2, 4, 9, 11), picture, [1, 2], 3, "pamr"],
+        "random_walk": [draw(2, 4, 9, 11), near, 2, 2.0, 3],
+    }
 
 
 def _arguments(op: str, dtype: torch.dtype, device: str) -> list:
-    return [x.to(device, dtype).requires_grad_() if isinstance(x, Tensor) else x for x in SELFTESTS[op]()]
+    def placed(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        placed = x.detach().to(device, dtype if x.is_floating_point() else x.dtype)
+        return placed.requires_grad_(x.requires_grad)
+
+    return [placed(x) for x in _selftests()[op]]
 
 
 def _outputs(op: str, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
@@ -174,7 +187,7 @@ def _outputs(op: str, dtype: torch.dtype, device: str, backend: str) -> list[Ten
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(x.shape, generator=generator).to(x) for x in out]
-    gradients = torch.autograd.grad(out, [x for x in args if isinstance(x, Tensor)], upstream)
+    gradients = torch.autograd.grad(out, [x for x in args if isinstance(x, Tensor) and x.requires_grad], upstream)
     return [x.detach().cpu().double() for x in (*out, *gradients)]
 
 
@@ -185,7 +198,7 @@ def _error(op: str, actual: list[Tensor], exact: list[Tensor]) -> float:
 
 def _selftest() -> bool:
     rows, ok = [], True
-    for op in SELFTESTS:
+    for op in _selftests():
         exact = _outputs(op, torch.float64, "cpu", "reference")
         plain = _error(op, _outputs(op, torch.float32, "cpu", "reference"), exact)
         limit = _budget.allowed(plain, torch.float32)

@@ -89,69 +89,22 @@ def relu_affinity_backward(grad_out: Tensor, value: Tensor, feat: Tensor, need_v
     return _call("relu_affinity_backward_cuda", grad_out, value, feat, need_value, _exact(feat.dtype), kernels())
 
 
-def gated_attention_pool(
-    h: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    u_weight: Tensor | None,
-    u_bias: Tensor | None,
-    w_weight: Tensor,
-    w_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    options = (mask, cu_seqlens, seed, dropout_p, activation)
-    return _call("gated_attention_pool_cuda", h, *weights, *options, _exact(h.dtype), kernels())
+def _pool(op: str, h: Tensor, *args):
+    return _call(op, h, *args, _exact(h.dtype), kernels())
 
 
-def attention_scores(
-    h: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    u_weight: Tensor | None,
-    u_bias: Tensor | None,
-    w_weight: Tensor,
-    w_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    activation: str,
-) -> Tensor:
-    weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    options = (mask, cu_seqlens, seed, dropout_p, activation)
-    return _call("attention_scores_cuda", h, *weights, *options, _exact(h.dtype), kernels())
+gated_attention_pool = functools.partial(_pool, "gated_attention_pool_cuda")
+attention_scores = functools.partial(_pool, "attention_scores_cuda")
 
 
 def gated_attention_pool_backward(
-    grad_pooled: Tensor | None,
-    grad_scores: Tensor | None,
-    h: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    u_weight: Tensor | None,
-    u_bias: Tensor | None,
-    w_weight: Tensor,
-    w_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    activation: str,
-    scores: Tensor,
-    needs: list[bool],
+    grad_pooled: Tensor | None, grad_scores: Tensor | None, h: Tensor, *args
 ) -> tuple[Tensor, ...]:
+    *inputs, needs = args
     wanted = sum(need << i for i, need in enumerate(needs))
-    weights = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    options = (mask, cu_seqlens, seed, dropout_p, activation)
     return _call(
-        "gated_attention_pool_backward_cuda",
-        grad_pooled, grad_scores, h, *weights, *options, scores, wanted, _exact(h.dtype), kernels(),
-    )  # fmt: skip
+        "gated_attention_pool_backward_cuda", grad_pooled, grad_scores, h, *inputs, wanted, _exact(h.dtype), kernels()
+    )
 
 
 def pool_by_scores(scores: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -194,6 +194,7 @@ def test_what_is_refused(backend):
     value, affinity, tangent = drawn(1, 2, 4, 5, 2)
     options = {"radius": 2, "steps": 1, "backend": backend}
     for v, a, words in [
+        (torch.zeros(()), affinity, r"got \[\] and"),
         (value, affinity[:, :3], r"affinity \[B, 4, H, W\] for radius 2; got \[1, 2, 4, 5\] and \[1, 3, 4, 5\]"),
         (value, affinity.mT, r"got .* and \[1, 4, 5, 4\]"),
         (value[0], affinity, r"got \[2, 4, 5\]"),
@@ -233,5 +234,10 @@ def test_affinities_by_hand_and_their_gradients():
     assert torch.autograd.gradcheck(lambda x: edge_affinity(x, 3), edge.requires_grad_())
     with pytest.raises(ValueError, match=r"H above 4 and W above 8 for radius 5; got \[1, 3, 4, 9\]"):
         feature_affinity(feat[:, :, :4], 5)
+    with pytest.raises(ValueError, match=r"feat must be \[B, D, H, W\].*got \[3, 6, 9\]"):
+        feature_affinity(feat[0], 2)
+    for function, x in ((feature_affinity, feat), (edge_affinity, edge)):
+        with pytest.raises(ValueError, match="radius must be at least 2 pixels; got 1"):
+            function(x, 1)
     with pytest.raises(ValueError, match=r"edge must be \[B, 1, H, W\]; got \[1, 3, 6, 9\]"):
         edge_affinity(feat)

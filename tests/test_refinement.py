@@ -270,8 +270,9 @@ def test_errors_say_what_was_given(backend):
         with pytest.raises(ValueError, match=words):
             pixel_adaptive_refinement(cam, guide, backend=backend)
     for options, words in [
-        ({"dilations": ()}, r"got \[\]"),
-        ({"dilations": (1, 0)}, r"at least one distance of 1.*got \[1, 0\]"),
+        ({"dilations": ()}, r"got \(\)"),
+        ({"dilations": 3}, "must be a list of at least one distance.*got 3"),
+        ({"dilations": (1, 0)}, r"at least one distance of 1.*got .1, 0"),
         ({"steps": -1}, "steps must be at least 0; got -1"),
         ({"form": "crf"}, "form must be one of pamr, par; got 'crf'"),
     ]:

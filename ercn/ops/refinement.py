@@ -138,11 +138,8 @@ def random_walk(
     >>> random_walk(cam, edge_affinity(edge, radius=2), radius=2, beta=10)[0, 0, 1].round(decimals=2) + 0.0
     tensor([0.5000, 0.5000, 0.0000, 0.0000, 0.0000, 0.0000])
     """
-    if radius < 2:
-        raise ValueError(f"radius must be at least 2 pixels; got {radius}")
-    pairs = len(half_disc(radius))
-    shape = (value.shape[0], pairs, *value.shape[2:])
-    if value.dim() != 4 or affinity.shape != shape or not value.numel():
+    pairs = len(_pairs(radius))
+    if value.dim() != 4 or affinity.shape != (value.shape[0], pairs, *value.shape[2:]) or not value.numel():
         raise ValueError(
             f"value must be [B, C, H, W], not empty, and affinity [B, {pairs}, H, W] for radius {radius}; "
             f"got {list(value.shape)} and {list(affinity.shape)}"
@@ -174,16 +171,17 @@ def feature_affinity(feat: Tensor, radius: int = 5) -> Tensor:
             [0., 1., 1., 0.],
             [0., 0., 0., 0.]])
     """
-    reach, (h, w) = radius - 1, feat.shape[2:]
-    if feat.dim() != 4 or h <= reach or w <= 2 * reach:
+    offsets, reach = _pairs(radius), radius - 1
+    if feat.dim() != 4 or feat.shape[2] <= reach or feat.shape[3] <= 2 * reach:
         raise ValueError(
             f"feat must be [B, D, H, W] with H above {reach} and W above {2 * reach} for radius {radius}; "
             f"got {list(feat.shape)}"
         )
+    h, w = feat.shape[2:]
     inner = feat[:, :, : h - reach, reach : w - reach]
     pairs = [
         torch.exp(-(feat[:, :, dy : h - reach + dy, reach + dx : w - reach + dx] - inner).abs().mean(1))
-        for dy, dx in half_disc(radius)
+        for dy, dx in offsets
     ]
     return torch.nn.functional.pad(torch.stack(pairs, 1), (reach, reach, 0, reach))
 
@@ -205,7 +203,7 @@ def edge_affinity(edge: Tensor, radius: int = 5) -> Tensor:
     reach, (h, w) = radius - 1, edge.shape[2:]
     padded = torch.nn.functional.pad(edge[:, 0], (reach, reach, 0, reach), value=1.0)
     pairs = []
-    for dy, dx in half_disc(radius):
+    for dy, dx in _pairs(radius):
         line = [
             (y, x)
             for y in range(dy + 1)
@@ -217,9 +215,15 @@ def edge_affinity(edge: Tensor, radius: int = 5) -> Tensor:
     return torch.stack(pairs, 1)
 
 
+def _pairs(radius: int) -> list[tuple[int, int]]:
+    if radius < 2:
+        raise ValueError(f"radius must be at least 2 pixels; got {radius}")
+    return half_disc(radius)
+
+
 def check_settings(dilations: Sequence[int], steps: int, form: str) -> None:
-    if not dilations or min(dilations) < 1:
-        raise ValueError(f"dilations must be at least one distance of 1 or more pixels; got {list(dilations)}")
+    if not isinstance(dilations, Sequence) or len(dilations) == 0 or min(dilations) < 1:
+        raise ValueError(f"dilations must be a list of at least one distance of 1 or more pixels; got {dilations}")
     if steps < 0:
         raise ValueError(f"steps must be at least 0; got {steps}")
     if form not in FORMS:

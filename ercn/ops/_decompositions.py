@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,7 @@ def _pixel_adaptive_refinement(
 def _adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Tensor:
     """[B, 8·len(dilations), 1, H, W]."""
     offsets = reference.ring_offsets(reference.near(dilations, image))
-    differences = [neighbour - image for neighbour in _neighbours(image, offsets, "replicate")]
+    differences = [neighbour - image for neighbour in reference.shifted(image, offsets, "replicate")]
     own = 0 if form == "par" else len(dilations)  # how often pixel i counts
     count = len(differences) + own
     mean = sum(differences) / count
@@ -126,10 +126,10 @@ def _random_walk(
 ) -> Tensor:
     acc = accumulate_dtype(value, affinity)
     half = reference.half_disc(radius)
-    inside = _neighbours(affinity.new_ones(1, 1, *affinity.shape[2:]), half, "constant")
+    inside = reference.shifted(affinity.new_ones(1, 1, *affinity.shape[2:]), half, "constant")
     pairs = (affinity.to(acc) ** beta).split(1, 1)
     after = [torch.where(there > 0, pair, 0) for there, pair in zip(inside, pairs)]
-    before = [next(_neighbours(pair, [(-dy, -dx)], "constant")) for pair, (dy, dx) in zip(after, half)]
+    before = [reference.shifted(pair, [(-dy, -dx)], "constant")[0] for pair, (dy, dx) in zip(after, half)]
     weights = torch.stack([*reversed(before), torch.ones_like(after[0]), *after], 1)  # [B, 2P + 1, 1, H, W]
     weights = weights / weights.sum(1, keepdim=True)
     return _propagate(value.to(acc), weights, reference.disc(radius), steps, "constant").to(value.dtype)
@@ -139,20 +139,12 @@ def _propagate(map_: Tensor, weights: Tensor, offsets: list[tuple[int, int]], st
     from torch._higher_order_ops.while_loop import while_loop_op
 
     def step(i: Tensor, m: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return i + 1, sum(w * neighbour for w, neighbour in zip(weights.unbind(1), _neighbours(m, offsets, mode)))
+        return i + 1, sum(w * neighbour for w, neighbour in zip(weights.unbind(1), reference.shifted(m, offsets, mode)))
 
     # a loop over the steps: written out they would be thousands of operators, and minutes of compilation
     start = torch.zeros((), dtype=torch.int64, device=map_.device)
     first = map_.clone(memory_format=torch.contiguous_format)
     return while_loop_op(lambda i, m, weights: i < steps, step, (start, first), (weights,))[1]
-
-
-def _neighbours(x: Tensor, offsets: list[tuple[int, int]], mode: str) -> Iterator[Tensor]:
-    """Views of the padded ``x``, each [B, C, H, W]: at every pixel its neighbour at one offset."""
-    reach, (h, w) = max(max(map(abs, offset)) for offset in offsets), x.shape[2:]
-    padded = F.pad(x, [reach] * 4, mode=mode)
-    for dy, dx in offsets:
-        yield padded[:, :, reach + dy : reach + dy + h, reach + dx : reach + dx + w]
 
 
 _FORMS = {

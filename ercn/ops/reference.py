@@ -417,7 +417,7 @@ def ring_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
     return [(d * dy, d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
 
 
-def _neighbours(x: Tensor, offsets: list[tuple[int, int]], mode: str) -> list[Tensor]:
+def shifted(x: Tensor, offsets: list[tuple[int, int]], mode: str) -> list[Tensor]:
     """Views of the padded ``x``, each [B, C, H, W]: at every pixel its neighbour at one offset."""
     reach, (h, w) = max(max(map(abs, offset)) for offset in offsets), x.shape[2:]
     padded = torch.nn.functional.pad(x, [reach] * 4, mode=mode)
@@ -426,7 +426,7 @@ def _neighbours(x: Tensor, offsets: list[tuple[int, int]], mode: str) -> list[Te
 
 def adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Tensor:
     """w of ``pixel_adaptive_refinement``, [B, P, H, W]."""
-    neighbours = _neighbours(image, ring_offsets(near(dilations, image)), "replicate")
+    neighbours = shifted(image, ring_offsets(near(dilations, image)), "replicate")
     own = 0 if form == "par" else len(dilations)  # how often pixel i counts
     count = len(neighbours) + own
     mean, spread = torch.zeros_like(image), torch.zeros_like(image)
@@ -467,7 +467,7 @@ def fold_margin(x: Tensor, margin: int) -> Tensor:
 
 def _propagate(map_: Tensor, weights: Tensor, offsets: list[tuple[int, int]], steps: int, mode: str) -> Tensor:
     for _ in range(steps):
-        neighbours = _neighbours(map_, offsets, mode)
+        neighbours = shifted(map_, offsets, mode)
         map_ = torch.zeros_like(map_)
         for weight, neighbour in zip(weights.split(1, 1), neighbours):
             map_.addcmul_(weight, neighbour)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import pickle
 import re
 from collections import Counter
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 ENOUGH = 0.9  # of the tensors that a backbone needs must be there
 _PREFERRED = ("ema", "teacher", "encoder_q", "online")  # of several networks in a file
 _UNREAD = "num_batches_tracked"  # what old files do not have and no network reads
+_OURS = {"format", "notice", "packages"}  # what every export's description has
 
 _SE = {"fc1": "se.conv_reduce", "fc2": "se.conv_expand"}
 # Of torchvision's EfficientNet, blocks of the first stage and others: which layer is what.
@@ -124,8 +126,9 @@ def load_pretrained(backbone: nn.Module, path: str | Path, name: str) -> Loaded:
     Raises:
         FileNotFoundError: there is no such file, or the folder has no export.
         ValueError: the file is damaged, needs code to be run, is the export of another backbone, has less than
-            ``ENOUGH`` of what the backbone needs (or, an export, not all), or has it in shapes that do not fit; the
-            message has examples of the names, or the shapes.
+            ``ENOUGH`` of what the backbone needs (or, an export, not all) or not its first layer, has integers, complex
+            numbers, sparse tensors or tensors without values for weights, or values that are not finite, or has
+            shapes that do not fit; the message has examples of the names, or the shapes.
     """
     file = _find(Path(path))
     command, origin = _described(file)
@@ -140,21 +143,30 @@ def load_pretrained(backbone: nn.Module, path: str | Path, name: str) -> Loaded:
     needed = [key for key in own if not key.endswith(_UNREAD)]
     missing = tuple(key for key in needed if key not in found)
     unused = [key for key in given if key not in found.values()]
-    if len(missing) > (0 if command else (1 - ENOUGH) * len(needed)):
+    few = len(missing) > (0 if command else (1 - ENOUGH) * len(needed))
+    first = next(key for key in needed if own[key].ndim > 1 and key.endswith("weight"))
+    if few or first in missing:
+        there = f"{len(needed) - len(missing)} are there" + ("" if few else ", but not the first layer's")
+        rest = _some([key or "a tensor without a name" for key in unused])
         raise ValueError(
-            f"{file} does not hold the weights of {name}: of {len(needed)} tensors that it needs, "
-            f"{len(needed) - len(missing)} are there. It needs, for one, {_some(missing)}; the file has "
-            f"{_some(unused) or 'nothing else'}"
+            f"{file} does not hold the weights of {name}: of {len(needed)} tensors that it needs, {there}. "
+            f"It needs, for one, {_some(missing)}; the file has {rest or ('nothing else' if given else 'no tensors')}"
         )
-    state, resized, misfits = {}, {}, []
+    state, resized, faults, misfits = {}, {}, [], []
     for key, source in found.items():
-        value = _fitted(key, given[source], own[key], backbone)
+        if fault := _fault(given[source], own[key].dtype):
+            if not key.endswith(_UNREAD):
+                faults.append(f"{source} {fault}")
+            continue
+        value = _fitted(key, given[source].to(own[key].dtype), own[key], backbone)
         if value is None:
             misfits.append(f"{source} {list(given[source].shape)} instead of {list(own[key].shape)}")
         else:
             state[key] = value
             if value.numel() != given[source].numel():
                 resized[key] = f"{list(given[source].shape)} to {list(value.shape)}"
+    if faults:
+        raise ValueError(f"{file} has tensors that cannot be weights of {name}, {len(faults)} in all: {_some(faults)}")
     if misfits:
         raise ValueError(
             f"{file} holds the weights of another model than {name}: "
@@ -180,13 +192,16 @@ def _find(path: Path) -> Path:
 
 
 def _described(file: Path) -> tuple[str, str | None]:
-    """Of an export the command that wrote it, and its backbone; of another file "" and None."""
+    """Of an export the command that wrote it, and its backbone; of another file "" and None.
+
+    A foreign file may have a .json beside it, which says nothing here.
+    """
     about = file.with_suffix(".json")
-    if file.suffix != ".safetensors" or not about.is_file():
+    if file.suffix.lower() != ".safetensors" or not about.is_file():
         return "", None
     try:
         info = json.loads(about.read_text(encoding="utf-8"))
-        if "notice" not in info:
+        if not isinstance(info, dict) or not info.keys() >= _OURS:
             return "", None
         if "backbone" in info:
             return "ercn pretrain", info["backbone"]
@@ -197,7 +212,7 @@ def _described(file: Path) -> tuple[str, str | None]:
 
 def _read(file: Path) -> Any:
     """What the file holds; no code of it runs."""
-    if file.suffix == ".safetensors":
+    if file.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -221,13 +236,19 @@ def _read(file: Path) -> Any:
         raise ValueError(f"{file} is damaged: {error!r}") from error
 
 
-def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors of nested mappings, names joined with dots."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(item, f"{path}.{key}" if path else str(key))
+def _tensors(root: Any) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested mappings and lists, names and places joined with dots; each container once."""
+    seen: set[int] = set()
+    left = [("", root)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, Tensor):
+            yield path, value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            held = [(key, item) for key, item in items if isinstance(item, Tensor | Mapping | list | tuple)]
+            left += reversed([(f"{path}.{key}" if path else str(key), item) for key, item in held])
 
 
 def _matched(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, str, dict[str, str]]:
@@ -271,6 +292,17 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
+def _fault(value: Tensor, dtype: torch.dtype) -> str:
+    """Why ``value`` cannot be a weight of ``dtype``, whatever its shape; "" where it can."""
+    if value.is_nested or value.layout != torch.strided:
+        return f"is {'nested' if value.is_nested else value.layout}, not dense"
+    if value.is_meta:
+        return "has no values (device meta)"
+    if value.is_floating_point() != dtype.is_floating_point:
+        return f"is {value.dtype} instead of {dtype}"
+    return "" if value.to(dtype).isfinite().all() else "has values that are not finite"
+
+
 def _fitted(key: str, value: Tensor, own: Tensor, backbone: nn.Module) -> Tensor | None:
     """``value`` in the shape of ``own``; None where it is another thing."""
     if value.shape == own.shape:
@@ -278,19 +310,26 @@ def _fitted(key: str, value: Tensor, own: Tensor, backbone: nn.Module) -> Tensor
     if value.squeeze().shape == own.squeeze().shape:
         return value.reshape(own.shape)
     parent = backbone.get_submodule(key.rpartition(".")[0])
-    if key.endswith("pos_embed") and value.ndim == own.ndim == 3 and value.shape[::2] == own.shape[::2]:
+    grid = getattr(getattr(parent, "patch_embed", None), "grid_size", None)
+    if key.endswith("pos_embed") and grid and value.ndim == own.ndim == 3 and value.shape[::2] == own.shape[::2]:
         from timm.layers import resample_abs_pos_embed
 
-        grid = parent.patch_embed.grid_size
         prefix = own.shape[1] - grid[0] * grid[1]
-        side = round((value.shape[1] - prefix) ** 0.5)
-        if side * side + prefix == value.shape[1]:
+        if side := _side(value.shape[1] - prefix):
             return resample_abs_pos_embed(value, grid, (side, side), prefix)
     if key.endswith("relative_position_bias_table") and value.ndim == own.ndim == 2 and value.shape[1] == own.shape[1]:
         from timm.layers import resize_rel_pos_bias_table_simple
 
-        return resize_rel_pos_bias_table_simple(value, parent.window_size, own.shape)
+        height, width = parent.window_size
+        if _side(value.shape[0] - own.shape[0] + (2 * height - 1) * (2 * width - 1)):
+            return resize_rel_pos_bias_table_simple(value, parent.window_size, own.shape)
     return None
+
+
+def _side(count: int) -> int:
+    """Of the square grid of ``count`` positions; 0 where it is none."""
+    side = math.isqrt(max(count, 0))
+    return side if side * side == count else 0
 
 
 def _parts(keys: list[str], prefix: str) -> dict[str, int]:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,11 +17,14 @@ from torchvision.models.convnext import CNBlockConfig
 from ercn.config import DataConfig, ModelConfig, PrepareConfig, RunConfig, TrainConfig, from_dict
 from ercn.data import prepare
 from ercn.models import ERCN, create_backbone, stages
-from ercn.training import train
+from ercn.pretrained import _tensors
+from ercn.training import fit, train
 from ercn.training.checkpoint import load_model, save_model, save_weights
 from ercn.training.fit import check_start
 
 VIT = {"img_size": 32, "embed_dim": 32, "depth": 3, "num_heads": 2}
+SWIN = {"img_size": 64, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
+HIERA = {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)}
 BACKBONE = ModelConfig(backbone="mobilenetv3_small_050", embed_dim=8, pool_dim=8)
 
 
@@ -102,7 +106,7 @@ def tokens(vit, image):
             lambda m, x: m.features(x).permute(0, 3, 1, 2),
             "swin_tiny_patch4_window7_224",
             8,
-            {"img_size": 64, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4},
+            SWIN,
             64,
             "torchvision's Swin",
         ),
@@ -170,11 +174,10 @@ def test_retfound_at_another_size(tmp_path):
 
 
 def test_tables_of_relative_positions_are_interpolated(tmp_path):
-    small = {"img_size": 64, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
-    source = create_backbone("swin_tiny_patch4_window7_224", 8, kwargs=small)
+    source = create_backbone("swin_tiny_patch4_window7_224", 8, kwargs=SWIN)
     save_file(source.state_dict(), tmp_path / "swin.safetensors")
     backbone = loaded_from(
-        tmp_path / "swin.safetensors", "swin_tiny_patch4_window7_224", 8, **(small | {"window_size": 8})
+        tmp_path / "swin.safetensors", "swin_tiny_patch4_window7_224", 8, **(SWIN | {"window_size": 8})
     )
     assert len(backbone.loaded.resized) == 4 and set(backbone.loaded.resized.values()) == {
         "[49, 1] to [225, 1]",
@@ -251,17 +254,21 @@ def test_an_export_of_another_backbone_or_shape_is_refused(tmp_path):
     save_weights(tmp_path / "export", "backbone", {k: v for k, v in state.items() if k != first}, info)
     with pytest.raises(ValueError, match=f"tensors that it needs, .* are there. It needs, for one, {first}"):
         loaded_from(tmp_path, BACKBONE.backbone, 16)
-    (tmp_path / "export" / "backbone.json").write_text('{"notice": ""}')
+    (tmp_path / "export" / "backbone.json").write_text('{"format": 1, "notice": "", "packages": {}}')
     with pytest.raises(ValueError, match="backbone.json is damaged: KeyError"):
         loaded_from(tmp_path, BACKBONE.backbone, 16)
 
 
+SMALL = {"channels": (8, 8, 8, 8)}  # of a ResNet, whose names stay
+
+
 def test_another_networks_weights_name_what_is_needed_and_what_is_there(tmp_path):
-    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
+    state = timm.create_model("resnet18", **SMALL).state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
     with pytest.raises(ValueError) as error:
-        loaded_from(tmp_path / "resnet18.pth", "resnet34", 32)  # whose names resnet18's are, but half as many
-    needed = [key for key in create_backbone("resnet34", 32).state_dict() if "num_batches" not in key]
-    there = [key for key in timm.create_model("resnet18").state_dict() if "num_batches" not in key and key in needed]
+        loaded_from(tmp_path / "resnet18.pth", "resnet34", 32, **SMALL)  # whose names are these and as many others
+    needed = [key for key in timm.create_model("resnet34", num_classes=0, **SMALL).state_dict() if "num_ba" not in key]
+    there = [key for key in state if key in needed]
     assert (
         f"resnet18.pth does not hold the weights of resnet34: of {len(needed)} tensors that it needs, {len(there)}"
         in str(error.value)
@@ -269,19 +276,133 @@ def test_another_networks_weights_name_what_is_needed_and_what_is_there(tmp_path
     assert "It needs, for one, layer1.2.conv1.weight, " in str(error.value)
     assert "the file has fc.weight, fc.bias" in str(error.value)
     with pytest.raises(ValueError, match="needs, for one, .* the file has conv1.weight, bn1.weight, "):
-        loaded_from(tmp_path / "resnet18.pth", "convnext_atto", 32)
+        loaded_from(tmp_path / "resnet18.pth", "test_convnext", 32)
 
 
 def test_what_a_file_lacks_is_told(tmp_path):
-    state = timm.create_model("resnet18").state_dict()
+    state = timm.create_model("resnet18", **SMALL).state_dict()
     del state["layer4.1.conv2.weight"]
     torch.save(state, tmp_path / "w.pth")
-    backbone = loaded_from(tmp_path / "w.pth", "resnet18", 32)
+    backbone = loaded_from(tmp_path / "w.pth", "resnet18", 32, **SMALL)
     assert backbone.loaded.missing == ("layer4.1.conv2.weight",)
     assert "1 not in the file, as drawn: layer4.1.conv2.weight" in str(backbone.loaded)
     old = {key: value for key, value in state.items() if "num_batches_tracked" not in key}  # before torch counted them
     torch.save(old, tmp_path / "old.pth")
-    assert loaded_from(tmp_path / "old.pth", "resnet18", 32).loaded.missing == ("layer4.1.conv2.weight",)
+    assert loaded_from(tmp_path / "old.pth", "resnet18", 32, **SMALL).loaded.missing == ("layer4.1.conv2.weight",)
+
+
+@pytest.mark.parametrize(
+    "name, stride, kwargs, lost, first",
+    [
+        ("resnet18", 32, SMALL, ("conv1.", "bn1."), "conv1.weight"),
+        ("vit_tiny_patch16_224", 16, VIT, ("patch_embed.",), "patch_embed.proj.weight"),
+    ],
+)
+def test_a_file_without_the_first_layer_is_refused(tmp_path, name, stride, kwargs, lost, first):
+    state = timm.create_model(name, num_classes=0, **kwargs).state_dict()
+    torch.save({key: value for key, value in state.items() if not key.startswith(lost)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=rf"there, but not the first layer's\. It needs, for one, (model\.)?{first}"):
+        loaded_from(tmp_path / "w.pth", name, stride, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet").state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, at the rare kinds
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (lambda x: x.to(torch.int8), "is torch.int8 instead of torch.float32"),
+        (lambda x: x > 0, "is torch.bool instead of torch.float32"),
+        (lambda x: torch.complex(x, x), "is torch.complex64 instead of torch.float32"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "is torch.qint8 instead of torch.float32"),
+        (lambda x: x.to_sparse(), "is torch.sparse_coo, not dense"),
+        (lambda x: torch.nested.nested_tensor([x]), "is nested, not dense"),
+        (lambda x: x.to("meta"), r"has no values \(device meta\)"),
+        (lambda x: torch.where(x == x.max(), torch.nan, x), "has values that are not finite"),
+        (lambda x: x.double() * 1e300, "has values that are not finite"),  # in float32
+    ],
+)
+def test_what_cannot_be_a_weight_is_refused(tmp_path, resnet, change, fault):
+    torch.save(resnet | {"conv1.0.weight": change(resnet["conv1.0.weight"])}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=f"cannot be weights of test_resnet, 1 in all: conv1.0.weight {fault}$"):
+        loaded_from(tmp_path / "w.pth", "test_resnet", 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
+def test_floats_of_another_width_are_loaded(tmp_path, resnet, dtype):
+    """Everything in it, which of the counts of batches makes floats: these stay as they are in a new network."""
+    given = {key: value.to(dtype) for key, value in resnet.items()}
+    torch.save(given, tmp_path / "w.pth")
+    backbone = loaded_from(tmp_path / "w.pth", "test_resnet", 16)
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, given[key].to(value.dtype)), key
+    assert backbone.loaded.tensors == sum("num_batches" not in key for key in backbone.state_dict())
+
+
+def test_a_file_in_circles_and_deeper_than_the_stack(tmp_path, resnet):
+    saved = {"model": resnet}
+    saved["self"], saved["list"] = saved, [saved]
+    torch.save(saved, tmp_path / "w.pth")
+    assert loaded_from(tmp_path / "w.pth", "test_resnet", 16).loaded.prefix == "model."
+    deep = resnet
+    for _ in range(5000):
+        deep = [deep]
+    assert len(dict(_tensors(deep))) == len(resnet)
+
+
+def test_lists_of_state_dicts_and_files_without_tensors(tmp_path, resnet):
+    other = {key: torch.zeros_like(value) for key, value in resnet.items()}
+    torch.save([resnet, other], tmp_path / "w.pth")
+    backbone = loaded_from(tmp_path / "w.pth", "test_resnet", 16)
+    assert backbone.loaded.prefix == "0." and backbone.loaded.unused == {"fc": 2, "1": len(resnet)}
+    assert torch.equal(backbone.state_dict()["conv1.0.weight"], resnet["conv1.0.weight"])
+    for saved, told in (
+        ([other], "0.conv1.0.weight, "),
+        (torch.zeros(3), "a tensor without a name$"),
+        ({"epoch": 3}, "no tensors$"),
+        ({key: resnet[key] for key in ("conv1.0.weight", "conv1.1.weight")}, "nothing else$"),
+    ):
+        torch.save(saved, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=f"; the file has {told}"):
+            loaded_from(tmp_path / "w.pth", "test_convnext" if saved == [other] else "test_resnet", 32)
+
+
+@pytest.mark.parametrize("about", ['{"notice": "of others"}', "[]", "3", '{"format": "pt", "config": {}}'])
+def test_a_foreign_description_beside_a_file_says_nothing(tmp_path, resnet, about):
+    save_file(resnet, tmp_path / "w.safetensors")
+    (tmp_path / "w.json").write_text(about)
+    assert loaded_from(tmp_path / "w.safetensors", "test_resnet", 16).loaded.layout == "timm"
+
+
+def test_suffixes_in_capitals(tmp_path, resnet):
+    save_file(resnet, tmp_path / "W.SAFETENSORS")
+    assert loaded_from(tmp_path / "W.SAFETENSORS", "test_resnet", 16).loaded.layout == "timm"
+    described = {"format": 1, "notice": "", "packages": {}, "backbone": "resnet18"}
+    (tmp_path / "W.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="holds a pre-trained resnet18, but model.backbone is test_resnet"):
+        loaded_from(tmp_path / "W.SAFETENSORS", "test_resnet", 16)
+
+
+@pytest.mark.parametrize(
+    "name, stride, kwargs, key, axis, lengths",
+    [
+        ("vit_tiny_patch16_224", 16, VIT, "pos_embed", 1, (0, 1, 3, 7)),
+        ("swin_tiny_patch4_window7_224", 8, SWIN, "layers.0.blocks.0.attn.relative_position_bias_table", 0, (0, 3, 7)),
+        ("hiera_tiny_224", 32, HIERA, "pos_embed", 1, (4,)),  # whose patches do not say their grid
+    ],
+)
+def test_positions_that_are_no_square_are_refused(tmp_path, name, stride, kwargs, key, axis, lengths):
+    state = timm.create_model(name, num_classes=0, **kwargs).state_dict()
+    for length in lengths:
+        shape = [length if i == axis else n for i, n in enumerate(state[key].shape)]
+        torch.save(state | {key: torch.zeros(shape)}, tmp_path / "w.pth")
+        told = f"1 of another shape ({key} {shape} instead of {list(state[key].shape)})"
+        with pytest.raises(ValueError, match=re.escape(told)):
+            loaded_from(tmp_path / "w.pth", name, stride, **kwargs)
 
 
 class Runs:
@@ -332,8 +453,10 @@ def test_the_setting():
         check_start(TrainConfig(model=ModelConfig(pretrained="runs/b"), init="runs/a"))
 
 
-def test_a_run_tells_what_it_started_from(tmp_path, capsys):
+def test_a_run_tells_what_it_started_from(tmp_path, capsys, monkeypatch):
     """On its terminal, in model.json and in the model card."""
+    monkeypatch.setattr(fit, "write_report", lambda run: None)
+    monkeypatch.setattr(fit, "BOOTSTRAP", 20)
     prepare(PrepareConfig(out=str(tmp_path / "data"), patients=12, size=64, workers=1, progress=False))
     torch.manual_seed(0)
     torch.save({"model": timm.create_model("test_resnet").state_dict()}, tmp_path / "published.pth")

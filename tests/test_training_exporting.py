@@ -249,7 +249,7 @@ def test_other_networks_are_exported(changes, side):
 
 
 def test_attention_is_written_as_onnx(tmp_path):
-    """Views of what fused attention returns cannot be; MaxViT, Swin and others hold such."""
+    """Views of what fused attention returns cannot be; MaxViT holds such."""
     kwargs = {"img_size": 64, "block_type": ["C", "C", "C", "M"]}
     config = replace(MODEL, backbone="test_maxvit", backbone_kwargs=kwargs, output_stride=32, refinement=())
     network = random_network(config)

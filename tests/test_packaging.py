@@ -42,7 +42,7 @@ def source_copy(tmp_path_factory):
     def not_sources(folder, names):  # nor the links that gpu_check makes
         return {*built(folder, names), *(name for name in names if Path(folder, name).is_symlink())}
 
-    for name in ("ercn", "kernels", "benchmarks", "csrc"):
+    for name in ("ercn", "kernels", "benchmarks", "csrc", "docs", "examples", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=not_sources)
     return copy
 
@@ -105,14 +105,16 @@ def test_constraints_pin_every_declared_package():
     assert declared.union(*EXTRAS.values()) <= set(pins)
 
 
-def test_sdist_has_what_a_build_needs(source_copy, tmp_path):
+def test_sdist_has_what_a_build_and_the_tests_need(source_copy, tmp_path):
     result = build(source_copy, "build_sdist", tmp_path)
     assert result.returncode == 0, result.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    needed = {str(file.relative_to(ROOT)) for file in ROOT.glob("csrc/**/*") if file.is_file()}
-    needed |= package_files(source_copy)
-    assert {"setup.py", "pyproject.toml", "kernels/__init__.py"} | needed <= packed
+    needed = {"setup.py", "pyproject.toml", "kernels/__init__.py"} | package_files(source_copy)
+    for name in ("csrc", "docs", "examples", "tests"):
+        needed |= {str(file.relative_to(source_copy)) for file in source_copy.glob(f"{name}/**/*") if file.is_file()}
+    assert {"docs/export.md", "tests/data/pamr.npz"} <= needed
+    assert not needed - packed
 
 
 BLOCKER = """

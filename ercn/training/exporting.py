@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from importlib.util import find_spec
@@ -70,21 +71,30 @@ def export(config: ExportConfig) -> Path:
     _check_tools(config.format)
     model, info = load_model(config.run)
     network = Predicting(model, info["config"].model, info["temperature"]).eval()
+    if config.format == "onnx":
+        split_attention(network)
     program = exported_program(network, info["image_size"])
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as temporary:
-        path = Path(temporary) / FILES[config.format]
         try:
-            _WRITERS[config.format](program, path)
+            _WRITERS[config.format](program, Path(temporary) / FILES[config.format])
         except Exception as error:
             raise ValueError(f"{config.run} cannot be written as {config.format}: {_line(error)}") from error
-        os.replace(path, out / path.name)
+        for path in Path(temporary).iterdir():  # beside model.onnx, torch writes model.onnx.data for large weights
+            os.replace(path, out / path.name)
     shutil.copyfile(standalone.__file__, out / "predict.py")
     card = Path(config.run) / "export" / "model_card.md"
     if card.is_file():
         shutil.copyfile(card, out / card.name)
     write_json(out / "export.json", _describe(network, info, config.format, card.name if card.is_file() else None))
     return out
+
+
+def split_attention(network: nn.Module) -> None:
+    """Makes timm's attention of single products: ONNX has no fused one, and how that lays out memory, views expect."""
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
 
 
 def exported_program(network: Predicting, side: int) -> torch.export.ExportedProgram:
@@ -106,7 +116,7 @@ def _describe(network: Predicting, info: dict[str, Any], format: str, card: str 
     return {
         "format": FORMAT,
         "notice": DISCLAIMER,
-        "packages": package_versions(),
+        "packages": package_versions(("onnx", "onnxscript", "onnx-ir") if format == "onnx" else ()),
         "model_card": card,
         "class_names": info["class_names"],
         "network": {
@@ -165,6 +175,9 @@ def _write_aoti(program: torch.export.ExportedProgram, path: Path) -> None:
 _WRITERS = {"onnx": _write_onnx, "pt2": torch.export.save, "aoti": _write_aoti}
 
 
-def _line(error: Exception) -> str:
-    """The first line of an error, torch's are pages long."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def _line(error: BaseException) -> str:
+    """The first line of an error, without colours; of torch's, which are pages long, of what caused them."""
+    while type(error).__module__.startswith("torch.") and error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()
+    return next(iter(text.splitlines()), "") or type(error).__name__

@@ -57,9 +57,10 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """Of ``PACKAGES`` and more, those that are installed."""
     versions = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -11,6 +11,7 @@ For research only. Not a medical device; not for diagnosis.
 import csv
 import json
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+PILLOW_LIMIT = threading.Lock()
 
 
 class Predictor:
@@ -67,16 +69,30 @@ class Predictor:
 
 
 def read_picture(path, max_pixels):
-    """RGB, upright."""
-    Image.MAX_IMAGE_PIXELS = None  # max_pixels is the limit
+    """RGB, upright; OSError where the file cannot be opened, ValueError where it is no such picture."""
     with open(path, "rb") as file:
-        picture = Image.open(file, formats=FORMATS)
-        if max(picture.size) ** 2 > max_pixels:
-            raise ValueError(f"{picture.width} x {picture.height} is too large; max_pixels is {max_pixels}")
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError(f"pixels of mode {picture.mode!r}; 8 bits a channel are needed")
-        picture.load()
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        try:
+            picture = open_picture(file)
+            if max(picture.size) ** 2 > max_pixels:
+                raise ValueError(f"{picture.width} x {picture.height} is too large; max_pixels is {max_pixels}")
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(f"pixels of mode {picture.mode!r}; 8 bits a channel are needed")
+            picture.load()
+            return ImageOps.exif_transpose(picture).convert("RGB")
+        except ValueError:
+            raise
+        except Exception as error:  # broken files make Pillow raise OSError, SyntaxError, struct.error and more
+            raise ValueError(f"cannot be decoded: {error}") from error
+
+
+def open_picture(file):
+    """The header; meanwhile Pillow's own limit of the size, a global, is off: max_pixels is the limit."""
+    with PILLOW_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def locate_disc(picture):
@@ -234,7 +250,7 @@ def main(folder, source, out):
         for path, name in pictures:
             try:
                 probability, maps, geometry = predictor(path)
-            except (OSError, ValueError, SyntaxError) as error:
+            except (OSError, ValueError) as error:
                 print(f"unreadable, skipped: {path}: {error}", file=sys.stderr)
                 continue
             writer.writerow([name, path, probability.argmax(), *(f"{p:.6f}" for p in probability)])

@@ -27,6 +27,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 GEOMETRY = 4
 
 
+# Of the picture that symmetry is measured on. At the first, gates are nearly linear; at the other, a position code that
+# is added to the features (EdgeNeXt) does not hide them.
+LEVELS = 2.0**-10, 1.0
+
+
 class BinomialPool(nn.Module):
     """[1, 2, 1] ⊗ [1, 2, 1] / 16 with a stride, edges repeated: the symmetric kin of a 2 × 2 average.
 
@@ -142,12 +147,17 @@ def _symmetric(build, stages, stride: int, side: int, corners: bool, device: str
         _replace(probe, _linear)
         with torch.device("cpu"):
             _fill(probe)
-            image = torch.full((1, 3, side, side), 2.0**-10, requires_grad=True)  # gates are nearly linear there
-            maps = stages(probe, image)[-3:]
+            return any(_even(probe, stages, stride, side, corners, level) for level in LEVELS)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if "meta" in str(error) and device == "meta":
             return _symmetric(build, stages, stride, side, corners, "cpu")
         return None
+
+
+def _even(probe: nn.Module, stages, stride: int, side: int, corners: bool, level: float) -> bool:
+    """Whether the gradients of the middle elements are symmetric on a picture of one value."""
+    image = torch.full((1, 3, side, side), level, requires_grad=True)
+    maps = stages(probe, image)[-3:]
     if maps[-1].shape[-1] != side // stride + corners or corners and any(x.shape[-1] % 2 == 0 for x in maps):
         return False
     centres = [slice((x.shape[-1] - 1) // 2, x.shape[-1] // 2 + 1) for x in maps]  # one element, or two
@@ -165,6 +175,11 @@ def exact_side(side: int, stride: int, align_corners: bool) -> int:
     """
     extra = int(align_corners)
     return stride * max(1, (2 * (side - extra) + stride) // (2 * stride)) + extra
+
+
+def resize_exactly(image: Tensor, stride: int, align_corners: bool) -> Tensor:
+    """The picture [B, C, H, W] at the sides next to its own at which the map is exact."""
+    return resize(image, [exact_side(side, stride, align_corners) for side in image.shape[-2:]], align_corners)
 
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool, *, antialias: bool = False) -> Tensor:
@@ -204,8 +219,19 @@ def _linear(module: nn.Module) -> nn.Module | None:
         return _PassedBy(module)
     if isinstance(module, nn.MaxPool2d):
         return nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
+    if "StdConv" in type(module).__name__:
+        return _unstandardised(module)
     leaf = not any(True for _ in module.children())
     return nn.Identity() if leaf and "Norm" in type(module).__name__ else None
+
+
+def _unstandardised(of: nn.Conv2d) -> nn.Conv2d:
+    """A convolution as timm's with standardised weights, which of a constant kernel makes 0."""
+    from timm.layers import Conv2dSame
+
+    kind = Conv2dSame if getattr(of, "same_pad", False) else nn.Conv2d
+    arguments = of.in_channels, of.out_channels, of.kernel_size, of.stride, of.padding, of.dilation, of.groups
+    return kind(*arguments, bias=of.bias is not None, device=of.weight.device)
 
 
 def _fill(probe: nn.Module) -> None:

@@ -19,18 +19,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import _register_namedtuple
 
 from ercn.config import ModelConfig
-from ercn.elements import GEOMETRY, aligned_corners, centre, cuts_patches, exact_side, resize, symmetrize
+from ercn.elements import GEOMETRY, aligned_corners, centre, cuts_patches, resize, resize_exactly, symmetrize
 from ercn.losses import EPS, add_background, full, normalize_cam
 from ercn.nn import GatedAttentionPool, PixelAdaptiveRefinement, PixelCorrelation
 from ercn.pretrained import load_pretrained
 
 OUTPUT_STRIDES = (8, 16, 32)
-# Of (backbone, output stride, its other arguments): how it is mended, and where its elements then lie. Measured once.
-_ALIGNED: dict[tuple[str, int, str], tuple[Callable[[nn.Module], nn.Module], bool | None]] = {}
+_Mend = Callable[[nn.Module], nn.Module]
+# Of (backbone, output stride, its other arguments, mends to try): how it is mended, and where its elements then lie.
+# Measured once.
+_ALIGNED: dict[tuple[str, int, str, tuple[_Mend, ...]], tuple[_Mend, bool | None]] = {}
 _FREE_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # what makes a network of one size take others
 # What ercn itself tells timm.
 _TAKEN = "checkpoint_path", "features_only", "in_chans", "num_classes", "output_stride", "pretrained", "pretrained_cfg"
@@ -75,7 +77,8 @@ class ERCN(nn.Module):
 
     Args:
         geometry: of an export. 1 is from before ``ercn.elements``: nothing is mended or resized, and maps are cells;
-            with 2, patches are not resized; with 2 and 3, networks of one picture size are not mended.
+            with 2, patches are not resized; with 2 and 3, networks of one picture size are not mended, and no
+            convolutions are centred.
 
     Raises:
         ValueError: a configuration that does not fit together, or a backbone that is unknown or does not support the
@@ -175,8 +178,7 @@ class ERCN(nn.Module):
         return image if self.config.patch or self.geometry == 1 else self._at_exact_sides(image)
 
     def _at_exact_sides(self, image: Tensor) -> Tensor:
-        stride, corners = self.config.output_stride, self.backbone.align_corners
-        return resize(image, [exact_side(side, stride, corners) for side in image.shape[-2:]], corners)
+        return resize_exactly(image, self.config.output_stride, self.backbone.align_corners)
 
     def _cam(self, last: Tensor, attention: Tensor | None) -> Tensor:
         """The CAM of the last features, [B, F, h, w]."""
@@ -401,7 +403,7 @@ def _first_line(error: Exception) -> str:
 
 def _geometry(
     name: str, stride: int, arguments: Mapping[str, Any], model: nn.Module, geometry: int
-) -> tuple[Callable[[nn.Module], nn.Module], bool | None]:
+) -> tuple[_Mend, bool | None]:
     """How timm's ``model`` of these arguments is mended, and ``align_corners``: None where it cannot be."""
     import timm
 
@@ -409,15 +411,16 @@ def _geometry(
     fixed = bool(config.get("fixed_input_size"))
     if cuts_patches(model) or fixed and geometry < 4:
         return symmetrize, False
-    key = name, stride, json.dumps(arguments, sort_keys=True, default=str)
+    mends = (symmetrize, centre) if geometry > 3 else (symmetrize,)
+    key = name, stride, json.dumps(arguments, sort_keys=True, default=str), mends
     if key not in _ALIGNED:
         sized = (fixed or "img_size" in arguments) and "img_size" in _arguments(name)
 
-        def make(mend: Callable[[nn.Module], nn.Module], side: int) -> nn.Module:
+        def make(mend: _Mend, side: int) -> nn.Module:
             size = {"img_size": side} if sized else {}
             return mend(timm.create_model(name, features_only=True, **{**arguments, **size}))
 
-        for mend in (symmetrize, centre):
+        for mend in mends:
             own = config["input_size"][-1] if fixed else None
             _ALIGNED[key] = mend, aligned_corners(partial(make, mend), _maps, stride, own)
             if _ALIGNED[key][1] is not None:
@@ -436,6 +439,38 @@ def stages(backbone: nn.Module, image: Tensor) -> list[Tensor]:
         if isinstance(error, RuntimeError) and "must match the size" not in str(error):
             raise
         raise ValueError(_misfit(backbone, image.shape[-2:], error)) from error
+
+
+def embed(backbone: nn.Module, image: Tensor) -> Tensor:
+    """Mean over the last feature map of a picture at its exact sides, which ``ERCN`` sees too.
+
+    Args:
+        backbone: of ``create_backbone``.
+        image: [B, 3, H, W].
+
+    Returns:
+        [B, D].
+
+    Raises:
+        ValueError: pictures of a size that the backbone does not take; the message says which it takes.
+    """
+    image = resize_exactly(image, backbone.feature_info.reduction()[-1], backbone.align_corners)
+    return stages(backbone, image)[-1].mean((2, 3))
+
+
+def check_side(network: nn.Module, side: int, **arguments: Any) -> None:
+    """Raises ValueError where the network's ``backbone`` is built for another picture size; computes nothing.
+
+    arguments: what ``network`` takes beside the picture.
+    """
+    if network.backbone.img_size is None:
+        return
+    training = network.training
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            network.eval()(torch.zeros(1, 3, side, side), **arguments)
+    finally:
+        network.train(training)
 
 
 def _maps(backbone: nn.Module, image: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ercn import models
 from ercn.config import ModelConfig
-from ercn.elements import BinomialPool, aligned_corners, exact_side, resize, symmetrize
+from ercn.elements import BinomialPool, CentredConv2d, aligned_corners, centre, exact_side, resize, symmetrize
 from ercn.models import ERCN, create_backbone, stages
 
 TOLERANCE = 0.15  # of an element
@@ -109,7 +109,7 @@ def symmetric_model(config):
             kernel = kernel + kernel.flip(2)
             kernel = kernel + kernel.flip(3)
             parameter.data = kernel + kernel.transpose(2, 3)
-        elif "bias" not in key and parameter.ndim == 1:
+        elif "bias" not in key and parameter.ndim < 2:  # norms, and gains of branches
             parameter.data = 0.5 + torch.rand_like(parameter)
         elif key.startswith("pool."):
             parameter.data *= 3
@@ -140,8 +140,9 @@ def assert_turns_with_the_picture(model, side):
 @pytest.mark.parametrize(
     "name, stride",
     [(name, stride) for name in ("test_resnet", "resnet10t", "mobilenetv3_large_100") for stride in (8, 16, 32)]
-    + [("resnet18", 8), ("resnet18", 32), ("resnet50", 16), ("regnety_002", 8), ("regnety_002", 32)]
-    + [("efficientnet_b0", 16), ("tf_efficientnet_b0", 8), ("tf_efficientnet_b0", 32), ("convnext_atto", 32)],
+    + [("test_nfnet", 8), ("test_nfnet", 32), ("resnet18", 8), ("resnet18", 32), ("resnet50", 16)]
+    + [("regnety_002", 8), ("regnety_002", 32), ("efficientnet_b0", 16), ("tf_efficientnet_b0", 8)]
+    + [("tf_efficientnet_b0", 32), ("convnext_atto", 32)],
 )
 def test_turned_pictures_have_turned_maps(name, stride):
     model = symmetric_model(ModelConfig(backbone=name, output_stride=stride, embed_dim=8, pool_dim=16, mask="off"))
@@ -221,6 +222,38 @@ def test_what_is_not_symmetric_is_seen():
         create_backbone("convnext_atto", 16)
 
 
+@pytest.mark.parametrize("geometry", [3, 4])
+@pytest.mark.parametrize(
+    "name, stride, kwargs, corners",
+    [
+        ("eca_nfnet_l0", 32, {}, True),
+        ("nf_resnet26", 16, {}, True),
+        ("nf_resnet26", 32, {}, True),
+        ("resnetv2_50x1_bit", 32, {}, True),
+        ("dm_nfnet_f0", 32, {"depths": [1, 1, 1, 1]}, True),  # which pads its standardised convolutions as TensorFlow
+        ("edgenext_xx_small", 32, {}, False),
+        ("edgenext_small", 32, {}, False),
+    ],
+)
+def test_networks_of_older_exports_are_measured(name, stride, kwargs, corners, geometry):
+    """Standardised weights are 0 where kernels are constant; a position code hides a picture that is nearly black."""
+    with torch.device("meta"):
+        assert create_backbone(name, stride, kwargs=kwargs, geometry=geometry).align_corners is corners
+
+
+@pytest.mark.parametrize("geometries", [(3, 4), (4, 3)])
+def test_older_exports_have_no_centred_convolutions(geometries, monkeypatch):
+    """They computed without; a network that needs them was none for that geometry, whatever was measured before."""
+    monkeypatch.setattr(models, "_ALIGNED", {})
+    for geometry in geometries:
+        if geometry == 4:
+            backbone = create_backbone("test_convnext", 32, kwargs={"stem_type": "overlap"})
+            assert sum(isinstance(module, CentredConv2d) for module in backbone.modules()) == 2
+        else:
+            with pytest.raises(ValueError, match="'test_convnext' does not support output_stride 32"):
+                create_backbone("test_convnext", 32, kwargs={"stem_type": "overlap"}, geometry=geometry)
+
+
 def test_where_elements_lie_does_not_depend_on_how_a_network_is_built(monkeypatch):
     """Its plan and its FLOPs are counted of networks without data; float64 and half precision are defaults of runs."""
     before = torch.get_default_dtype()
@@ -245,7 +278,7 @@ def test_measuring_draws_no_numbers(monkeypatch):
     for _ in range(2):  # measured, then known
         torch.manual_seed(0)
         states.append((create_backbone("test_resnet", 16).state_dict(), torch.rand(4)))
-    assert models._ALIGNED == {("test_resnet", 16, '{"output_stride": 16}'): (symmetrize, True)}
+    assert models._ALIGNED == {("test_resnet", 16, '{"output_stride": 16}', (symmetrize, centre)): (symmetrize, True)}
     (first, drawn), (second, again) = states
     assert torch.equal(drawn, again) and first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ercn.config import TrainConfig
 from ercn.data import Manifest
 from ercn.data.scales import scale_of
 from ercn.data.splits import SPLITS
-from ercn.models import ERCN
+from ercn.models import ERCN, check_side
 from ercn.training import runs
 from ercn.training.callbacks import SafeCheckpointIO
 from ercn.training.checkpoint import save_model
@@ -126,23 +125,16 @@ def check_start(config: TrainConfig) -> None:
 
 def check_size(model: ERCN, config: TrainConfig) -> None:
     """Raises ValueError for pictures that a network of one picture size does not take, of either view."""
-    if model.backbone.img_size is None:
-        return
     side, views = config.data.image_size, [1.0]
     if config.loss.transform == "rescale":
         views.append(config.loss.rescale)
-    training = model.training
     for scale in views:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            image = torch.zeros(1, 3, *[round(scale * side)] * 2)
-            try:
-                model.eval()(image, refine=False)
-            except ValueError as error:
-                if scale == 1:
-                    raise
-                raise ValueError(f"loss.transform 'rescale' makes pictures of another size: {error}") from error
-            finally:
-                model.train(training)
+        try:
+            check_side(model, round(scale * side), refine=False)
+        except ValueError as error:
+            if scale == 1:
+                raise
+            raise ValueError(f"loss.transform 'rescale' makes pictures of another size: {error}") from error
 
 
 def check_patches(config: TrainConfig) -> None:

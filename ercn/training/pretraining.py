@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from ercn.config import PretrainConfig
-from ercn.models import create_backbone, stages
+from ercn.models import check_side, create_backbone, embed
 from ercn.training import ranks, runs
 from ercn.training.checkpoint import save_weights
 from ercn.training.infer import pick_device
@@ -41,14 +41,14 @@ LESS_MEMORY = (
 
 
 class Embedder(nn.Module):
-    """Backbone, mean over the last feature map, projection head: [B, 3, S, S] -> [B, projection_dim], not in half."""
+    """Backbone, mean over its last map at the exact side, head: [B, 3, S, S] -> [B, projection_dim], not in half."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, image: Tensor) -> Tensor:
-        embedding = self.head(stages(self.backbone, image)[-1].mean((2, 3)))
+        embedding = self.head(embed(self.backbone, image))
         return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
 
 
@@ -176,6 +176,7 @@ def pretrain(config: PretrainConfig) -> Path:
         )
     torch.manual_seed(derive(config.run.seed, "init"))
     module = Contrastive(config, min(config.queue_size, pictures // 8))
+    check_side(module.online, config.data.image_size)
     runs.set_up(module, module.online, config.run)
     trainer = runs.make_trainer(config.run, monitor=None)
     checkpoint = runs.open_run(config)

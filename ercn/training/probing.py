@@ -1,9 +1,9 @@
 """How good a backbone's features are for grading while nothing of it is trained: k nearest neighbours and a linear
 probe, fitted to the training split's grades and measured on the validation split.
 
-The features are the mean over the last feature map, of pictures without augmentation. kNN: the k most similar training
-pictures by cosine, each with weight exp(cosine / 0.07), vote (Wu et al. 2018). Linear probe: multinomial logistic
-regression with an L2 penalty (C = 1) on standardised features. Both are deterministic.
+The features are ``ercn.models.embed`` of pictures without augmentation. kNN: the k most similar training pictures by
+cosine, each with weight exp(cosine / 0.07), vote (Wu et al. 2018). Linear probe: multinomial logistic regression with
+an L2 penalty (C = 1) on standardised features. Both are deterministic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from ercn.config import DataConfig
 from ercn.data import Manifest, Record
-from ercn.models import stages
+from ercn.models import embed
 from ercn.training import metrics
 from ercn.training.callbacks import EpochLog
 from ercn.training.pictures import make_loader, picture_dataset
@@ -95,7 +95,7 @@ class Probe(pl.Callback):
         training = backbone.training
         backbone.eval()
         parts = [
-            (stages(backbone, batch["image"].to(device))[-1].float().mean((2, 3)).cpu().numpy(), batch["grade"].numpy())
+            (embed(backbone, batch["image"].to(device)).float().cpu().numpy(), batch["grade"].numpy())
             for batch in make_loader(dataset, self.config.batch_size, self.config.workers)
             if batch is not None
         ]

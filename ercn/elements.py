@@ -213,7 +213,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _linear(module: nn.Module) -> nn.Module | None:
-    """What stands for a layer whose gradient is that of one pixel (maximum), or of differences (norm, attention)."""
+    """What stands for a layer whose gradient is that of one pixel (maximum), of differences (norm, attention), or 0."""
     if "Attention" in type(module).__name__:
         _replace(module, _linear)
         return _PassedBy(module)

@@ -226,9 +226,8 @@ def test_what_is_not_symmetric_is_seen():
 @pytest.mark.parametrize(
     "name, stride, kwargs, corners",
     [
-        ("eca_nfnet_l0", 32, {}, True),
+        ("eca_nfnet_l0", 32, {"depths": [1, 1, 1, 1]}, True),
         ("nf_resnet26", 16, {}, True),
-        ("nf_resnet26", 32, {}, True),
         ("resnetv2_50x1_bit", 32, {}, True),
         ("dm_nfnet_f0", 32, {"depths": [1, 1, 1, 1]}, True),  # which pads its standardised convolutions as TensorFlow
         ("edgenext_xx_small", 32, {}, False),

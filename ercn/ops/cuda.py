@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from ercn.ops import _extension
-from ercn.ops._pool_arguments import refusal
-from ercn.ops.reference import ACTIVATIONS
 
 KERNELS = ("generic", "sm90", "sm90_dense")
 NAMESPACE = "ercn_native"
@@ -45,8 +43,10 @@ def can_run(op: str, *args) -> str | None:
     for x in args:
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in _DTYPES:
             return f"it takes float32, bfloat16 and float16; got {x.dtype}"
-    if reason := refusal(op, args, dropout=True, activations=ACTIVATIONS):
-        return reason
+    if op in ("gated_attention_pool", "gated_attention_pool_backward", "attention_scores"):
+        h, v_weight = args[2:4] if op == "gated_attention_pool_backward" else args[:2]
+        if h.dtype != v_weight.dtype:
+            return f"it takes weights in h's dtype {h.dtype}; got {v_weight.dtype}"
     if op.startswith("pool_by_scores"):
         scores = args[0 if op == "pool_by_scores" else 1]
         if scores.dtype != torch.float32:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ercn.benchmarks.cases import DTYPES
+from ercn.benchmarks.settings import precision
 from ercn.benchmarks.timing import interleave, summary
 from ercn.ops import _extension
 
@@ -30,9 +31,8 @@ def ceilings(device: str, dtypes: Iterable[str], *, size: int | None = None, rou
     for name in sorted(set(dtypes)):
         a, b = (x.to(device, DTYPES[name]) for x in wide)
         out = torch.zeros_like(a)
-        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-        times = interleave({"gemm": _gemm(a, b, out)}, device, seconds=0, min_rounds=rounds + 1)["gemm"]
-        torch.set_float32_matmul_precision("highest")
+        with precision(name):
+            times = interleave({"gemm": _gemm(a, b, out)}, device, seconds=0, min_rounds=rounds + 1)["gemm"]
         rates[name] = 2 * size**3 / summary(times[1:])[0] / 1e6
     source = torch.ones(COPY_BYTES[device] // 4, device=device)
     target = torch.zeros_like(source)

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch import Tensor
 from ercn.benchmarks import exact
 from ercn.benchmarks.cases import DTYPES
 from ercn.benchmarks.results import sentence
+from ercn.benchmarks.settings import precision, variable
 from ercn.ops import _extension, reference
 
 SILENT_S = {"cuda": 15.0, "cpu": 60.0}  # without a word for so long, a process hangs
@@ -186,14 +188,15 @@ def run(group: Group, size: int, device: str) -> tuple[str, str]:
 @contextlib.contextmanager
 def settings(group: Group) -> Iterator[None]:
     """This process runs the group's kernels and no others."""
-    os.environ["ERCN_CUDA_KERNELS"] = group.kernels if group.backend == "cuda" else ""
-    torch.set_float32_matmul_precision("high" if group.dtype == "tf32" else "highest")
-    if group.backend == "triton" and group.op == "affinity":
-        from ercn.kernels import configs
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(variable("ERCN_CUDA_KERNELS", group.kernels if group.backend == "cuda" else ""))
+        stack.enter_context(precision(group.dtype))
+        if group.backend == "triton" and group.op == "affinity":
+            from ercn.kernels import configs
 
-        triangle = group.kernels == "triton_triangle"
-        configs.use_triangle = lambda *_: triangle
-    yield
+            triangle = group.kernels == "triton_triangle"
+            stack.enter_context(mock.patch.object(configs, "use_triangle", lambda *_: triangle))
+        yield
 
 
 @contextlib.contextmanager

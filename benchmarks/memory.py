@@ -76,12 +76,12 @@ def _measure(sender, case: Case, variant: str, threads: int) -> None:
 
 
 def _peak_here(case: Case, variant: str, threads: int) -> int:
-    from ercn.benchmarks.settings import SETTINGS
-    from ercn.benchmarks.variants import inputs_of, precision, variants
+    from ercn.benchmarks.settings import SETTINGS, precision
+    from ercn.benchmarks.variants import inputs_of, variants
 
     torch.set_num_threads(threads)
     chosen = next(v for v in variants(case, "cpu", also=SETTINGS) if v.name == variant)
-    with precision(case):
+    with precision(case.dtype):
         inputs = inputs_of(case, "cpu")
         if variant == "compile":  # the compiler's own memory is not the program's
             run = chosen.make(case, inputs)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ercn.benchmarks.cases import Case, suite
-from ercn.benchmarks.variants import inputs_of, precision, variants
+from ercn.benchmarks.settings import precision
+from ercn.benchmarks.variants import inputs_of, variants
 from ercn.benchmarks.verify import Judge
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +35,7 @@ def check_and_time(benchmark, case: Case, name: str) -> None:
         verdict = Judge(case, DEVICE, "eager").verdict(variant)
         assert verdict.reason is None, verdict.reason
     benchmark.group = case.id
-    with precision(case):
+    with precision(case.dtype):
         run = variant.make(case, inputs)
         run()
 

@@ -18,9 +18,10 @@ from ercn.benchmarks.ceilings import ceilings, describe, peak_gflops
 from ercn.benchmarks.config import BenchConfig
 from ercn.benchmarks.environment import environment, machine
 from ercn.benchmarks.results import Row, Writer, sentence
+from ercn.benchmarks.settings import precision
 from ercn.benchmarks.table import screen
 from ercn.benchmarks.telemetry import Telemetry
-from ercn.benchmarks.variants import SETTABLE, Variant, inputs_of, precision, variants
+from ercn.benchmarks.variants import SETTABLE, Variant, inputs_of, variants
 from ercn.benchmarks.verify import Judge
 from ercn.ops import backends
 
@@ -147,7 +148,7 @@ def measure(
         return rows
     try:
         inputs = inputs_of(case, device)
-        with precision(case):
+        with precision(case.dtype):
             ready = _prepare(case, inputs, device, config, refuse)
             _time(case, inputs, device, config, peaks, ready, finish, refuse)
     except Exception as error:  # noqa: BLE001 - one case must not end the run

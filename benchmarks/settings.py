@@ -28,7 +28,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
+def variable(name: str, value: str) -> Iterator[None]:
     """An environment variable that is read at every call."""
     before = os.environ.get(name)
     os.environ[name] = value
@@ -41,9 +41,20 @@ def _variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """TF32 products for the dtype "tf32", float32 ones for every other."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 ISA = "ERCN_CPU_ISA"
-_instructions = partial(_variable, ISA)
-_kernels = partial(_variable, "ERCN_CUDA_KERNELS")
+_instructions = partial(variable, ISA)
+_kernels = partial(variable, "ERCN_CUDA_KERNELS")
 
 
 def _within(scope: Callable[[], contextlib.AbstractContextManager], make: Make) -> Make:

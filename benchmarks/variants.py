@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -67,17 +66,6 @@ class Variant:
             if reason := row.can_run(op, *args):
                 return f"backend {self.backend!r} cannot run {op}: {reason}"
         return None
-
-
-@contextlib.contextmanager
-def precision(case: Case) -> Iterator[None]:
-    """TF32 products for the dtype "tf32", fp32 ones for every other."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def variants(case: Case, device: str, backend: str = "", also: Iterable[str] = ()) -> list[Variant]:

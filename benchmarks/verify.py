@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ercn.benchmarks import network
 from ercn.benchmarks.cases import DTYPES, Case, Inputs, ModelCase
-from ercn.benchmarks.variants import Variant, precision, variants
+from ercn.benchmarks.settings import precision
+from ercn.benchmarks.variants import Variant, variants
 from ercn.ops import _budget
 
 EAGER_LIMIT = 0.1  # the judge itself must be this near to float64
@@ -78,7 +79,7 @@ def _outputs(variant: Variant, case: Case, device: str, dtype: torch.dtype | Non
     if dtype is not None:
         tensors = tuple(x.to(dtype) if x.is_floating_point() else x for x in data.tensors)
         data = Inputs(tensors, data.upstream.to(dtype))
-    with precision(case):
+    with precision(case.dtype):
         outputs = list(variant.make(forward, data)())
         if kink_safe:
             outputs += variant.make(replace(case, direction="forward_backward"), data)()

@@ -4,6 +4,8 @@ Files with slow tests begin first: a file goes to one process as a whole, and a 
 alone.
 """
 
+import os
+import sys
 import time
 
 import pytest
@@ -42,6 +44,30 @@ def uninitialised_memory_is_nan():
         for owner, name in OPERATORS:
             patch.setattr(owner, name, from_cpp(getattr(owner, name)))
         yield
+
+
+def process_state() -> dict[str, object]:
+    """Settings of the whole process that tests change and later ones depend on."""
+    state = {
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(("ERCN_", "OMP_"))},
+        "threads": torch.get_num_threads(),
+        "float32 precision": torch.get_float32_matmul_precision(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "folder": os.getcwd(),
+    }
+    if configs := sys.modules.get("ercn.kernels.configs"):
+        state |= {"tile table": repr(configs.TABLE), "triangle": configs.use_triangle}
+    return state
+
+
+@pytest.fixture(autouse=True)
+def process_is_left_as_it_was():
+    before = process_state()
+    yield
+    after = process_state()
+    assert {name: after[name] for name in before} == before
 
 
 @pytest.fixture

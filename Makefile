@@ -31,21 +31,22 @@ sanitize: $(VENV)/.installed
 		$(PY) -m pip install --quiet --no-build-isolation --no-deps --target $(SANITIZED) .
 	cd tests && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=../$(SANITIZED) \
-		../$(PY) -m pytest -q -p no:cacheprovider test_cpu_affinity.py test_cpu_pool.py \
-		test_cpu_refinement.py
+		../$(PY) -m pytest -q -p no:cacheprovider cpu/test_affinity.py cpu/test_pool.py \
+		cpu/test_refinement.py
 
 # The same of the CUDA kernels, emulated. libstdc++ comes first for the exceptions of others that are loaded later.
 sanitize-cuda: $(VENV)/.installed
 	cd tests && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 ERCN_CXXFLAGS=-fsanitize=address OMP_NUM_THREADS=1 \
-		../$(PY) -m pytest -q -p no:cacheprovider test_cuda_emulator.py test_cuda_emulator_hopper.py \
-		test_cuda_pool_generic.py test_cuda_pool_arguments.py test_cuda_pool_hopper.py test_cuda_affinity_hopper.py
+		../$(PY) -m pytest -q -p no:cacheprovider cuda/test_emulator.py cuda/test_emulator_hopper.py \
+		cuda/test_pool_generic.py cuda/test_pool_arguments.py cuda/test_pool_hopper.py \
+		cuda/test_affinity_hopper.py
 
 # A small case of every CPU kernel under valgrind, which knows no AVX-512. What it finds in Python and torch is not ours.
 valgrind: $(VENV)/.installed
 	mkdir -p build
 	PYTHONMALLOC=malloc ERCN_CPU_ISA=avx2 OMP_NUM_THREADS=1 \
-		valgrind --log-file=build/valgrind.log $(PY) tests/valgrind_case.py
+		valgrind --log-file=build/valgrind.log $(PY) tests/cpu/valgrind_case.py
 	! grep -n -e "ercn::" -e "libercn" build/valgrind.log
 
 clean:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from importlib import metadata
 from typing import Any
 
 import torch
 
+from ercn import _environment
+from ercn._environment import package_versions
 from ercn.doctor import cpu_name
 from ercn.ops import backends
-from ercn.training import files
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR")
 
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, commit, CPU, threads and, for a GPU, its name, memory, driver and clocks."""
-    values = files.environment()
+    values = _environment.environment()
     values["command"] = shlex.join(["ercn", *sys.argv[1:]])
-    values["packages"] |= {name: v for name in ("triton", "nvidia-ml-py") if (v := _version(name))}
+    values["packages"] = package_versions(("triton", "nvidia-ml-py"))
     values |= {
         "device": device,
         "cpu": cpu_name(),
@@ -38,13 +38,6 @@ def machine(values: dict[str, Any]) -> str:
     if values["device"] == "cuda":
         return f"{values['gpu']}, driver {values['driver']}, CUDA {values['cuda']}"
     return f"{values['cpu']}, {values['cpu_threads']} threads of {values['cpu_count']} cores"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _gpu() -> dict[str, Any]:

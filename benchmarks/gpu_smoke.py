@@ -231,17 +231,17 @@ def in_backward(call: Callable[[], Any], device: str) -> Any:
 def emulate() -> None:
     """Under ERCN_CUDA_EMULATED=1 the backend ``cuda`` is the tests' emulator."""
     if os.environ.get("ERCN_CUDA_EMULATED") == "1":
-        _of_tests("_cuda_emulator").become_backend()
+        _of_tests("cuda", "_cuda_emulator").become_backend()
 
 
-def _of_tests(name: str) -> ModuleType:
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+def _of_tests(folder: str, name: str) -> ModuleType:
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / folder))
     return import_module(name)
 
 
 def compile_ahead(arch: str) -> None:
     """Fill Triton's cache with what the cases' first sizes launch on ``arch``, without a GPU."""
-    with _of_tests("_triton_aot").recording(arch):
+    with _of_tests("triton", "_triton_aot").recording(arch):
         for group in groups("triton"):
             with settings(group):
                 make(group, SIZES["cuda"][0], "meta").call()

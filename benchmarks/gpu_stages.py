@@ -28,11 +28,12 @@ from ercn.benchmarks.results import sentence
 
 SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
 WORKERS = 12
-TESTS = tuple(f"tests/test_{name}.py" for name in (
-    "gpu_exact", "gpu_ops", "cuda_affinity_hopper", "cuda_pool_hopper", "cuda_affinity_generic", "cuda_pool_generic",
-    "cuda_pool_arguments", "cuda_tf32", "triton_ops", "triton_pool",
+TESTS = tuple(f"tests/{name}.py" for name in (
+    "ops/test_gpu_exact", "ops/test_gpu_ops", "cuda/test_affinity_hopper", "cuda/test_pool_hopper",
+    "cuda/test_affinity_generic", "cuda/test_pool_generic", "cuda/test_pool_arguments", "cuda/test_tf32",
+    "triton/test_ops", "triton/test_pool",
 ))  # fmt: skip
-HARDWARE = ("tests/test_gpu_hardware.py",)
+HARDWARE = ("tests/ops/test_gpu_hardware.py",)
 COMPILING = "property and triton"  # tests that do so for a minute
 DEVICE = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
 LOST = ("killed", "crashed")  # with its process

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ercn.training import files
+from ercn._files import read_json, write_csv, write_json
 
 FORMAT = 2
 Row = dict[str, Any]
@@ -47,8 +47,8 @@ class Writer:
     def finish(self) -> None:
         if self.path is None:
             return
-        files.write_json(self.path, {**self.header, "rows": self.rows})
-        files.write_csv(self.path.with_suffix(".csv"), [flat(row) for row in self.rows])
+        write_json(self.path, {**self.header, "rows": self.rows})
+        write_csv(self.path.with_suffix(".csv"), [flat(row) for row in self.rows])
         self._stream.close()
         self.path.with_suffix(".jsonl").unlink()
 
@@ -81,7 +81,7 @@ def load(path: str | Path) -> dict[str, Any]:
         )
         values = {**header, "rows": rows}
     else:
-        values = files.read_json(path)
+        values = read_json(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT or "rows" not in values:
         raise ValueError(f"{path} is not a result file of ercn bench (format {FORMAT})")
     return values

@@ -1,12 +1,17 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Files that are either whole or not there: written under a temporary name, then renamed; and JSON and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+DISCLAIMER = "For research only. Not a medical device; not for diagnosis."  # in every file that says something of eyes
 TEMPORARY = ".tmp-"  # how temporary names begin; a kill leaves such files behind
 
 
@@ -39,3 +44,32 @@ def remove_temporary(folder: Path) -> None:
     """Deletes what a kill left below ``folder``."""
     for left in folder.glob(f"**/{TEMPORARY}*"):
         left.unlink()
+
+
+def check_empty(out: Path) -> None:
+    """ValueError where a command that overwrites nothing would find something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out {out} is not an empty folder, and nothing is overwritten: give another --out")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises FileNotFoundError, or ValueError naming the file where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A header from the keys of all rows in order of appearance; missing values stay empty."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -29,12 +29,12 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "plan": ("ercn.training", configs.PlanConfig),
     "pretrain": ("ercn.training", configs.PretrainConfig),
     "train": ("ercn.training", configs.TrainConfig),
-    "evaluate": ("ercn.training", configs.EvaluateConfig),
-    "predict": ("ercn.training", configs.PredictConfig),
-    "export": ("ercn.training", configs.ExportConfig),
-    "report": ("ercn.training.report", configs.ReportConfig),
-    "ablate": ("ercn.training", configs.AblateConfig),
-    "select": ("ercn.training", configs.SelectConfig),
+    "evaluate": ("ercn.evaluation", configs.EvaluateConfig),
+    "predict": ("ercn.evaluation", configs.PredictConfig),
+    "export": ("ercn.export", configs.ExportConfig),
+    "report": ("ercn.report", configs.ReportConfig),
+    "ablate": ("ercn.ablation", configs.AblateConfig),
+    "select": ("ercn.ablation", configs.SelectConfig),
     "ceiling": ("ercn.training", configs.CeilingConfig),
 }
 FUNCTIONS = {"ceiling": "train_ceiling"}  # the others have their command's name

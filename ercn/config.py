@@ -387,7 +387,7 @@ class EvaluateConfig:
 class AblateConfig:
     """``ercn ablate``: a grid of training configurations times seeds, and one table of what each part brings.
 
-    grid: a YAML file (``ercn.training.grid``), or "phantom", the packaged one of ``docs/ablation.md``.
+    grid: a YAML file (``ercn.ablation.grid``), or "phantom", the packaged one of ``docs/ablation.md``.
     out: folder of cells, table and figure. Started again, the command goes on; started several times at once on one
         folder, as with one GPU each, the processes share the cells.
     bootstrap: draws over patients.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import ercn
+from ercn._environment import version
 from ercn.ops import _backends, _budget, _extension, backends, relu_affinity
 
 REBUILD = "ERCN_BUILD={} pip install --no-build-isolation --no-deps --force-reinstall . (in the source folder)"
@@ -48,16 +49,9 @@ def _table(title: str, rows: Iterable[tuple[str, str]]) -> None:
         print(f"  {name:<{width}}  {text}")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _versions() -> list[tuple[str, str]]:
     rows = [("ercn", ercn.__version__), ("python", platform.python_version())]
-    rows += [(package, _version(package) or "not installed") for package in ("torch", "numpy", "triton")]
+    rows += [(package, version(package) or "not installed") for package in ("torch", "numpy", "triton")]
     return rows + [("CUDA runtime", torch.version.cuda or torch.version.hip or "none: this torch is for CPUs only")]
 
 
@@ -128,7 +122,7 @@ def _training_extra() -> list[tuple[str, str]]:
     except metadata.PackageNotFoundError:
         return [("status", "unknown: ercn runs from a source tree that is not installed")]
     packages = [re.match(r"[\w.-]+", line)[0] for line in requirements if re.search(r"extra == ['\"]train['\"]", line)]
-    missing = [package for package in packages if _version(package) is None]
+    missing = [package for package in packages if version(package) is None]
     if missing:
         return [("status", f"missing: {', '.join(missing)}"), ("to install it", "pip install 'ercn[train]'")]
     return [("status", f"complete ({len(packages)} packages)")]

@@ -31,7 +31,7 @@ from ercn.data.manifest import Record, mask_path, write_manifest
 from ercn.data.masks import pixels_outside, prepared_mask, read_mask
 from ercn.data.normalization import prepared
 from ercn.data.phantom import LESIONS, phantom_optic_disc, render_phantom
-from ercn.data.readers import label_of, read_published
+from ercn.data.sets import label_of, read_published
 from ercn.data.splits import SPLITS, check_splits
 
 logger = logging.getLogger(__name__)

@@ -1,29 +1,23 @@
-"""Pre-training, training, evaluation, prediction, export, ablation and selection; needs ``pip install 'ercn[train]'``.
+"""Training, and by name every other stage; needs ``pip install 'ercn[train]'``.
 
 ``from ercn.training import pretrain, train, evaluate, predict, export, ablate, select``: each takes its configuration
-from ``ercn.config``.
+from ``ercn.config``. Evaluation and prediction do without Lightning.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from ercn import _lazy
 
 _MODULES = {
-    "plan": "planning",
-    "pretrain": "pretraining",
-    "train": "fit",
-    "evaluate": "evaluation",
-    "predict": "prediction",
-    "export": "exporting",
-    "ablate": "ablation",
-    "select": "selection",
-    "train_ceiling": "ceiling",
+    "plan": "ercn.training.planning",
+    "pretrain": "ercn.training.pretraining",
+    "train": "ercn.training.fit",
+    "train_ceiling": "ercn.training.ceiling",
+    "evaluate": "ercn.evaluation.evaluating",
+    "predict": "ercn.evaluation.predicting",
+    "export": "ercn.export",
+    "ablate": "ercn.ablation.runner",
+    "select": "ercn.ablation.selection",
 }
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str):
-    """Imports a function's file when it is asked for: evaluation and prediction do without Lightning."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = _lazy.functions(__name__, _MODULES)

@@ -11,8 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ercn._files import write_atomic
-from ercn.training.files import write_csv
+from ercn._files import write_atomic, write_csv
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

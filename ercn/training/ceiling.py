@@ -10,8 +10,7 @@ A picture without masks is one without lesions (``annotated``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +18,24 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ercn._seeding import derive
+from ercn.checkpoint import save_weights
 from ercn.config import CeilingConfig
 from ercn.data import Manifest, Record
-from ercn.training import runs
+from ercn.data.loading import load_manifest, make_loader
+from ercn.evaluation.localization import LEVELS, average_precision, histograms, levels_of, precision_recall
+from ercn.evaluation.unet import UNet
+from ercn.training import run_folder
 from ercn.training.callbacks import SafeCheckpointIO
-from ercn.training.checkpoint import check_state, load_weights, save_weights
 from ercn.training.loaders import PictureData
-from ercn.training.localization import LEVELS, average_precision, histograms, levels_of, precision_recall
-from ercn.training.pictures import load_manifest, make_loader
 from ercn.training.schedule import adamw
-from ercn.training.seeding import derive
 
 MONITOR = "val_aupr"
-LEVELS_DOWN = 3  # halvings
-PRIOR = -4.0  # logit of the share of lesion pixels that training begins with, some 2 %
 JITTER = 0.1  # standard deviation of the change of contrast and of brightness of each channel, in the pictures' own
 LESS_MEMORY = "less is needed with a smaller --data.batch_size or --data.image_size"
-
-
-def _block(inputs: int, outputs: int) -> nn.Sequential:
-    """Twice convolution, BatchNorm, ReLU."""
-    parts = []
-    for channels in (inputs, outputs):
-        parts += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*parts)
-
-
-class UNet(nn.Module):
-    """Logits of a lesion at each pixel: [B, 3, H, W] -> [B, H, W], any size; at ``width`` 16 it has 0.49 M parameters.
-
-    width, doubled by each of three halvings, is the number of channels. Pictures are continued by their last row and
-    column to a multiple of 8.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        widths = [width * 2**level for level in range(LEVELS_DOWN + 1)]
-        self.down = nn.ModuleList(_block(a, b) for a, b in zip([3, *widths], widths))
-        self.up = nn.ModuleList(_block(a + b, a) for a, b in pairwise(widths))
-        self.head = nn.Conv2d(width, 1, 1)
-        nn.init.constant_(self.head.bias, PRIOR)
-
-    def forward(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        x = F.pad(image, (0, -width % 2**LEVELS_DOWN, 0, -height % 2**LEVELS_DOWN), mode="replicate")
-        seen = []
-        for level, block in enumerate(self.down):
-            x = block(F.max_pool2d(x, 2) if level else x)
-            seen.append(x)
-        for skip, block in zip(seen[-2::-1], reversed(self.up)):
-            x = block(torch.cat([skip, F.interpolate(x, scale_factor=2)], 1))
-        return self.head(x)[:, 0, :height, :width]
 
 
 def annotated(records: Sequence[Record]) -> list[Record]:
@@ -106,7 +69,7 @@ class AnnotatedData(PictureData):
 class Supervised(pl.LightningModule):
     """Binary cross entropy of each pixel, mean over all; validation pixel AUPR of all lesions once an epoch.
 
-    The AUPR is that of ``ercn.training.localization``: of pictures with lesions, without the optic disc.
+    The AUPR is that of ``ercn.evaluation.localization``: of pictures with lesions, without the optic disc.
     """
 
     def __init__(self, network: UNet, config: CeilingConfig) -> None:
@@ -124,14 +87,15 @@ class Supervised(pl.LightningModule):
         if self.config.data.augment:
             torch.manual_seed(derive(self.config.run.seed, "step", self.current_epoch, step))
             image, lesion = squares(image, lesion)
-        loss = F.binary_cross_entropy_with_logits(self.network(runs.laid_out(image, self.config.run)).float(), lesion)
+        logits = self.network(run_folder.laid_out(image, self.config.run)).float()
+        loss = F.binary_cross_entropy_with_logits(logits, lesion)
         self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
         if batch is None:
             return
-        heat = self.network(runs.laid_out(batch["image"], self.config.run)).float().sigmoid().cpu().numpy()
+        heat = self.network(run_folder.laid_out(batch["image"], self.config.run)).float().sigmoid().cpu().numpy()
         disc = batch["masks"][:, -1].cpu().numpy()
         for own, lesion, left_out in zip(heat, lesions_of(batch).cpu().numpy(), disc):
             if lesion.any():
@@ -188,7 +152,7 @@ def train_ceiling(config: CeilingConfig) -> Path:
                 f"{config.data.root} has no picture with a lesion mask in the {split} split; the supervised ceiling "
                 "needs them in train and val"
             )
-    if runs.processes(run) != (1, 1) or run.grad_checkpointing:
+    if run_folder.processes(run) != (1, 1) or run.grad_checkpointing:
         raise ValueError(
             "the supervised ceiling is a small network: it is trained on one device, without gradient checkpointing; "
             f"got run.devices {run.devices}, run.num_nodes {run.num_nodes}, "
@@ -197,11 +161,11 @@ def train_ceiling(config: CeilingConfig) -> Path:
     torch.manual_seed(derive(run.seed, "init"))
     network = UNet(config.width)
     module = Supervised(network, config)
-    runs.set_up(module, network, run)
-    trainer = runs.make_trainer(run, monitor=MONITOR)
-    checkpoint = runs.open_run(config)
+    run_folder.set_up(module, network, run)
+    trainer = run_folder.make_trainer(run, monitor=MONITOR)
+    checkpoint = run_folder.open_run(config)
     data = AnnotatedData(manifest, config.data, seed=run.seed)
-    runs.fit(trainer, module, data, checkpoint, lambda: LESS_MEMORY)
+    run_folder.fit(trainer, module, data, checkpoint, lambda: LESS_MEMORY)
     _export(Path(run.out), network, config, manifest, data.unreadable)
     return Path(run.out)
 
@@ -230,30 +194,3 @@ def _export(
             "unreadable": unreadable,
         },
     )
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """The trained U-Net: pictures [B, 3, S, S], normalised with ``info["mean"]`` and ``info["std"]``, to the
-    probability of a lesion at each pixel, float32 [B, S, S] on the device. info: ceiling.json."""
-
-    network: UNet
-    info: dict[str, Any]
-
-    @torch.inference_mode()
-    def __call__(self, image: Tensor) -> Tensor:
-        return self.network(image).sigmoid()
-
-
-def load_ceiling(run: str | Path, device: torch.device | str = "cpu") -> Ceiling:
-    """What ``train_ceiling`` exported into the run folder, for inference on ``device``.
-
-    Raises FileNotFoundError naming a file that is missing, ValueError naming one that is damaged.
-    """
-    folder = Path(run) / "export"
-    needed = ("width", "image_size", "mean", "std", "normalize", "manifest", "val_aupr")
-    state, info = load_weights(folder, "ceiling", "ercn ceiling", needed)
-    network = UNet(info["width"])
-    check_state(network, state, str(folder / "ceiling.safetensors"), f"a U-Net of width {info['width']}")
-    network.load_state_dict(state)
-    return Ceiling(network.to(device).eval(), info)

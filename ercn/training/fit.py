@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from ercn._seeding import derive
+from ercn.checkpoint import save_model
 from ercn.config import TrainConfig
 from ercn.data import Manifest
+from ercn.data.loading import class_counts, labelled, load_manifest, need_split
 from ercn.data.scales import scale_of
 from ercn.data.splits import SPLITS
+from ercn.evaluation.evaluating import check_classes, choose_on_validation, collect, ground_of, write_evaluation
+from ercn.evaluation.infer import pick_device
+from ercn.maps import LOST
 from ercn.models import ERCN, check_side
-from ercn.training import runs
+from ercn.report.model_card import write_model_card
+from ercn.report.page import write_report
+from ercn.report.table import print_metrics
+from ercn.training import run_folder
 from ercn.training.callbacks import SafeCheckpointIO
-from ercn.training.checkpoint import save_model
-from ercn.training.evaluation import check_classes, choose_on_validation, collect, ground_of, write_evaluation
-from ercn.training.infer import pick_device
 from ercn.training.loaders import GradedData
-from ercn.training.maps import LOST
-from ercn.training.model_card import write_model_card
 from ercn.training.module import MONITOR, ERCNModule
-from ercn.training.pictures import class_counts, labelled, load_manifest, need_split
 from ercn.training.planning import advice
-from ercn.training.report import write_report
-from ercn.training.seeding import derive
-from ercn.training.table import print_metrics
 
 BOOTSTRAP = 2000  # draws for the validation metrics at the end
 
@@ -59,12 +59,12 @@ def train(config: TrainConfig) -> Path:
         if rank_zero_only.rank == 0:
             print(loaded, flush=True)
     module = ERCNModule(model, config, class_weights(config, manifest))
-    runs.set_up(module, model, config.run)
-    trainer = runs.make_trainer(config.run, monitor=MONITOR)
-    checkpoint = runs.open_run(config)
+    run_folder.set_up(module, model, config.run)
+    trainer = run_folder.make_trainer(config.run, monitor=MONITOR)
+    checkpoint = run_folder.open_run(config)
     out = Path(config.run.out)
     data = GradedData(manifest, config.data, seed=config.run.seed)
-    if runs.fit(trainer, module, data, checkpoint, lambda: advice(config)):
+    if run_folder.fit(trainer, module, data, checkpoint, lambda: advice(config)):
         finish(out, model, info | {"unreadable": data.unreadable}, config, manifest)
     return out
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from ercn._seeding import generator
 from ercn.config import DataConfig
 from ercn.data import Manifest, PictureDataset, Record
+from ercn.data.loading import labelled, make_loader, picture_dataset, sampling_weights
 from ercn.data.normalization import surround
-from ercn.training.pictures import labelled, make_loader, picture_dataset, sampling_weights
-from ercn.training.seeding import generator
 
 
 class EpochSampler(Sampler[int]):

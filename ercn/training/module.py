@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ercn._seeding import derive, generator
 from ercn.config import TrainConfig
+from ercn.evaluation import metrics
 from ercn.losses import classification_loss
+from ercn.maps import extent, flat
 from ercn.models import ERCN, grade_probabilities, targets_from_grades
 from ercn.objective import ercn_loss
-from ercn.training import metrics, ranks
-from ercn.training.maps import extent, flat
-from ercn.training.runs import laid_out
+from ercn.training import ranks
+from ercn.training.run_folder import laid_out
 from ercn.training.schedule import adamw
-from ercn.training.seeding import derive, generator
 from ercn.transforms import sample_transform
 
 MONITOR = "val_kappa"

@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ercn._memory import RESERVE, LiveBytes, free_bytes, resident_bytes
 from ercn.config import PlanConfig, TrainConfig
+from ercn.evaluation.infer import pick_device
 from ercn.grad_checkpointing import checkpoint_blocks
 from ercn.models import ERCN
 from ercn.objective import ercn_loss, reads_refined
-from ercn.training.infer import pick_device
-from ercn.training.runs import processes
+from ercn.training.run_folder import processes
 from ercn.transforms import Flip, Identity, Rescale, Transform
 
 # Lightning's names: dtype of the weights, and of autocast where there is one.

@@ -22,17 +22,17 @@ from lightly.models.utils import deactivate_requires_grad, update_momentum
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
+from ercn._seeding import derive, generator
+from ercn.checkpoint import save_weights
 from ercn.config import PretrainConfig
+from ercn.data.loading import load_manifest, need_split
+from ercn.evaluation.infer import pick_device
 from ercn.models import check_side, create_backbone, embed
-from ercn.training import ranks, runs
-from ercn.training.checkpoint import save_weights
-from ercn.training.infer import pick_device
+from ercn.report.page import write_report
+from ercn.training import ranks, run_folder
 from ercn.training.loaders import PictureData
-from ercn.training.pictures import load_manifest, need_split
 from ercn.training.probing import Probe
-from ercn.training.report import write_report
 from ercn.training.schedule import adamw
-from ercn.training.seeding import derive, generator
 
 LESS_MEMORY = (
     "less is needed with --run.grad_checkpointing true, then --run.precision bf16-mixed, then a smaller "
@@ -117,7 +117,7 @@ class Contrastive(pl.LightningModule):
         if world == 1 and read < 2:  # the others were unreadable: nothing to contrast with
             return None
         torch.manual_seed(derive(self.config.run.seed, "step", self.current_epoch, step, self.global_rank))
-        first, second = (runs.laid_out(views, self.config.run) for views in self._views(batch).unbind(1))
+        first, second = (run_folder.laid_out(views, self.config.run) for views in self._views(batch).unbind(1))
         z0 = ranks.gather(self.online(first)[:read])
         if self.momentum is None:
             z1 = ranks.gather(self.online(second)[:read])
@@ -177,9 +177,9 @@ def pretrain(config: PretrainConfig) -> Path:
     torch.manual_seed(derive(config.run.seed, "init"))
     module = Contrastive(config, min(config.queue_size, pictures // 8))
     check_side(module.online, config.data.image_size)
-    runs.set_up(module, module.online, config.run)
-    trainer = runs.make_trainer(config.run, monitor=None)
-    checkpoint = runs.open_run(config)
+    run_folder.set_up(module, module.online, config.run)
+    trainer = run_folder.make_trainer(config.run, monitor=None)
+    checkpoint = run_folder.open_run(config)
     data = PictureData(manifest, config.data, seed=config.run.seed)
     out = Path(config.run.out)
     backbone, device = module.online.backbone, pick_device(config.run.accelerator)
@@ -188,7 +188,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if probe is not None:
         before = probe.measure(backbone, device) if rank_zero_only.rank == 0 else None
         trainer.callbacks.insert(0, probe)  # before EpochLog, which writes what it logs
-    if not runs.fit(trainer, module, data, checkpoint, lambda: LESS_MEMORY):
+    if not run_folder.fit(trainer, module, data, checkpoint, lambda: LESS_MEMORY):
         return out
     if before is not None:
         after = probe.latest or probe.measure(backbone, device)

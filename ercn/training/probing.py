@@ -18,10 +18,10 @@ from torch import nn
 
 from ercn.config import DataConfig
 from ercn.data import Manifest, Record
+from ercn.data.loading import make_loader, picture_dataset
+from ercn.evaluation import metrics
 from ercn.models import embed
-from ercn.training import metrics
 from ercn.training.callbacks import EpochLog
-from ercn.training.pictures import make_loader, picture_dataset
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07

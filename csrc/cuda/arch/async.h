@@ -1,4 +1,4 @@
-// Copies from device to shared memory that run beside the threads (sm_80). In tests/cuda_emulator, arch/async.h takes
+// Copies from device to shared memory that run beside the threads (sm_80). In tests/cuda/emulator, arch/async.h takes
 // this file's place.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Threads, barriers and shuffles. In tests/cuda_emulator, arch/base.h takes this file's place.
+// Threads, barriers and shuffles. In tests/cuda/emulator, arch/base.h takes this file's place.
 #pragma once
 
 #include <cstdint>

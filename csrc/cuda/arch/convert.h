@@ -1,5 +1,5 @@
 // Conversions between element types and fp32, and the special function unit.
-// In tests/cuda_emulator, arch/convert.h takes this file's place.
+// In tests/cuda/emulator, arch/convert.h takes this file's place.
 #pragma once
 
 #include <arch/base.h>

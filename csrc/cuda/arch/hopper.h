@@ -1,4 +1,4 @@
-// Barriers in shared memory, the copy engine (TMA), and what else sm_90 has beside wgmma. In tests/cuda_emulator,
+// Barriers in shared memory, the copy engine (TMA), and what else sm_90 has beside wgmma. In tests/cuda/emulator,
 // arch/hopper.h takes this file's place.
 #pragma once
 

@@ -7,7 +7,7 @@
 //     ERCN_DEVICE static void run(const Params& params, unsigned char* shared);
 //   };
 //
-// In tests/cuda_emulator, arch/launch.h takes this file's place.
+// In tests/cuda/emulator, arch/launch.h takes this file's place.
 #pragma once
 
 #include <array>

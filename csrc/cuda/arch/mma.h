@@ -1,4 +1,4 @@
-// Tensor-core products of a warp (sm_80) and the loads of their fragments. In tests/cuda_emulator, arch/mma.h takes
+// Tensor-core products of a warp (sm_80) and the loads of their fragments. In tests/cuda/emulator, arch/mma.h takes
 // this file's place.
 //
 // Fragments, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix fragments for mma.m16n8k16" and "…k8"):

@@ -1,5 +1,5 @@
 // The caller's stream, and what is known of its device. In stream.cpp, because torch's headers take nvcc longer than a
-// kernel does. In tests/cuda_emulator, arch/launch.h has it.
+// kernel does. In tests/cuda/emulator, arch/launch.h has it.
 #pragma once
 
 #include <cuda_runtime.h>

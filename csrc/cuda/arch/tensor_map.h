@@ -1,4 +1,4 @@
-// Tensor maps: what the copy engine knows of a tensor in device memory. In tests/cuda_emulator, arch/tensor_map.h takes
+// Tensor maps: what the copy engine knows of a tensor in device memory. In tests/cuda/emulator, arch/tensor_map.h takes
 // this file's place.
 #pragma once
 

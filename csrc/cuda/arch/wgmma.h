@@ -1,4 +1,4 @@
-// Tensor-core products of a warpgroup (sm_90a) through CuTe's atoms. In tests/cuda_emulator, arch/wgmma.h takes this
+// Tensor-core products of a warpgroup (sm_90a) through CuTe's atoms. In tests/cuda/emulator, arch/wgmma.h takes this
 // file's place.
 //
 // D [64, N] in fp32 of bf16 or fp16, 16 deep. With w = warp % 4, g = lane / 4 and t = lane % 4:

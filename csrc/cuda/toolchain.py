@@ -95,7 +95,7 @@ def libraries() -> tuple[list[str], list[str]]:
 
 def sources() -> list[str]:
     """Files for the C++ compiler: registration, checks, dispatch."""
-    return sorted(glob("csrc/cuda/*.cpp"))
+    return sorted(glob("csrc/cuda/**/*.cpp", recursive=True))
 
 
 def objects(macros: list[tuple[str, str]]) -> list[str]:

@@ -1,6 +1,6 @@
-// csrc/cuda/sm90/affinity_schedule.h and affinity_tiles.h for ctypes.
-#include "sm90/affinity_schedule.h"
-#include "sm90/affinity_tiles.h"
+// csrc/cuda/affinity/sm90/schedule.h and affinity_tiles.h for ctypes.
+#include "affinity/sm90/schedule.h"
+#include "affinity/sm90/tiles.h"
 
 using namespace ercn::sm90::affinity;
 

@@ -1,5 +1,5 @@
-// csrc/cuda/affinity/tiles.h for test_affinity_generic.py.
-#include "affinity/tiles.h"
+// csrc/cuda/affinity/generic/tiles.h for test_affinity_generic.py.
+#include "affinity/generic/tiles.h"
 
 using namespace ercn::affinity;
 

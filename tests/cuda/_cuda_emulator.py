@@ -27,7 +27,7 @@ FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-attributes", "-DERCN_EMULATED"]
 
 
 def object_name(source: Path) -> str:
-    return f"{source.parent.name}-{source.stem}.o"
+    return "-".join(source.with_suffix(".o").parts[-3:])
 
 
 def library(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> Path:
@@ -74,7 +74,7 @@ def operators_with(name: str, sources: list[Path], flags: tuple[str, ...] = (), 
 
 def operator_sources() -> list[Path]:
     without = ("info.cpp", "stream.cpp")  # of the runtime and of the driver
-    sources = [*sorted(DEVICE.rglob("*.cu")), *(p for p in sorted(DEVICE.glob("*.cpp")) if p.name not in without)]
+    sources = [*sorted(DEVICE.rglob("*.cu")), *(p for p in sorted(DEVICE.rglob("*.cpp")) if p.name not in without)]
     return [*sources, EMULATOR / "operators.cpp"]
 
 

@@ -1,7 +1,7 @@
-// csrc/cuda/sm90/pool_tiles.h, pool/columns.h and pool/dropout.h for ctypes.
-#include "pool/columns.h"
+// csrc/cuda/pool/sm90/tiles.h, pool/generic/columns.h and pool/dropout.h for ctypes.
+#include "pool/generic/columns.h"
 #include "pool/dropout.h"
-#include "sm90/pool_tiles.h"
+#include "pool/sm90/tiles.h"
 
 using namespace ercn;
 using namespace ercn::sm90;

@@ -1,4 +1,4 @@
-"""csrc/cuda/sm90/affinity_schedule.h: tiles of the triangle, shares of work, and where partial sums lie."""
+"""csrc/cuda/affinity/sm90/schedule.h: tiles of the triangle, shares of work, and where partial sums lie."""
 
 from __future__ import annotations
 

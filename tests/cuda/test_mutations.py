@@ -20,10 +20,10 @@ TESTS = Path(__file__).parent
 COPY = _cuda_emulator.BUILD / "mutations" / "cuda"
 
 # Compiled anew, of the Hopper affinity for D = 64 and at most 24 channels only; other objects are those of all kernels.
-SOURCES = ["sm90/affinity.cu", "sm90/affinity_forward.cu", "sm90/affinity_backward.cu", "affinity/prepare.cu",
-           "sm90/pool.cu", "sm90/pool_rows.cu"]  # fmt: skip
+SOURCES = ["affinity/sm90/affinity.cu", "affinity/sm90/forward.cu", "affinity/sm90/backward.cu",
+           "affinity/generic/prepare.cu", "pool/sm90/pool.cu", "pool/sm90/rows.cu"]  # fmt: skip
 SIZES = (
-    "sm90/affinity_launch.h",
+    "affinity/sm90/launch.h",
     (
         "if (padded_channels == 8) return run(element, d, std::integral_constant<int, 8>());",
         "return run(element, d, std::integral_constant<int, 32>());",
@@ -51,38 +51,38 @@ class Mutation:
 
 MUTATIONS = {
     "one pixel left out at the ragged end": Mutation(
-        "sm90/affinity_prepare.h", "real && n0 + i < p.pixels", "real && n0 + i < p.pixels - 1"
+        "affinity/sm90/prepare.h", "real && n0 + i < p.pixels", "real && n0 + i < p.pixels - 1"
     ),
-    "one tile lost": Mutation("sm90/affinity_forward.h", "add(out[kRowTiles - 1], sums);", ""),
-    "one tile added twice": Mutation("sm90/affinity_backward.h", "part == 0", "part < 2", "backward"),
-    "a partial sum lost": Mutation("sm90/affinity_combine.h", "g < above", "g < above - 1"),
+    "one tile lost": Mutation("affinity/sm90/forward.h", "add(out[kRowTiles - 1], sums);", ""),
+    "one tile added twice": Mutation("affinity/sm90/backward.h", "part == 0", "part < 2", "backward"),
+    "a partial sum lost": Mutation("affinity/sm90/combine.h", "g < above", "g < above - 1"),
     "a partial sum added twice": Mutation(
-        "sm90/affinity_combine.h",
+        "affinity/sm90/combine.h",
         "add(sum, p.mirrored + mirrored_offset(s, p.width, p.rows, p.block_channels, from, b, c, n));",
         "for (int k = 0; k < 2 - (g > 0); ++k)"
         " add(sum, p.mirrored + mirrored_offset(s, p.width, p.rows, p.block_channels, from, b, c, n));",
     ),
-    "a block's barrier removed": Mutation("sm90/affinity_combine.h", "arch::sync_threads();", "", "backward"),
+    "a block's barrier removed": Mutation("affinity/sm90/combine.h", "arch::sync_threads();", "", "backward"),
     "the barrier before A is written removed": Mutation(
-        "sm90/affinity_forward.h", "arch::named_barrier(1, kConsumers * kWarpgroup);", ""
+        "affinity/sm90/forward.h", "arch::named_barrier(1, kConsumers * kWarpgroup);", ""
     ),
     "the barrier after A is written removed": Mutation(
-        "sm90/affinity_forward.h", "arch::named_barrier(2, kConsumers * kWarpgroup);", ""
+        "affinity/sm90/forward.h", "arch::named_barrier(2, kConsumers * kWarpgroup);", ""
     ),
-    "a proxy fence removed": Mutation("sm90/affinity_forward.h", "arch::fence_proxy_async();", ""),
-    "a wait for a copy removed": Mutation("sm90/affinity_forward.h", "terms.wait_full();", ""),
+    "a proxy fence removed": Mutation("affinity/sm90/forward.h", "arch::fence_proxy_async();", ""),
+    "a wait for a copy removed": Mutation("affinity/sm90/forward.h", "terms.wait_full();", ""),
     "a stale stage read": Mutation(
-        "sm90/affinity_forward.h",
+        "affinity/sm90/forward.h",
         "shared + Tiles::kTermColumns + terms.index * Tiles::kTermBytes",
         "shared + Tiles::kTermColumns + (terms.index + 1) % Tiles::kTermStages * Tiles::kTermBytes",
     ),
-    "a wait for products removed": Mutation("sm90/affinity_forward.h", "if (r > 0) arch::wgmma_wait<1>();", ""),
+    "a wait for products removed": Mutation("affinity/sm90/forward.h", "if (r > 0) arch::wgmma_wait<1>();", ""),
     "the warp's index by a shuffle of all lanes, under a branch": Mutation(
-        "sm90/affinity_epilogue.h", "arch::warp_index() % 4 * 16", "arch::uniform_warp_index() % 4 * 16"
+        "affinity/sm90/epilogue.h", "arch::warp_index() % 4 * 16", "arch::uniform_warp_index() % 4 * 16"
     ),
-    "TF32 words not rounded": Mutation("affinity/prepare.h", "arch::round_tf32(x)", "x", "tf32"),
+    "TF32 words not rounded": Mutation("affinity/generic/prepare.h", "arch::round_tf32(x)", "x", "tf32"),
     "a stage given up before its products are done": Mutation(
-        "sm90/pool_gemm.h", "arch::wgmma_wait<1>();", "", "pool"
+        "pool/sm90/gemm.h", "arch::wgmma_wait<1>();", "", "pool"
     ),
     "the sums of earlier chunks lost": Mutation("pool/driver.h", "first > 0", "false", "pool"),
     "the sums of slots without a segment unwritten": Mutation(

@@ -1,6 +1,6 @@
 #pragma once
 // Tensors as the launchers of launch.h take them.
-#include "affinity/launch.h"
+#include "affinity/generic/launch.h"
 #include "library.h"
 
 namespace ercn::affinity {

@@ -6,7 +6,7 @@
 #include "emulator.h"
 #include "library.h"
 #include "registry.h"
-#include "sm90/affinity.h"
+#include "affinity/sm90/affinity.h"
 
 namespace {
 

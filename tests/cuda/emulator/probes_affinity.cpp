@@ -6,8 +6,8 @@
 #ifdef ERCN_INDEX_BY_SHUFFLE  // the kernel asks for its warp's index by a shuffle of all lanes, wherever it asks
 #define warp_index uniform_warp_index
 #endif
-#include "sm90/affinity_forward.h"
-#include "sm90/affinity_launch.h"
+#include "affinity/sm90/forward.h"
+#include "affinity/sm90/launch.h"
 
 #include "probe.h"
 

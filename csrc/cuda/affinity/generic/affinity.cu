@@ -1,0 +1,103 @@
+#include "affinity/generic/affinity.h"
+
+#include "affinity/operands.h"
+
+namespace ercn::affinity {
+namespace {
+
+// Whether products are to be exact, which 16-bit features are without further ado.
+bool in_terms(const Tensor& feat, bool exact) { return exact && type_of(feat) == Float::fp32; }
+
+void sum_slabs(const Tensor& parts, int64_t slabs, const Tensor& out, const arch::Stream& stream) {
+  affinity::sum_slabs(
+      data<float>(parts), static_cast<int>(slabs), out.mutable_data_ptr(), type_of(out), out.numel(), stream);
+}
+
+}  // namespace
+
+Map map_of(const Tensor& x) {
+  return {x.const_data_ptr(), type_of(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Tensor pack_features(const Tensor& feat, const Sizes& sizes, bool exact, const arch::Stream& stream) {
+  const Tensor packed = empty(feat, {sizes.batch, sizes.padded, sizes.chunks, kRowBytes}, ScalarType::Byte);
+  pack_features(map_of(feat), !exact, mutable_data<unsigned char>(packed), sizes, stream);
+  return packed;
+}
+
+Tensor pack_map(const Tensor& map, MapForm form, const Sizes& sizes, const arch::Stream& stream) {
+  const bool terms = form == MapForm::terms;
+  const Tensor packed = empty(
+      map, {sizes.batch, terms ? 2 : 1, sizes.padded_channels, sizes.padded},
+      terms ? ScalarType::BFloat16 : ScalarType::Float);
+  pack_map(map_of(map), form, packed.mutable_data_ptr(), sizes, stream);
+  return packed;
+}
+
+Tensor forward(const Tensor& value, const Tensor& feat, bool exact) {
+  const Sizes sizes(value, feat);
+  Tensor out = empty(value, {sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
+  if (out.numel() == 0) return out;
+  if (sizes.dim == 0) return torch::stable::zero_(out);
+  const arch::Stream stream(feat);
+  const Tensor packed = pack_features(feat, sizes, exact, stream);
+  const Tensor terms = pack_map(value, in_terms(feat, exact) ? MapForm::whole : MapForm::terms, sizes, stream);
+
+  const int64_t rows = arch::divide_up<int64_t>(sizes.pixels, kForwardRows);
+  const int64_t tiles = arch::divide_up<int64_t>(sizes.pixels, kForwardColumns);
+  const Slabs cut =
+      slabs(tiles, rows * sizes.batch * (sizes.padded_channels / kChannels), 2 * int64_t{stream.multiprocessors()});
+  const ForwardShared shared = forward_shared(sizes.chunks, stream.shared_limit());
+  Tensor parts = out;
+  if (cut.count > 1) parts = empty(value, {cut.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
+  const ForwardParams params{
+      data<unsigned char>(packed), data<unsigned char>(terms), mutable_data<float>(parts), sizes, cut, shared};
+  forward(params, type_of(feat), exact, stream);
+  if (cut.count > 1) sum_slabs(parts, cut.count, out, stream);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> backward(
+    const Tensor& grad_out, const Tensor& value, const Tensor& feat, bool need_value, bool exact) {
+  const Sizes sizes(value, feat);
+  Tensor grad_feat = empty(feat, {sizes.batch, sizes.dim, sizes.pixels}, feat.scalar_type());
+  Tensor grad_value = need_value ? empty(value, {sizes.batch, sizes.channels, sizes.pixels}, value.scalar_type())
+                                 : empty(value, {0}, value.scalar_type());
+  if (value.numel() == 0 || feat.numel() == 0) {
+    return {torch::stable::zero_(grad_value), torch::stable::zero_(grad_feat)};
+  }
+  const arch::Stream stream(feat);
+  const int most = backward_chunks(stream.shared_limit());
+  STD_TORCH_CHECK(
+      sizes.chunks <= most, "the backward takes at most ",
+      most * chunk_channels(static_cast<int>(feat.element_size())), " features of this dtype on this device; got ",
+      sizes.dim);
+  const MapForm form = in_terms(feat, exact) ? MapForm::whole : MapForm::round;
+  const Tensor packed = pack_features(feat, sizes, exact, stream);
+  const Tensor packed_value = pack_map(value, form, sizes, stream);
+  const Tensor packed_grad = pack_map(grad_out, form, sizes, stream);
+
+  const int64_t rows = arch::divide_up<int64_t>(sizes.pixels, kBackwardRows);
+  const int64_t tiles = arch::divide_up<int64_t>(sizes.pixels, kBackwardColumns);
+  const int64_t channel_blocks = sizes.padded_channels / kChannels;
+  const Slabs cut = slabs(tiles, rows * sizes.batch * channel_blocks, 2 * int64_t{stream.multiprocessors()});
+  const int64_t feat_parts = cut.count * channel_blocks;
+  const bool whole_feat = feat_parts == 1;
+  const bool whole_value = cut.count == 1 && value.scalar_type() == ScalarType::Float;
+  const Tensor sums_feat =
+      empty(feat, {whole_feat ? 0 : feat_parts, sizes.batch, sizes.dim, sizes.pixels}, ScalarType::Float);
+  Tensor sums_value = grad_value;
+  if (need_value && !whole_value) {
+    sums_value = empty(value, {cut.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
+  }
+  const BackwardParams params{
+      data<unsigned char>(packed), data<float>(packed_value), data<float>(packed_grad),
+      need_value ? mutable_data<float>(sums_value) : nullptr, whole_feat ? nullptr : mutable_data<float>(sums_feat),
+      grad_feat.mutable_data_ptr(), sizes, cut};
+  backward(params, type_of(feat), exact, stream);
+  if (!whole_feat) sum_slabs(sums_feat, feat_parts, grad_feat, stream);
+  if (need_value && !whole_value) sum_slabs(sums_value, cut.count, grad_value, stream);
+  return {grad_value, grad_feat};
+}
+
+}  // namespace ercn::affinity

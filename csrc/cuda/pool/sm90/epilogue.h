@@ -1,0 +1,76 @@
+#pragma once
+// Where a thread's accumulators of [V|U] h lie, and the small operands beside them.
+#include <arch/convert.h>
+
+#include <cmath>
+
+#include "pool/sm90/product.h"
+
+namespace ercn::sm90 {
+
+struct Pair {
+  float x[2];
+};
+
+// Elements i and i + 1 of a vector, i even; zeros for no vector.
+template <typename Element>
+ERCN_DEVICE Pair load_pair(const void* vector, int64_t i) {
+  if (vector == nullptr) return {};
+  const uint32_t pair = *reinterpret_cast<const uint32_t*>(static_cast<const Element*>(vector) + i);
+  return {{arch::unpack_low<Element>(pair), arch::unpack_high<Element>(pair)}};
+}
+
+// A thread's place in its warpgroup's tile: rows row(0) and row(1), and in the j-th 8 columns column(j) and the next.
+struct Place {
+  int warp = arch::warp_index() % 4, lane = arch::lane_index();
+  ERCN_DEVICE int row(int r) const { return 16 * warp + lane / 4 + 8 * r; }
+  ERCN_DEVICE int column(int j) const { return 8 * j + lane % 4 * 2; }
+};
+
+// Of four registers in each of four lanes, lane i gets the i-th of every lane, in the order of lanes: the pairs of
+// columns that a thread has of four 8-column blocks become the 16 bytes of one block.
+ERCN_DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
+#pragma unroll
+  for (int mask = 1; mask < 4; mask *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & mask) continue;
+      const bool upper = lane & mask;
+      const uint32_t got = arch::shuffle_xor(upper ? x[i] : x[i + mask], mask);
+      x[i] = upper ? got : x[i];
+      x[i + mask] = upper ? x[i + mask] : got;
+    }
+  }
+}
+
+// Dropout of a group's units, `first` and on, for the segment's instances: σ(-Inf) = 0 is the gate of those that are
+// dropped. A thread has every unit that a draw decides.
+ERCN_DEVICE void drop(
+    const pool::Problem& p, const Segment& segment, int first, const Place& place, float (&sums)[kSums]) {
+  const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (first + 64 * half >= p.L) break;
+#pragma unroll
+    for (int j = 8 * half; j < 8 * half + 2; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint64_t instance = static_cast<uint64_t>(segment.first + place.row(i / 2));
+        const pool::Words words =
+            pool::random_words(seed, instance, pool::counter_of(first + place.column(j) + i % 2));
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          float& sum = sums[kGate + 4 * (j + 2 * word) + i];
+          if (pool::is_dropped<true>(words.at[word], p.dropout.limit)) sum = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+using arch::swizzled;
+
+// For barriers of one warpgroup that multiplies; 0 is the block's.
+ERCN_DEVICE void sync_warpgroup(int own) { arch::named_barrier(1 + own, 128); }
+
+}  // namespace ercn::sm90

@@ -1,0 +1,52 @@
+"""No import goes up: a room knows the rooms below it, never those above."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# From the ground up; rooms of one floor do not know each other.
+FLOORS = [
+    {"_environment", "_files", "_lazy", "_memory", "_progress", "_seeding", "config"},
+    {"ops kernels"},
+    {"elements transforms losses nn pretrained grad_checkpointing models objective maps checkpoint", "data", "doctor"},
+    {"benchmarks", "report"},
+    {"evaluation"},
+    {"training", "export standalone"},
+    {"ablation"},
+    {"cli demo"},
+]
+FLOOR = {name: (level, room) for level, rooms in enumerate(FLOORS) for room in rooms for name in room.split()}
+FOLDERS = {"ercn": ROOT / "ercn", "ercn.kernels": ROOT / "kernels", "ercn.benchmarks": ROOT / "benchmarks"}
+
+
+def imported(file: Path) -> set[str]:
+    """Names below ``ercn`` that the file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "ercn":
+            names |= {f"ercn.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split(".")[1] for name in names if name.startswith("ercn.")}
+
+
+def test_no_import_goes_up():
+    wrong, seen = [], set()
+    for package, folder in FOLDERS.items():
+        for file in sorted(folder.rglob("*.py")):
+            name = package.removeprefix("ercn").removeprefix(".") or file.relative_to(folder).with_suffix("").parts[0]
+            linked = any(parent.is_symlink() for parent in file.parents)  # the two others, in a tree without install
+            if linked or name in ("__init__", "__main__") or file.name == "conftest.py":
+                continue
+            level, room = FLOOR[name]
+            seen.add(name)
+            for other in imported(file):
+                other_level, other_room = FLOOR[other]
+                if other_room != room and other_level >= level:
+                    wrong.append(f"{file.relative_to(ROOT)} imports ercn.{other}")
+    assert not wrong
+    assert seen == set(FLOOR)

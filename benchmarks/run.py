@@ -47,7 +47,8 @@ def run(config: BenchConfig) -> dict[str, Any]:
 def select(config: BenchConfig, device: str) -> list[Case]:
     """The cases that the options ask for."""
     if config.op not in (*OPS, "all"):
-        raise ValueError(f"{config.op!r} is no op; there are {', '.join((*OPS, 'all'))}")
+        ops = ", ".join((*OPS, "all"))
+        raise ValueError(f"{config.op!r} is no op; there are {ops}; compare, plot and readme read saved results")
     names = [b.name for b in backends()]
     if config.backend and config.backend not in names:
         raise ValueError(f"{config.backend!r} is no backend; there are {', '.join(names)}")

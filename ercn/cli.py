@@ -1,5 +1,4 @@
-"""The command line: every command is a function with a configuration from ``ercn.config``; options have its field
-names.
+"""The command line: every command is a function with a configuration, whose fields are the options.
 
 A value comes from, last one wins: the default, ``--preset`` (train and plan), ``--config FILE.yaml``, the option
 itself. Errors of the user end with one line and exit code 2; ``--debug`` or ERCN_DEBUG=1 shows the traceback instead.
@@ -9,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
-import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from ercn import config as configs
+from ercn.benchmarks import config as bench_configs
 
 TRAIN_EXTRA = "pip install 'ercn[train]'"
 BENCH_EXTRA = "pip install 'ercn[bench]'"
@@ -36,8 +33,14 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "ablate": ("ercn.ablation", configs.AblateConfig),
     "select": ("ercn.ablation", configs.SelectConfig),
     "ceiling": ("ercn.training", configs.CeilingConfig),
+    "bench": ("ercn.benchmarks.run", bench_configs.BenchConfig),
+    "bench compare": ("ercn.benchmarks.compare", bench_configs.CompareConfig),
+    "bench plot": ("ercn.benchmarks.plots", bench_configs.PlotConfig),
+    "bench readme": ("ercn.benchmarks.readme", bench_configs.ReadmeConfig),
 }
-FUNCTIONS = {"ceiling": "train_ceiling"}  # the others have their command's name
+FUNCTIONS = {"ceiling": "train_ceiling", "bench": "run"}  # the others have the last word of their command
+# Fields that arguments without an option's name fill.
+WORDS = {"report": "runs", "bench": "op", "bench compare": "files", "bench plot": "files", "bench readme": "files"}
 SUMMARIES = {
     "prepare": "find the fundus disc, crop and cache a data set, split it by patient",
     "plan": "predict the peak memory of a training, and say what to change",
@@ -51,6 +54,9 @@ SUMMARIES = {
     "select": "choose a configuration of a grid on validation, without the test split",
     "ceiling": "train a U-Net on lesion masks, the ceiling of maps from grades alone",
     "bench": "time, memory and error of the operators and the network beside plain torch",
+    "bench compare": "what became slower or faster between two results: ercn bench compare BEFORE AFTER",
+    "bench plot": "figures of results: ercn bench plot FILE …",
+    "bench readme": "write the performance section from results: ercn bench readme FILE …",
     "doctor": "what is installed, which backends run here, and why others do not",
 }
 
@@ -88,13 +94,13 @@ def _run(command: str, argv: list[str]) -> int:
         return 0
     if command == "doctor":
         return _doctor(argv)
-    if command == "bench":
-        return _function("ercn.benchmarks.command", "bench")(argv)
+    if argv and f"{command} {argv[0]}" in COMMANDS:
+        command, argv = f"{command} {argv[0]}", argv[1:]
     if command not in COMMANDS:
         raise ValueError(f"{command!r} is no command; there are {', '.join(SUMMARIES)}")
     module, cls = COMMANDS[command]
     config = parse(command, cls, argv)
-    result = _function(module, FUNCTIONS.get(command, command))(config)
+    result = _function(module, FUNCTIONS.get(command, command.split()[-1]))(config)
     if isinstance(result, Path):
         print(result)
     return result if isinstance(result, int) else 0
@@ -106,81 +112,57 @@ def _function(module: str, name: str) -> Callable[[Any], Any]:
 
 def parse(command: str, cls: type, argv: Sequence[str]) -> Any:
     """The configuration object of a command from its arguments; ValueError names the option that is wrong."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentError
 
-    summary = SUMMARIES[command]
-    parser = ArgumentParser(
-        prog=f"ercn {command}",
-        usage=f"ercn {command} [OPTIONS]",
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options; later options win")
-    _add_options(parser, cls(), "")
-    if issubclass(cls, configs.TrainConfig):
-        parser.epilog = "--preset ercn, seam or chikontwe starts from a packaged recipe instead of the defaults."
-        name, argv = _take_preset(argv)
-        if name is not None:
-            parser.set_defaults(configs.flatten(dataclasses.asdict(configs.preset(name))))
-    if cls is configs.ReportConfig:  # ercn report RUN RUN …
-        runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
-        argv = [*([f"--runs={json.dumps(runs)}"] if runs else []), *argv[len(runs) :]]
-    values = _parse_or_explain(parser, argv, command)
+    preset, argv = _take_preset(argv) if issubclass(cls, configs.TrainConfig) else (None, argv)
+    parser = _parser(command, cls, None if preset is None else dataclasses.asdict(configs.preset(preset)))
+    try:
+        values = parser.parse_args(list(argv)).as_dict()
+    except ArgumentError as error:
+        text = " ".join(str(error).split()).replace("<class '", "").replace("'>", "").replace("typing.", "")
+        text = text.replace('Parser key "', "--").replace('":', ":", 1)
+        raise ValueError(f"{text}; ercn {command} --help lists the options") from error
     del values["config"]
     return configs.from_dict(cls, values)
 
 
-def _parse_or_explain(parser: Any, argv: Sequence[str], command: str) -> dict[str, Any]:
-    from jsonargparse import ArgumentError
+def _parser(command: str, cls: type, defaults: dict[str, Any] | None) -> Any:
+    from argparse import SUPPRESS
 
-    try:
-        return parser.parse_args(list(argv)).as_dict()
-    except ArgumentError as error:
-        text = re.sub(r'Parser key "([^"]+)"', r"--\1", str(error))
-        text = re.sub(r"<class '(\w+)'>", r"\1", text)
-        raise ValueError(f"{text}; ercn {command} --help lists the options") from error
+    import docstring_parser
+    from jsonargparse import ActionYesNo, ArgumentParser
+
+    summary, words = SUMMARIES[command], WORDS.get(command)
+    parser = ArgumentParser(
+        prog=f"ercn {command}",
+        usage=f"ercn {command} [{words.upper()}] [OPTIONS]" if words else f"ercn {command} [OPTIONS]",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options; later options win")
+    flags = {f.name: f.default for f in dataclasses.fields(cls) if f.type == "bool"} if command == "bench" else {}
+    parser.add_class_arguments(cls, skip=set(flags), default=defaults)
+    help_texts = {param.arg_name: param.description for param in docstring_parser.parse(cls.__doc__ or "").params}
+    for name, default in flags.items():  # --quick and --no-memory, without a value
+        no = ActionYesNo(no_prefix="no-")
+        parser.add_argument(f"--{name}", action=no, default=default, help=help_texts[name])
+    if words:
+        nargs = "?" if command == "bench" else "*"
+        parser.add_argument(words, nargs=nargs, type=str, default=SUPPRESS, help=f"the same as --{words}")
+    if issubclass(cls, configs.TrainConfig):
+        parser.epilog = "--preset ercn, seam or chikontwe starts from a packaged recipe instead of the defaults."
+    return parser
 
 
 def _take_preset(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The preset's name and the arguments without it; it must be known before the other options are read."""
+    """The preset's name and the arguments without it: the parser must know its defaults first."""
     from argparse import ArgumentParser
 
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?", const="")
     known, rest = parser.parse_known_args(list(argv))
     return known.preset, rest
-
-
-def _add_options(parser: Any, default: Any, prefix: str) -> None:
-    """One option per field, nested ones with a dot, in a group per dataclass with the help of its docstring."""
-    cls = type(default)
-    hints, help_texts = get_type_hints(cls), field_help(cls)
-    group = parser.add_argument_group(f"{prefix.rstrip('.')} ({cls.__name__})" if prefix else cls.__name__)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            continue
-        group.add_argument(
-            f"--{prefix}{field.name}",
-            type=hints[field.name],
-            default=getattr(default, field.name),
-            help=help_texts.get(field.name, field.name.replace("_", " ")),
-        )
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            _add_options(parser, getattr(default, field.name), f"{prefix}{field.name}.")
-
-
-def field_help(cls: type) -> dict[str, str]:
-    """Help of each field, from the ``name: text`` and ``name, name: text`` entries of the dataclass' docstring."""
-    names = "|".join(f.name for f in dataclasses.fields(cls))
-    text = " ".join((cls.__doc__ or "").split())
-    starts = list(re.finditer(rf"(?:^|(?<=[.\s]))((?:{names})(?:, (?:{names}))*): ", text))
-    ends = [m.start() for m in starts[1:]] + [len(text)]
-    result = {}
-    for match, end in zip(starts, ends):
-        for name in match[1].split(", "):
-            result[name] = text[match.end() : end].strip().rstrip(".").replace("%", "%%")
-    return result
 
 
 def _doctor(argv: list[str]) -> int:
@@ -192,7 +174,7 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<10}{text}" for name, text in SUMMARIES.items())
+    commands = "\n".join(f"  {name:<15}{text}" for name, text in SUMMARIES.items())
     return (
         "usage: ercn COMMAND [OPTIONS]\n\n"
         "Grading of diabetic retinopathy from image labels, with heat maps.\n\n"

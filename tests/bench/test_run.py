@@ -505,37 +505,43 @@ def test_listing_and_selecting(capsys):
     assert "affinity/forward/bfloat16/b1-c6-d192-256x256" in out.splitlines()
 
 
-LEAN = "jsonargparse", "rich", "pynvml", "xdist", "pytest_benchmark", "timm", "lightning", "matplotlib", "yaml"
+LEAN = "rich", "pynvml", "xdist", "pytest_benchmark", "timm", "lightning", "matplotlib"
+PARSER = "jsonargparse", "docstring_parser", "yaml"
 
 
-def test_measuring_needs_torch_and_the_standard_library(tmp_path):
-    code = f"""
+def without(modules, code, *argv):
+    """Runs Python code where these modules cannot be imported."""
+    blocker = f"""
 import importlib.abc, sys
 
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {LEAN}:
+        if name.partition(".")[0] in {modules}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Absent())
 import importlib.util
 found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in {LEAN} else found(name, *rest)
-from ercn.cli import main
-main(sys.argv[1:])
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in {modules} else found(name, *rest)
 """
+    return subprocess.run([sys.executable, "-c", blocker + code, *argv], capture_output=True, text=True, check=False)
+
+
+def test_measuring_needs_torch_and_the_standard_library(tmp_path):
     save = tmp_path / "r.json"
-    options = ["--quick", "--no-memory", "--device", "cpu", "--direction", "forward", "--save", str(save)]
-
-    def run_bench(*argv):
-        return subprocess.run([sys.executable, "-c", code, "bench", *argv], capture_output=True, text=True, check=False)
-
-    result = run_bench(*options)
+    config = BenchConfig(quick=True, memory=False, device="cpu", direction="forward", save=str(save))
+    code = "from ercn.benchmarks import config, run\nrun.run(config."
+    result = without((*LEAN, *PARSER), f"{code}{config!r})")
     assert result.returncode == 0, result.stderr
     assert {row["op"] for row in results.timed(results.load(save))} == {"affinity", "mil", "refinement", "walk"}
     assert "  eager: median ms " in result.stdout and "affinity/forward/" in result.stdout
-    result = run_bench("compare", str(save), str(save))
-    assert result.returncode == 2 and "rich is not installed" in result.stderr and "ercn[bench]" in result.stderr
+
+
+@pytest.mark.parametrize("modules, missing", [(LEAN, "rich"), (PARSER, "jsonargparse")])
+def test_a_missing_extra_is_named(modules, missing, saved):
+    code = "from ercn.cli import main\nmain(sys.argv[1:])"
+    result = without(modules, code, "bench", "compare", str(saved), str(saved))
+    assert result.returncode == 2 and f"{missing} is not installed" in result.stderr and "ercn[bench]" in result.stderr
 
 
 @pytest.mark.parametrize("argv", [[], ["compare"], ["plot"], ["readme"]])

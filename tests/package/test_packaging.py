@@ -17,7 +17,13 @@ from setuptools.config.pyprojecttoml import read_configuration
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = read_configuration(ROOT / "pyproject.toml", expand=False)
 # Where the module's name is not the package's.
-PACKAGE_OF = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+PACKAGE_OF = {
+    "PIL": "pillow",
+    "docstring_parser": "docstring-parser",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 OURS = {"ercn", "gpu_report", "toolchain"}  # the last two by scripts that run without an installation
 
 

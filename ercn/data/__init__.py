@@ -1,4 +1,4 @@
-"""Pictures: reading, cropping, synthetic ones, published data sets, splits by patient, and tensors for training."""
+"""Pictures: published data sets (``sets``), synthetic eyes (``phantom``), crops, splits by patient, and tensors."""
 
 from ercn.data.dataset import PictureDataset, collate
 from ercn.data.geometry import Geometry, locate_disc

@@ -65,7 +65,7 @@ class Table:
         self.faults.append(f"row {row}: {text}")
 
     def label(self, row: int, column: str, value: str, labels: Mapping[str, object]):
-        """The meaning of ``value``, or None and a fault."""
+        """``labels[value]``, or None and a fault."""
         if value not in labels:
             self.fault(row, f"column {column!r}: {value!r} is not one of {', '.join(labels)}")
         return labels.get(value)
@@ -79,9 +79,9 @@ class Table:
             return 0
 
     def unique(self, row: int, column: str, value: str, seen: dict[str, int]) -> bool:
-        """Whether ``value`` may stand as an id: not empty, no path, not ``seen`` in an earlier row; or a fault.
+        """Whether ``value`` can be an id: not empty, no path, not ``seen`` in an earlier row; else it is a fault.
 
-        Ids name files, and some file systems do not tell ``a`` from ``A``: ids that differ in case only are the same.
+        Ids name files, and some file systems ignore case: ids that differ only in case count as equal.
         """
         if not value or any(c in value for c in "/\\:\0") or value.startswith("."):
             self.fault(row, f"column {column!r}: {value!r} is not a picture's name")

@@ -38,15 +38,15 @@ def to_tensor(picture: Image.Image, image_size: int, mean: Sequence[float], std:
 
 
 def _on(surround: int, turn: v2.Transform, pixels: torch.Tensor) -> torch.Tensor:
-    """The picture turned on a ground of this level; torchvision's own ``fill`` leaves a dark seam around it."""
+    """The picture turned on a ground of the level ``surround``; torchvision's ``fill`` leaves a dark seam around it."""
     return (turn(pixels.float() - surround) + surround).round().to(torch.uint8)
 
 
 def training_transform(image_size: int, surround: int = 0) -> v2.Transform:
     """Mild: flips, up to 20 degrees, 5 % shift, 10 % scale, and color jitter; uint8 [3, H, W] to [3, S, S].
 
-    surround: the level beyond the picture. Where it is not black, the local mean has been removed, and brightness,
-    which went with it, is not varied.
+    surround: the level beyond the picture. Where it is not black, the local mean has been removed, and with it the
+    brightness, which then is not varied.
     """
     bilinear = v2.InterpolationMode.BILINEAR
     return v2.Compose([
@@ -59,10 +59,10 @@ def training_transform(image_size: int, surround: int = 0) -> v2.Transform:
 
 
 def contrastive_transform(image_size: int, surround: int = 0) -> v2.Transform:
-    """SimCLR's views, suited to fundus photographs; uint8 [3, H, W] to [3, S, S]. surround: as above.
+    """SimCLR's views, suited to fundus photographs; uint8 [3, H, W] to [3, S, S]. surround: as in training_transform.
 
-    The crop keeps 40 % of the area at least, and hue and blur are weaker than for natural pictures: lesions are small,
-    and their color is what tells blood from exudate. Both flips and any small rotation are natural for a retina.
+    The crop keeps at least 40 % of the area, and hue and blur are weaker than for natural pictures: lesions are small,
+    and color distinguishes blood from exudate. Both flips and any small rotation are natural for a retina.
     """
     return v2.Compose([
         v2.RandomResizedCrop(image_size, scale=(0.4, 1.0), ratio=(0.9, 1.1), antialias=True),
@@ -83,7 +83,7 @@ class PictureDataset(Dataset):
         mean, std: RGB, in 0 … 1, that the pictures are normalized with.
         augment: vary the pictures (``training_transform``, or ``contrastive_transform`` if ``contrastive``).
         surround: level around the disc (``ercn.data.normalization.surround``), which turned pictures are filled with.
-        views: tensors for each picture, each varied on its own.
+        views: tensors for each picture, varied independently.
         max_unreadable: how many pictures may be skipped, counted over all workers of this data set.
         with_masks: also return the masks of ``mask_kinds``; not with ``augment``.
         cache_bytes: decoded pictures that each worker keeps in memory.
@@ -122,7 +122,7 @@ class PictureDataset(Dataset):
         self.transform: v2.Transform | None = None
         if augment:
             self.transform = (contrastive_transform if contrastive else training_transform)(image_size, surround)
-        # shared memory: workers see a new epoch, and count unreadable pictures together
+        # In shared memory: workers see a new epoch, and count unreadable pictures together.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._unreadable = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
         self._cache: dict[int, torch.Tensor] = {}
@@ -140,7 +140,7 @@ class PictureDataset(Dataset):
         return [self.records[i] for i in self._unreadable.nonzero().flatten().tolist()]
 
     def faults(self) -> dict[str, str]:
-        """What is wrong with those records, by id; they are read once more for it."""
+        """The fault of each unreadable record, by id, from reading it again."""
         faults = {}
         for record in self.unreadable():
             try:
@@ -207,6 +207,6 @@ class PictureDataset(Dataset):
 
 
 def collate(items: Sequence[dict | None]) -> dict | None:
-    """Stacks items, without those that could not be read; None if none is left."""
+    """Stacks the items that could be read; None if there is none."""
     readable = [item for item in items if item is not None]
     return default_collate(readable) if readable else None

@@ -1,4 +1,4 @@
-"""What a reader returns: an entry for each picture of a published data set, and a note on all that it leaves out."""
+"""What readers of ``ercn.data.sets`` return, entries of pictures and notes on what is left out; and their helpers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ UNGRADABLE = "ungradable, left out"
 
 @dataclass(frozen=True)
 class Entry:
-    """id: names the prepared picture. source: the photograph, which may be missing.
+    """One picture of a published data set.
 
-    grade: class index, 0 is healthy; None in a data set without grades. split: where the data set's publishers put it,
-    or None where ``ercn prepare`` splits. masks: lesion, or ``OPTIC_DISC``, to mask file.
+    id: name of the prepared picture. source: the photograph, which may be missing. grade: class index, 0 is healthy;
+    None in a data set without grades. split: the publishers' split, or None where ``ercn prepare`` splits. masks:
+    lesion, or ``OPTIC_DISC``, to mask file.
     """
 
     id: str
@@ -39,8 +40,8 @@ class Entry:
 class Published:
     """A data set as it was found.
 
-    class_names: of the grades; none in a data set without grades. folder: sources are told relative to it.
-    mask_level: pixels of a mask at or above it are lesion. notes: sentence to the names of the files it is true of.
+    class_names: of the grades; none in a data set without grades. folder: messages name sources relative to it.
+    mask_level: pixels of a mask at or above it are lesion. notes: a sentence to the files that it is about.
     """
 
     entries: list[Entry]
@@ -83,15 +84,15 @@ class Pictures:
         return self._files.get(id.lower(), self.folder / (id + extension))
 
     def unused(self, ids: Collection[str]) -> list[str]:
-        """Files of which ``ids`` has not the name."""
+        """Files whose names are not among ``ids``."""
         used = {id.lower() for id in ids}
         return [_short(path) for name, path in self._files.items() if name not in used]
 
 
 class Masks:
-    """Masks in one folder for each lesion, of the picture's name and perhaps a lesion's suffix.
+    """Masks in one folder for each lesion, named after the picture, with or without a suffix of the lesion.
 
-    folders: lesion to folder; a missing one raises DataError. suffixes: lesion to what is after the picture's name.
+    folders: lesion to folder; a missing one raises DataError. suffixes: lesion to the suffix of the picture's name.
     """
 
     def __init__(self, folders: Mapping[str, Path], suffixes: Mapping[str, str] | None = None):
@@ -106,7 +107,7 @@ class Masks:
         }
 
     def strays(self, ids: Collection[str]) -> list[str]:
-        """Masks of other pictures than these."""
+        """Masks whose pictures are not among ``ids``."""
         return [
             name
             for kind, suffix in self._suffixes.items()
@@ -123,7 +124,7 @@ def _short(path: Path) -> str:
 
 
 def notes(*found: tuple[str, list[str]]) -> dict[str, list[str]]:
-    """Sentences with the names they are true of, without those that are true of none."""
+    """Sentences to the names that they are about, without sentences about none."""
     result: dict[str, list[str]] = {}
     for sentence, names in found:
         if names:

@@ -1,4 +1,4 @@
-"""Where the fundus is in a photograph, and the way from there to the prepared square picture and back."""
+"""Where the fundus lies in a photograph, the crop to the prepared square picture, and the way back."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from scipy import ndimage
 class Geometry:
     """The crop square of one photograph.
 
-    width, height: of the photograph. left, top, side: the square, in the photograph's pixels; it may reach outside
-    (not wholly), which is padded with black. size: side of the prepared picture. Pixel (i, j) of any [h, w] picture of
-    the square has its center at photograph coordinates (left + (j + 0.5) side / w, top + (i + 0.5) side / h), where
-    pixel centers are at k + 0.5.
+    width, height: of the photograph. left, top, side: the square, in the photograph's pixels; the part of it outside of
+    the photograph is black. size: side of the prepared picture. Pixel (i, j) of any [h, w] picture of the square has
+    its center at photograph coordinates (left + (j + 0.5) side / w, top + (i + 0.5) side / h), where pixel centers are
+    at k + 0.5.
     """
 
     width: int
@@ -37,15 +37,15 @@ class Geometry:
     def to_original(self, map: np.ndarray, corners: int = 0) -> np.ndarray:
         """A map [h, w] of the square on the photograph's pixels, bilinear: float32 [height, width], 0 outside.
 
-        corners: 0 where elements are cells, like pixels; else the side of the picture that a model saw whose map has
-        its outer elements on the centers of the picture's outer pixels (``ERCN.align_corners``).
+        corners: 0 where elements are cells, like pixels. Where a map has its outer elements on the centers of the
+        picture's outer pixels (``ERCN.align_corners``), the side of the picture that the model saw.
         """
         map = np.asarray(map, np.float32)
         if map.ndim != 2:
             raise ValueError(f"map must be [h, w]; got shape {map.shape}")
         x = y = 0.0  # from the map's edge to the square's, in elements
         if corners:
-            pad = (max(map.shape) - 1) // (corners - 1)  # of a map finer than the picture: of larger views
+            pad = (max(map.shape) - 1) // (corners - 1)  # more than 0 for a map at least as fine as the picture
             y, x = (pad + 0.5 - 0.5 * (n - 1) / (corners - 1) for n in map.shape)
             map = np.pad(map, pad, mode="edge")
         h, w = map.shape
@@ -60,7 +60,7 @@ class Geometry:
 
 
 def _extent(foreground: np.ndarray, axis: int) -> tuple[int, int]:
-    """First and one past the last row or column with a fair share of the foreground: a camera's notch has none."""
+    """First and one past the last row or column with more foreground than a camera's notch has."""
     count = foreground.sum(1 - axis)
     filled = np.flatnonzero(count > 0.08 * count.max())
     return int(filled[0]), int(filled[-1]) + 1
@@ -71,8 +71,8 @@ def locate_disc(picture: Image.Image, size: int = 512) -> Geometry:
 
     On a reduced copy, pixels brighter than the dark border by 12 % of the picture's range are foreground; the square is
     centered on the bounding box of the largest connected part and has the box's longer side. Discs that are cut off at
-    the top and bottom are padded with black. A picture without a dark border is all foreground. Where nothing is found
-    (too dark, or less than 5 % foreground) it is the centered square that holds the whole picture.
+    the top and bottom are padded with black. A picture without a dark border is all foreground. Without a disc (too
+    dark, or less than 5 % foreground) the result is the centered square that holds the whole picture.
 
     size: side of the prepared picture that ``Geometry.crop`` will make.
     """

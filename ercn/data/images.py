@@ -1,4 +1,4 @@
-"""Reading one picture, with every failure as a sentence that names the file."""
+"""Reads one picture; every failure is a sentence that names the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DataError(ValueError):
 
 
 def _open(file) -> Image.Image:
-    """Reads a picture's header. Pillow's own size limit, a global, is off meanwhile: ``read_picture`` checks ours."""
+    """Reads a picture's header without Pillow's global size limit: ``read_picture`` checks ``max_pixels``."""
     with _pillow_limit:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -28,8 +28,8 @@ def _open(file) -> Image.Image:
 def read_picture(path: str | Path, *, max_pixels: int) -> Image.Image:
     """Reads a picture as RGB, upright (the EXIF orientation is applied) and without metadata.
 
-    The size is checked in the header, before any pixel is decoded; what counts is the square of the longer side, which
-    a crop may have to hold. Formats: JPEG, PNG, TIFF, BMP, WebP; 8 bits a channel.
+    The size is checked in the header, before any pixel is decoded: a crop may have to hold the square of the longer
+    side. Formats: JPEG, PNG, TIFF, BMP, WebP; 8 bits a channel.
 
     Raises:
         DataError: the file is missing, not a picture in one of these formats, truncated or damaged, its longer

@@ -38,7 +38,7 @@ def picture_dataset(
     augment: bool,
     **options,
 ) -> PictureDataset:
-    """Normalised with ``mean`` and ``std``, those of the data set that the model was trained on."""
+    """Pictures normalised with ``mean`` and ``std`` of the data set that the model was trained on."""
     return PictureDataset(
         list(records),
         config.image_size,
@@ -52,12 +52,12 @@ def picture_dataset(
 
 
 class PictureLoader(DataLoader):
-    """Raises what a worker found unreadable as the sentence it is: torch wraps it in the worker's traceback."""
+    """Raises a worker's DataError as one sentence; torch alone wraps it in the worker's traceback."""
 
     def __iter__(self) -> Iterator[Any]:
-        return self._plainly(super().__iter__())
+        return self._with_plain_errors(super().__iter__())
 
-    def _plainly(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _with_plain_errors(self, batches: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from batches
         except DataError:
@@ -80,7 +80,7 @@ def labelled(records: Sequence[Record], fraction: float, seed: int) -> list[Reco
     """The records of a share of the patients, stratified by their worst grade, at least one patient of each.
 
     Every stratum is shuffled by ``seed`` and its first patients are taken, so that a smaller share is a part of a
-    larger one, and which patients it holds does not depend on the order of ``records``.
+    larger one. The choice of patients does not depend on the order of ``records``.
     """
     worst: dict[str, int] = {}
     for record in records:

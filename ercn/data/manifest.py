@@ -1,4 +1,4 @@
-"""The folder that ``ercn prepare`` writes, and how it is read.
+"""The folder that ``ercn prepare`` writes: reading and writing its manifest.
 
 prepare.json                 settings, counts, channel statistics, skipped pictures, hash
 manifest.csv                 one row a picture; all paths follow from the ids
@@ -58,7 +58,7 @@ class Manifest:
     class_names: one for each grade; none in a data set without grades. size: side of the prepared pictures.
     hash: SHA-256 of manifest.csv, which fixes ids, grades, patients, splits and geometry.
     mean, std: RGB statistics of the train split's pictures, in 0 … 1.
-    normalize, label: what they were in ``PrepareConfig``; label is empty where there is one column only.
+    normalize, label: as in ``PrepareConfig``; label is empty where the data set has one column only.
     """
 
     root: Path
@@ -79,9 +79,8 @@ class Manifest:
     def load(cls, root: str | Path) -> Manifest:
         """Reads a folder written by ``ercn prepare``.
 
-        Raises DataError if it is not one, was left unfinished, or was changed since: rows that cannot be read, a
-        patient in two splits, splits or rows that do not match their hashes. Whether the pictures can be read shows on
-        use.
+        Raises DataError if ``ercn prepare`` did not write or finish it, or if it was changed since: rows that cannot be
+        read, a patient in two splits, splits or rows that do not match their hashes. Pictures are not read here.
         """
         root = Path(root)
         about = _read_json(root / "prepare.json", f"{root} is not a folder that `ercn prepare` wrote")

@@ -1,4 +1,4 @@
-"""How a prepared picture is made of a photograph: cropped to the disc, and, if wanted, with the local mean removed."""
+"""From a photograph to a prepared picture: the crop to the disc, and, if wanted, the removal of the local mean."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ercn.data.geometry import Geometry
 
 
 def graham(picture: Image.Image) -> Image.Image:
-    """The picture x of a fundus disc that fills it, as B. Graham, winner of the Kaggle competition of 2015, saw it:
+    """Preprocessing of B. Graham, winner of the Kaggle competition of 2015, for a picture x that the fundus disc fills:
 
         4 x - 4 Gauss(x, sigma = R / 30) + 128, rounded and clipped to 0 … 255; 128 beyond 0.9 R of the center
 
-    with R half of the side. Lesions stand out from an even gray, whatever the lighting and the color of the retina.
+    with R half of the side. Lesions stand out from an even gray under any lighting and color of the retina.
 
     picture: RGB, square. Deterministic.
     """
@@ -25,12 +25,12 @@ def graham(picture: Image.Image) -> Image.Image:
 
 
 def local(picture: Image.Image) -> Image.Image:
-    """As ``graham``, with a wider mean, and of the field alone, so that its edge does not shine:
+    """As ``graham``, with a wider mean, taken over the field only, so that the field's edge does not shine:
 
         4 x - 4 Gauss(w x, sigma = R / 15) / Gauss(w, sigma = R / 15) + 128; 128 where w is 0
 
     w is 1 within 0.97 R of the center where the brightest channel is above 8, else 0. Lesions of a few hundredths of
-    the field keep their inside, which a mean of R / 30 takes away.
+    the field keep their inside; with sigma = R / 30 they lose it.
     """
     x = np.asarray(picture, np.float32)
     radius = x.shape[0] / 2
@@ -63,5 +63,5 @@ def surround(normalize: str) -> int:
 
 
 def prepared(picture: Image.Image, geometry: Geometry, normalize: str) -> Image.Image:
-    """The picture that training sees, of a photograph. normalize: as in ``PrepareConfig``."""
+    """The picture of a photograph that training sees. normalize: as in ``PrepareConfig``."""
     return NORMALIZATIONS[normalize](geometry.crop(picture))

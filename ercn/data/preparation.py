@@ -1,4 +1,4 @@
-"""``ercn prepare``: a published data set, or the phantom, to a folder of small square pictures with saved splits."""
+"""``ercn prepare``: turns a published data set, or the phantom, into a folder of square pictures with saved splits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ercn.data.manifest import Record, mask_path, write_manifest
 from ercn.data.masks import pixels_outside, prepared_mask, read_mask
 from ercn.data.normalization import prepared
 from ercn.data.phantom import LESIONS, phantom_optic_disc, render_phantom
-from ercn.data.sets import label_of, read_published
+from ercn.data.published import label_of, read_published
 from ercn.data.splits import SPLITS, check_splits
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,11 @@ SHOWN = 20
 
 
 class _Kept(NamedTuple):
-    """What a prepared picture's comment says. sizes: bytes of the photograph's file and of its masks, by file name."""
+    """Comment of a prepared picture. sizes: bytes of the photograph's file and of its masks, by file name."""
 
     geometry: Geometry
     sizes: dict[str, int]
-    losses: dict[str, str]  # lesion to what the prepared mask has lost
+    losses: dict[str, str]  # lesion to the note on what the prepared mask has lost
 
 
 class _Outcome(NamedTuple):
@@ -58,18 +58,18 @@ def prepare(config: PrepareConfig) -> Path:
     """Prepares a data set and returns its folder, ``config.out``; ``ercn.data.Manifest.load`` reads it.
 
     Photographs are cropped to the fundus disc (``locate_disc``), resized, normalized if that is wanted, and saved as
-    JPEG of quality 95 without metadata of the original, their lesion masks beside them as PNG of 0 and 255 (255 where
-    half of a pixel is lesion); phantoms are rendered and saved as PNG, with masks. Every picture is written under a
-    temporary name and then renamed, so an interrupted run goes on where it stopped when it is called again.
+    JPEG of quality 95 without the original's metadata. Their lesion masks are saved beside them as PNG of 0 and 255
+    (255 where half of a pixel is lesion). Phantoms are rendered and saved as PNG, with masks. Every picture is written
+    under a temporary name and then renamed: called again, an interrupted run goes on where it stopped.
 
     Splits are by patient and stratified, or the publishers' own, and do not depend on which pictures can be read.
-    Channel statistics are those of the train split, from at most 2,000 pictures, evenly chosen. What the reader left
-    out or doubts, and what the prepared masks lost, is told and listed in prepare.json under "notes".
+    Channel statistics are those of the train split, from at most 2,000 pictures, evenly chosen. prepare.json lists
+    under "notes" what the reader left out or doubts, and what the prepared masks lost.
 
     Raises:
         DataError: faults in the labels, a grade without pictures, more than ``max_unreadable`` pictures missing or
             unreadable (each is named; fewer are skipped and listed in prepare.json), or ``out`` was prepared with other
-            settings or from other photographs (told by their sizes in bytes) or holds something else.
+            settings or from other photographs (of other sizes in bytes) or holds something else.
     """
     if not config.out:
         raise DataError("out must be the folder to write; got nothing")
@@ -132,7 +132,7 @@ def _assigned(pictures: Sequence[Entry | Record]) -> list[tuple[str, str, int, s
 
 
 def _settings(config: PrepareConfig, entries: Sequence[Entry]) -> dict:
-    """All that the prepared pictures and splits depend on, as JSON holds it."""
+    """All settings that the prepared pictures and splits depend on, as JSON holds them."""
     names = ["dataset", "size", "fractions", "seed"]
     names += ["patients", "difficulty"] if config.dataset == "phantom" else ["max_pixels"]
     names += ["normalize"] if config.normalize != "none" else []
@@ -144,7 +144,7 @@ def _settings(config: PrepareConfig, entries: Sequence[Entry]) -> dict:
 
 
 def _claim(out: Path, settings: dict) -> None:
-    """Marks ``out`` as being prepared with these settings; refuses a folder that is anything else."""
+    """Marks ``out`` as being prepared with these settings; DataError where it holds anything else."""
     about = out / "prepare.json"
     if about.exists():
         try:
@@ -170,7 +170,7 @@ def _write_about(out: Path, about: dict) -> None:
 
 
 def _missing(entries: Sequence[Entry], config: PrepareConfig) -> list[tuple[Entry, str]]:
-    """Photographs that are not there and not prepared yet."""
+    """Photographs that are missing and were not prepared before."""
     if config.dataset == "phantom":
         return []
     lost = [e for e in entries if not e.source.is_file() and not (Path(config.out) / _image_path(e, config)).is_file()]
@@ -178,10 +178,7 @@ def _missing(entries: Sequence[Entry], config: PrepareConfig) -> list[tuple[Entr
 
 
 def _check_sources(entries: Sequence[Entry], config: PrepareConfig, folder: Path) -> None:
-    """Refuses photographs and masks other than those the pictures in ``out`` were made from.
-
-    Ones that are gone are no fault.
-    """
+    """DataError where the pictures in ``out`` were made from other photographs or masks; missing ones are no fault."""
     if config.dataset == "phantom":
         return
     others = []
@@ -235,7 +232,7 @@ def _kept(path: Path) -> _Kept | None:
         with Image.open(path) as picture:
             comment = json.loads(picture.info["comment"])
         return _Kept(Geometry(**comment["geometry"]), comment["sizes"], comment["losses"])
-    except (OSError, KeyError, ValueError, TypeError):  # missing, or not one of ours: it is made again
+    except (OSError, KeyError, ValueError, TypeError):  # missing, or without our comment: it is made again
         return None
 
 
@@ -270,7 +267,7 @@ def _photograph(entry: Entry, config: PrepareConfig, out: Path, folder: Path, ma
 
 
 def _write_mask(mask: np.ndarray, kind: str, entry: Entry, geometry: Geometry, out: Path) -> str:
-    """Writes a photograph's mask, if it is not empty, and tells what it lost."""
+    """Writes a photograph's mask, if it is not empty, and returns a note on what it lost, or ""."""
     path = out / mask_path(kind, entry.id)
     small = prepared_mask(mask, geometry)
     path.unlink(missing_ok=True)  # of a photograph that was here before

@@ -1,4 +1,4 @@
-"""Grade scales, and the common ground on which a model of one scale is tested on data of another.
+"""Grade scales, and the common scale on which a model of one scale is tested on data of another.
 
 A scale of diabetic retinopathy (DR) cuts the five levels of the International Clinical DR scale (ICDR: 0 none, 1 mild,
 2 moderate, 3 severe, 4 proliferative) into classes; a cut c says that a class begins at level c:
@@ -8,8 +8,8 @@ A scale of diabetic retinopathy (DR) cuts the five levels of the International C
     referable DR, trained on ICDR cut 2           moderate or worse
     referable DR, trained on Davis cut 3          PPDR or worse, so severe or worse
 
-What two scales have in common is the scale of the cuts that both have. Davis' SDR holds mild and moderate together, so
-"moderate or worse" cannot be told on it.
+The common scale of two scales has the cuts that both have. Davis' SDR holds mild and moderate together, so "moderate or
+worse" is no class of it.
 
 Source: Takahashi et al. 2017, PLoS ONE 12(6):e0179790, for the modified Davis scale.
 """
@@ -46,18 +46,18 @@ class Scale:
 
 @dataclass(frozen=True)
 class CommonGround:
-    """model, data: their own scales. scale: what they have in common, on which both are compared."""
+    """model, data: their own scales. scale: the common one, on which both are compared."""
 
     model: Scale
     data: Scale
     scale: Scale
 
     def probability(self, probability: np.ndarray) -> np.ndarray:
-        """The model's probabilities [N, K] summed over the classes that are one in common: [N, K']."""
+        """The model's probabilities [N, K] summed over the classes that the common scale joins: [N, K']."""
         return probability @ np.eye(len(self.scale.names))[self.model.to(self.scale)]
 
     def truth(self, grade: np.ndarray) -> np.ndarray:
-        """The data set's grades [N] as classes in common."""
+        """The data set's grades [N] as classes of the common scale."""
         return self.data.to(self.scale)[grade]
 
 
@@ -72,9 +72,9 @@ def scale_of(class_names: Sequence[str], targets: str = "ordinal") -> Scale:
 def common_ground(trained: Sequence[str], targets: str, found: Sequence[str], dataset: str) -> CommonGround:
     """The finest scale on which a model can be compared with a data set.
 
-    trained: class names of the data set that the model was trained on, with ``targets`` of ``ModelConfig``. found: of
-    the data set ``dataset``. Classes that are only numbered ("0", "1", …, as a CSV file gives them) are those of the
-    other's names. Raises ValueError naming both scales where they have no cut in common.
+    trained: class names of the data set that the model was trained on, with ``targets`` of ``ModelConfig``. found:
+    class names of the data set ``dataset``. Where one side's classes are only numbered ("0", "1", …, as a CSV file
+    gives them), the other side's names hold. Raises ValueError naming both scales where they have no cut in common.
     """
     if _numbered(found) and len(found) <= len(trained):
         found = trained

@@ -1,4 +1,4 @@
-"""Splits by patient: made, saved with hashes, and verified."""
+"""Splits by patient: making them, checking them, and their hashes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def check_fractions(fractions: Sequence[float]) -> None:
 def split_patients(grades: Mapping[str, Sequence[int]], fractions: Sequence[float], seed: int) -> dict[str, str]:
     """Puts each patient in one split, stratified by the worst grade of the patient's pictures.
 
-    Every stratum is shuffled and dealt out by ``fractions``, the largest first; what rounding leaves over is carried
-    to the next, so that the sizes of the splits are right to within a few patients at most. The first patient of each
-    stratum goes to train: no worst grade is missing there. (scikit-learn's StratifiedGroupKFold has equal folds only.)
+    Every stratum is shuffled and dealt out by ``fractions``, the largest first; rounding errors are carried to the next
+    stratum, so that the sizes of the splits are right to within a few patients. The first patient of each stratum goes
+    to train, which so has every worst grade. (scikit-learn's StratifiedGroupKFold has equal folds only.)
 
     grades: patient to the grades of that patient's pictures. fractions: of train, val and test, summing to 1.
-    Deterministic in (grades, fractions, seed), whatever the order of ``grades``.
+    Deterministic in (grades, fractions, seed); the order of ``grades`` does not matter.
     """
     check_fractions(fractions)
     fractions = np.asarray(fractions, float)
@@ -53,8 +53,8 @@ def split_patients(grades: Mapping[str, Sequence[int]], fractions: Sequence[floa
 
 
 def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str], source: str) -> list[str]:
-    """Raises DataError naming ``source``, a file or folder, if a patient is in two splits, a class nowhere or not in
-    train, or the train split empty.
+    """Raises DataError naming ``source``, a file or folder, if a patient is in two splits, a class has no picture or
+    none in train, or the train split is empty.
 
     Returns a sentence for each of val and test that has pictures, but not of every class.
     """
@@ -87,8 +87,8 @@ def check_splits(pictures: Iterable[Assignment], class_names: Sequence[str], sou
 
 
 def split_hashes(pictures: Iterable[Assignment]) -> dict[str, dict]:
-    """Pictures, patients and SHA-256 of each split; the hash is of its sorted lines ``id<TAB>patient<TAB>grade``, no
-    grade being empty."""
+    """Pictures, patients and SHA-256 of each split; the hash is of its sorted lines ``id<TAB>patient<TAB>grade``, where
+    a missing grade is empty."""
     chosen = defaultdict(list)
     for id, patient, grade, split in pictures:
         chosen[split].append((id, patient, "" if grade is None else grade))

@@ -196,7 +196,7 @@ def write_rldr_tree(root: Path, patients: int = 10, first: int = 10) -> None:
     write_csv(root / "dr_grades.csv", "image id,kaggle label,our label", rows)
 
 
-def write_csv_manifest(root: Path, patients: int = 6) -> Path:
+def write_csv_list(root: Path, patients: int = 6) -> Path:
     rows = []
     for number in range(patients):
         for eye in ("l", "r"):

@@ -14,7 +14,7 @@ from _datasets import (
     photograph,
     touch,
     write_aptos_tree,
-    write_csv_manifest,
+    write_csv_list,
     write_ddr_segmentation_tree,
     write_ddr_tree,
     write_fgadr_tree,
@@ -46,7 +46,7 @@ TREES = {
     "ddr_segmentation": (write_ddr_segmentation_tree, 6),
     "fgadr": (write_fgadr_tree, 10),
     "rldr": (write_rldr_tree, 15),
-    "csv": (write_csv_manifest, 12),
+    "csv": (write_csv_list, 12),
 }
 WITH_MASKS = {"idrid_segmentation", "ddr_segmentation", "fgadr", "rldr", "csv"}
 WITHOUT_GRADES = {"idrid_segmentation", "ddr_segmentation"}
@@ -148,7 +148,7 @@ def test_lesions_that_preparing_loses_are_told_also_when_it_goes_on(tmp_path, ca
 
 
 def test_other_masks_of_the_same_photographs_are_refused(tmp_path):
-    path = write_csv_manifest(tmp_path / "c")
+    path = write_csv_list(tmp_path / "c")
     options = {"root": str(path), "out": str(tmp_path / "d"), **SMALL}
     prepare(PrepareConfig(dataset="csv", **options))
     mask = next((tmp_path / "c" / "masks").iterdir())
@@ -163,7 +163,7 @@ def test_other_masks_of_the_same_photographs_are_refused(tmp_path):
 
 
 def test_a_mask_made_again_without_a_lesion_is_no_mask(tmp_path):
-    path = write_csv_manifest(tmp_path / "c")
+    path = write_csv_list(tmp_path / "c")
     config = PrepareConfig(dataset="csv", root=str(path), out=str(tmp_path / "d"), **SMALL)
     record = next(r for r in Manifest.load(prepare(config)).records if r.masks)
     mask = tmp_path / "c" / "masks" / record.id.replace("clinic__", "").replace("__", "")
@@ -175,7 +175,7 @@ def test_a_mask_made_again_without_a_lesion_is_no_mask(tmp_path):
 
 
 def test_a_mask_that_is_gone_is_named_and_its_picture_skipped(tmp_path):
-    path = write_csv_manifest(tmp_path / "c")
+    path = write_csv_list(tmp_path / "c")
     for mask in (tmp_path / "c" / "masks").iterdir():
         mask.unlink()
     with pytest.raises(DataError, match=r"cannot be read, max_unreadable is 0: .*l.jpg: masks/2l.png: no such file"):

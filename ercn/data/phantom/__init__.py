@@ -1,8 +1,8 @@
 """The phantom: synthetic fundus photographs of eyes that a generator draws, with lesions and pixel-exact masks.
 
-A phantom proves the machinery and measures localization; it says nothing about clinical quality. The anatomy differs
-from patient to patient (``anatomy``), lesions follow the ICDR rules (``lesions``), and distractors (``distractors``)
-are as in healthy eyes, whatever the grade.
+A phantom tests the code and measures localization; it says nothing about clinical quality. The anatomy differs from
+patient to patient (``anatomy``), lesions follow the ICDR rules (``lesions``), and distractors (``distractors``) do not
+depend on the grade.
 """
 
 from __future__ import annotations
@@ -48,10 +48,9 @@ def render_phantom(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """One synthetic fundus photograph and where its lesions are.
 
-    A generator draws the eye, distractors are painted that do not depend on the grade, then lesions by the ICDR rules
-    (``lesions.plan_lesions``); light, blur, noise and JPEG compression do not depend on the grade either.
-    Small lesions are drawn somewhat larger than life (a microaneurysm is 1/65 of the picture's width at least), so that
-    they can be seen at 128 pixels.
+    A generator draws the eye, then distractors, then lesions by the ICDR rules (``lesions.plan_lesions``), then light,
+    blur, noise and JPEG compression; only the lesions depend on the grade. Small lesions are drawn larger than life (a
+    microaneurysm is at least 1/65 of the picture's width), so that they can be seen at 128 pixels.
 
     Args:
         patient, seed: non-negative numbers. eye: "left" or "right". grade: 0 … 4. size: side S in pixels, at least 32.
@@ -59,7 +58,7 @@ def render_phantom(
 
     Returns:
         picture uint8 [S, S, 3], and a bool mask [S, S] for each kind of lesion that is present: pixels that its shapes
-        cover by at least one half. Never on the optic disc.
+        cover by at least one half. Lesions are never on the optic disc.
 
     Deterministic in all six arguments, on every platform: PCG64 streams and float64 arithmetic that is rounded at the
     end. Places of anatomy, distractors and lesions do not depend on size, and the anatomy not on the difficulty.
@@ -87,8 +86,8 @@ def phantom_grades(patients: int, seed: int) -> list[tuple[int, int]]:
     """Grades (left, right) of a set of patients.
 
     The worse eye has grade 0 in 40 % of the patients and grades 1 … 4 in 15 % each, to the nearest whole patient and
-    every grade once at least, a mild form of a screening population. The other eye has the same grade, or with chance
-    0.3 the one below. Raises ValueError for fewer than 5 patients.
+    every grade at least once: a screening population, less skewed. The other eye has the same grade, or with chance 0.3
+    the grade below. Raises ValueError for fewer than 5 patients.
     """
     if patients < 5:
         raise ValueError(f"a phantom set needs at least 5 patients, one for each grade; got patients={patients}")

@@ -1,4 +1,4 @@
-"""The generator of an eye: optic disc, vessel trees, macula, pigment and choroid, with the CC0 photograph as texture.
+"""The phantom's eye: optic disc, vessel trees, macula, pigment and choroid, with a CC0 photograph as texture.
 
 Eye coordinates: those of a left eye, half the picture's width is 1, the fovea at the origin, the optic disc to the left
 of it (nasal), y down. Both eyes of a patient share the plan; each has its own bends, twigs and view.
@@ -32,7 +32,7 @@ _ARTERY, _VEIN = np.array([0.88, 0.50, 0.52]), np.array([0.80, 0.36, 0.43])
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the picture shows the point q of an eye: M (zoom · Rot(angle) (q + Σ_k b_k sin(f_k · q + φ_k)) + shift).
+    """Map from points q of an eye to the picture: M (zoom · Rot(angle) (q + Σ_k b_k sin(f_k · q + φ_k)) + shift).
 
     M mirrors x for a right eye.
     """
@@ -94,9 +94,10 @@ def _along(ways: np.ndarray, count: int) -> np.ndarray:
 
 
 def _branch(rng, parent: Vessels, children: int, length, tortuosity: float, steps: int, shrink) -> Vessels:
-    """Up to ``children`` branches of every vessel of ``parent``, which leave at random places to alternating sides.
+    """Up to ``children`` branches of every vessel of ``parent``, at random places, to alternating sides.
 
-    length, shrink: ranges, the latter of the radius relative to the parent's there. steps: points of a branch.
+    length: range of lengths. shrink: range of the radius, relative to the parent's at that place. steps: points of a
+    branch.
     """
     vessels, count = parent.radius.shape
     alive = (parent.radius > 0).sum(1)
@@ -130,9 +131,9 @@ def _avoid(vessels: Vessels, center: np.ndarray, radius: float) -> Vessels:
 class Anatomy:
     """One eye of one patient, in picture coordinates.
 
-    disc: the optic disc's ellipse [5], (x, y, radius along, radius across, angle). cup: its radius, the disc's is 1.
-    fovea: [2]. arteries, veins: lists of ``Vessels``, a generation each, trunks first. zoom: the pose's.
-    melanin, tessellation: how dark the pigment is and how much of the choroid shows, 0 … 1.
+    disc: the optic disc's ellipse [5], (x, y, radius along, radius across, angle). cup: its radius, relative to the
+    disc's. fovea: [2]. arteries, veins: lists of ``Vessels``, a generation each, trunks first. zoom: the pose's.
+    melanin, tessellation: darkness of the pigment and visible share of the choroid, 0 … 1.
     """
 
     def __init__(self, shared: np.random.Generator, own: np.random.Generator, side: Eye):
@@ -162,7 +163,7 @@ class Anatomy:
         self._own = own
 
     def _patient(self, rng: np.random.Generator) -> None:
-        """What both eyes share."""
+        """Draws what both eyes share."""
         self.melanin = rng.beta(1.4, 1.4)
         self.tessellation = rng.uniform(0, 1) ** 1.5
         self._hue = rng.normal(scale=[0.03, 0.04, 0.05])
@@ -199,7 +200,7 @@ class Anatomy:
         return self._disc_distance(size) <= 1
 
     def _disc_distance(self, size: int) -> np.ndarray:
-        """0 in its middle, 1 on its outline."""
+        """0 in the middle of the optic disc, 1 on its outline."""
         x, y = grid(size)
         cx, cy, along, across, angle = self.disc
         c, s = np.cos(angle), np.sin(angle)
@@ -229,7 +230,7 @@ class Anatomy:
         vessels, texture: factors on the opacity of vessels and on the strength of texture and choroid.
         """
         x, y = grid(size)
-        own = deepcopy(self._own)  # so that it is the same each time
+        own = deepcopy(self._own)  # each call draws the same
         light, dark = np.array([0.88, 0.50, 0.30]), np.array([0.52, 0.235, 0.125])
         base = (light * (1 - self.melanin) + dark * self.melanin) * (1 + self._hue)
         log = np.zeros((size, size))  # pigment and choroid: logarithm of the light that comes back

@@ -1,4 +1,4 @@
-"""How hard a phantom is: one table."""
+"""The table of the phantom's difficulties."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ DifficultyName = Literal["easy", "standard", "hard"]
 
 @dataclass(frozen=True)
 class Difficulty:
-    """Ranges are of one picture's draw, lengths in half widths of the picture.
+    """One difficulty. Each picture draws from the ranges; lengths are in half widths of the picture.
 
-    size: factor on the lengths of lesions. contrast: their opacity, low and high end. spread: how much it varies
-        between the lesions of an eye.
+    size: factor on the lengths of lesions. contrast: range of the lesions' opacity. spread: its variation between the
+        lesions of an eye.
     distractors: factor on their numbers. strength: factor on their opacity.
     vessels: factor on the opacity of healthy vessels.
     texture: factor on the photograph's texture and on the choroid. light: factor on the unevenness of the light.
-    blur: standard deviation of the camera's. noise: of the sensor, in 0 … 1. quality: of the JPEG compression.
+    blur, noise: standard deviations of the camera's blur and of the sensor's noise (in 0 … 1). quality: of the JPEG.
     """
 
     size: float

@@ -1,4 +1,4 @@
-"""What a fundus photograph shows besides vessels and lesions of retinopathy; none of it depends on the grade.
+"""Distractors: what a fundus photograph shows besides vessels and lesions of retinopathy, independent of the grade.
 
 In the retina: drusen, pigment spots, naevi, scars, reflexes of the nerve fibres and the fovea. In the camera: uneven
 light, haze, smudges and dust, blur, noise, JPEG compression.
@@ -39,7 +39,7 @@ def _wobble(rng, count, strength) -> np.ndarray:
 
 
 def paint_distractors(picture: np.ndarray, rng: np.random.Generator, eye: Anatomy, level: Difficulty) -> None:
-    """Paints those of the retina into ``picture`` float64 [S, S, 3] in 0 … 1, in place."""
+    """Paints the distractors of the retina into ``picture`` float64 [S, S, 3] in 0 … 1, in place."""
     size = len(picture)
     more, strong = level.distractors, level.strength
     keep = ~eye.on_disc(size)
@@ -82,7 +82,7 @@ def paint_distractors(picture: np.ndarray, rng: np.random.Generator, eye: Anatom
 
 
 def photograph(picture: np.ndarray, rng: np.random.Generator, grain: np.random.Generator, level: Difficulty):
-    """What the camera makes of the retina, before compression: float64 [S, S, 3] in 0 … 1. grain: of noise."""
+    """The camera's picture of the retina, not compressed: float64 [S, S, 3] in 0 … 1. grain: stream of the noise."""
     size = len(picture)
     x, y = grid(size)
     gain = rng.uniform(0.72, 1.18) * np.exp(rng.normal(scale=[0.05, 0.04, 0.09]))
@@ -127,10 +127,10 @@ _DCT[0] = np.sqrt(1 / 8)
 
 
 def compress(picture: np.ndarray, quality: int) -> np.ndarray:
-    """``picture`` float64 [S, S, 3] in 0 … 255 as JPEG of that quality would leave it, not rounded.
+    """``picture`` float64 [S, S, 3] in 0 … 255 after JPEG compression of that quality, not rounded.
 
-    The standard's transform and quantization in float64, chrominance at half the resolution: unlike a library's files,
-    the same on every platform.
+    The standard's transform and quantization in float64, chrominance at half the resolution: the result is the same on
+    every platform, which that of a library is not.
     """
     size = len(picture)
     pad = -size % 16

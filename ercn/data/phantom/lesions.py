@@ -1,4 +1,4 @@
-"""Lesions of diabetic retinopathy as shapes: which ones a grade has (ICDR rules), and how they are painted.
+"""The phantom's lesions as shapes: which lesions a grade has (ICDR rules), and how they are painted.
 
 Coordinates: the picture's half width is 1, x to the right, y down, origin in the centre, so a plan holds for any size.
 Quadrants are those of the picture: 0 upper left, 1 upper right, 2 lower left, 3 lower right.
@@ -38,7 +38,7 @@ class Lesion:
     kind: a name from ``LESIONS``. quadrant: 0 … 3, where its center lies.
     blobs: float64 [n, 5], rows (x, y, radius along, radius across, angle). wobble: float64 [k, 2], amplitude and phase
     of the outline's harmonics 2 … k+1. edge: width over which the cover falls from 1 to 0 (at least one pixel is used).
-    opacity: in (0, 1]. flat: the upper half is cut off, as where blood settles before the retina.
+    opacity: in (0, 1]. flat: the upper half is cut off, as of blood that settles before the retina.
     """
 
     kind: str
@@ -69,10 +69,10 @@ class _Planner:
         self.lesions: list[Lesion] = []
 
     def place(self, radius: float, quadrant: int | None = None, gap: float = 0.03, field: float = FIELD):
-        """A random center; its disc of ``radius`` keeps ``gap`` to all others.
+        """A random center whose disc of ``radius`` keeps ``gap`` to all others.
 
-        Each time that 64 draws found no place, the gap is halved, and from the 40th time on discs may overlap more and
-        more.
+        Each time that 64 draws find no place, the gap is halved; from the 40th time on discs may overlap, by 0.01 more
+        each time.
         """
         for tried in count(1):
             r, a = (field - radius) * np.sqrt(self.rng.random(64)), 2 * np.pi * self.rng.random(64)
@@ -89,7 +89,7 @@ class _Planner:
             gap = gap / 2 if tried < 40 else gap - 0.01
 
     def beside(self, radius: float, gap: float, cluster: float):
-        """A free place, or with chance ``cluster`` one that touches the last lesion, where they flow together."""
+        """A free place, or with chance ``cluster`` a place where the lesion flows together with the last one."""
         if len(self.taken) > 1 and self.rng.random() < cluster:
             x, y, last = self.taken[-1]
             a, d = 2 * np.pi * self.rng.random(), self.rng.uniform(0.6, 1.3) * (radius + last)
@@ -179,7 +179,7 @@ class _Planner:
         self.add("irma", np.concatenate(parts), edge=0.008, opacity=self.opacity())
 
     def stretches(self) -> list[np.ndarray]:
-        """Of each quadrant the longest stretch of a vein in it, polyline [P, 2]."""
+        """The longest stretch of a vein in each quadrant, polyline [P, 2]."""
         x, y, disc = self.taken[0]
         best = [np.zeros((0, 2))] * 4
         for vein in self.veins:
@@ -191,7 +191,7 @@ class _Planner:
         return best
 
     def venous_beading(self, quadrants: int):
-        """Sausage-like swellings along a vein, in so many of the quadrants through which one runs far enough."""
+        """Sausage-like swellings along a vein, in up to so many quadrants that have a long enough vein."""
         stretches = self.stretches()
         for quadrant in [q for q in self.rng.permutation(4) if len(stretches[q]) > 17][:quadrants]:
             self._beads(stretches[quadrant])
@@ -254,7 +254,7 @@ def plan_lesions(
     - 4, proliferative: neovascularization, preretinal hemorrhage or both.
 
     Grades 2 … 4 mostly have microaneurysms too, 3 and 4 often signs of 2, and 4 some of 3. Counts are log-uniform, so
-    numbers and areas of the grades overlap: what tells them apart is the kind of lesion.
+    numbers and areas of the grades overlap: the kinds of lesions make the difference.
 
     optic_disc: (x, y, radius), kept free. veins: polylines [P, 2] that beading follows, spaced by about 0.01, one
     through two quadrants at least.
@@ -304,7 +304,7 @@ def paint(picture: np.ndarray, lesions: list[Lesion], keep: np.ndarray) -> dict[
         if not chosen:
             continue
         blobs = np.concatenate([one.blobs for one in chosen])
-        blobs[:, 2:4] = np.maximum(blobs[:, 2:4], 1.5 / size)  # so that each covers a pixel at any size
+        blobs[:, 2:4] = np.maximum(blobs[:, 2:4], 1.5 / size)  # each covers a pixel at any size
         number = [len(one.blobs) for one in chosen]
         edge, opacity, flat = (np.repeat([getattr(o, n) for o in chosen], number) for n in ("edge", "opacity", "flat"))
         wobble = np.repeat([one.wobble for one in chosen], number, 0)

@@ -1,7 +1,7 @@
 """Soft-edged ellipses on a pixel grid, many at a time, and smooth noise.
 
 Coordinates: the picture's half width is 1, x to the right, y down, origin in the centre. All arithmetic is float64, so
-that a last-bit difference between platforms is far below one level of a picture with 8 bits.
+that last-bit differences between platforms are far below one level of a picture with 8 bits.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def blend(picture: np.ndarray, how: str, tint, alpha: np.ndarray) -> None:
 def smooth_noise(rng: np.random.Generator, size: int, waves: float) -> np.ndarray:
     """A cubic B-spline over a lattice of normal numbers, float64 [S, S] of unit variance.
 
-    waves: lattice cells across the picture. The field does not depend on size but for its sampling.
+    waves: lattice cells across the picture. ``size`` only changes the sampling of the field.
     """
     cells = int(np.ceil(waves)) + 3
     lattice = rng.standard_normal((cells, cells))

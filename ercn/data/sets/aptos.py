@@ -2,9 +2,9 @@
 
     train.csv                        id_code,diagnosis            000c1434d8d7,2
     train_images/000c1434d8d7.png
-    test_images/*.png                without published labels: told, not read
+    test_images/*.png                without published labels: noted, not read
 
-Patients are not published: every picture counts as one of its own, so two eyes of a patient may be in two splits.
+Patients are not published: every picture counts as a patient, so two eyes of a patient may be in two splits.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     lesion_segmentation/{train,valid,test}/image/007-1789-100.jpg
     lesion_segmentation/{train,test}/label/{EX,HE,MA,SE}/007-1789-100.tif    valid: "segmentation label" for label
 
-Patients are not published: every picture counts as one of its own.
+Patients are not published: every picture counts as a patient.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def _read(path: Path, pictures: Pictures, usage: bool) -> list[Entry]:
 def read_eyepacs(root: str) -> Published:
     """All labeled pictures below ``root``.
 
-    If ``retinopathy_solution.csv`` is there and at least one of its pictures too, its Public part is the val split, its
-    Private part the test split and trainLabels.csv the train split; otherwise trainLabels.csv is left to be split.
+    If ``retinopathy_solution.csv`` and at least one of its pictures are there, its Public part is the val split, its
+    Private part the test split and trainLabels.csv the train split; otherwise ``ercn prepare`` splits trainLabels.csv.
     The patient is the part of the name before ``_left`` or ``_right``.
     Raises DataError for anything in the CSV files that is not as published.
     """

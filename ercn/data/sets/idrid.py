@@ -8,8 +8,8 @@
       1. Original Images/{a. Training Set,b. Testing Set}/IDRiD_01.jpg
       2. All Segmentation Groundtruths/{a. Training Set,b. Testing Set}/1. Microaneurysms/IDRiD_01_MA.tif
 
-Patients are not published: every picture counts as one of its own. Part A may show the eyes of part B under other
-names, so what was trained on one part should not be tested on the other.
+Patients are not published: every picture counts as a patient. Part A may show the eyes of part B under other names, so
+a model trained on one part should not be tested on the other.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SUFFIXES = dict(zip(_MASKS, ("_MA", "_HE", "_EX", "_SE", "_OD")))
 def read_idrid(root: str, label: str) -> Published:
     """Part B below ``root``: 413 pictures to be split in train and val, and the publishers' 103 of the test split.
 
-    label: "dr" (grade 0 … 4) or "dme" (risk 0 … 2). The id is the split and the name, for the names come twice.
+    label: "dr" (grade 0 … 4) or "dme" (risk 0 … 2). The id is the split and the name, since both splits have the names.
     Raises DataError for anything in the CSV files that is not as published.
     """
     column = label_column(label, LABELS, "idrid")
@@ -80,7 +80,7 @@ def read_idrid(root: str, label: str) -> Published:
 def read_idrid_segmentation(root: str) -> Published:
     """Part A below ``root``: 54 pictures to be split in train and val, and the publishers' 27 of the test split.
 
-    Without grades. Any pixel of a mask that is not black is lesion; a mask that is missing says that there is no such
+    Without grades. Any pixel of a mask that is not black is lesion; a missing mask means that the picture has no such
     lesion. Raises DataError if a folder is missing or a name comes twice.
     """
     folder = dataset_folder(root, "IDRiD")

@@ -1,4 +1,4 @@
-"""Messidor-2 with the adjudicated grades of Krause et al. 2018, in the layout that the two publications give together.
+"""Messidor-2 with the adjudicated grades of Krause et al. 2018, in the layout of the two publications together.
 
     messidor_data.csv   image_id,adjudicated_dr_grade,adjudicated_dme,adjudicated_gradable   IM000012.jpg,0,0,1
     messidor-2.csv      left;right                                   the two pictures of each patient
@@ -33,7 +33,7 @@ _CLASSES = {"dr": (ICDR, ICDR_GRADES), "dme": (("no DME", "referable DME"), {"0"
 
 
 def _patients(path: Path) -> dict[str, str]:
-    """Lower-case name to patient, who is called as the left picture is."""
+    """Lower-case name of a picture to its patient, named after the left picture."""
     table = Table(path, ("left", "right"), delimiter=";")
     seen: dict[str, int] = {}
     patients = {}

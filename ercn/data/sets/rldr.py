@@ -4,8 +4,8 @@
     images_896x896/10003_left.jpg
     lesion_segs_896x896/10003_left/microaneurysm.png       255 lesion, 127 not by the AAO's guideline
 
-Eyes and patients are named as in EyePACS. A model to be tested here must be trained without them: prepare EyePACS with
-``exclude`` set to the prepared folder of this set.
+Eyes and patients are named as in EyePACS. A model that is tested on this set must be trained without its patients:
+prepare EyePACS with ``exclude`` set to the prepared folder of this set.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MASKS = {
     "neovascularization": "neovascularization",
     "fibrous_proliferation": "fibrous_proliferation",
 }
-_BY_GUIDELINE = 128  # above the 127 of what is not
+_BY_GUIDELINE = 128  # lesions that do not follow the guideline have 127
 
 
 def _masks(folder: Path) -> dict[str, Path]:

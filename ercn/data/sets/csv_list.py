@@ -1,10 +1,10 @@
-"""Pictures of one's own: a CSV file that lists them.
+"""The user's own pictures, listed in a CSV file.
 
     path,label,patient,mask_hemorrhages,mask_optic_disc
     clinic/a1.jpg,2,anna,masks/a1_he.png,
 
 Paths are relative to the file's folder. Labels are 0, 1, 2 …, from healthy to worst. ``mask_<lesion>`` columns are
-optional, and so is a mask in them; ``mask_optic_disc`` is no lesion. Further columns are ignored, or other labels.
+optional, and so is a mask in them; ``mask_optic_disc`` is no lesion. Further columns may hold other labels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _inside(table: Table, row: int, column: str, value: str) -> str | None:
     return path.as_posix()
 
 
-def read_csv_manifest(root: str, label: str) -> Published:
+def read_csv_list(root: str, label: str) -> Published:
     """The pictures that the file ``root`` lists, to be split.
 
     label: the column of the labels. The id is the path without extension, slashes as two underscores. Any pixel of a

@@ -1,4 +1,4 @@
-"""The machine and the software that a run was made with."""
+"""The machine and the software of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("ercn", "torch", "torchvision", "timm", "lightning", "lightly", "num
 
 
 def version(package: str) -> str | None:
-    """Of an installed package, else None."""
+    """Version of an installed package, else None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -22,12 +22,12 @@ def version(package: str) -> str | None:
 
 
 def package_versions(more: Iterable[str] = ()) -> dict[str, str]:
-    """Of ``PACKAGES`` and more, those that are installed."""
+    """Versions of the installed ones among ``PACKAGES`` and ``more``."""
     return {name: found for name in (*PACKAGES, *more) if (found := version(name)) is not None}
 
 
 def environment() -> dict[str, Any]:
-    """What a run needs to be understood later: versions, command, processor, devices, git commit."""
+    """Command, versions, threads, devices and git commit, as results record them."""
     import torch
 
     return {

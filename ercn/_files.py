@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed; and JSON and CSV."""
+"""Writes files atomically, under a temporary name that is then renamed; JSON and CSV."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-DISCLAIMER = "For research only. Not a medical device; not for diagnosis."  # in every file that says something of eyes
-TEMPORARY = ".tmp-"  # how temporary names begin; a kill leaves such files behind
+DISCLAIMER = "For research only. Not a medical device; not for diagnosis."  # in every file with results on eyes
+TEMPORARY = ".tmp-"  # start of temporary names; a killed process leaves such files behind
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path of the same suffix, which becomes ``path`` when the block ends well."""
+    """Gives a temporary path of the same suffix, which is renamed to ``path`` when the block ends without an error."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         yield temporary
@@ -36,18 +36,18 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, the line ends of ``text`` as they are."""
+    """Writes UTF-8 and leaves the line ends of ``text``."""
     write_atomic(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def remove_temporary(folder: Path) -> None:
-    """Deletes what a kill left below ``folder``."""
+    """Deletes the temporary files that killed processes left below ``folder``."""
     for left in folder.glob(f"**/{TEMPORARY}*"):
         left.unlink()
 
 
 def check_empty(out: Path) -> None:
-    """ValueError where a command that overwrites nothing would find something."""
+    """ValueError where ``out`` is neither new nor an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out {out} is not an empty folder, and nothing is overwritten: give another --out")
 

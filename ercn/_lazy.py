@@ -1,4 +1,4 @@
-"""Functions of a package whose files are imported when they are asked for."""
+"""Public functions of a package whose modules are imported at first use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def functions(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """``__getattr__`` of ``package``: the function of a name comes from the module beside it."""
+    """``__getattr__`` of ``package``. modules: name of each function to its module."""
 
     def find(name: str) -> Any:
         if name not in modules:

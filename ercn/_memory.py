@@ -1,4 +1,4 @@
-"""What memory is free, and what tensors take while they live."""
+"""Free memory, and the memory that live tensors take."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-RESERVE = 0.9  # of the free memory may be asked for
+RESERVE = 0.9  # share of the free memory that may be asked for
 
 
 def free_bytes(device: str) -> float | None:
-    """What can be allocated without swapping, None where the system does not say."""
+    """Bytes that can be allocated without swapping, None where the system does not say."""
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[0])
     free = _field(Path("/proc/meminfo"), "MemAvailable")
@@ -23,7 +23,7 @@ def free_bytes(device: str) -> float | None:
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
-    """What this process holds of the machine's memory, or with "VmHWM" held at most; 0 where the system is silent."""
+    """Resident memory of this process, or its peak with "VmHWM"; 0 where the system does not say."""
     return _field(Path("/proc/self/status"), field) or 0
 
 
@@ -36,7 +36,7 @@ def _field(path: Path, name: str) -> int | None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are alive while it is on; ``peak`` is the most. They may be without data."""
+    """Mode that counts the bytes of live tensors, also of tensors without data; ``peak`` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The progress bar of everything but training, which has Lightning's."""
+"""The progress bar of all commands but training, which has Lightning's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def with_progress(items: Iterable[T], title: str, total: int, wanted: bool) -> Iterable[T]:
-    """``items`` behind a progress bar on a terminal, as they are elsewhere."""
+    """``items``, with a progress bar if it is wanted and the output is a terminal."""
     if not (wanted and sys.stderr.isatty()):
         return items
     from rich.console import Console

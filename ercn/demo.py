@@ -1,4 +1,4 @@
-"""``make demo``: the whole method on the phantom, with the functions behind the commands and the recipe "demo".
+"""``make demo``: the whole method on the phantom, with the functions of the commands and the preset "demo".
 
 Run again, it goes on where it stopped.
 """
@@ -48,7 +48,7 @@ def configs(root: Path) -> tuple[PrepareConfig, PretrainConfig, TrainConfig, Eva
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """Phantom photographs as a camera leaves them: off-centre on a wide black frame, of patients not in the data."""
+    """Phantom photographs off-centre on a wide black frame, as a camera makes them, of patients not in the data."""
     import numpy as np
     from PIL import Image
 
@@ -69,7 +69,7 @@ def main(root: Path = Path("runs/demo")) -> None:
 
     prepared, pretrained, trained, evaluated, predicted = configs(root)
     write_photographs(Path(predicted.input), PHOTOGRAPHS)
-    shutil.rmtree(predicted.out, ignore_errors=True)  # predict never overwrites; these are this demo's own
+    shutil.rmtree(predicted.out, ignore_errors=True)  # of an earlier demo; predict never overwrites
     seconds = {}
     for function, config in (
         (prepare, prepared),

@@ -1,4 +1,4 @@
-"""``ercn doctor``: what is installed here, which backends run, and in a sentence why the others do not."""
+"""``ercn doctor``: what is installed, which backends run here, and why the others do not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ercn._environment import version
 from ercn.ops import _backends, _budget, _extension, backends, relu_affinity
 
 REBUILD = "ERCN_BUILD={} pip install --no-build-isolation --no-deps --force-reinstall . (in the source folder)"
-# Besides our own ERCN_*: what changes which device, how many threads or which kernels run.
+# Variables besides ERCN_* that choose devices, threads or kernels.
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "CUDA_MODULE_LOADING", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
 
 
@@ -134,7 +134,7 @@ def _environment() -> list[tuple[str, str]]:
 
 
 def _problem() -> str | None:
-    """Why the operators cannot run, asked by running one."""
+    """Runs an operator; the reason where that fails."""
     try:
         relu_affinity(torch.ones(1, 1, 2), torch.ones(1, 1, 2))
     except (RuntimeError, ValueError) as error:
@@ -143,7 +143,7 @@ def _problem() -> str | None:
 
 
 def _selftests() -> dict[str, list]:
-    """Arguments of every op; tensors that take a gradient ask for one."""
+    """Arguments of every op; differentiable tensors require a gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -200,7 +200,7 @@ def _selftest() -> bool:
             try:
                 error = _error(op, _outputs(op, torch.float32, device, row), exact)
                 passed, text = error <= limit, f"error {error:.1e}, allowed {limit:.1e}"
-            except Exception as failure:  # noqa: BLE001 - whatever a backend raises is its result here
+            except Exception as failure:  # noqa: BLE001 - any error of a backend is its result
                 passed, text = False, f"{type(failure).__name__}: {failure}"
             ok = ok and passed
             rows.append((f"{op}, {row} on {device}", f"{'passed' if passed else 'FAILED'}: {text}"))

@@ -1,16 +1,16 @@
-"""Where the elements of a feature map lie in the picture: the one place that knows, for models, losses, maps, overlays.
+"""Where the elements of a feature map lie in the picture; models, losses, maps and overlays ask here.
 
-A network of odd kernels with stride 2, padded by half, sees with element i of n the pixel i · stride: the outer
-elements lie on the centres of the outer pixels, where the side is stride · (n - 1) + 1 ("aligned corners"). A network
-that cuts the picture into patches sees with element i the cell [i · stride, (i + 1) · stride). Both are symmetric about
-the picture's centre, so that flips and quarter turns of the picture turn the map; any other side is resized to the
-nearest such one first (``exact_side``). All resizing of pictures and maps then is bilinear with or without
+In a network of odd kernels with stride 2, padded by half, element i of n lies on pixel i · stride: the outer elements
+lie on the centres of the outer pixels, where the side is stride · (n - 1) + 1 ("aligned corners"). In a network that
+cuts the picture into patches, element i is the cell [i · stride, (i + 1) · stride). Both are symmetric about the
+picture's centre, so that flips and quarter turns of the picture turn the map. A picture of another side is resized to
+the nearest such side first (``exact_side``). All resizing of pictures and maps then is bilinear with or without
 ``align_corners``, and nothing moves.
 
-What is not symmetric is mended or refused when a backbone is built (``symmetrize``, ``centre``, ``aligned_corners``):
-average pools of 2 × 2, as in the shortcuts of "d" ResNets, lie half an element off and become binomial ones; a network
-that must have cells, because it cuts windows (MaxViT, CoAtNet), has its strided kernels centred on them; a backbone
-whose gradients are still not symmetric is none for that output stride.
+A backbone that is not symmetric is corrected or refused when it is built (``symmetrize``, ``centre``,
+``aligned_corners``). Average pools of 2 × 2, as in the shortcuts of "d" ResNets, lie half an element off and become
+binomial pools. A network that cuts windows (MaxViT, CoAtNet) must have cells, so its strided kernels are centred on
+cells. A backbone whose gradients are still not symmetric is refused for that output stride.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-# Version of the above that exports carry. 1: maps drawn as cells of unmended backbones; 2: patches as cut; 3: networks
-# of one picture size taken for cells as they are.
+# Version of the above, which exports carry. 1: maps are cells, backbones are not corrected; 2: patches are not resized;
+# 3: networks of one picture size count as cells and are not corrected.
 GEOMETRY = 4
 
 
-# Of the picture that symmetry is measured on. At the first, gates are nearly linear; at the other, a position code that
-# is added to the features (EdgeNeXt) does not hide them.
+# Values of the picture on which symmetry is measured. At the first, gates are nearly linear; at the second, a position
+# code that is added to the features (EdgeNeXt) does not hide them.
 LEVELS = 2.0**-10, 1.0
 
 
 class BinomialPool(nn.Module):
-    """[1, 2, 1] ⊗ [1, 2, 1] / 16 with a stride, edges repeated: the symmetric kin of a 2 × 2 average.
+    """[1, 2, 1] ⊗ [1, 2, 1] / 16 with a stride, edges repeated: the symmetric form of a 2 × 2 average.
 
     [B, C, h, w] -> [B, C, ⌈h / stride⌉, ⌈w / stride⌉], the grid of a 3 × 3 convolution of that stride.
     """
@@ -49,8 +49,8 @@ class BinomialPool(nn.Module):
 class CentredConv2d(nn.Conv2d):
     """A convolution of stride s, its odd kernel moved onto the middle of cells of s × s: k ⊗ [1, 1] ⊗ [1, 1] / 4.
 
-    [B, C, h, w] -> [B, D, h / s, w / s] for sides that s divides, zeros beyond the edges; weights are those of the
-    convolution that it stands for.
+    [B, C, h, w] -> [B, D, h / s, w / s] for sides that s divides, zeros beyond the edges. It shares the weights of the
+    convolution ``of``, which it replaces.
     """
 
     def __init__(self, of: nn.Conv2d) -> None:
@@ -66,7 +66,7 @@ class CentredConv2d(nn.Conv2d):
 
 
 def centre(backbone: nn.Module) -> nn.Module:
-    """The backbone, strided convolutions of odd kernels replaced in place by ``CentredConv2d``; no weights change."""
+    """Replaces strided convolutions of odd kernels by ``CentredConv2d``, in place; no weights change."""
 
     def replacement(module: nn.Module) -> nn.Module | None:
         if type(module) is not nn.Conv2d and type(module).__name__ != "Conv2dSame":  # timm's, which pads on one side
@@ -80,14 +80,14 @@ def centre(backbone: nn.Module) -> nn.Module:
 
 
 def cuts_patches(backbone: nn.Module) -> bool:
-    """Whether it is a ViT, whose elements all are the patches that its first convolution cuts: cells, unmeasured."""
+    """Whether it is a ViT, whose elements are the patches that its first convolution cuts: cells without measuring."""
     proj = getattr(getattr(getattr(backbone, "model", None), "patch_embed", None), "proj", None)
     strides = {(stride, stride) for stride in backbone.feature_info.reduction()}
     return isinstance(proj, nn.Conv2d) and {proj.kernel_size, proj.stride} == strides and proj.padding == (0, 0)
 
 
 def symmetrize(backbone: nn.Module) -> nn.Module:
-    """The backbone, 2 × 2 average pools replaced in place by ``BinomialPool`` of their stride; no weights change."""
+    """Replaces 2 × 2 average pools by ``BinomialPool`` of their stride, in place; no weights change."""
 
     def replacement(module: nn.Module) -> nn.Module | None:
         if not isinstance(module, nn.AvgPool2d) or _pair(module.kernel_size) != (2, 2):
@@ -108,16 +108,16 @@ def aligned_corners(
 
     Measured on a network whose kernels are constant and whose other layers are linear: the gradient of the middle
     element with respect to a picture of 3 elements a side is then symmetric about the picture's centre to rounding, for
-    sides of 2 · stride + 1 where corners are aligned and 3 · stride where elements are cells. Attention, which looks
-    from an element at others and moves none, is left out where it keeps the shape. None where neither is so.
+    sides of 2 · stride + 1 where corners are aligned and 3 · stride where elements are cells. Attention mixes elements
+    but moves none; it is left out where it keeps the shape. None where neither holds.
 
     Args:
-        build: makes the network for pictures of that side. Always called in float32 and without data, whatever the
-            caller's modes and default device and dtype are, and leaves torch's random state as it was; with data, on
-            the CPU, where it keeps more tensors than parameters and buffers.
-        stages: gives its feature maps, [B, C, h, w] each.
+        build: makes the network for pictures of that side. It is called in float32 and without data, under any modes,
+            default device and dtype of the caller, and torch's random state is kept; with data, on the CPU, where a
+            network keeps more tensors than parameters and buffers.
+        stages: gives the network's feature maps, [B, C, h, w] each.
         stride: input pixels per element of the last stage.
-        own: the side that it is made for, tried where it takes no other.
+        own: the side that the network is made for, tried where it takes no other.
     """
     dtype = torch.get_default_dtype()
     with (
@@ -140,7 +140,7 @@ def aligned_corners(
 
 
 def _symmetric(build, stages, stride: int, side: int, corners: bool, device: str = "meta") -> bool | None:
-    """Whether the gradients of the middle elements are; None where the network does not take that side."""
+    """Whether the gradients of the middle elements are symmetric; None where the network does not take that side."""
     try:
         with torch.device(device):
             probe = build(side).eval()
@@ -155,7 +155,7 @@ def _symmetric(build, stages, stride: int, side: int, corners: bool, device: str
 
 
 def _even(probe: nn.Module, stages, stride: int, side: int, corners: bool, level: float) -> bool:
-    """Whether the gradients of the middle elements are symmetric on a picture of one value."""
+    """Whether the gradients of the middle elements are symmetric on a picture of the value ``level``."""
     image = torch.full((1, 3, side, side), level, requires_grad=True)
     maps = stages(probe, image)[-3:]
     if maps[-1].shape[-1] != side // stride + corners or corners and any(x.shape[-1] % 2 == 0 for x in maps):
@@ -164,7 +164,7 @@ def _even(probe: nn.Module, stages, stride: int, side: int, corners: bool, level
     middle = [x[..., centre, centre].sum() for x, centre in zip(maps, centres)]
     grads = [torch.autograd.grad(y, image, retain_graph=True)[0] for y in middle]
     errors = [((g - g.flip((2, 3))).abs() - 1e-3 * g.abs()).max() / g.abs().max() for g in grads]
-    return all(bool(error <= 1e-4) for error in errors)  # not where one is NaN
+    return all(bool(error <= 1e-4) for error in errors)  # NaN fails
 
 
 def exact_side(side: int, stride: int, align_corners: bool) -> int:
@@ -178,15 +178,15 @@ def exact_side(side: int, stride: int, align_corners: bool) -> int:
 
 
 def resize_exactly(image: Tensor, stride: int, align_corners: bool) -> Tensor:
-    """The picture [B, C, H, W] at the sides next to its own at which the map is exact."""
+    """The picture [B, C, H, W] at its ``exact_side``, each way."""
     return resize(image, [exact_side(side, stride, align_corners) for side in image.shape[-2:]], align_corners)
 
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool, *, antialias: bool = False) -> Tensor:
-    """Bilinear: [B, C, h, w] of a picture or a map to [B, C, *size], every place where it was.
+    """Bilinear resizing of a picture or a map [B, C, h, w] to [B, C, *size]; no place moves.
 
-    antialias: where it shrinks by a factor r, weigh by a triangle of half width r what an element then stands for.
-        (That of ``F.interpolate`` moves the picture where corners are aligned.)
+    antialias: where it shrinks by a factor r, average with a triangle of half width r. (The antialiasing of
+        ``F.interpolate`` moves the picture where corners are aligned.)
     """
     if x.shape[-2:] == tuple(size):
         return x
@@ -195,12 +195,12 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool, *, antialias: bo
     rows, columns = (
         _triangles(n, m, align_corners, x.device).to(x.dtype) for n, m in zip(x.shape[-2:], size)
     )  # [m, n] each
-    with torch.autocast(x.device.type, enabled=False):  # which would take these products in half precision
+    with torch.autocast(x.device.type, enabled=False):  # autocast would take these products in half precision
         return rows @ x @ columns.T
 
 
 def _triangles(n: int, m: int, align_corners: bool, device: torch.device) -> Tensor:
-    """Weights [m, n] float32, rows of sum 1, of n elements in each of m on the same span."""
+    """Weights [m, n] float32 that resize n elements to m on the same span; rows sum to 1."""
     index = torch.arange(m, device=device)
     ratio = (n - 1) / max(1, m - 1) if align_corners else n / m
     place = index * ratio if align_corners else (index + 0.5) * ratio - 0.5
@@ -213,10 +213,10 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _linear(module: nn.Module) -> nn.Module | None:
-    """What stands for a layer whose gradient is that of one pixel (maximum), of differences (norm, attention), or 0."""
+    """Linear replacement of maximum pools, norms and attention, whose gradients do not show where elements lie."""
     if "Attention" in type(module).__name__:
         _replace(module, _linear)
-        return _PassedBy(module)
+        return _Bypass(module)
     if isinstance(module, nn.MaxPool2d):
         return nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
     if "StdConv" in type(module).__name__:
@@ -226,7 +226,7 @@ def _linear(module: nn.Module) -> nn.Module | None:
 
 
 def _unstandardised(of: nn.Conv2d) -> nn.Conv2d:
-    """A convolution as timm's with standardised weights, which of a constant kernel makes 0."""
+    """The convolution without timm's standardisation of weights, which turns a constant kernel into 0."""
     from timm.layers import Conv2dSame
 
     kind = Conv2dSame if getattr(of, "same_pad", False) else nn.Conv2d
@@ -246,8 +246,8 @@ def _fill(probe: nn.Module) -> None:
                 module.register_buffer(name, torch.full(buffer.shape, value, dtype=buffer.dtype))
 
 
-class _PassedBy(nn.Module):
-    """What goes into a layer in the place of what comes out, where it has the same shape."""
+class _Bypass(nn.Module):
+    """Returns a layer's input in place of its output, where both have the same shape."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class _PassedBy(nn.Module):
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
-        except AttributeError:  # what the network reads of its layer
+        except AttributeError:  # the network reads attributes of its layer
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, x: Tensor, *args, **kwargs):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-5  # SEAM's; below float16's normal range, one more reason to leave half precision first
+EPS = 1e-5  # SEAM's; below float16's normal range, so half precision is taken to float32 first
 
 
 def full(x: Tensor) -> Tensor:
@@ -79,14 +79,14 @@ def classification_loss(
 
     Source: SEAM's L_cls (``multilabel_soft_margin_loss`` on the spatial mean of the CAM).
     """
-    logits = full(logits)  # its dtype is the loss', where torch would take the target's
+    logits = full(logits)  # torch would return the target's dtype
     return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), weight, pos_weight=pos_weight)
 
 
 def equivariance_loss(cam1: Tensor, cam2: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """L_ER = mean | A(cam of x) - cam of A(x) | over foreground channels and elements (SEAM).
 
-    With a CAM and its own refinement as the two maps it is the one-view equivariance of Chikontwe et al.
+    With a CAM and its refinement as the two maps it is the one-view equivariance of Chikontwe et al.
 
     Args:
         cam1, cam2: [B, F, h, w], both in the frame of view 2, after ``max_norm`` and multiplied by the picture's label.
@@ -107,7 +107,7 @@ def _hardest_mean(x: Tensor, fraction: float, valid: Tensor | None) -> Tensor:
         return values.topk(k, sorted=False).values.mean()
     valid = valid.expand_as(x).flatten(1)
     hardest = values.masked_fill(~valid, -1).topk(k).values  # [B, k], falling; -1 is below every |difference|
-    share = (valid.sum(1, keepdim=True) * fraction).floor().clamp(min=1)  # a picture's own number of hardest values
+    share = (valid.sum(1, keepdim=True) * fraction).floor().clamp(min=1)  # number of hardest values of each picture
     keep = (torch.arange(k, device=x.device) < share) & (hardest >= 0)
     return ((hardest * keep).sum(1) / keep.sum(1).clamp(min=1)).mean()
 
@@ -131,7 +131,7 @@ def equivariant_cross_loss(
         cam1, cam2: [B, F, h, w] foreground, as in ``equivariance_loss``.
         refined1, refined2: [B, 1 + F, h, w], background first, after ``max_norm`` and multiplied by the picture's label
             (background label 1).
-        fraction: share of the values that counts, in (0, 1]; at least one value does.
+        fraction: share of the values that counts, in (0, 1]; at least one value counts.
         valid: bool, broadcast to [B, 1, h, w]; only these elements count, and the share is of their number.
     """
     if not 0 < fraction <= 1:

@@ -1,4 +1,4 @@
-"""ERCN: grade from image labels alone, with maps of where the evidence lies.
+"""The ERCN network: grades from image labels alone, with maps of the evidence.
 
 After Fan et al., "ERCN" (J Imaging Inform Med 2025, doi 10.1007/s10278-024-01270-z). The text beyond the abstract is
 not public: this is a reconstruction from SEAM (CVPR 2020), Chikontwe et al. (Med Image Anal 2022) and attention MIL
@@ -29,12 +29,12 @@ from ercn.nn import GatedAttentionPool, PixelAdaptiveRefinement, PixelCorrelatio
 from ercn.pretrained import load_pretrained
 
 OUTPUT_STRIDES = (8, 16, 32)
-_Mend = Callable[[nn.Module], nn.Module]
-# Of (backbone, output stride, its other arguments, mends to try): how it is mended, and where its elements then lie.
-# Measured once.
-_ALIGNED: dict[tuple[str, int, str, tuple[_Mend, ...]], tuple[_Mend, bool | None]] = {}
-_FREE_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # what makes a network of one size take others
-# What ercn itself tells timm.
+_Correction = Callable[[nn.Module], nn.Module]
+# (backbone, output stride, its other arguments, corrections to try) to the correction and ``align_corners`` after it,
+# which are measured once.
+_ALIGNED: dict[tuple[str, int, str, tuple[_Correction, ...]], tuple[_Correction, bool | None]] = {}
+_FREE_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # with these, a network of one size takes others
+# Arguments of timm.create_model that ercn sets.
 _TAKEN = "checkpoint_path", "features_only", "in_chans", "num_classes", "output_stride", "pretrained", "pretrained_cfg"
 
 
@@ -42,8 +42,7 @@ class ERCNOutput(NamedTuple):
     """What ``ERCN`` returns; F foreground channels, h × w elements of the last feature map.
 
     logits: [B, F], the fused prediction. cam_logits: [B, F]. mil_logits: [B, F], None without MIL.
-    cam: [B, F, h, w] class activation maps before the activation of ``ModelConfig.cam_pool``, which makes cam_logits of
-        them.
+    cam: [B, F, h, w] class activation maps before the activation of ``ModelConfig.cam_pool``.
     refined_cam: [B, 1 + F, h', w'] in [0, 1], float32, background first, on the grid of its last refinement.
     mask: [B, 1, h, w] in [0, 1], the spatial mask m; all 1 when it is off.
     attention: [B, heads, h, w] attention scores before the softmax, None without MIL.
@@ -65,20 +64,20 @@ class ERCN(nn.Module):
     """Backbone, CAM head, spatial mask, refinement by pixel affinity, and attention MIL over every feature-map element.
 
     Any picture size that the backbone takes, square or not; sides at which the map would not be symmetric are resized
-    first (``ercn.elements``). ``backbone`` is a timm feature extractor; its state dict is what contrastive pre-training
-    exports. The refinement embeds the picture and the stages ``refine_stages``, by default the two before the last one,
-    as SEAM does (of a ResNet-50: 512 and 1024 channels, SEAM's widths).
+    first (``ercn.elements``). ``backbone`` is a timm feature extractor; contrastive pre-training exports its state
+    dict. The refinement embeds the picture and the stages ``refine_stages``, by default the two before the last one, as
+    SEAM does (of a ResNet-50: 512 and 1024 channels, SEAM's widths).
 
-    The first part of every parameter's name: backbone, classifier, refinement; prior, but with cam_pool "linear"; and,
-    with MIL, pool and mil_bias or, with evidence "separate", mil_classifier.
+    Parameters' names begin with backbone, classifier, refinement; prior, except with cam_pool "linear"; and, with MIL,
+    pool and mil_bias or, with evidence "separate", mil_classifier.
 
     Attributes:
         align_corners: whether the outer elements of the maps lie on the outer pixels of the picture, or inside cells.
 
     Args:
-        geometry: of an export. 1 is from before ``ercn.elements``: nothing is mended or resized, and maps are cells;
-            with 2, patches are not resized; with 2 and 3, networks of one picture size are not mended, and no
-            convolutions are centred.
+        geometry: version of an export (``ercn.elements.GEOMETRY``). With 1 nothing is corrected or resized, and maps
+            are cells; with 2, patches are not resized; with 2 and 3, networks of one picture size are not corrected,
+            and no convolutions are centred.
 
     Raises:
         ValueError: a configuration that does not fit together, or a backbone that is unknown or does not support the
@@ -152,7 +151,7 @@ class ERCN(nn.Module):
 
     def forward(self, image: Tensor, *, refine: bool = True, pamr: bool = True) -> ERCNOutput:
         """image: [B, 3, H, W], normalised as the backbone was trained. refine: False leaves ``refined_cam`` as the mask
-        made it, for who needs the logits. pamr: False leaves out that refinement, for ``refine_to_edges`` later.
+        made it, where only logits are needed. pamr: False leaves out that refinement, for ``refine_to_edges`` later.
         """
         image = self._exact(image)
         features = self._features(image)
@@ -174,22 +173,22 @@ class ERCN(nn.Module):
         return ERCNOutput(logits, cam_logits, mil_logits, cam, refined_cam, mask, attention)
 
     def _exact(self, image: Tensor) -> Tensor:
-        """The picture at the sides where the map is symmetric; patches have their own."""
+        """The picture at the sides where the map is symmetric; patches are resized one by one."""
         return image if self.config.patch or self.geometry == 1 else self._at_exact_sides(image)
 
     def _at_exact_sides(self, image: Tensor) -> Tensor:
         return resize_exactly(image, self.config.output_stride, self.backbone.align_corners)
 
     def _cam(self, last: Tensor, attention: Tensor | None) -> Tensor:
-        """The CAM of the last features, [B, F, h, w]."""
+        """The CAM of the last feature map, [B, F, h, w]."""
         if self.config.evidence != "additive":
             return self.classifier(last)
         weight = full(attention).flatten(2).softmax(2).view_as(attention)
-        with torch.autocast(last.device.type, enabled=False):  # N a_i h_i can be beyond float16
+        with torch.autocast(last.device.type, enabled=False):  # N a_i h_i can exceed float16
             return self.classifier((full(last) * weight * weight[0, 0].numel()).to(self.mil_bias.dtype))
 
     def _pool_cam(self, cam: Tensor) -> Tensor:
-        """Picture logits from the CAM, [B, F], not in half precision; the formulas are ``ModelConfig.cam_pool``'s."""
+        """Picture logits from the CAM, [B, F], at least float32; formulas as in ``ModelConfig.cam_pool``."""
         kind, cam = self.config.cam_pool, full(cam).flatten(2)
         if kind == "topk":
             pooled = cam.topk(max(1, cam.shape[2] // 10), sorted=False).values.mean(2)
@@ -203,7 +202,7 @@ class ERCN(nn.Module):
         return pooled if self.prior is None else pooled + self.prior
 
     def _mil_logits(self, pooled: Tensor, cam: Tensor) -> Tensor:
-        """Picture logits from the attention, [B, F]; the formulas are those of ``ModelConfig.evidence``."""
+        """Picture logits from the attention, [B, F]; formulas as in ``ModelConfig.evidence``."""
         kind = self.config.evidence
         if kind == "separate":
             return self.mil_classifier(pooled.flatten(1))
@@ -254,7 +253,7 @@ class ERCN(nn.Module):
         return self.refinement(cam, [features[i] for i in self.config.refine_stages], image)
 
     def _features(self, image: Tensor) -> list[Tensor]:
-        """All stages, [B, D, h, w] each; with patches, of each patch the mean over its own map."""
+        """All stages, [B, D, h, w] each; with patches, an element is the mean over its patch's own map."""
         patch = self.config.patch
         if not patch:
             return stages(self.backbone, image)
@@ -291,11 +290,11 @@ def create_backbone(
 ) -> nn.Module:
     """A timm feature extractor whose last stage has one element for ``output_stride`` input pixels each way.
 
-    Of a ViT all stages are blocks, the last three by default, and the output stride is the size of its patches. The
-    attribute ``align_corners`` says where the elements lie (``ercn.elements``); ``loaded``, what was read of a file
-    (``ercn.pretrained.Loaded``), or None. Average pools that would move elements are replaced by symmetric ones, which
-    changes what pre-trained "d" ResNets compute by half a pixel of their shortcuts, and of networks that must have
-    cells (MaxViT) strided convolutions are centred on them, which moves what they compute by half a pixel of their
+    The stages of a ViT are blocks, by default the last three, and its output stride is the size of its patches. The
+    attribute ``align_corners`` says where the elements lie (``ercn.elements``); ``loaded`` describes the weights that
+    were read from a file (``ercn.pretrained.Loaded``), or is None. Average pools that would move elements are replaced
+    by symmetric ones, which moves the shortcuts of pre-trained "d" ResNets by half a pixel. In networks that must have
+    cells (MaxViT) strided convolutions are centred on the cells, which moves their outputs by half a pixel of the
     input.
 
     Args:
@@ -304,11 +303,11 @@ def create_backbone(
         pretrained: timm's weights, from its cache or the network; or a path (``ercn.pretrained``); otherwise nothing
             is read.
         kwargs: further arguments of ``timm.create_model``.
-        geometry: of an export, as of ``ERCN``.
+        geometry: version of an export, as in ``ERCN``.
 
     Raises:
         ValueError: unknown model, arguments that it does not take, or a stride that it does not support or at which its
-            elements do not lie symmetrically (ConvNeXt dilated, for one); the message lists what it takes.
+            elements do not lie symmetrically (such as a dilated ConvNeXt); the message lists what the model takes.
     """
     try:
         import timm
@@ -321,7 +320,7 @@ def create_backbone(
     own = _check_arguments(name, kwargs)
 
     def build(stride: int, **more) -> nn.Module | None:
-        """The model, None where it does not support the stride; how timm's models say so differs."""
+        """The model, None where it does not support the stride, which timm's models say by different errors."""
         for arguments in (kwargs | {"output_stride": stride}, kwargs):
             try:
                 model = timm.create_model(name, features_only=True, **arguments, **more)
@@ -330,10 +329,10 @@ def create_backbone(
             if model.feature_info.reduction()[-1] != stride:
                 continue
             if geometry > 1:
-                mend, model.align_corners = _geometry(name, stride, arguments, model, geometry)
+                correct, model.align_corners = _geometry(name, stride, arguments, model, geometry)
                 if model.align_corners is None:
                     continue
-                mend(model)
+                correct(model)
             return model
         return None
 
@@ -352,13 +351,13 @@ def create_backbone(
 
 @contextmanager
 def _without_data() -> Iterator[None]:
-    """Networks that are built have no data, whatever mode the caller has set, and draw no numbers."""
+    """Builds networks without data and without random draws, under any mode of the caller."""
     with unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         yield
 
 
 def _check_arguments(name: str, kwargs: Mapping[str, Any]) -> int:
-    """The model's own stride; ValueError where timm's model is not to be had with these arguments."""
+    """The model's own stride; ValueError where timm does not build the model with these arguments."""
     import timm
 
     if taken := [key for key in kwargs if key in _TAKEN]:
@@ -366,7 +365,7 @@ def _check_arguments(name: str, kwargs: Mapping[str, Any]) -> int:
     try:
         with _without_data():
             return timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()[-1]
-    except Exception as error:  # whatever a model makes of them
+    except Exception as error:  # models raise many kinds for arguments that do not fit
         if not kwargs:
             raise ValueError(f"backbone '{name}' has no feature maps in timm: {_first_line(error)}") from error
         raise ValueError(
@@ -376,7 +375,7 @@ def _check_arguments(name: str, kwargs: Mapping[str, Any]) -> int:
 
 
 def _arguments(name: str) -> list[str]:
-    """Names of the arguments that a timm model takes beside those that ercn sets."""
+    """Names of the arguments that a timm model takes, without those that ercn sets."""
     import timm
 
     with _without_data():
@@ -384,13 +383,13 @@ def _arguments(name: str) -> list[str]:
     parameters = inspect.signature(type(model)).parameters.values()
     known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     for p in parameters:
-        if p.name == "cfg" and is_dataclass(p.annotation):  # whose fields the others overlay
+        if p.name == "cfg" and is_dataclass(p.annotation):  # other arguments overwrite its fields
             known += [field.name for field in fields(p.annotation)]
     return [key for key in known if key not in (*_TAKEN, "cfg", "device", "dtype")]
 
 
 def _img_size(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The picture's sides that timm's model is built for, None where any do."""
+    """The sides of the pictures that timm's model is built for, None where it takes any."""
     size = kwargs.get("img_size") or model.pretrained_cfg["input_size"][1:]
     free = any(kwargs.get(key) is value for key, value in _FREE_SIZE.items())
     fixed = model.pretrained_cfg.get("fixed_input_size") and not free
@@ -403,35 +402,35 @@ def _first_line(error: Exception) -> str:
 
 def _geometry(
     name: str, stride: int, arguments: Mapping[str, Any], model: nn.Module, geometry: int
-) -> tuple[_Mend, bool | None]:
-    """How timm's ``model`` of these arguments is mended, and ``align_corners``: None where it cannot be."""
+) -> tuple[_Correction, bool | None]:
+    """The correction of timm's ``model`` of these arguments, and ``align_corners``, None where none corrects it."""
     import timm
 
     config = model.pretrained_cfg
     fixed = bool(config.get("fixed_input_size"))
     if cuts_patches(model) or fixed and geometry < 4:
         return symmetrize, False
-    mends = (symmetrize, centre) if geometry > 3 else (symmetrize,)
-    key = name, stride, json.dumps(arguments, sort_keys=True, default=str), mends
+    corrections = (symmetrize, centre) if geometry > 3 else (symmetrize,)
+    key = name, stride, json.dumps(arguments, sort_keys=True, default=str), corrections
     if key not in _ALIGNED:
         sized = (fixed or "img_size" in arguments) and "img_size" in _arguments(name)
 
-        def make(mend: _Mend, side: int) -> nn.Module:
+        def make(correct: _Correction, side: int) -> nn.Module:
             size = {"img_size": side} if sized else {}
-            return mend(timm.create_model(name, features_only=True, **{**arguments, **size}))
+            return correct(timm.create_model(name, features_only=True, **{**arguments, **size}))
 
-        for mend in mends:
+        for correct in corrections:
             own = config["input_size"][-1] if fixed else None
-            _ALIGNED[key] = mend, aligned_corners(partial(make, mend), _maps, stride, own)
+            _ALIGNED[key] = correct, aligned_corners(partial(make, correct), _maps, stride, own)
             if _ALIGNED[key][1] is not None:
                 break
     return _ALIGNED[key]
 
 
 def stages(backbone: nn.Module, image: Tensor) -> list[Tensor]:
-    """All stages of a backbone of ``create_backbone`` as [B, C, h, w]; some timm models put the channels last.
+    """All stages of a backbone of ``create_backbone`` as [B, C, h, w], also of timm models with channels last.
 
-    Raises ValueError where it does not take pictures of that size; the message says which it takes.
+    Raises ValueError where it does not take pictures of that size; the message says which sizes it takes.
     """
     try:
         return _maps(backbone, image)
@@ -442,7 +441,7 @@ def stages(backbone: nn.Module, image: Tensor) -> list[Tensor]:
 
 
 def embed(backbone: nn.Module, image: Tensor) -> Tensor:
-    """Mean over the last feature map of a picture at its exact sides, which ``ERCN`` sees too.
+    """Mean over the last feature map of a picture, resized to its exact sides as in ``ERCN``.
 
     Args:
         backbone: of ``create_backbone``.
@@ -452,7 +451,7 @@ def embed(backbone: nn.Module, image: Tensor) -> Tensor:
         [B, D].
 
     Raises:
-        ValueError: pictures of a size that the backbone does not take; the message says which it takes.
+        ValueError: pictures of a size that the backbone does not take; the message says which sizes it takes.
     """
     image = resize_exactly(image, backbone.feature_info.reduction()[-1], backbone.align_corners)
     return stages(backbone, image)[-1].mean((2, 3))
@@ -461,7 +460,7 @@ def embed(backbone: nn.Module, image: Tensor) -> Tensor:
 def check_side(network: nn.Module, side: int, **arguments: Any) -> None:
     """Raises ValueError where the network's ``backbone`` is built for another picture size; computes nothing.
 
-    arguments: what ``network`` takes beside the picture.
+    arguments: further arguments of ``network``.
     """
     if network.backbone.img_size is None:
         return
@@ -479,7 +478,7 @@ def _maps(backbone: nn.Module, image: Tensor) -> list[Tensor]:
 
 
 def _misfit(backbone: nn.Module, size: Sequence[int], error: Exception) -> str:
-    """That pictures of ``size`` do not fit, and what makes them."""
+    """The sentence that pictures of ``size`` do not fit, and what makes them fit."""
     name, stride = backbone.pretrained_cfg["architecture"], backbone.feature_info.reduction()[-1]
     takes, ways, built = _arguments(name), [], getattr(backbone, "img_size", None)
     if built:
@@ -518,14 +517,14 @@ def targets_from_grades(grade: Tensor, config: ModelConfig) -> Tensor:
 
 
 def channel_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
-    """Probability of every foreground channel, [B, F]: sigmoid of its logit; with "onehot" that of its grade."""
+    """Probability of every foreground channel, [B, F]: sigmoid of its logit; with "onehot", of its grade."""
     if config.targets == "onehot":
         return grade_probabilities(logits, config)[:, 1:]
     return full(logits).sigmoid()
 
 
 def dilations(side: int, reach: float) -> list[int]:
-    """Distances for ``PixelAdaptiveRefinement`` at ``side`` pixels: the powers of 2 up to reach · side, and that.
+    """Distances for ``PixelAdaptiveRefinement`` at ``side`` pixels: the powers of 2 up to reach · side, and the latter.
 
     >>> dilations(161, 0.3)
     [1, 2, 4, 8, 16, 32, 48]
@@ -535,14 +534,14 @@ def dilations(side: int, reach: float) -> list[int]:
 
 
 def activation(cam: Tensor, cam_pool: str) -> Tensor:
-    """The non-negative evidence in a CAM: softplus where its pooling takes that, else the positive part."""
+    """The non-negative evidence in a CAM: softplus where its pooling takes softplus, else the positive part."""
     return F.softplus(cam) if cam_pool in ("softplus", "gem") else cam.relu()
 
 
 def grade_probabilities(logits: Tensor, config: ModelConfig) -> Tensor:
     """Probabilities of the grades (of "not referable, referable" for referable targets) from logits.
 
-    ordinal: sigmoid(logit_k) estimates P(grade >= k); a running minimum over k makes it fall, differences give
+    ordinal: sigmoid(logit_k) estimates P(grade >= k); a running minimum over k makes it monotone, differences give
     P(grade = k). onehot: softmax over [0, logits]. referable: [1 - p, p].
 
     Args:

@@ -1,10 +1,10 @@
-"""Weights of a backbone from a run's folder or a file, in the layouts in which they are published.
+"""Weights of a backbone from a run's folder or a file, in published layouts.
 
-Read are exports of ``ercn pretrain`` and ``ercn train`` (the run's folder, or the file), and files of weights,
-.safetensors or what ``torch.load`` reads without running code, in timm's layout, in torchvision's (ResNet, DenseNet,
-RegNet, EfficientNet, ConvNeXt, Swin, ViT) and in that of masked autoencoders (RETFound), which is timm's beside a
-decoder. What stands before the names (``module.``, ``model.``, ``teacher.backbone.``, ``encoder_q.`` …) is found.
-Position embeddings and tables of relative positions of another size are interpolated as timm does.
+It reads exports of ``ercn pretrain`` and ``ercn train`` (the run's folder, or the file) and files of weights,
+.safetensors or what ``torch.load`` reads without running code. Layouts are timm's, torchvision's (ResNet, DenseNet,
+RegNet, EfficientNet, ConvNeXt, Swin, ViT) and that of masked autoencoders (RETFound), which is timm's with a decoder.
+A prefix of the names (``module.``, ``model.``, ``teacher.backbone.``, ``encoder_q.`` …) is found by itself. Position
+embeddings and tables of relative positions of another size are interpolated as timm does.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ENOUGH = 0.9  # of the tensors that a backbone needs must be there
-_PREFERRED = ("ema", "teacher", "encoder_q", "online")  # of several networks in a file
-_UNREAD = "num_batches_tracked"  # what old files do not have and no network reads
-_OURS = {"format", "notice", "packages"}  # what every export's description has
+ENOUGH = 0.9  # share of the tensors of a backbone that a file must have
+_PREFERRED = ("ema", "teacher", "encoder_q", "online")  # where a file has several networks
+_UNREAD = "num_batches_tracked"  # old files lack it and no network reads it
+_OURS = {"format", "notice", "packages"}  # keys of every export's description
 
 _SE = {"fc1": "se.conv_reduce", "fc2": "se.conv_expand"}
-# Of torchvision's EfficientNet, blocks of the first stage and others: which layer is what.
+# Layers of torchvision's EfficientNet in timm's names: blocks of the first stage, and of the others.
 _DEPTHWISE = {"0.0": "conv_dw", "0.1": "bn1", "2.0": "conv_pw", "2.1": "bn2"} | {f"1.{k}": v for k, v in _SE.items()}
 _INVERTED = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "3.0": "conv_pwl", "3.1": "bn3"}
 _INVERTED |= {f"2.{k}": v for k, v in _SE.items()}
-# How torchvision's names become timm's, one pattern after the other.
+# Patterns that turn torchvision's names into timm's, applied in order.
 _TORCHVISION = {
     "RegNet": (
         (r"\bstem\.0\.", "stem.conv."),
@@ -89,11 +89,11 @@ _TORCHVISION = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a backbone has of a file.
+    """What was loaded from a file.
 
-    source: the file. sha256: of it. layout: whose names it has. prefix: what stood before them. tensors: how many were
-    loaded. missing: what the file does not have, and stays as it was drawn. resized: what was interpolated, with both
-    shapes. unused: of what is in the file and not in the backbone, how many tensors in each part.
+    source: the file. sha256: its hash. layout: whose names it has. prefix: of the names. tensors: how many were loaded.
+    missing: tensors that the file lacks, which stay as initialised. resized: interpolated tensors, with both shapes.
+    unused: part of the file's network to the number of its tensors that the backbone does not have.
     """
 
     source: str
@@ -125,10 +125,9 @@ def load_pretrained(backbone: nn.Module, path: str | Path, name: str) -> Loaded:
 
     Raises:
         FileNotFoundError: there is no such file, or the folder has no export.
-        ValueError: the file is damaged, needs code to be run, is the export of another backbone, has less than
-            ``ENOUGH`` of what the backbone needs (or, an export, not all) or not its first layer, has integers, complex
-            numbers, sparse tensors or tensors without values for weights, or values that are not finite, or has
-            shapes that do not fit; the message has examples of the names, or the shapes.
+        ValueError: the file is damaged, needs code to be run, or is the export of another backbone; it lacks the first
+            layer, or more than 1 - ``ENOUGH`` of the tensors (an export: any tensor); weights are integers, complex,
+            sparse, without values or not finite; or shapes do not fit. The message has examples of names or shapes.
     """
     file = _find(Path(path))
     command, origin = _described(file)
@@ -179,7 +178,7 @@ def load_pretrained(backbone: nn.Module, path: str | Path, name: str) -> Loaded:
 
 
 def _find(path: Path) -> Path:
-    """The file of weights that ``path`` is or has."""
+    """The file of weights: ``path``, or in the folder ``path``."""
     if path.is_file():
         return path
     names = [f"{folder}{name}.safetensors" for folder in ("export/", "") for name in ("backbone", "model")]
@@ -192,10 +191,7 @@ def _find(path: Path) -> Path:
 
 
 def _described(file: Path) -> tuple[str, str | None]:
-    """Of an export the command that wrote it, and its backbone; of another file "" and None.
-
-    A foreign file may have a .json beside it, which says nothing here.
-    """
+    """The command that wrote an export, and its backbone; "" and None for other files, with a .json or without."""
     about = file.with_suffix(".json")
     if file.suffix.lower() != ".safetensors" or not about.is_file():
         return "", None
@@ -211,7 +207,7 @@ def _described(file: Path) -> tuple[str, str | None]:
 
 
 def _read(file: Path) -> Any:
-    """What the file holds; no code of it runs."""
+    """The content of the file; no code of it runs."""
     if file.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -232,12 +228,12 @@ def _read(file: Path) -> Any:
         ) from error
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # whatever reading makes of it
+    except Exception as error:  # damaged files raise errors of many kinds
         raise ValueError(f"{file} is damaged: {error!r}") from error
 
 
 def _tensors(root: Any) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of nested mappings and lists, names and places joined with dots; each container once."""
+    """All tensors of nested mappings and lists, keys and indices joined with dots; each container once."""
     seen: set[int] = set()
     left = [("", root)]
     while left:
@@ -252,9 +248,9 @@ def _tensors(root: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _matched(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, str, dict[str, str]]:
-    """Layout, prefix, and which of ``given`` is which of ``own``, where most are.
+    """Layout and prefix that match most tensors, and the names of ``own`` with their names in ``given``.
 
-    timm's feature extractors put "model." before a network's names, or make "stages.0" one name, "stages_0".
+    timm's feature extractors put "model." before a network's names, or join "stages.0" to "stages_0".
     """
     inner = "model." if all(key.startswith("model.") for key in own) else ""
     plain = {key: _flat(key[len(inner) :]) for key in own}
@@ -277,7 +273,7 @@ def _matched(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[st
 
 
 def _prefixes(flat: Mapping[str, str], plain: Mapping[str, str]) -> list[str]:
-    """What may stand before the names, judged by a few of them, in the order of the file."""
+    """Possible prefixes of the names, from a few of the names, in the order of the file."""
     some = list(plain.values())[:: max(1, len(plain) // 16)]
     found = {
         name[: len(name) - len(ending)]: None
@@ -293,7 +289,7 @@ def _flat(name: str) -> str:
 
 
 def _fault(value: Tensor, dtype: torch.dtype) -> str:
-    """Why ``value`` cannot be a weight of ``dtype``, whatever its shape; "" where it can."""
+    """Why ``value`` of any shape cannot be a weight of ``dtype``; "" where it can."""
     if value.is_nested or value.layout != torch.strided:
         return f"is {'nested' if value.is_nested else value.layout}, not dense"
     if value.is_meta:
@@ -304,7 +300,7 @@ def _fault(value: Tensor, dtype: torch.dtype) -> str:
 
 
 def _fitted(key: str, value: Tensor, own: Tensor, backbone: nn.Module) -> Tensor | None:
-    """``value`` in the shape of ``own``; None where it is another thing."""
+    """``value`` in the shape of ``own``, interpolated where it is of positions; None where it does not fit."""
     if value.shape == own.shape:
         return value
     if value.squeeze().shape == own.squeeze().shape:
@@ -327,13 +323,13 @@ def _fitted(key: str, value: Tensor, own: Tensor, backbone: nn.Module) -> Tensor
 
 
 def _side(count: int) -> int:
-    """Of the square grid of ``count`` positions; 0 where it is none."""
+    """Side of the square grid of ``count`` positions; 0 where they are no square."""
     side = math.isqrt(max(count, 0))
     return side if side * side == count else 0
 
 
 def _parts(keys: list[str], prefix: str) -> dict[str, int]:
-    """How many tensors there are of each part: the first name, behind the prefix where there is one."""
+    """Number of tensors in each part, which is the first name after the prefix."""
     return dict(Counter(key.removeprefix(prefix).split(".")[0] for key in keys))
 
 

@@ -1,13 +1,13 @@
 """The maps A between two views x and A(x) of a picture: the same A applies to pictures and to activation maps.
 
 ``A(x)`` takes x [B, C, h, w] at any resolution of one field of view to the frame of view 2, so that cam(A(x)) can be
-compared with A(cam(x)); the whole batch moves alike. Where the elements of a map lie is the model's to say
-(``ercn.elements``), and A is drawn for it: with ``align_corners`` the outer elements are on the outer pixels' centres.
+compared with A(cam(x)); one A holds for the whole batch. A is drawn for the places of the model's map elements
+(``ercn.elements``): with ``align_corners`` the outer elements are on the outer pixels' centres.
 ``A.valid(h, w)`` is a bool map of view 2 at h × w, True where it shows a place inside the picture.
 
-Everything is deterministic in the forward pass. On CUDA the backward passes of bilinear resizing (``Rescale``) and
-``grid_sample`` (``Affine``) are not bit-reproducible, and torch refuses the latter under
-``use_deterministic_algorithms``; those of the other maps are.
+All forward passes are deterministic. On CUDA the backward passes of bilinear resizing (``Rescale``) and ``grid_sample``
+(``Affine``) are not bit-reproducible, and torch refuses the latter under ``use_deterministic_algorithms``; the backward
+passes of the other maps are deterministic.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ercn.elements import resize
 
 KINDS = ("rescale", "flip", "rot90", "translate", "affine")
 
-# What "translate" and "affine" draw from: degrees, share of the picture's side, scale.
+# Limits of "translate" and "affine": degrees, share of the picture's side, scale.
 MAX_ROTATION = 30.0
 MAX_SHIFT = 0.15
 SCALE_RANGE = (0.8, 1.25)
 
 
 class _Everywhere:
-    """A whose view 2 shows places inside the picture only."""
+    """A map A whose view 2 shows only places inside the picture."""
 
     def valid(self, h: int, w: int, device: torch.device | str | None = None) -> Tensor:
         return torch.ones(h, w, dtype=torch.bool, device=device)
@@ -101,7 +101,7 @@ class Affine:
         return F.affine_grid(theta, [1, 1, h, w], align_corners=self.align_corners)  # [1, h, w, 2]
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # half cannot hold the coordinates
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # coordinates need float32
         grid = self._grid(*x.shape[-2:], wide.dtype, x.device).expand(x.shape[0], -1, -1, -1)
         moved = F.grid_sample(wide, grid, mode="bilinear", padding_mode="border", align_corners=self.align_corners)
         return moved.to(x.dtype)
@@ -132,7 +132,7 @@ def sample_transform(
             "translate" (whole pixels of the picture, up to 0.15 of its side each way), "affine" (rotation up to 30°
             either way, scale 0.8 to 1.25 and translation as above), "all" (one of these five, equally likely) or
             "none" (``Identity``).
-        generator: on the CPU; the draw is a function of its state alone. None takes torch's default generator.
+        generator: on the CPU; the draw depends on its state only. None takes torch's default generator.
         rescale: factor of "rescale", in (0, 1].
         size: side of the square picture in pixels, or (height, width).
         align_corners: of the model whose maps are compared.
@@ -167,5 +167,5 @@ def sample_transform(
     angle = math.radians(uniform(-MAX_ROTATION, MAX_ROTATION))
     scale = math.exp(uniform(*map(math.log, SCALE_RANGE)))
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
-    ratio = span_y / span_x  # a rotation of pixels, not of coordinates
+    ratio = span_y / span_x  # the rotation is of pixels, not of coordinates
     return Affine((cos, -sin * ratio, dx, sin / ratio, cos, dy), align_corners)

@@ -83,7 +83,7 @@ IDRID_PARTS = (("a. Training Set", "a. IDRiD_Disease Grading_Training Labels.csv
 
 
 def write_idrid_tree(root: Path, train: int = 10, test: int = 5) -> None:
-    """Part B: names that come twice, a header with a blank and empty further columns."""
+    """Part B: names that occur in both splits, a header with a blank and empty further columns."""
     for (part, labels), count, first in zip(IDRID_PARTS, (train, test), (0, train)):
         base = root / "B. Disease Grading"
         rows = []
@@ -94,7 +94,7 @@ def write_idrid_tree(root: Path, train: int = 10, test: int = 5) -> None:
         write_csv(base / "2. Groundtruths" / labels, "Image name,Retinopathy grade,Risk of macular edema ,,,", rows)
 
 
-IDRID_EYES = (50, 107, 123, 142, 155, 159)  # with all of the set's lesions
+IDRID_EYES = (50, 107, 123, 142, 155, 159)  # which have all lesions of the set
 
 
 def write_idrid_segmentation_tree(root: Path, train: int = 4, test: int = 2) -> None:

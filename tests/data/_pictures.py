@@ -8,7 +8,7 @@ from PIL import Image
 
 from ercn.data.phantom import phantom_grades, render_phantom
 
-# how a camera's frame lies around the fundus disc of diameter d: width, height, left and top of the disc, all in d
+# A camera's frame around the fundus disc of diameter d: width, height, left and top of the disc, all in d
 FRAMES = (
     (1.00, 1.00, 0.00, 0.00),
     (1.50, 1.02, 0.25, 0.01),
@@ -35,8 +35,8 @@ def write_csv(path: Path, header: str, rows: list[tuple], newline: str = "\n", b
 def write_eyepacs_tree(root: Path, patients: int = 12, seed: int = 0, test: bool = False) -> None:
     """EyePACS' published layout: trainLabels.csv and train/<patient>_<eye>.jpeg.
 
-    Two eyes a patient, all five grades, phantom lesions, mixed sizes and frames. ``test`` adds ``patients`` more in
-    retinopathy_solution.csv and test/, every second one Public.
+    Two eyes a patient, all five grades, phantom lesions, mixed sizes and frames. ``test`` adds as many patients again
+    in retinopathy_solution.csv and test/, every second one Public.
     """
     parts = {"train": (patients, 10)} | ({"test": (patients, 10 + patients)} if test else {})
     for part, (count, first) in parts.items():

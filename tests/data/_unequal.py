@@ -1,4 +1,4 @@
-"""A data set in memory whose grades are unequally many."""
+"""A data set in memory with unequal numbers of pictures in the grades."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Class weights or balanced sampling: one of them, or none."""
+"""Class weights or balanced sampling, never both."""
 
 import numpy as np
 import pytest

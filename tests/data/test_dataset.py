@@ -96,7 +96,7 @@ def test_augmentation_is_mild_and_contrast_is_not(manifest):
 
 @pytest.mark.parametrize("transform", [training_transform, contrastive_transform])
 def test_where_the_local_mean_is_gone_gray_stays_gray(transform):
-    """Gray is turned on gray without a seam, and no brighter or darker; on black, where that is around, it varies."""
+    """A gray surround stays gray without a seam in turned pictures; on a black surround brightness varies."""
     gray = torch.full((3, 40, 40), 128, dtype=torch.uint8)
     even, black = transform(40, 128), transform(40)
     levels, corners = [], []

@@ -80,7 +80,7 @@ def test_the_real_photograph_with_its_notch():
 
 @pytest.mark.parametrize("frame", range(len(FRAMES)))
 def test_a_framed_phantom_comes_back(frame):
-    """Cropping finds the phantom's disc again, whatever the frame; its aperture has 97 % of the phantom's width."""
+    """Cropping finds the phantom's disc in every frame; its aperture has 97 % of the phantom's width."""
     disc, _ = render_phantom(3, "left", 2, 256, 0)
     picture = framed(disc, frame)
     found = locate_disc(picture, 256)
@@ -120,7 +120,7 @@ def centers(geometry, n, corners=0):
 def test_a_ramp_maps_back_to_its_own_coordinates(geometry, n, corners):
     """A map that holds x + 1000 y at its elements' centers gives the same at the photograph's pixel centers.
 
-    Also where the outer elements are on the outer pixels of a picture of ``corners`` a side, and the map is finer.
+    Also with outer elements on the outer pixels of a picture of ``corners`` pixels a side, and with a finer map.
     """
     n = min(n, geometry.side, 2 * corners - 1 if corners else n)
     if corners and (n - 1) * corners > geometry.side * (corners - 1):  # finer than the photograph: antialiased

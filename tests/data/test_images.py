@@ -86,7 +86,7 @@ def test_missing_file_and_folder(tmp_path):
 
 
 def test_a_bomb_is_refused_by_its_header(tmp_path):
-    """A PNG that claims 50,000 x 50,000 pixels and holds none: decoding would need 7.5 GB."""
+    """A PNG whose header says 50,000 x 50,000 pixels, without any: decoding would need 7.5 GB."""
     header = bytearray(encoded(noise(), "PNG"))
     header[16:24] = (50_000).to_bytes(4, "big") * 2
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")

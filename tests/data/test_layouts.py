@@ -1,4 +1,4 @@
-"""Every data set end to end, from its published layout to a prepared folder; what readers have in common."""
+"""Every data set end to end, from its published layout to a prepared folder; and the readers' common helpers."""
 
 import json
 import os

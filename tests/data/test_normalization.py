@@ -23,7 +23,7 @@ def inside(size, share):
 
 
 def test_the_formula():
-    """Graham's, with the Gaussian as an explicit sum, away from the borders where the sum would leave the picture."""
+    """Graham's formula with the Gaussian as an explicit sum, inside of the picture, where the sum needs no borders."""
     size, sigma = 60, 30 / 30
     x = np.random.default_rng(0).integers(90, 120, (size, size, 3))
     span = np.arange(-8, 9)
@@ -69,12 +69,12 @@ def test_after_local_an_even_field_is_gray_to_its_edge(share):
     picture = Image.fromarray(disc(80, share, (200, 90, 10)))
     assert (np.asarray(local(picture)) == 128).all()
     if share < 0.9:
-        assert (np.asarray(graham(picture))[inside(80, share)] > 200).any()  # whose mean has the black beyond
+        assert (np.asarray(graham(picture))[inside(80, share)] > 200).any()  # its mean includes the black beyond
     assert (np.asarray(local(Image.new("RGB", (50, 50), (8, 8, 8)))) == 128).all()  # no field
 
 
 def test_after_local_a_lesion_keeps_its_inside():
-    """Of a tenth of the radius: the mean of R / 30 takes away what is even over three times that."""
+    """A lesion of a tenth of the radius: the mean of R / 30 removes what is even over three times that."""
     picture = disc(200, 0.95, (180, 90, 40))
     row, column = np.ogrid[:200, :200]
     spot = np.hypot(row - 90, column - 120) <= 7
@@ -163,7 +163,7 @@ def test_a_model_is_not_evaluated_on_pictures_prepared_in_another_way(folders):
 @pytest.mark.parametrize("kind", [GradedData, PictureData])
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_turned_pictures_are_filled_with_their_surround(folders, name, kind):
-    """Of the loader that training has: beyond the disc no view has another level, whichever way it was turned."""
+    """Views of the training loader: beyond the disc every turned view has the level of the surround."""
     manifest = Manifest.load(folders[1][name])
     data = kind(manifest, DataConfig(image_size=96, workers=0), seed=0)
     data.trainer = SimpleNamespace(world_size=1, global_rank=0)

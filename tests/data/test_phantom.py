@@ -74,12 +74,12 @@ def test_grades_follow_the_icdr_rules():
         assert new
         proliferative.update(new)
     assert 1 <= severe.pop("hemorrhages") <= 20  # a rare sign
-    for signs in (severe, proliferative):  # the others occur often, and none always
+    for signs in (severe, proliferative):  # the other signs occur often, none always
         assert len(signs) == 2 and all(40 < count < 140 for count in signs.values()), signs
 
 
 def test_counts_of_the_grades_overlap():
-    """A mild eye may have more lesions than a proliferative one, and a severe one no more than a few."""
+    """A mild eye may have more lesions than a proliferative one, and a severe eye only a few."""
     mild = [len(plan(patient, 1)) for patient in range(100)]
     assert min(mild) <= 3 and max(mild) >= 40
     for grade in (2, 3, 4):
@@ -205,7 +205,7 @@ print(*[hashlib.sha256(render_phantom(*one)[0].tobytes()).hexdigest() for one in
 
 def test_anatomy_differs_between_patients_and_is_alike_in_both_eyes():
     def trunks(patient, eye):
-        """Large veins with the optic disc as origin, the fovea on the x axis, in the eye's own scale."""
+        """Large veins with the optic disc at the origin and the fovea on the x axis, scaled to their distance."""
         one = anatomy(patient, eye)
         points = np.concatenate([one.veins[0].points.reshape(-1, 2), [one.fovea]]) - one.disc[:2]
         points = (points * [1 if eye == "left" else -1, 1] / one.zoom) @ [1, 1j]
@@ -272,7 +272,7 @@ def test_the_optic_disc_is_bright_and_on_its_side(eye):
 
 @pytest.mark.parametrize("quality", [60, 90])
 def test_compression_is_that_of_jpeg(quality):
-    """Its error in brightness is that of Pillow's JPEG; color differs by how it is enlarged again."""
+    """The error in brightness is that of Pillow's JPEG; Pillow enlarges the color channels in another way."""
     picture = np.round(255 * _uncompressed(3, "left", 2, 161, 0, STANDARD)[0])
     file = io.BytesIO()
     Image.fromarray(picture.astype(np.uint8)).save(file, format="JPEG", quality=quality)

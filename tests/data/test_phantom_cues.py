@@ -1,10 +1,9 @@
 """The standard phantom cannot be graded by trivial cues: quadratic weighted kappa of each on unseen patients < 0.5.
 
 Each cue is graded by a ridge regression on its standardized features and their squares, with cut points fitted on the
-training patients. Area and number of lesions are read from the true masks: that there are any tells grade 0 from the
-rest by definition, which alone gives a kappa of 0.73 at these shares of grades, so these two cues are judged among the
-eyes that have lesions. They are judged one by one: together they give the mean size of a lesion, by which a
-microaneurysm is known, and so its kind.
+training patients. Area and number of lesions come from the true masks. Any lesion excludes grade 0 by definition, which
+alone gives a kappa of 0.73 at these shares of grades, so these two cues are judged among the eyes with lesions. They
+are judged one by one: together they give the mean size of a lesion, which identifies microaneurysms.
 """
 
 import io
@@ -82,7 +81,7 @@ def pictures():
 
 
 def kappa(truth, grade):
-    """Quadratic weighted kappa: 1 - mean (t - g)² over pairs that belong together / over all pairs."""
+    """Quadratic weighted kappa: 1 - mean (t - g)² over the pictures / mean over all pairs of pictures."""
     return 1 - ((truth - grade) ** 2).mean() / ((truth**2).mean() + (grade**2).mean() - 2 * truth.mean() * grade.mean())
 
 

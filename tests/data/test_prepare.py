@@ -158,12 +158,12 @@ def test_bad_pictures_are_named_skipped_and_listed(eyepacs, tmp_path, capsys, wo
     for path, part in zip(bad, parts):
         assert part in reasons[f"train/{path.name}"] and f"skipped train/{path.name}: " in told
 
-    # one too many: an error that names them, before anything else is lost
+    # one too many: an error that names them
     with pytest.raises(DataError, match="4 pictures cannot be read, max_unreadable is 3") as raised:
         prepare(config(eyepacs, tmp_path / "d3", max_pixels=10**6, max_unreadable=3, workers=workers))
     assert all(str(path) in str(raised.value) for path in bad)
 
-    # mended pictures join on the next run, and the others' splits do not change
+    # repaired pictures join in the next run, and the splits of the others do not change
     Image.new("RGB", (50, 50), (90, 40, 20)).save(bad[2])
     after = {r.id: r.split for r in Manifest.load(prepare(config(eyepacs, tmp_path / "d", max_pixels=10**6))).records}
     assert set(after) - set(before) == {bad[2].stem} and before.items() <= after.items()
@@ -282,7 +282,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 
 
 def test_a_killed_run_goes_on(phantom, tmp_path):
-    """SIGKILL in the middle: the folder is refused until a second run ends it, with the bytes of one undisturbed."""
+    """After SIGKILL the folder is refused until a second run finishes it, with the bytes of an undisturbed run."""
     out = tmp_path / "d"
     code = (
         "from ercn.config import PrepareConfig; from ercn.data import prepare\n"

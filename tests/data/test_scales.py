@@ -1,4 +1,4 @@
-"""What grade scales have in common, and errors that name both where they have nothing."""
+"""The common scale of two grade scales, and the error that names both where there is none."""
 
 import numpy as np
 import pytest

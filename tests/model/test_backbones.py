@@ -1,4 +1,4 @@
-"""Families of backbones: each trains, its elements lie where they should, and what does not fit is a sentence."""
+"""Families of backbones: each trains, its elements lie in their places, and wrong arguments raise one sentence."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ VIT = {"embed_dim": 32, "depth": 4, "num_heads": 2}
 MAXVIT = {"embed_dim": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "stem_width": 16}
 EDGENEXT = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "heads": [2, 2, 2, 2]}
 INFO = {"class_names": list("abcde"), "mean": [0.5] * 3, "std": [0.2] * 3, "manifest": "", "thresholds": {}}
-# name, output stride, arguments, a picture's side at which it is exact, aligned corners
+# name, output stride, arguments, an exact side of the picture, aligned corners
 FAMILIES = {
     "resnet": ("resnet18", 16, {}, 65, True),
     "convnext": ("convnext_atto", 32, {}, 64, False),
@@ -69,7 +69,7 @@ def model_of(family, **changes):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_of_every_family(family):
-    """It lowers the loss, every weight of the backbone has its part, and recomputed blocks change no bit."""
+    """A step lowers the loss, every weight of the backbone gets a gradient, and recomputed blocks change no bit."""
     _, stride, _, side, corners = FAMILIES[family]
     model = model_of(family).train()
     image = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
@@ -94,7 +94,7 @@ def test_a_step_of_every_family(family):
 
 
 def symmetric(backbone):
-    """Kernels that look the same from all sides, and no positions, so that nothing but the geometry has sides."""
+    """Symmetric kernels and no position codes, so that only the geometry can break a symmetry."""
     for key, parameter in backbone.named_parameters():
         kernel = parameter.data
         if "pos" in key:
@@ -109,7 +109,7 @@ def symmetric(backbone):
 @pytest.mark.parametrize("geometry, turns", [(4, True), (3, False)])
 @pytest.mark.parametrize("family", ["edgenext", "vit", "maxvit", "maxvit_tf"])
 def test_turned_pictures_have_turned_maps(family, geometry, turns):
-    """MaxViT's did not with geometry 3, which older exports have: its strided kernels lay beside its windows."""
+    """MaxViT's maps did not turn with geometry 3 of older exports: its strided kernels lay beside its windows."""
     name, stride, kwargs, side, _ = FAMILIES[family]
     turns |= not family.startswith("maxvit")
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def test_a_centred_convolution(kernel, stride, groups, bias):
 
 
 def test_what_is_measured_depends_on_the_arguments():
-    """A stem that overlaps its patches, and a ViT with other patches: not what the name alone would say."""
+    """A stem that overlaps its patches, and a ViT with other patches: the name alone does not decide."""
 
     def centred(backbone):
         return [type(m) for m in backbone.modules()].count(CentredConv2d)
@@ -282,7 +282,7 @@ def test_pretraining_builds_the_same_backbone():
 
 @pytest.mark.parametrize("family", ["vit", "vit, any size", "resnet"])
 def test_pretraining_sees_pictures_at_the_side_at_which_they_are_exact(family):
-    """As ERCN does: networks that take whole patches only, too, take the default side, which is a multiple and 1."""
+    """As in ERCN: networks that take only whole patches also take the default side, a multiple plus 1."""
     name, stride, kwargs, side, corners = FAMILIES[family]
     network = Contrastive(PretrainConfig(backbone=name, output_stride=stride, backbone_kwargs=kwargs), 4).online.eval()
     for other in (side - 1, side + 1):
@@ -320,7 +320,7 @@ def test_pictures_that_the_network_does_not_take_are_refused_before_a_run():
     network = ERCN(model)
     before = copy.deepcopy(network.state_dict())
     check_size(network, fits)
-    assert all(module.training for module in network.modules())  # Lightning trains what it is given as it is
+    assert all(module.training for module in network.modules())  # Lightning trains modules in the mode that they have
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     rescaled = replace(fits, loss=LossConfig(transform="rescale", rescale=0.5))
     with pytest.raises(ValueError, match="loss.transform 'rescale' makes pictures of another size: .* 32 x 32 px"):
@@ -341,7 +341,7 @@ def config_of(family, side, batch=2):
 
 @pytest.mark.parametrize("family", ["regnety", "swin", "vit"])
 def test_the_plan_of_every_family(family):
-    """All of the weights is there, nothing is read or drawn, and recomputed blocks need less."""
+    """The plan has all weights, nothing is read or drawn, and recomputed blocks need less memory."""
     config = config_of(family, 96)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -359,7 +359,7 @@ def test_the_plan_of_every_family(family):
     ("convnext", 192, 2), ("swin", 224, 2), ("vit", 224, 16), ("maxvit", 224, 1),
 ])  # fmt: skip
 def test_predicted_memory_is_what_training_steps_take(family, side, batch, tmp_path):
-    """As that of a ResNet, within a factor of 1.1 (test_high_resolution)."""
+    """Within a factor of 1.1, as for a ResNet (test_high_resolution)."""
     config = config_of(family, side, batch)
     assert _ranks.run(1, _steps.save_peak, config, str(tmp_path / "peak")) == [0]
     measured, predicted = int((tmp_path / "peak").read_text()), footprint(config).peak
@@ -367,7 +367,7 @@ def test_predicted_memory_is_what_training_steps_take(family, side, batch, tmp_p
 
 
 def test_advice_for_a_network_of_one_size(monkeypatch):
-    """Its pictures become smaller only where it is built for smaller ones."""
+    """The advice of smaller pictures needs a network that is built for them."""
     built, fixed = (
         replace(config_of("vit", side, 1), run=RunConfig(grad_checkpointing=True, precision="bf16-mixed"))
         for side in (256, 224)

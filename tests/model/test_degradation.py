@@ -1,4 +1,4 @@
-"""The map that floods while the loss falls: so with the consistency loss as published, not by default."""
+"""The published consistency loss falls while the map floods; the default settings do not let it flood."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from ercn.transforms import sample_transform
 
 
 def covered(recipe, steps=30, **loss):
-    """How much of the map the CAMs of disease cover after steps on ten pictures, and what is left of the loss."""
+    """Share of the map that the CAMs of disease cover after steps on ten pictures, and the share of the loss left."""
     model, loss = preset(recipe).model, replace(preset(recipe).loss, **loss)
     model = replace(model, backbone="test_resnet", output_stride=8, embed_dim=16)
     drawn = [render_phantom(patient, "left", patient % 5, 97, seed=1, difficulty="easy")[0] for patient in range(10)]

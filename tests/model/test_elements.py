@@ -1,4 +1,4 @@
-"""Where elements of maps lie: gradients of real networks, turned pictures, and resizing that moves nothing."""
+"""Places of map elements: gradients of real networks, turned pictures, and resizing that moves nothing."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def pictures_of(stride, n, align_corners):
 
 
 def offsets(backbone, side, n, places, *, draws, power):
-    """How far the centroids of |gradient|^power of elements lie from where they should, in elements: [places, 2]."""
+    """Distances of the centroids of |gradient|^power from the elements' places, in elements: [places, 2]."""
     stride, corners = backbone.feature_info.reduction()[-1], backbone.align_corners
     exact = exact_side(side, stride, corners)
     image = torch.rand(draws, 3, side, side, requires_grad=True)
@@ -86,8 +86,8 @@ def test_gradients_of_a_new_network_are_centred_on_the_element(name, stride, n, 
     ],
 )
 def test_no_branch_of_a_network_moves_the_element(name, stride, n, draws):
-    """Residual branches, 0 in a new network, have their share; kernels are random but positive, so that all that an
-    element sees adds up, and the fourth power, of half the width, ends before the picture does."""
+    """Residual branches, 0 in a new network, get a share; kernels are random but positive, so that the contributions to
+    an element add up, and their fourth power, of half the width, ends inside of the picture."""
     backbone = frozen(name, stride)
     for key, parameter in backbone.named_parameters():
         if parameter.ndim > 1:
@@ -100,7 +100,7 @@ def test_no_branch_of_a_network_moves_the_element(name, stride, n, draws):
 
 
 def symmetric_model(config):
-    """Kernels that look the same from all sides, so that nothing but the geometry has sides; norms fit the features."""
+    """Symmetric kernels, so that only the geometry can break a symmetry; norms fit the features."""
     torch.manual_seed(0)
     model = ERCN(config)
     for key, parameter in model.named_parameters():
@@ -207,10 +207,10 @@ def test_symmetrize_replaces_average_pools_of_two():
     assert [type(module) for module in symmetrize(other)] == [nn.AvgPool2d, nn.MaxPool2d]
 
 
-def of_timm(name, stride, mend=lambda backbone: backbone):
+def of_timm(name, stride, correct=lambda backbone: backbone):
     import timm
 
-    return lambda side: mend(timm.create_model(name, features_only=True, output_stride=stride))
+    return lambda side: correct(timm.create_model(name, features_only=True, output_stride=stride))
 
 
 def test_what_is_not_symmetric_is_seen():
@@ -229,7 +229,7 @@ def test_what_is_not_symmetric_is_seen():
         ("eca_nfnet_l0", 32, {"depths": [1, 1, 1, 1]}, True),
         ("nf_resnet26", 16, {}, True),
         ("resnetv2_50x1_bit", 32, {}, True),
-        ("dm_nfnet_f0", 32, {"depths": [1, 1, 1, 1]}, True),  # which pads its standardised convolutions as TensorFlow
+        ("dm_nfnet_f0", 32, {"depths": [1, 1, 1, 1]}, True),  # pads its standardised convolutions as TensorFlow does
         ("edgenext_xx_small", 32, {}, False),
         ("edgenext_small", 32, {}, False),
     ],
@@ -242,7 +242,7 @@ def test_networks_of_older_exports_are_measured(name, stride, kwargs, corners, g
 
 @pytest.mark.parametrize("geometries", [(3, 4), (4, 3)])
 def test_older_exports_have_no_centred_convolutions(geometries, monkeypatch):
-    """They computed without; a network that needs them was none for that geometry, whatever was measured before."""
+    """With that geometry, networks that need centred convolutions are refused, also after a later one was measured."""
     monkeypatch.setattr(models, "_ALIGNED", {})
     for geometry in geometries:
         if geometry == 4:
@@ -254,7 +254,7 @@ def test_older_exports_have_no_centred_convolutions(geometries, monkeypatch):
 
 
 def test_where_elements_lie_does_not_depend_on_how_a_network_is_built(monkeypatch):
-    """Its plan and its FLOPs are counted of networks without data; float64 and half precision are defaults of runs."""
+    """Plans and FLOP counts build networks without data; runs build them under other default dtypes."""
     before = torch.get_default_dtype()
     for context in (torch.no_grad, torch.inference_mode, FakeTensorMode, lambda: torch.device("meta")):
         monkeypatch.setattr(models, "_ALIGNED", {})
@@ -274,7 +274,7 @@ def test_where_elements_lie_does_not_depend_on_how_a_network_is_built(monkeypatc
 def test_measuring_draws_no_numbers(monkeypatch):
     monkeypatch.setattr(models, "_ALIGNED", {})
     states = []
-    for _ in range(2):  # measured, then known
+    for _ in range(2):  # first measured, then cached
         torch.manual_seed(0)
         states.append((create_backbone("test_resnet", 16).state_dict(), torch.rand(4)))
     assert models._ALIGNED == {("test_resnet", 16, '{"output_stride": 16}', (symmetrize, centre)): (symmetrize, True)}
@@ -294,7 +294,7 @@ def test_exact_side(stride, corners):
 
 
 def triangles_by_loop(n, m, corners):
-    """Weights of n elements in each of m as floats, by the definition: a tent as wide as what an element stands for."""
+    """Weights of n elements in each of m as floats, by the definition: a tent of the width of the new elements."""
     ratio = (n - 1) / max(1, m - 1) if corners else n / m
     rows = []
     for i in range(m):
@@ -319,8 +319,8 @@ def test_antialiased_resize(size, to, corners):
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("corners", [True, False])
 def test_a_ramp_keeps_its_place(corners, antialias):
-    """The value is the place, in [-1, 1] between outer centres or outer edges, before and after, where no tent is cut
-    off; a tent between whole elements is sampled unevenly, and still is right to a hundredth of an element."""
+    """The values are the places, in [-1, 1] between outer centres or outer edges, before and after, except where a tent
+    is cut off. Tents between whole elements are sampled unevenly, which costs at most a hundredth of an element."""
 
     def places(n):
         return torch.linspace(-1, 1, n) if corners else (2 * torch.arange(n) + 1) / n - 1

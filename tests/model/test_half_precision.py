@@ -1,4 +1,4 @@
-"""What half precision must not take from the model: small differences of large sums, and what float16 cannot hold."""
+"""Half precision must keep small differences of large sums and stay finite where float16 would overflow."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_pooling_adds_no_error_to_that_of_the_cam(cam_pool, dtype):
 
 
 def test_additive_evidence_of_one_element_is_finite_in_float16():
-    """65 · 65 elements of which one has all the attention: N a h is beyond 65504."""
+    """65 · 65 elements, one with all the attention: N a h exceeds 65504."""
     model = ERCN(ModelConfig(**vars(SMALL) | {"evidence": "additive"}))
     last = torch.full((1, model.pool.v_weight.shape[1], 65, 65), 30.0, dtype=torch.float16)
     attention = torch.zeros(1, 1, 65, 65, dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""What large pictures need: recomputed blocks that change no bit, maps of any aspect ratio, a plan of the memory."""
+"""Large pictures: recomputed blocks that change no bit, maps of any aspect ratio, a plan of the memory."""
 
 import copy
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_a_backbone_without_blocks_is_refused():
 @pytest.mark.parametrize("kind", ["rescale", "rot90", "affine"])
 @pytest.mark.parametrize("size", [(8, 512), (256, 24)])
 def test_maps_of_any_aspect_ratio(kind, size):
-    """Down to two rows: the cpu backend's loss and gradients are the reference's."""
+    """Loss and gradients of the cpu backend equal the reference's, down to maps of two rows."""
     torch.manual_seed(0)
     model = ERCN(SMALL).double()
     image = torch.randn(2, 3, *size, dtype=torch.float64)
@@ -171,7 +171,7 @@ def test_a_run_without_memory_ends_with_advice(error):
 
 @pytest.mark.parametrize("failed", [MemoryError(), KeyError("x"), RuntimeError("a\n  sentence")], ids=repr)
 def test_advice_that_fails_hides_no_error(failed):
-    """What the user must see is that there was no memory."""
+    """The user must see the error about the memory."""
 
     def advice():
         raise failed

@@ -1,4 +1,4 @@
-"""Loss terms against numbers from SEAM's own training step, hand-worked cases, and hostile maps."""
+"""Loss terms against numbers from SEAM's training step, cases by hand, and degenerate maps."""
 
 from pathlib import Path
 
@@ -210,7 +210,7 @@ def test_half_maps_under_autocast_equal_float32(dtype):
     expected = every_term(*(x.float() for x in maps), label)
     with torch.autocast("cpu", torch.bfloat16):
         actual = every_term(*maps, label)
-    expected["cls"] = losses.classification_loss(maps[0].mean((2, 3)), label)  # the mean itself is the caller's
+    expected["cls"] = losses.classification_loss(maps[0].mean((2, 3)), label)  # the caller takes the mean
     expected["min_pool"] = losses.min_pooling_loss(maps[2][:, 1:] * label[:, :, None, None])
     for name in expected:
         assert actual[name].dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Maps of several views: the same where the network is equivariant, and in place where a view is mirrored."""
+"""Maps of several views: an equivariant network gives the same map, and mirrored views are put back in place."""
 
 from dataclasses import replace
 
@@ -16,12 +16,12 @@ from ercn.models import ERCN, ERCNOutput
 
 CONFIG = ModelConfig(confidence="relative", evidence="separate")
 VIEWS = Views((1.0, 0.5, 2.0), True)
-SIDES = {True: 97, False: 96}  # of pictures whose map is exact at a stride of 8, by whether corners are aligned
+SIDES = {True: 97, False: 96}  # sides of pictures whose maps are exact at a stride of 8, by align_corners
 both_alignments = pytest.mark.parametrize("align_corners", [True, False])
 
 
 def green(side, left=0, top=0, width=0, height=0):
-    """A picture with a green spot that is symmetric about nothing."""
+    """A picture with a green spot, without any symmetry."""
     image = torch.zeros(1, 3, side, side)
     image[:, 1, top : top + height, left : left + width] = 1
     image[:, 1, top : top + height // 3, left : left + width // 2] = 0.4
@@ -29,7 +29,7 @@ def green(side, left=0, top=0, width=0, height=0):
 
 
 def centroid(heat):
-    """(x, y) of [h, w] in its own elements."""
+    """Centroid (x, y) of a map [h, w], in elements."""
     share = heat.double() / heat.sum()
     return tuple(float(torch.arange(len(one), dtype=torch.float64) @ one) for one in (share.sum(0), share.sum(1)))
 
@@ -73,7 +73,7 @@ def test_of_several_views_pamr_refines_what_they_merged(refinement):
 
 
 def test_maps_of_geometry_1_were_not_in_their_place():
-    """What the test above would have seen: as timm has it, the network moves the mirrored map by nearly an element."""
+    """Without the correction, timm's network moves the mirrored map by nearly an element."""
     model, image = symmetric(geometry=1), torch.rand(2, 3, 96, 96, dtype=torch.float64)
     with torch.no_grad():
         one, two = see(model, image, ONE_VIEW), see(model, image, Views((1.0,), True))
@@ -100,7 +100,7 @@ def test_views_of_any_scale_keep_the_spot_in_its_place(align_corners, views, spo
 
 @both_alignments
 def test_merge_puts_every_view_back(align_corners):
-    """A mirrored view and one of another grid, of one ramp: their mean is the ramp on the larger grid."""
+    """A mirrored view and a view on another grid, both of one ramp: their mean is the ramp on the larger grid."""
 
     def view(n, mirrored):
         place = torch.linspace(-1, 1, n) if align_corners else (2 * torch.arange(n) + 1) / n - 1
@@ -146,7 +146,7 @@ def test_the_ceiling_of_a_stride(align_corners, stride, n):
 
 @both_alignments
 def test_the_ceiling_of_a_lesion_of_one_element(align_corners):
-    """The element has it all but the corners of its triangle, and its eight neighbours have those."""
+    """The element has all of the mask but the corners of its triangle, which its eight neighbours have."""
     side = 33 if align_corners else 40
     mask = np.zeros((side, side), bool)
     if align_corners:
@@ -171,7 +171,7 @@ FLAT |= {"gem": FLAT["softplus"], "lse": FLAT["relu"], "topk": FLAT["relu"], "li
 
 @pytest.mark.parametrize("cam_pool", FLAT)
 def test_flat(cam_pool):
-    """Nowhere positive there still is evidence under a softplus; one spot in one channel is enough, a slope is not."""
+    """A softplus leaves evidence in a negative CAM; one spot in one channel is a peak, a slope is none."""
     slope = torch.linspace(0, 1, 36).view(6, 6)
     spot = torch.zeros(6, 6)
     spot[2, 3] = 1
@@ -210,7 +210,7 @@ def test_flat_begins_at_a_tenth():
 @pytest.mark.parametrize("cam_pool", ["relu", "gem"])
 @pytest.mark.parametrize("evidence", ["shared", "classwise", "additive", "separate"])
 def test_the_evidence_map(evidence, cam_pool):
-    """Attention times what the CAM's activation leaves; in the CAM of the additive form the attention already is."""
+    """Attention times the activation of the CAM; the CAM of the additive form already has the attention."""
     generator = torch.Generator().manual_seed(0)
     cam = torch.randn(2, 4, 6, 7, generator=generator)
     scores = torch.randn(2, 4 if evidence == "classwise" else 1, 6, 7, generator=generator)
@@ -224,7 +224,7 @@ def test_the_evidence_map(evidence, cam_pool):
     if evidence != "additive":
         act = act * scores.exp() / scores.exp().sum((2, 3), keepdim=True)
     expected = logits.sigmoid()[:, :, None, None] * act / act.amax((2, 3), keepdim=True)
-    torch.testing.assert_close(maps["evidence"], expected.amax(1), rtol=2e-3, atol=0)  # 1e-5 under the fraction
+    torch.testing.assert_close(maps["evidence"], expected.amax(1), rtol=2e-3, atol=0)  # EPS in the denominator
     assert torch.equal(maps["evidence"], maps["cam"]) == (evidence == "additive")
 
 
@@ -256,7 +256,7 @@ def test_the_mean_map_is_the_mean_of_the_maps_that_there_are(align_corners):
 
 @pytest.mark.parametrize("confidence", ["absolute", "relative"])
 def test_the_refined_map_is_as_hot_as_it_is_confident(confidence):
-    """Each channel's share of its maximum, times its probability once, though absolute confidence has that in it."""
+    """Each channel's share of its maximum, times its probability once, also with absolute confidence."""
     generator = torch.Generator().manual_seed(0)
     share, cam = 0.4 * torch.rand(2, 4, 6, 6, generator=generator), torch.randn(2, 4, 6, 6, generator=generator)
     logits = torch.randn(2, 4, generator=generator)
@@ -265,7 +265,7 @@ def test_the_refined_map_is_as_hot_as_it_is_confident(confidence):
     output = ERCNOutput(logits, logits, None, cam, refined, refined[:, :1], None)
     heat = heat_maps(output, replace(CONFIG, confidence=confidence), True)
     expected = (p * share / share.amax((2, 3), keepdim=True)).amax(1)
-    torch.testing.assert_close(heat["refined_cam"], expected, rtol=1e-3, atol=0)  # 1e-5 under the fraction
+    torch.testing.assert_close(heat["refined_cam"], expected, rtol=1e-3, atol=0)  # EPS in the denominator
 
 
 @pytest.mark.parametrize("config", [EvaluateConfig, PredictConfig])

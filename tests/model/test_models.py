@@ -43,7 +43,7 @@ def pictures(batch=2, h=65, w=97):
 )
 @pytest.mark.parametrize("size", [(64, 96), (65, 97)])
 def test_output_shapes(backbone, stride, size):
-    """Aligned corners have an element more than cells, and either picture size is taken to the same grid."""
+    """Aligned corners have one element more than cells, and both picture sizes give the same grid."""
     model = build(backbone=backbone, output_stride=stride).eval()
     assert model.align_corners == (backbone != "convnext_atto")
     out = model(pictures(2, *size))
@@ -61,7 +61,7 @@ def test_output_shapes(backbone, stride, size):
 
 
 def drawn(model):
-    """The model, all parameters but the backbone's drawn anew: priors and biases begin at 0."""
+    """The model with random parameters outside of the backbone, since priors and biases begin at 0."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if not name.startswith("backbone."):
@@ -112,7 +112,7 @@ def test_evidence(heads, pool):
 
 @pytest.mark.parametrize("heads", ["shared", "classwise", "additive"])
 def test_the_evidence_map_sums_to_the_mil_logit(heads):
-    """Attention times CAM, before it is cut off at 0 and divided by its maximum, is all that the logit has."""
+    """Attention times CAM, before clipping at 0 and division by its maximum, sums to the MIL logit."""
     model = drawn(build(evidence=heads, output_stride=8, cam_pool="linear")).eval()
     model.classifier.requires_grad_(False)
     out = model(pictures())
@@ -122,7 +122,7 @@ def test_the_evidence_map_sums_to_the_mil_logit(heads):
     positive = evidence.relu()
     expected = out.logits.sigmoid()[:, :, None, None] * positive / positive.amax((2, 3), keepdim=True).clamp_min(1e-30)
     heat = heat_maps(out, model.config, model.align_corners)["evidence"]
-    torch.testing.assert_close(heat, expected.amax(1), rtol=1e-2, atol=1e-3)  # 1e-5 under the fraction
+    torch.testing.assert_close(heat, expected.amax(1), rtol=1e-2, atol=1e-3)  # EPS in the denominator
 
 
 def pooled_by_loop(cam, kind):
@@ -145,7 +145,7 @@ def pooled_by_loop(cam, kind):
 
 @pytest.mark.parametrize("kind", ["relu", "softplus", "gem", "lse", "topk", "linear"])
 def test_cam_pool(kind):
-    """Of 117 and of 6 elements; and what has a gradient where the CAM is positive nowhere."""
+    """Maps of 117 and of 6 elements; and which pooling has a gradient where the CAM is nowhere positive."""
     model = drawn(build(cam_pool=kind, cam_scale=3.0, output_stride=8).double()).eval()
     prior = 0 if kind == "linear" else model.prior
     for size in ((65, 97), (9, 17)):
@@ -162,7 +162,7 @@ def test_cam_pool(kind):
 
 
 def test_confidence():
-    """Judged absolutely, a picture without any probability of a lesion stays empty; relatively, logits say nothing."""
+    """With absolute confidence, a picture without probability of a lesion stays empty; relative ignores the logits."""
     foreground = {}
     for confidence in ("absolute", "relative"):
         model = build(confidence=confidence, output_stride=8).eval()
@@ -190,7 +190,7 @@ class Drawn(torch.nn.Module):
 @pytest.mark.parametrize("targets", ["ordinal", "onehot", "referable"])
 @pytest.mark.parametrize("cam_pool", ["relu", "softplus", "lse"])
 def test_absolute_confidence_keeps_every_class(targets, cam_pool):
-    """p_k · act_k / max act_k of each channel, whatever the others are; the background is what the largest leaves."""
+    """p_k · act_k / max act_k of each channel, independent of the others; the background is 1 minus the largest."""
     changes = {"refinement": (), "mask": "off", "evidence": "separate", "targets": targets, "cam_pool": cam_pool}
     model = drawn(build(**changes).double()).eval()
     model.classifier = Drawn(foreground_channels(model.config))
@@ -200,8 +200,8 @@ def test_absolute_confidence_keeps_every_class(targets, cam_pool):
     act = torch.log1p(out.cam.exp()) if cam_pool == "softplus" else out.cam.clamp_min(0)
     foreground = p[:, :, None, None] * act / act.amax((2, 3), keepdim=True)
     if foreground.shape[1] > 1:
-        assert ((foreground > 0.01).sum(1) > 1).any()  # of which only one would be left
-    torch.testing.assert_close(out.refined_cam[:, 1:], foreground, rtol=1e-3, atol=0)  # 1e-5 under the fraction
+        assert ((foreground > 0.01).sum(1) > 1).any()  # relative confidence would keep only one
+    torch.testing.assert_close(out.refined_cam[:, 1:], foreground, rtol=1e-3, atol=0)  # EPS in the denominator
     assert torch.equal(out.refined_cam[:, 0], 1 - out.refined_cam[:, 1:].amax(1))
 
 
@@ -228,7 +228,7 @@ def test_relative_confidence_is_that_of_seam(cam_pool):
     ],
 )
 def test_refine_stride(backbone, stride, refine, grid):
-    """The affinity is on its own grid, with the listed stages and the picture, the mask and the CAM on theirs."""
+    """The affinity has its own grid, with the listed stages and the picture; mask and CAM stay on theirs."""
     config = {"backbone": backbone, "output_stride": stride, "refine_stride": refine}
     model = build(**config, refine_stages=(0, -2)).eval()
     image = pictures(2, 65, 97) if model.align_corners else pictures(2, 64, 96)
@@ -244,7 +244,7 @@ def test_refine_stride(backbone, stride, refine, grid):
 
 
 def same_weights(model, **changes):
-    """A network of other settings with the model's weights, in its mode."""
+    """A network with other settings, and with the model's weights and mode."""
     other = ERCN(replace(model.config, **changes))
     other.load_state_dict(model.state_dict())
     return other.train(model.training)
@@ -253,7 +253,7 @@ def same_weights(model, **changes):
 @pytest.mark.parametrize("refine_stride", [0, 4])
 @pytest.mark.parametrize("size", [(65, 97), (64, 96)])
 def test_the_refined_map_is_on_the_grid_of_its_last_refinement(refine_stride, size):
-    """The CAM's, that of the affinity, or the picture's where its map is exact; PAMR is left out while training."""
+    """The grid of the CAM, of the affinity, or of the exact picture; PAMR is left out in training."""
     model = drawn(build(output_stride=8, refine_stride=refine_stride, pamr_steps=2)).eval()
     cam, affinity, picture = (9, 13), (17, 25) if refine_stride else (9, 13), (65, 97)
     grids = {
@@ -297,7 +297,7 @@ def test_without_refinement_the_map_is_the_masked_one(refinement, monkeypatch):
 
 @pytest.mark.parametrize("reach, steps", [(0.3, 20), (0.05, 3)])
 def test_pamr_of_the_model(reach, steps, monkeypatch):
-    """On the masked CAM at the size at which the picture is exact; the distances are a share of its shorter side."""
+    """PAMR refines the masked CAM at the exact size; its distances are a share of the shorter side."""
     model = drawn(build(output_stride=8, refinement=("pamr",), pamr_reach=reach, pamr_steps=steps)).eval()
     made = []
 
@@ -364,7 +364,7 @@ def capture_propagated(model, image):
 
 
 def test_patches_are_encoded_each_on_its_own():
-    """The model of a grid of patches equals the mean features of every crop at its exact side, put where it was."""
+    """With patches, the features are the means over every crop at its exact side, in the crop's place."""
     model = build(patch=32, output_stride=16).eval()
     assert model.align_corners is False
     image = pictures(h=64, w=96)
@@ -377,7 +377,7 @@ def test_patches_are_encoded_each_on_its_own():
             torch.testing.assert_close(out.cam[:, :, row, column], last @ model.classifier.weight[:, :, 0, 0].T)
             torch.testing.assert_close(features[0][:, :, row, column], low)
             torch.testing.assert_close(features[1][:, :, row, column], mid)
-    old = ERCN(model.config, geometry=2).eval()  # exports from before patches had an exact side
+    old = ERCN(model.config, geometry=2).eval()  # exports from before patches were resized
     old.load_state_dict(model.state_dict())
     low = old.backbone(image[:, :, :32, :32])[-1].mean((2, 3)) @ model.classifier.weight[:, :, 0, 0].T
     torch.testing.assert_close(old(image).cam[:, :, 0, 0], low)
@@ -394,7 +394,7 @@ def test_of_no_refinements_the_refined_map_is_the_masked_one():
     confidence = losses.normalize_cam(out.cam)
     torch.testing.assert_close(out.refined_cam[:, 1:], out.mask * confidence[:, 1:])
     torch.testing.assert_close(out.refined_cam.detach()[:, 0], 1 - out.refined_cam.detach()[:, 1:].amax(1))
-    assert model.state_dict().keys() == build().state_dict().keys()  # weights fit, whatever is done to the map
+    assert model.state_dict().keys() == build().state_dict().keys()  # the refinement changes no weights
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard", "off"])
@@ -653,9 +653,9 @@ def test_loss_is_the_weighted_sum_of_its_terms(kind, size):
 )
 @pytest.mark.parametrize("scaled", [True, False])
 def test_loss_terms_from_the_outputs(scaled, changes):
-    """Each term again, from the outputs of the two views, for a flip (whose maps need no resizing).
+    """Each term recomputed from the outputs of the two views, for a flip (whose maps need no resizing).
 
-    A refined CAM on a finer grid is compared on that of the CAM, and its min-pooling is of its own.
+    A refined CAM on a finer grid is compared on the CAM's grid; min-pooling takes the finer grid.
     """
     model = build(**changes).eval()
     image, grade = pictures(), torch.tensor([1, 3])
@@ -773,7 +773,7 @@ def test_class_weights_scale_the_pictures_of_a_grade():
 
 
 def test_training_learns():
-    """Whether a lit square is there is learned in a few steps under the whole objective."""
+    """A few steps under the whole objective teach whether there is a bright square."""
     torch.manual_seed(0)
     image = 0.1 * torch.randn(8, 3, 64, 64)
     grade = torch.tensor([0, 3] * 4)
@@ -790,7 +790,7 @@ def test_training_learns():
     assert torch.equal(grade_probabilities(model(image).logits, config).argmax(1), grade)
 
 
-# What a preset says whatever the defaults are, which "ercn" has; in all else it equals them. For the demo only what.
+# Fields that a preset sets; "ercn" has the defaults, and all other fields equal them. For the demo only the names.
 NO_MIL = {"pool": "none", "fusion": "cam"}
 OF_SEAM = {"cam_pool": "linear", "cam_scale": 10.0, "center": False, "confidence": "relative"}
 OF_SEAM |= {"refinement": ("affinity",), "steps": 1, "refine_stride": 0, "detach": True}
@@ -843,7 +843,7 @@ def test_every_preset_is_tested():
 @pytest.mark.parametrize("name, weight", [("ecr", 0.5), ("min_pool", 2.0)])
 @pytest.mark.parametrize("refinement", [(), ("pamr",)])
 def test_a_loss_that_could_teach_nothing_is_refused(name, weight, refinement):
-    """With the gradient stopped, all that these terms train is the embedding of an affinity."""
+    """With the gradient stopped, these terms train only the embedding of an affinity."""
     others = LossConfig(er=1.0, ecr=0.0, consistency=1.0, min_pool=0.0)
     config = TrainConfig(model=replace(SMALL, refinement=refinement), loss=replace(others, **{name: weight}))
     assert config.model.detach
@@ -877,7 +877,7 @@ def test_presets_train(name, taught):
     )
     total, _ = ercn_loss(model, pictures(2, 97, 97), torch.tensor([1, 4]), model_config, recipe.loss, transform)
     total.backward()
-    without = {name for name, p in model.named_parameters() if p.grad is None}  # the embedding that no loss teaches
+    without = {name for name, p in model.named_parameters() if p.grad is None}  # the embedding, which no loss trains
     affinity = {name for name, _ in model.named_parameters() if name.startswith("refinement.")}
     assert without == (set() if taught else affinity)
     assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if name not in without)

@@ -1,4 +1,4 @@
-"""Weights of files: every layout gives the features of the network that it is of, and nothing is loaded silently."""
+"""Weights of files: every layout gives the features of its own network, and nothing is loaded or lost silently."""
 
 import argparse
 import json
@@ -29,13 +29,13 @@ BACKBONE = ModelConfig(backbone="mobilenetv3_small_050", embed_dim=8, pool_dim=8
 
 
 def loaded_from(path, name, stride, **kwargs):
-    """The backbone as timm has it, so that its features are those of the file's network."""
+    """The backbone without corrections, whose features are those of the file's network."""
     torch.manual_seed(7)
     return create_backbone(name, stride, pretrained=str(path), kwargs=kwargs, geometry=1).eval()
 
 
 def vary(network):
-    """Scales, shifts and statistics of a new network, all 1 or 0, drawn, so that to mix them up shows."""
+    """Random scales, shifts and statistics instead of 1 and 0, so that mixed-up tensors show."""
     generator = torch.Generator().manual_seed(1)
     for key, value in network.state_dict().items():
         if value.is_floating_point() and value.ndim < 2 or "layer_scale" in key:
@@ -61,7 +61,7 @@ def tokens(vit, image):
             32,
             {},
             64,
-            "timm",  # whose names these are
+            "timm",  # the layout of the names
         ),
         (
             torchvision.regnet_x_400mf,
@@ -159,7 +159,7 @@ def test_retfound_at_another_size(tmp_path):
                 assert torch.equal(value, saved["model"][key.removeprefix("model.")]), key
     given, grown = saved["model"]["pos_embed"], large.state_dict()["model.pos_embed"]
     assert torch.equal(own.state_dict()["model.pos_embed"], given)
-    assert torch.equal(grown[:, 0], given[:, 0])  # of the class token
+    assert torch.equal(grown[:, 0], given[:, 0])  # position of the class token
     grid = given[:, 1:].unflatten(1, (3, 3)).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(grid, (6, 6), mode="bicubic", antialias=True)
     torch.testing.assert_close(grown[:, 1:].unflatten(1, (6, 6)).permute(0, 3, 1, 2), expected)
@@ -207,7 +207,7 @@ def test_tables_of_relative_positions_are_interpolated(tmp_path):
 )
 @pytest.mark.parametrize("name, stride", [("test_resnet", 16), ("test_convnext", 32)])
 def test_what_stands_before_the_names_is_found(tmp_path, wrap, prefix, name, stride):
-    """timm's whole networks, whose names a feature extractor's are not: stages.0 there is stages_0 here."""
+    """timm's whole networks have other names than its feature extractors: stages.0 becomes stages_0."""
     torch.manual_seed(0)
     source, other = timm.create_model(name), timm.create_model(name)
     torch.save(wrap(source.state_dict(), other.state_dict()), tmp_path / "weights.pt")
@@ -218,7 +218,7 @@ def test_what_stands_before_the_names_is_found(tmp_path, wrap, prefix, name, str
 
 
 def test_exports_of_ours(tmp_path):
-    """A run of pre-training and one of training, as folder, as export folder and as file; to the bit."""
+    """Runs of pre-training and training, given as folder, export folder or file, load bit by bit."""
     torch.manual_seed(1)
     config = TrainConfig(model=BACKBONE)
     model = ERCN(BACKBONE)
@@ -311,7 +311,7 @@ def resnet():
     return timm.create_model("test_resnet").state_dict()
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch, at the rare kinds
+@pytest.mark.filterwarnings("ignore")  # torch warns of the rare kinds
 @pytest.mark.parametrize(
     "change, fault",
     [
@@ -334,7 +334,7 @@ def test_what_cannot_be_a_weight_is_refused(tmp_path, resnet, change, fault):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
 def test_floats_of_another_width_are_loaded(tmp_path, resnet, dtype):
-    """Everything in it, which of the counts of batches makes floats: these stay as they are in a new network."""
+    """Half precision turns counts of batches into floats too; these are not loaded."""
     given = {key: value.to(dtype) for key, value in resnet.items()}
     torch.save(given, tmp_path / "w.pth")
     backbone = loaded_from(tmp_path / "w.pth", "test_resnet", 16)
@@ -392,7 +392,7 @@ def test_suffixes_in_capitals(tmp_path, resnet):
     [
         ("vit_tiny_patch16_224", 16, VIT, "pos_embed", 1, (0, 1, 3, 7)),
         ("swin_tiny_patch4_window7_224", 8, SWIN, "layers.0.blocks.0.attn.relative_position_bias_table", 0, (0, 3, 7)),
-        ("hiera_tiny_224", 32, HIERA, "pos_embed", 1, (4,)),  # whose patches do not say their grid
+        ("hiera_tiny_224", 32, HIERA, "pos_embed", 1, (4,)),  # its patch embedding has no grid size
     ],
 )
 def test_positions_that_are_no_square_are_refused(tmp_path, name, stride, kwargs, key, axis, lengths):
@@ -454,7 +454,7 @@ def test_the_setting():
 
 
 def test_a_run_tells_what_it_started_from(tmp_path, capsys, monkeypatch):
-    """On its terminal, in model.json and in the model card."""
+    """The terminal, model.json and the model card tell it."""
     monkeypatch.setattr(fit, "write_report", lambda run: None)
     monkeypatch.setattr(fit, "BOOTSTRAP", 20)
     prepare(PrepareConfig(out=str(tmp_path / "data"), patients=12, size=64, workers=1, progress=False))

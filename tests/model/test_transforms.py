@@ -1,4 +1,4 @@
-"""The maps A: exact where they are permutations, aligned between resolutions elsewhere, functions of the generator."""
+"""The maps A: permutations are exact, others agree between resolutions; draws depend on the generator only."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def generator(seed=0):
 
 
 def centers(n, align_corners):
-    """Of n elements of the field of view, from -1 to 1 between the outer ones, or the edges of n equal cells."""
+    """Coordinates of n elements of the field of view, from -1 to 1 between the outer centres or the outer edges."""
     if align_corners:
         return torch.linspace(-1, 1, n, dtype=torch.float64)
     return (2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1

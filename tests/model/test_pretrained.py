@@ -259,7 +259,7 @@ def test_an_export_of_another_backbone_or_shape_is_refused(tmp_path):
         loaded_from(tmp_path, BACKBONE.backbone, 16)
 
 
-SMALL = {"channels": (8, 8, 8, 8)}  # of a ResNet, whose names stay
+SMALL = {"channels": (8, 8, 8, 8)}  # narrow; the names are those of the full ResNet
 
 
 def test_another_networks_weights_name_what_is_needed_and_what_is_there(tmp_path):

@@ -119,8 +119,9 @@ def parse(command: str, cls: type, argv: Sequence[str]) -> Any:
     try:
         values = parser.parse_args(list(argv)).as_dict()
     except ArgumentError as error:
-        text = " ".join(str(error).split()).replace("<class '", "").replace("'>", "").replace("typing.", "")
-        text = text.replace('Parser key "', "--").replace('":', ":", 1)
+        key, colon, reason = str(error).removeprefix('Parser key "').partition('":')
+        text = f"--{key}: {reason}" if colon else str(error)
+        text = " ".join(text.split()).replace("<class '", "").replace("'>", "").replace("typing.", "")
         raise ValueError(f"{text}; ercn {command} --help lists the options") from error
     del values["config"]
     return configs.from_dict(cls, values)
@@ -144,9 +145,9 @@ def _parser(command: str, cls: type, defaults: dict[str, Any] | None) -> Any:
     flags = {f.name: f.default for f in dataclasses.fields(cls) if f.type == "bool"} if command == "bench" else {}
     parser.add_class_arguments(cls, skip=set(flags), default=defaults)
     help_texts = {param.arg_name: param.description for param in docstring_parser.parse(cls.__doc__ or "").params}
-    for name, default in flags.items():  # --quick and --no-memory, without a value
-        no = ActionYesNo(no_prefix="no-")
-        parser.add_argument(f"--{name}", action=no, default=default, help=help_texts[name])
+    for name, default in flags.items():  # --quick and --no-memory take no value
+        switch = ActionYesNo(no_prefix="no-")
+        parser.add_argument(f"--{name}", action=switch, default=default, help=help_texts[name])
     if words:
         nargs = "?" if command == "bench" else "*"
         parser.add_argument(words, nargs=nargs, type=str, default=SUPPRESS, help=f"the same as --{words}")

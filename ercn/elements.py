@@ -50,14 +50,13 @@ class CentredConv2d(nn.Conv2d):
     """A convolution of stride s, its odd kernel moved onto the middle of cells of s × s: k ⊗ [1, 1] ⊗ [1, 1] / 4.
 
     [B, C, h, w] -> [B, D, h / s, w / s] for sides that s divides, zeros beyond the edges. It shares the weights of the
-    convolution ``of``, which it replaces.
+    convolution that it replaces.
     """
 
-    def __init__(self, of: nn.Conv2d) -> None:
-        super().__init__(
-            of.in_channels, of.out_channels, of.kernel_size, of.stride, groups=of.groups, bias=False, device="meta"
-        )
-        self.weight, self.bias = of.weight, of.bias
+    def __init__(self, conv: nn.Conv2d) -> None:
+        arguments = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride
+        super().__init__(*arguments, groups=conv.groups, bias=False, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         weight = sum(F.pad(self.weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1)) / 4
@@ -225,13 +224,13 @@ def _linear(module: nn.Module) -> nn.Module | None:
     return nn.Identity() if leaf and "Norm" in type(module).__name__ else None
 
 
-def _unstandardised(of: nn.Conv2d) -> nn.Conv2d:
+def _unstandardised(conv: nn.Conv2d) -> nn.Conv2d:
     """The convolution without timm's standardisation of weights, which turns a constant kernel into 0."""
     from timm.layers import Conv2dSame
 
-    kind = Conv2dSame if getattr(of, "same_pad", False) else nn.Conv2d
-    arguments = of.in_channels, of.out_channels, of.kernel_size, of.stride, of.padding, of.dilation, of.groups
-    return kind(*arguments, bias=of.bias is not None, device=of.weight.device)
+    kind = Conv2dSame if getattr(conv, "same_pad", False) else nn.Conv2d
+    arguments = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    return kind(*arguments, conv.groups, bias=conv.bias is not None, device=conv.weight.device)
 
 
 def _fill(probe: nn.Module) -> None:

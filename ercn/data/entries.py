@@ -99,7 +99,7 @@ class Masks:
         self._pictures = {kind: Pictures(existing(folder)) for kind, folder in folders.items()}
         self._suffixes = suffixes or dict.fromkeys(folders, "")
 
-    def of(self, id: str) -> dict[str, Path]:
+    def find(self, id: str) -> dict[str, Path]:
         """The masks that this picture has."""
         names = {kind: id + suffix for kind, suffix in self._suffixes.items()}
         return {

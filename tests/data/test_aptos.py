@@ -27,7 +27,7 @@ def test_pictures_without_a_label_and_labels_without_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "rows", "told"),
+    ("header", "rows", "words"),
     [
         ("id_code", [("a",)], "needs one column 'diagnosis'; found the columns 'id_code'"),
         ("id,diagnosis", [("a", 0)], "needs one column 'id_code'"),
@@ -38,10 +38,10 @@ def test_pictures_without_a_label_and_labels_without_a_picture(tmp_path):
         ("id_code,diagnosis", [], "no rows"),
     ],
 )
-def test_faults_of_the_labels(tmp_path, header, rows, told):
+def test_faults_of_the_labels(tmp_path, header, rows, words):
     write_csv(tmp_path / "train.csv", header, rows)
     message = fault(read_aptos, str(tmp_path))
-    assert str(tmp_path / "train.csv") in message and told in message
+    assert str(tmp_path / "train.csv") in message and words in message
 
 
 def test_missing_files(tmp_path):

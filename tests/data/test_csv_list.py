@@ -40,7 +40,7 @@ HEADER = "path,label,patient,mask_he"
 
 
 @pytest.mark.parametrize(
-    ("header", "row", "told"),
+    ("header", "row", "words"),
     [
         (HEADER, ("a.jpg", "mild", "p", ""), "row 2: column 'label': 'mild' is not one of 0, 1, … 99"),
         (HEADER, ("a.jpg", "-1", "p", ""), "'-1' is not one of"),
@@ -66,10 +66,10 @@ HEADER = "path,label,patient,mask_he"
         ("path,label,patient,mask_a/b", ("a", 1, "p", ""), "column 'mask_a/b' must be mask_ and a lesion's name"),
     ],
 )
-def test_faults(tmp_path, header, row, told):
+def test_faults(tmp_path, header, row, words):
     write_csv(tmp_path / "m.csv", header, [row])
     message = fault(read_csv_list, str(tmp_path / "m.csv"), "label")
-    assert str(tmp_path / "m.csv") in message and told in message
+    assert str(tmp_path / "m.csv") in message and words in message
 
 
 def test_pictures_that_would_be_prepared_under_one_name(tmp_path):

@@ -37,7 +37,7 @@ def test_blanks_between_name_and_grade(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "words"),
     [
         ("a.jpg 6\n", "train.txt: 1 fault(s): row 1: column 'grade': '6' is not one of 0, 1, 2, 3, 4"),
         ("a.jpg 0\na.jpg\n", "train.txt: 1 fault(s): row 2: 1 values for 2 columns"),
@@ -47,8 +47,8 @@ def test_blanks_between_name_and_grade(tmp_path, line):
         ("", "train.txt: no rows"),
     ],
 )
-def test_faults_of_the_grades(tmp_path, text, told):
-    assert told in fault(read_ddr, write(tmp_path, text))
+def test_faults_of_the_grades(tmp_path, text, words):
+    assert words in fault(read_ddr, write(tmp_path, text))
 
 
 def test_missing_grading_files(tmp_path):

@@ -54,7 +54,7 @@ def test_what_the_folders_have_too_much_or_too_little(tree):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "words"),
     [
         ("name,grade\n0000_1.png,1\n", "row 1: column 'grade': 'grade' is not one of 0, 1, 2, 3, 4"),
         ("0000_1.png,5\n", "row 1: column 'grade': '5' is not one of"),
@@ -63,10 +63,10 @@ def test_what_the_folders_have_too_much_or_too_little(tree):
         ("", "no rows"),
     ],
 )
-def test_faults_of_the_grades(tree, text, told):
+def test_faults_of_the_grades(tree, text, words):
     (tree / "Seg-set" / "DR_Seg_Grading_Label.csv").write_text(text)
     message = fault(read_fgadr, str(tree))
-    assert "DR_Seg_Grading_Label.csv" in message and told in message
+    assert "DR_Seg_Grading_Label.csv" in message and words in message
 
 
 def test_a_missing_folder(tree, tmp_path):

@@ -54,7 +54,7 @@ def test_the_publishers_test_split_is_kept_and_the_rest_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "words"),
     [
         ([("IDRiD_001", 5, 0, "", "")], "row 2: column 'Retinopathy grade': '5' is not one of 0, 1, 2, 3, 4"),
         ([("IDRiD_001", "", 0, "", "")], "row 2: column 'Retinopathy grade': '' is not one of"),
@@ -62,9 +62,9 @@ def test_the_publishers_test_split_is_kept_and_the_rest_split(tmp_path):
         ([("IDRiD_001", 1, 0, "x", "")], "row 2: 5 values for 3 columns"),
     ],
 )
-def test_faults_of_the_grades(tmp_path, rows, told):
+def test_faults_of_the_grades(tmp_path, rows, words):
     message = fault(read_idrid, write(tmp_path, rows), "dr")
-    assert "a. IDRiD_Disease Grading_Training Labels.csv" in message and told in message
+    assert "a. IDRiD_Disease Grading_Training Labels.csv" in message and words in message
 
 
 def test_missing_grading_files(tmp_path):
@@ -76,7 +76,7 @@ def test_missing_grading_files(tmp_path):
     assert "label must be 'dr' or 'dme'" in fault(read_idrid, root, "grade")
 
 
-def test_grading_pictures_without_a_label_are_told(tmp_path):
+def test_grading_pictures_without_a_label_are_reported(tmp_path):
     root = write(tmp_path, [("IDRiD_001", 0, 0, "", "")])
     touch(tmp_path / PART / "1. Original Images" / "b. Testing Set" / "IDRiD_002.jpg")
     assert read_idrid(root, "dr").notes == {"no label, left out": ["b. Testing Set/IDRiD_002.jpg"]}
@@ -170,6 +170,6 @@ def test_masks_that_cannot_be_used_are_named(segmentation, tmp_path, capsys):
     options = {"size": 64, "workers": 1, "progress": False}
     made = prepare(PrepareConfig(dataset="idrid_segmentation", root=str(root), out=str(tmp_path / "d"), **options))
     assert {r.id for r in Manifest.load(made).records} == {"IDRiD_03", "IDRiD_04", "IDRiD_05", "IDRiD_06"}
-    told = capsys.readouterr().err
-    assert "1. Microaneurysms/IDRiD_01_MA.tif: not a picture" in told
-    assert "IDRiD_02_HE.tif: a mask of 20 x 30 for a photograph of" in told and str(tmp_path) not in told
+    printed = capsys.readouterr().err
+    assert "1. Microaneurysms/IDRiD_01_MA.tif: not a picture" in printed
+    assert "IDRiD_02_HE.tif: a mask of 20 x 30 for a photograph of" in printed and str(tmp_path) not in printed

@@ -91,8 +91,8 @@ def test_a_bomb_is_refused_by_its_header(tmp_path):
     header[16:24] = (50_000).to_bytes(4, "big") * 2
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(header)
-    told = "bomb.png: 50000 x 50000 lies in a square of 2500000000 pixels; max_pixels is 200000000"
-    with pytest.raises(DataError, match=told):
+    message = "bomb.png: 50000 x 50000 lies in a square of 2500000000 pixels; max_pixels is 200000000"
+    with pytest.raises(DataError, match=message):
         read_picture(tmp_path / "bomb.png", max_pixels=200_000_000)
 
 

@@ -118,18 +118,18 @@ def test_a_label_where_there_is_only_one_is_refused(dataset, tmp_path):
         prepare(PrepareConfig(dataset=dataset, label="dr", **options))
 
 
-def test_notes_are_told_in_short_and_kept_whole(tmp_path, capsys):
+def test_notes_are_reported_in_short_and_kept_whole(tmp_path, capsys):
     write_aptos_tree(tmp_path / "a")
     for number in range(30):
         touch(tmp_path / "a" / "test_images" / f"{number:02}.png")
     made = prepare(PrepareConfig(dataset="aptos", root=str(tmp_path / "a"), out=str(tmp_path / "d"), **SMALL))
-    told = capsys.readouterr().err
-    assert "no label, left out: 31: test_images/00.png, " in told and told.endswith("test_images/19.png, and 11 more\n")
+    err = capsys.readouterr().err
+    assert "no label, left out: 31: test_images/00.png, " in err and err.endswith("test_images/19.png, and 11 more\n")
     kept = json.loads((made / "prepare.json").read_text())["notes"]["no label, left out"]
     assert len(kept) == 31 and "test_images/29.png" in kept
 
 
-def test_lesions_that_preparing_loses_are_told_also_when_it_goes_on(tmp_path, capsys):
+def test_lesions_that_preparing_loses_are_reported_also_when_it_goes_on(tmp_path, capsys):
     picture = Image.new("RGB", (400, 300))
     picture.paste((120, 70, 40), (100, 50, 300, 250))
     point, beside = Image.new("L", (400, 300)), Image.new("L", (400, 300))
@@ -143,8 +143,8 @@ def test_lesions_that_preparing_loses_are_told_also_when_it_goes_on(tmp_path, ca
     for _ in range(2):
         records = {r.id: r for r in Manifest.load(prepare(config)).records}
         assert records["a"].masks == {} and set(records["b"].masks) == {"he"}
-        told = capsys.readouterr().err
-        assert "mask is empty at this size: 1: a he" in told and "mask reaches outside of the crop: 1: b he" in told
+        err = capsys.readouterr().err
+        assert "mask is empty at this size: 1: a he" in err and "mask reaches outside of the crop: 1: b he" in err
 
 
 def test_other_masks_of_the_same_photographs_are_refused(tmp_path):
@@ -214,8 +214,8 @@ def test_masks_and_pictures_by_name(tmp_path):
     for name in ("he/A_HE.TIF", "he/b_HE.tif", "he/b_HE.png", "ma/A_MA.tif"):
         touch(tmp_path / name)
     masks = Masks({"hemorrhages": tmp_path / "he", "dots": tmp_path / "ma"}, {"hemorrhages": "_HE", "dots": "_MA"})
-    assert masks.of("a") == {"hemorrhages": tmp_path / "he" / "A_HE.TIF", "dots": tmp_path / "ma" / "A_MA.tif"}
-    assert masks.of("c") == {} and masks.strays(["a"]) == ["he/b_HE.png"] and masks.doubles == ["he/b_HE.tif"]
+    assert masks.find("a") == {"hemorrhages": tmp_path / "he" / "A_HE.TIF", "dots": tmp_path / "ma" / "A_MA.tif"}
+    assert masks.find("c") == {} and masks.strays(["a"]) == ["he/b_HE.png"] and masks.doubles == ["he/b_HE.tif"]
     assert list(Pictures(tmp_path / "nowhere", tmp_path / "ma")) == ["A_MA"]
 
 

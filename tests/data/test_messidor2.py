@@ -43,7 +43,7 @@ def test_names_are_matched_whatever_their_case_and_extension(tmp_path):
     assert found.notes == {"no label, left out": ["IMAGES/c.JPG"]}
 
 
-def test_ungradable_pictures_are_told(tmp_path):
+def test_ungradable_pictures_are_reported(tmp_path):
     root = write(tmp_path, [("a.png", "", "", 0), ("b.png", 3, 1, 0)])
     touch(tmp_path / "IMAGES" / "a.png")
     found = read_messidor2(root, "dr")
@@ -51,7 +51,7 @@ def test_ungradable_pictures_are_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "words"),
     [
         ([("a.png", 5, 0, 1)], "row 2: column 'adjudicated_dr_grade': '5' is not one of 0, 1, 2, 3, 4"),
         ([("a.png", 1.0, 0, 1)], "'1.0' is not one of"),
@@ -60,22 +60,22 @@ def test_ungradable_pictures_are_told(tmp_path):
         ([("c.png", 1, 0, 1)], "row 2: column 'image_id': 'c' is in no pair of messidor-2.csv"),
     ],
 )
-def test_faults_of_the_grades(tmp_path, rows, told):
+def test_faults_of_the_grades(tmp_path, rows, words):
     message = fault(read_messidor2, write(tmp_path, rows), "dr")
-    assert "messidor_data.csv" in message and told in message
+    assert "messidor_data.csv" in message and words in message
 
 
 @pytest.mark.parametrize(
-    ("pairs", "header", "told"),
+    ("pairs", "header", "words"),
     [
         (["a;b", "b;c"], "left;right", "row 3: column 'left': 'b' again; first in row 2"),
         (["a;"], "left;right", "row 2: column 'right': '' is not a picture's name"),
         (["a,b"], "left,right", "needs one column 'left'; found the columns 'left,right'"),
     ],
 )
-def test_faults_of_the_pairs(tmp_path, pairs, header, told):
+def test_faults_of_the_pairs(tmp_path, pairs, header, words):
     message = fault(read_messidor2, write(tmp_path, [("a.png", 1, 0, 1)], pairs, pair_header=header), "dr")
-    assert "messidor-2.csv" in message and told in message
+    assert "messidor-2.csv" in message and words in message
 
 
 def test_missing_files(tmp_path):

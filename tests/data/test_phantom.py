@@ -198,9 +198,9 @@ print(*[hashlib.sha256(render_phantom(*one)[0].tobytes()).hexdigest() for one in
     if not usable:
         pytest.skip("numpy has one kernel for this processor")
     environment = os.environ | {"NPY_DISABLE_CPU_FEATURES": " ".join(usable)}
-    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     here = [hashlib.sha256(render_phantom(*one)[0].tobytes()).hexdigest() for one in arguments]
-    assert told.stdout.split() == here
+    assert result.stdout.split() == here
 
 
 def test_anatomy_differs_between_patients_and_is_alike_in_both_eyes():

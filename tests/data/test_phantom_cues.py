@@ -108,8 +108,8 @@ def graded(features, truth, train):
 
 def test_the_judge_finds_grades_where_they_are(pictures):
     _, truth, train = pictures
-    told = truth[:, None] + np.random.default_rng(0).normal(scale=0.5, size=(len(truth), 1))
-    assert graded(told, truth, train) > 0.85
+    noisy = truth[:, None] + np.random.default_rng(0).normal(scale=0.5, size=(len(truth), 1))
+    assert graded(noisy, truth, train) > 0.85
     assert abs(graded(np.random.default_rng(1).normal(size=(len(truth), 5)), truth, train)) < 0.2
 
 

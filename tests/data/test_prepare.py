@@ -154,9 +154,9 @@ def test_bad_pictures_are_named_skipped_and_listed(eyepacs, tmp_path, capsys, wo
     reasons = {one["source"]: one["reason"] for one in about["skipped"]}
     assert set(reasons) == {f"train/{path.name}" for path in bad} and len(before) == 16
     parts = ("cannot be decoded", "not a picture", "no such file", "1440000 pixels; max_pixels is 1000000")
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for path, part in zip(bad, parts):
-        assert part in reasons[f"train/{path.name}"] and f"skipped train/{path.name}: " in told
+        assert part in reasons[f"train/{path.name}"] and f"skipped train/{path.name}: " in printed
 
     # one too many: an error that names them
     with pytest.raises(DataError, match="4 pictures cannot be read, max_unreadable is 3") as raised:
@@ -169,7 +169,7 @@ def test_bad_pictures_are_named_skipped_and_listed(eyepacs, tmp_path, capsys, wo
     assert set(after) - set(before) == {bad[2].stem} and before.items() <= after.items()
 
 
-def test_missing_pictures_are_told_before_the_work(eyepacs, tmp_path):
+def test_missing_pictures_are_reported_before_the_work(eyepacs, tmp_path):
     for path in (eyepacs / "train").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="20 pictures cannot be read, max_unreadable is 10") as raised:
@@ -216,7 +216,7 @@ def test_a_patient_in_the_publishers_two_splits_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         ({"size": 96}, r"size=64 \(now 96\)"),
         ({"seed": 1}, r"seed=0 \(now 1\)"),
@@ -224,9 +224,9 @@ def test_a_patient_in_the_publishers_two_splits_is_named(tmp_path):
         ({"fractions": (0.5, 0.2, 0.3)}, r"fractions=\[0.7, 0.1, 0.2\] \(now \[0.5, 0.2, 0.3\]\)"),
     ],
 )
-def test_other_settings_in_the_same_folder_are_refused(phantom, change, told):
+def test_other_settings_in_the_same_folder_are_refused(phantom, change, words):
     before = contents(phantom)
-    with pytest.raises(DataError, match=f"prepared with other settings: .*{told}"):
+    with pytest.raises(DataError, match=f"prepared with other settings: .*{words}"):
         prepare(PrepareConfig(out=str(phantom), **({"patients": 30} | SMALL | change)))
     assert contents(phantom) == before
 
@@ -246,8 +246,8 @@ def test_other_photographs_under_the_same_labels_are_refused(eyepacs, tmp_path):
     size, content = one.stat().st_size, one.read_bytes() + b"0"
     put(one, content)
     gone.unlink()
-    told = f"d was prepared from other photographs: images/10_left.jpg from {size} bytes, {one} has {size + 1}; choose"
-    with pytest.raises(DataError, match=told):
+    words = f"d was prepared from other photographs: images/10_left.jpg from {size} bytes, {one} has {size + 1}; choose"
+    with pytest.raises(DataError, match=words):
         prepare(config(eyepacs, tmp_path / "d"))
     assert contents(tmp_path / "d") == before  # nor is it marked as unfinished
     (tmp_path / "d" / "images" / "10_left.jpg").unlink()
@@ -255,7 +255,7 @@ def test_other_photographs_under_the_same_labels_are_refused(eyepacs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "words"),
     [
         ({"size": 16}, "size must be at least 32"),
         ({"out": ""}, "out must be the folder"),
@@ -266,8 +266,8 @@ def test_other_photographs_under_the_same_labels_are_refused(eyepacs, tmp_path):
         ({"fractions": (1.0, 1.0, 1.0)}, "fractions must be three numbers"),
     ],
 )
-def test_wrong_settings_are_named(tmp_path, options, told):
-    with pytest.raises(ValueError, match=told):
+def test_wrong_settings_are_named(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
         prepare(PrepareConfig(**({"out": str(tmp_path / "d")} | SMALL | options)))
     assert not (tmp_path / "d").exists()
 
@@ -330,7 +330,7 @@ def edit(path, row, **values):
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "words"),
     [
         ({"split": "elsewhere"}, "row 2: column 'split': 'elsewhere' is not one of train, val, test"),
         ({"grade": "2.0"}, "row 2: column 'grade': '2.0' is not one of 0, 1, 2, 3, 4"),
@@ -340,9 +340,9 @@ def edit(path, row, **values):
         ({"source": "x"}, "SHA-256 differs"),
     ],
 )
-def test_a_changed_manifest_is_refused(copy, values, told):
+def test_a_changed_manifest_is_refused(copy, values, words):
     edit(copy / "manifest.csv", 0, **values)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=words):
         Manifest.load(copy)
 
 
@@ -353,7 +353,7 @@ def test_a_patient_moved_to_two_splits_is_named(copy):
         Manifest.load(copy)
 
 
-def test_a_folder_that_is_none_is_told(copy, tmp_path_factory):
+def test_a_folder_that_is_none_is_reported(copy, tmp_path_factory):
     with pytest.raises(DataError, match="is not a folder that `ercn prepare` wrote"):
         Manifest.load(tmp_path_factory.mktemp("empty"))
     (copy / "splits.json").unlink()

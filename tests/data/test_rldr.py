@@ -73,7 +73,7 @@ def test_what_the_folders_have_too_much_or_too_little(tree):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "words"),
     [
         (("10_left", 0, 5), "row 2: column 'our label': '5' is not one of 0, 1, 2, 3, 4"),
         (("10", 0, 1), "row 2: column 'image id': '10' is not <patient>_left or <patient>_right"),
@@ -81,10 +81,10 @@ def test_what_the_folders_have_too_much_or_too_little(tree):
         (("10_left", 0), "row 2: 2 values for 3 columns"),
     ],
 )
-def test_faults_of_the_grades(tree, row, told):
+def test_faults_of_the_grades(tree, row, words):
     write_csv(tree / "dr_grades.csv", "image id,kaggle label,our label", [row])
     message = fault(read_rldr, str(tree), "ours")
-    assert "dr_grades.csv" in message and told in message
+    assert "dr_grades.csv" in message and words in message
 
 
 def test_missing_and_unknown_files(tree, tmp_path):

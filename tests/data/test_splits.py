@@ -64,7 +64,7 @@ def test_an_empty_class_is_named():
         check_splits(rows[:2], NAMES, "labels.csv")
 
 
-def test_a_class_that_is_missing_in_val_or_test_is_told():
+def test_a_class_that_is_missing_in_val_or_test_is_reported():
     rows = [(str(g), str(g), g, "train") for g in range(3)] + [("v", "v", 1, "val")]
     assert check_splits(rows, NAMES, "labels.csv") == [
         "no picture of grade 0 (none), 2 (severe) in the val split",

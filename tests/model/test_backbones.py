@@ -383,8 +383,8 @@ def test_advice_for_a_network_of_one_size(monkeypatch):
     assert planning.changes(fixed, lambda one: False) == []  # nothing is left, and nothing raises
     monkeypatch.setattr(planning, "available", lambda config: found[-1].footprint.peak / 0.9)
     monkeypatch.setattr(planning, "changes", lambda config, fits: found)
-    told = planning.advice(built)
-    options = shlex.split(told[told.index("--") :])
+    advice = planning.advice(built)
+    options = shlex.split(advice[advice.index("--") :])
     again = cli.parse("train", TrainConfig, options)
     assert again.model.backbone_kwargs == {"img_size": sizes[-1][0]} | VIT and again.data.image_size == sizes[-1][0]
 

@@ -188,9 +188,9 @@ def test_advice_that_fails_hides_no_error(failed):
 
 def test_advice_for_a_run_without_memory(monkeypatch):
     monkeypatch.setattr(planning, "available", lambda config: 2.2e9 / 0.9)
-    told = planning.advice(LARGE)
-    assert "GB by prediction, and 2.44 GB are there; " in told
-    assert told.endswith("GB with --run.grad_checkpointing true --data.batch_size 2 --run.accumulate 2")
+    advice = planning.advice(LARGE)
+    assert "GB by prediction, and 2.44 GB are there; " in advice
+    assert advice.endswith("GB with --run.grad_checkpointing true --data.batch_size 2 --run.accumulate 2")
     monkeypatch.setattr(planning, "available", lambda config: 80e9)
     assert "something else takes it or limits it" in planning.advice(LARGE)
     monkeypatch.setattr(planning, "available", lambda config: 1e6)

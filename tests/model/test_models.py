@@ -942,6 +942,23 @@ def test_from_dict_errors(values, message):
         from_dict(configs.PrepareConfig, {"fractions": [0.5, 0.5]})
 
 
+@pytest.mark.parametrize(
+    "cls, values, message",
+    [
+        (configs.RunConfig, {"epochs": "many"}, "epochs must be at least 1; got 'many'"),
+        (configs.RunConfig, {"epochs": None}, "epochs must be at least 1; got None"),
+        (configs.RunConfig, {"ema": 1.0}, "ema must be at least 0 and below 1; got 1.0"),
+        (configs.PretrainConfig, {"momentum": 2}, "momentum must be at least 0 and at most 1; got 2"),
+        (configs.PrepareConfig, {"fractions": (1.0, -0.1, 0.1)}, r"fractions must be at least 0; got \(1.0, .*"),
+        (configs.PredictConfig, {"scales": [0.5]}, r"scales must have 1, .*; got \[0.5\]"),
+    ],
+)
+def test_ranges_hold_in_python_too(cls, values, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        cls(**values)
+    assert configs.PretrainConfig(momentum=None).momentum is None
+
+
 def test_layers_import_without_timm():
     code = (
         "import sys; sys.modules['timm'] = None\n"

@@ -129,10 +129,10 @@ def test_torchvision(tmp_path, make, last, name, stride, kwargs, side, layout):
     image = torch.randn(1, 3, side, side)
     with torch.no_grad():
         torch.testing.assert_close(stages(backbone, image)[-1], last(source, image), rtol=1e-3, atol=1e-4)
-    told = backbone.loaded
-    assert told.layout == layout and told.prefix == "model." and not told.missing and not told.resized
-    assert set(told.unused) <= {"fc", "head", "heads", "classifier", "features", "norm", "encoder"}
-    assert f"{told.tensors} tensors of {tmp_path / 'weights.pth'} ({layout} layout, below 'model.')" in str(told)
+    loaded = backbone.loaded
+    assert loaded.layout == layout and loaded.prefix == "model." and not loaded.missing and not loaded.resized
+    assert set(loaded.unused) <= {"fc", "head", "heads", "classifier", "features", "norm", "encoder"}
+    assert f"{loaded.tensors} tensors of {tmp_path / 'weights.pth'} ({layout} layout, below 'model.')" in str(loaded)
 
 
 def mae(side, dim=32, depth=3):
@@ -163,14 +163,15 @@ def test_retfound_at_another_size(tmp_path):
     grid = given[:, 1:].unflatten(1, (3, 3)).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(grid, (6, 6), mode="bicubic", antialias=True)
     torch.testing.assert_close(grown[:, 1:].unflatten(1, (6, 6)).permute(0, 3, 1, 2), expected)
-    told = large.loaded
+    loaded = large.loaded
     assert (
-        told.resized == {"model.pos_embed": "[1, 10, 32] to [1, 37, 32]"}
-        and told.missing == ()
+        loaded.resized == {"model.pos_embed": "[1, 10, 32] to [1, 37, 32]"}
+        and loaded.missing == ()
         and not own.loaded.resized
     )
-    assert told.unused == {"mask_token": 1, "decoder_pos_embed": 1, "decoder_blocks": 2, "norm": 2, "optimizer": 1}
-    assert "interpolated: model.pos_embed [1, 10, 32] to [1, 37, 32]" in str(told) and "decoder_blocks (2)" in str(told)
+    assert loaded.unused == {"mask_token": 1, "decoder_pos_embed": 1, "decoder_blocks": 2, "norm": 2, "optimizer": 1}
+    assert "interpolated: model.pos_embed [1, 10, 32] to [1, 37, 32]" in str(loaded)
+    assert "decoder_blocks (2)" in str(loaded)
 
 
 def test_tables_of_relative_positions_are_interpolated(tmp_path):
@@ -232,9 +233,9 @@ def test_exports_of_ours(tmp_path):
         pairs = zip(model.backbone.state_dict().values(), started.backbone.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
         assert not torch.equal(started.classifier.weight, model.classifier.weight)
-        told = started.backbone.loaded
-        assert told.layout == f"ercn {command}" and told.prefix == ("backbone." if command == "train" else "")
-        assert json.loads(json.dumps(told.as_dict())) == told.as_dict() and len(told.sha256) == 64
+        loaded = started.backbone.loaded
+        assert loaded.layout == f"ercn {command}" and loaded.prefix == ("backbone." if command == "train" else "")
+        assert json.loads(json.dumps(loaded.as_dict())) == loaded.as_dict() and len(loaded.sha256) == 64
     unused = ERCN(replace(BACKBONE, pretrained=str(tmp_path / "run"))).backbone.loaded.unused
     assert unused["classifier"] == 1 and unused["pool"] == 6
 
@@ -279,7 +280,7 @@ def test_another_networks_weights_name_what_is_needed_and_what_is_there(tmp_path
         loaded_from(tmp_path / "resnet18.pth", "test_convnext", 32)
 
 
-def test_what_a_file_lacks_is_told(tmp_path):
+def test_what_a_file_lacks_is_reported(tmp_path):
     state = timm.create_model("resnet18", **SMALL).state_dict()
     del state["layer4.1.conv2.weight"]
     torch.save(state, tmp_path / "w.pth")
@@ -360,14 +361,14 @@ def test_lists_of_state_dicts_and_files_without_tensors(tmp_path, resnet):
     backbone = loaded_from(tmp_path / "w.pth", "test_resnet", 16)
     assert backbone.loaded.prefix == "0." and backbone.loaded.unused == {"fc": 2, "1": len(resnet)}
     assert torch.equal(backbone.state_dict()["conv1.0.weight"], resnet["conv1.0.weight"])
-    for saved, told in (
+    for saved, words in (
         ([other], "0.conv1.0.weight, "),
         (torch.zeros(3), "a tensor without a name$"),
         ({"epoch": 3}, "no tensors$"),
         ({key: resnet[key] for key in ("conv1.0.weight", "conv1.1.weight")}, "nothing else$"),
     ):
         torch.save(saved, tmp_path / "w.pth")
-        with pytest.raises(ValueError, match=f"; the file has {told}"):
+        with pytest.raises(ValueError, match=f"; the file has {words}"):
             loaded_from(tmp_path / "w.pth", "test_convnext" if saved == [other] else "test_resnet", 32)
 
 
@@ -400,8 +401,8 @@ def test_positions_that_are_no_square_are_refused(tmp_path, name, stride, kwargs
     for length in lengths:
         shape = [length if i == axis else n for i, n in enumerate(state[key].shape)]
         torch.save(state | {key: torch.zeros(shape)}, tmp_path / "w.pth")
-        told = f"1 of another shape ({key} {shape} instead of {list(state[key].shape)})"
-        with pytest.raises(ValueError, match=re.escape(told)):
+        message = f"1 of another shape ({key} {shape} instead of {list(state[key].shape)})"
+        with pytest.raises(ValueError, match=re.escape(message)):
             loaded_from(tmp_path / "w.pth", name, stride, **kwargs)
 
 
@@ -466,11 +467,11 @@ def test_a_run_tells_what_it_started_from(tmp_path, capsys, monkeypatch):
         run=RunConfig(out=str(tmp_path / "run"), epochs=1, accelerator="cpu", progress=False),
     )
     train(config)
-    told = ERCN(config.model).backbone.loaded
-    assert str(told) in capsys.readouterr().out.splitlines()
+    loaded = ERCN(config.model).backbone.loaded
+    assert str(loaded) in capsys.readouterr().out.splitlines()
     (tmp_path / "published.pth").unlink()  # the run needs it no longer
     _, info = load_model(tmp_path / "run")
-    assert info["pretrained"] == told.as_dict() and info["config"] == config
+    assert info["pretrained"] == loaded.as_dict() and info["config"] == config
     card = (tmp_path / "run/export/model_card.md").read_text()
-    assert f"- Start: the backbone's weights from `published.pth` (timm; {told.tensors} tensors" in card
-    assert told.sha256 in card and str(tmp_path) not in card
+    assert f"- Start: the backbone's weights from `published.pth` (timm; {loaded.tensors} tensors" in card
+    assert loaded.sha256 in card and str(tmp_path) not in card

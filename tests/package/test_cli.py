@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from ercn import cli, config
+from ercn.benchmarks.config import BenchConfig, CompareConfig
 
 
 @pytest.fixture
@@ -72,6 +73,22 @@ def test_options_reach_the_nested_fields(called, capsys):
     assert given.run.lr == 1e-5 and given.init == "runs/p"
 
 
+@pytest.mark.parametrize(
+    "argv, config",
+    [
+        (["bench", "--quick", "mil", "--no-memory"], BenchConfig(op="mil", quick=True, memory=False)),
+        (["bench", "compare", "--metric", "time", "a.json", "b c.json"], CompareConfig(("a.json", "b c.json"), "time")),
+        (["report", "--out", "x.html", "a", "b"], config.ReportConfig(("a", "b"), "x.html")),
+    ],
+)
+def test_words_and_flags_fill_their_fields(argv, config, called, capsys, tmp_path):
+    text = run(capsys, *argv, "--print_config")[1]
+    (tmp_path / "c.yaml").write_text(text)
+    command = [word for word in argv[:2] if word in ("bench", "compare", "report")]
+    assert run(capsys, *argv)[0] == run(capsys, *command, "--config", str(tmp_path / "c.yaml"))[0] == 0
+    assert [args for _, args, _ in called] == [(config,), (config,)]
+
+
 def test_printed_config_is_read_back_and_options_win_over_it(called, capsys, tmp_path):
     text = run(capsys, "train", "--preset", "seam", "--print_config")[1]
     assert yaml.safe_load(text) == json.loads(json.dumps(dataclasses.asdict(config.preset("seam"))))
@@ -95,6 +112,8 @@ def test_config_file_wins_over_preset(called, capsys, tmp_path):
         (["train", "--run.epochs", "many"], ["--run.epochs", "int", "many"]),
         (["train", "--model.mask", "maybe"], ["--model.mask", "soft", "maybe"]),
         (["train", "--model.maks", "soft"], ["--model.maks"]),
+        (["train", "--run.epoch", "3"], ["--run.epoch 3"]),
+        (["train", "--model.backbone_kwargs", '{"a": 1'], ["--model.backbone_kwargs: ", '{"a": 1;']),
         (["train", "--preset", "best"], ["best", "seam"]),
         (["train", "--preset"], ["seam", "chikontwe"]),
         (["train", "--config", "/nowhere.yaml"], ["/nowhere.yaml"]),

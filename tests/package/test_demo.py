@@ -1,4 +1,4 @@
-"""The demo's configurations fit together, and its photographs are what `ercn predict` meets. `make demo` runs it."""
+"""The demo's configurations fit together, and its photographs look like a camera's. `make demo` runs it."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def broken_backend(monkeypatch):
     monkeypatch.setattr(_backends, "TABLE", (*_backends.TABLE, row))
 
 
-def test_everything_is_told(capsys):
+def test_every_part_is_printed(capsys):
     assert doctor() == 0
     printed = capsys.readouterr().out
     titles = ("Versions", "Hardware", "Compiled libraries", "Backends", "Training extra", "Environment variables")

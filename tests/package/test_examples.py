@@ -1,4 +1,4 @@
-"""The examples and the code of the README run, and show what they say."""
+"""The examples and the code of the README run, and give the results that they state."""
 
 import importlib.util
 import re
@@ -45,7 +45,7 @@ def test_clam_style_has_the_losses_of_its_plain_twin(monkeypatch):
     right = clam_style.dropout_factors
     monkeypatch.setattr(clam_style, "dropout_factors", lambda seed, *args: right(seed + 1, *args))
     other = torch.tensor(clam_style.main(), dtype=torch.float64)
-    assert (other[:, 0] - other[:, 1]).abs().max() > 1e-3  # the masks are what makes them equal
+    assert (other[:, 0] - other[:, 1]).abs().max() > 1e-3  # equal only with the same masks
     assert torch.equal(other[:, 0], losses[:, 0])
 
 

@@ -16,7 +16,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = read_configuration(ROOT / "pyproject.toml", expand=False)
-# Where the module's name is not the package's.
+# Packages whose modules have another name.
 PACKAGE_OF = {
     "PIL": "pillow",
     "docstring_parser": "docstring-parser",
@@ -24,7 +24,7 @@ PACKAGE_OF = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-OURS = {"ercn", "gpu_report", "toolchain"}  # the last two by scripts that run without an installation
+OURS = {"ercn", "gpu_report", "toolchain"}  # scripts that run without an installation import the last two
 
 
 def package_name(requirement):
@@ -39,13 +39,13 @@ EXTRAS = {
 
 @pytest.fixture(scope="module")
 def source_copy(tmp_path_factory):
-    """The files that the build reads, apart from the tree, so that nothing built before or now mixes in."""
+    """A copy of the files that the build reads, without anything built in the tree."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "constraints.txt", "Makefile"):
         shutil.copy(ROOT / name, copy / name)
     built = shutil.ignore_patterns("lib", "*.so", "_build.json", "__pycache__")
 
-    def not_sources(folder, names):  # nor the links that gpu_check makes
+    def not_sources(folder, names):  # also the links that gpu_check makes
         return {*built(folder, names), *(name for name in names if Path(folder, name).is_symlink())}
 
     for name in ("ercn", "kernels", "benchmarks", "csrc", "docs", "examples", "tests"):

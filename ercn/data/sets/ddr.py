@@ -84,8 +84,8 @@ def read_ddr_segmentation(root: str) -> Published:
         for id in pictures:
             if home.setdefault(id.lower(), name) != name:
                 raise DataError(f"{part}: {id} is in {home[id.lower()]!r} and in {name!r}; it can be in one only")
-            entries.append(Entry(id, pictures.find(id, ".jpg"), None, id, split, masks.of(id)))
-            bare += [] if masks.of(id) else [id]
+            entries.append(Entry(id, pictures.find(id, ".jpg"), None, id, split, masks.find(id)))
+            bare += [] if masks.find(id) else [id]
         strays += masks.strays(list(pictures))
         doubles += pictures.doubles + masks.doubles
     if not entries:

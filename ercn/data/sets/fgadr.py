@@ -54,7 +54,7 @@ def read_fgadr(root: str) -> Published:
         id = stem(values["picture"])
         if table.unique(row, "picture", id, seen):
             grade = table.label(row, "grade", values["grade"], ICDR_GRADES)
-            entries.append(Entry(id, pictures.find(id, ".png"), grade, id, masks=masks.of(id)))
+            entries.append(Entry(id, pictures.find(id, ".png"), grade, id, masks=masks.find(id)))
     table.check()
     found = notes(
         (NO_LABEL, pictures.unused(seen)),

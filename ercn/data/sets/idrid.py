@@ -96,8 +96,8 @@ def read_idrid_segmentation(root: str) -> Published:
             if home.setdefault(id.lower(), name) != name:
                 raise DataError(f"{part}: {id} is in {home[id.lower()]!r} and in {name!r}; it can be in one only")
             made = "test" if split == "test" else None
-            entries.append(Entry(id, pictures.find(id, ".jpg"), None, id, made, masks.of(id)))
-            bare += [] if masks.of(id).keys() - {OPTIC_DISC} else [id]
+            entries.append(Entry(id, pictures.find(id, ".jpg"), None, id, made, masks.find(id)))
+            bare += [] if masks.find(id).keys() - {OPTIC_DISC} else [id]
         strays += masks.strays(list(pictures))
         doubles += pictures.doubles + masks.doubles
     if not entries:

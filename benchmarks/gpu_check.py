@@ -8,7 +8,7 @@ must be told to carry it) and nothing installed but torch and pytest. PYTHON has
 Triton, whose kernels are compiled ahead; the libraries know neither.
 Where the pack does not load there, the libraries are built first, which takes minutes: ``first --seconds 350``. As time
 is left: ``next --seconds 400 --failed OUT/results.jsonl --out OUT2``; afterwards, anywhere: ``report OUT OUT2`` prints
-what was found, and ``ercn bench readme OUT2/bench.json`` writes the README's rows.
+what was found, and ``ercn bench readme OUT2/bench.csv`` writes the README's rows.
 
 Every stage is a process of its own and ends when its time is up. What it finds is a line in OUT/results.jsonl at once,
 what it prints is in OUT/log.txt; OUT/report.md is the report of both. A kernel that hangs, fails or gives a wrong

@@ -446,12 +446,11 @@ def bench(run: Run) -> None:
         config = BenchConfig(device=device, also="generic,sm90_dense", seconds=1.0, without=",".join(LEFT_OUT))
         every = suite("all", device, "standard")
         cases = [case for pattern in BENCH for case in every if re.fullmatch(pattern, case.id)]
-    config = replace(config, save=str(run.out / "bench.json"))
+    config = replace(config, save=str(run.out / "bench.csv"))
     measured = measure_cases(config, list(dict.fromkeys(cases)), device, run.until - CASE_S)
     done = {row["case"] for row in measured["rows"]}
     if left := list(dict.fromkeys(case.id for case in cases if case.id not in done)):
         run.record("bench", name=f"{len(left)} cases from {left[0]} on", status="not done", reason="out of time")
-    (run.out / "bench.csv").unlink()  # few files come back; the JSON holds all of it
 
 
 def profile(run: Run) -> None:

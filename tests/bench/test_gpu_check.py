@@ -20,7 +20,7 @@ import pytest
 import torch
 from _cuda_emulator import load_operators
 
-from ercn.benchmarks import gpu_check, gpu_pack, gpu_report, gpu_smoke, gpu_stages
+from ercn.benchmarks import gpu_check, gpu_pack, gpu_report, gpu_smoke, gpu_stages, results
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
@@ -284,7 +284,7 @@ def test_tile_sizes_that_spill_are_not_timed(monkeypatch, spilled, time):
 def test_bench_that_is_out_of_time_keeps_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_stages.Run, "device", "cpu")
     gpu_stages.bench(a_run(tmp_path, seconds=gpu_stages.CASE_S - 1))
-    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == []
+    assert results.load(tmp_path / "bench.csv")["rows"] == []
     (row,) = gpu_check.rows(tmp_path / gpu_check.RESULTS)
     assert row["status"] == "not done" and row["name"].startswith("2 cases from affinity/")
 
@@ -425,7 +425,7 @@ def test_all_of_it_here(tmp_path):
     ]
     assert [row["status"] for row in of["profile"]] == ["passed", "passed"], log
     assert "tuning needs a GPU" in [row["text"] for row in of["note"]]
-    assert json.loads((tmp_path / "next" / "bench.json").read_text())["rows"]
+    assert results.load(tmp_path / "next" / "bench.csv")["rows"]
     assert len(list((tmp_path / "next").iterdir())) <= 8
     command = [sys.executable, SCRIPT, "report", tmp_path / "first", tmp_path / "next"]
     text = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout

@@ -38,7 +38,7 @@ class Verdict:
 
 
 class Judge:
-    """The exact results of a case, and the error of ``name``: eager, or a blockwise version where eager does not fit."""
+    """The exact results of a case, and the error of ``name``: eager, or a blockwise version where it does not fit."""
 
     def __init__(self, case: Case, device: str, name: str) -> None:
         self.case, self.device, self.name = case, device, name

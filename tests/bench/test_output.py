@@ -1,4 +1,4 @@
-"""Plots, the README's section, and telemetry, on small result files."""
+"""Plots, the performance tables, and telemetry, on small result files."""
 
 import sys
 import types

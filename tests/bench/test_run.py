@@ -24,7 +24,7 @@ PEAKS = {"gemm_gflops": {"float32": 100.0}, "fma_gflops": {}, "copy_gbps": 10.0}
 
 
 def planted(monkeypatch, change, name="ercn-reference"):
-    """Puts ``change(runner)`` in the place of what a variant runs."""
+    """Replaces a variant's runner by ``change(runner)``."""
     original = variants.variants
 
     def table(case, device, *rest):
@@ -377,13 +377,13 @@ def test_rounds_are_interleaved_and_bounded():
     samples = timing.interleave(runners, "cpu", seconds=0, min_rounds=20)
     rounds = ["".join(order[k : k + 3]) for k in range(0, 60, 3)]
     assert {"".join(sorted(turn)) for turn in rounds} == {"abc"} and all(len(v) == 20 for v in samples.values())
-    assert {turn[0] for turn in rounds} == {turn[2] for turn in rounds} == set("abc")  # nobody always follows another
+    assert {turn[0] for turn in rounds} == {turn[2] for turn in rounds} == set("abc")  # no variant always follows the same one
     assert len(timing.interleave(runners, "cpu", seconds=60, min_rounds=1, max_rounds=7)["a"]) == 7
 
 
 def test_summary_and_paired_ratio():
     assert timing.summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
-    # A machine that is twice as slow in half of the rounds moves times, and no ratio.
+    # A machine that is twice as slow in half of the rounds changes times, not ratios.
     assert timing.paired_ratio([2, 4, 2, 4], [1, 2, 1, 2]) == (2, 2, 2)
 
 

@@ -377,7 +377,7 @@ def test_rounds_are_interleaved_and_bounded():
     samples = timing.interleave(runners, "cpu", seconds=0, min_rounds=20)
     rounds = ["".join(order[k : k + 3]) for k in range(0, 60, 3)]
     assert {"".join(sorted(turn)) for turn in rounds} == {"abc"} and all(len(v) == 20 for v in samples.values())
-    assert {turn[0] for turn in rounds} == {turn[2] for turn in rounds} == set("abc")  # no variant always follows the same one
+    assert {turn[0] for turn in rounds} == {turn[2] for turn in rounds} == set("abc")  # none always comes first
     assert len(timing.interleave(runners, "cpu", seconds=60, min_rounds=1, max_rounds=7)["a"]) == 7
 
 

@@ -76,4 +76,4 @@ class ReadmeConfig:
     """
 
     files: tuple[str, ...] = ()
-    readme: str = "README.md"
+    readme: str = "docs/performance.md"

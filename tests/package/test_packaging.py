@@ -18,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = read_configuration(ROOT / "pyproject.toml", expand=False)
 # Where the module's name is not the package's.
 PACKAGE_OF = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-AT_ROOT = ("LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "mkdocs.yml")
-AT_ROOT += (".clang-format", ".editorconfig")
 OURS = {"ercn", "gpu_report", "toolchain"}  # the last two by scripts that run without an installation
 
 
@@ -31,6 +29,10 @@ EXTRAS = {
     extra: {package_name(requirement) for requirement in requirements}
     for extra, requirements in PROJECT["project"]["optional-dependencies"].items()
 }
+
+
+AT_ROOT = ("LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "mkdocs.yml")
+AT_ROOT += (".clang-format", ".editorconfig")
 
 
 @pytest.fixture(scope="module")

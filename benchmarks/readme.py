@@ -92,7 +92,7 @@ def _line(rows: list[Row]) -> str:
         _megabytes(best.get("peak_extra_mb")),
         _megabytes(reference and reference.get("peak_extra_mb")),
         _megabytes(eager.get("peak_extra_mb")) if has_eager else _needed(eager),
-        f"{best['error']:.1e}" if "error" in best else "not checked",
+        f"{best['error']:.1e}" if best.get("error") is not None else "not checked",
         f"{best['judge_error']:.1e}" if best.get("judge") == "eager" else "–",
     ]
     return f"| {' | '.join(cells)} |"

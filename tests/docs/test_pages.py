@@ -14,6 +14,7 @@ from _pages import AT_ROOT, DOCS, NAMES, PAGES, ROOT, blocks, code_spans, prose,
 
 import ercn
 from ercn import ops
+from ercn.benchmarks import readme, results
 from ercn.data.sets import READERS
 
 SOURCES = ("ercn", "kernels", "benchmarks", "csrc", "tests", "examples", ".ci")
@@ -138,6 +139,15 @@ def test_answers_to_where_do_i_change_hold():
     assert all(any(words in row[0] for row in answers) for words in wanted)
 
 
+@pytest.mark.parametrize("page", ["performance.md", "high-resolution.md"])
+def test_measured_tables_are_those_of_the_result_files(page, monkeypatch):
+    monkeypatch.chdir(ROOT)  # files are named from here
+    section = (DOCS / page).read_text().split(f"{readme.BEGIN}\n")[1].split(f"\n{readme.END}")[0]
+    files = re.findall(r"Every number: `(.+)`", section)
+    assert len(files) == 3
+    assert section == readme.render([(name, results.load(name)) for name in files])
+
+
 def numbers(cell: str) -> list[float]:
     return [float(x) for x in re.findall(r"\d+(?:\.\d+)?(?:e[+-]\d+)?", cell.replace(",", ""))]
 
@@ -151,7 +161,7 @@ def test_the_readme_is_short_and_its_costs_were_measured():
     generated = [
         [number for cell in row[2:] for number in numbers(cell)]
         for name in ("performance.md", "high-resolution.md")
-        for row in rows((DOCS / name).read_text().split("<!-- performance:begin -->")[1])
+        for row in rows((DOCS / name).read_text().split(readme.BEGIN)[1])
     ]
     for case, *cells in costs:
         values = [value for cell in cells for value in numbers(cell)]

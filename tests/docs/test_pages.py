@@ -53,6 +53,17 @@ def test_named_files_exist(page):
             assert list((ROOT / "csrc").rglob(span)), span
 
 
+def test_named_kernels_exist():
+    def found_in(page: str, pattern: str, *sources: Path) -> tuple[set[str], str]:
+        named = {name for span in code_spans(DOCS / page) for name in re.findall(pattern, span)}
+        return named, "\n".join(source.read_text(encoding="utf-8") for source in sources)
+
+    named, text = found_in("cuda.md", r"^[A-Z][a-z]+[A-Z]?\w*$", *(ROOT / "csrc/cuda").rglob("*.[ch]*"))
+    assert len(named) >= 8 and not [name for name in named if not re.search(rf"\b{name}\b", text)]
+    named, text = found_in("triton.md", r"\w+_kernel\b", *(ROOT / "kernels").glob("*.py"))
+    assert len(named) >= 12 and not [name for name in named if f"def {name}(" not in text]
+
+
 def resolved(name: str) -> object:
     """The object of a dotted name; ImportError or AttributeError where there is none."""
     found = ercn

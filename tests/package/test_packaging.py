@@ -120,7 +120,7 @@ def test_sdist_has_what_a_build_and_the_tests_need(source_copy, tmp_path):
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     needed = {"setup.py", "pyproject.toml", "kernels/__init__.py", *AT_ROOT} | package_files(source_copy)
-    for name in ("csrc", "docs", "examples", "tests"):
+    for name in ("benchmarks/results", "csrc", "docs", "examples", "tests"):
         needed |= {str(file.relative_to(source_copy)) for file in source_copy.glob(f"{name}/**/*") if file.is_file()}
     assert {"docs/export.md", "docs/maps.jpg", "docs/_doctests.py", "tests/data/golden/pamr.npz"} <= needed
     assert not needed - packed

@@ -1,4 +1,4 @@
-"""csrc/cuda/segments.h: bags cut into segments, the slots of their partial sums, shares of work."""
+"""csrc/cuda/pool/segments.h: bags cut into segments, the slots of their partial sums, shares of work."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ struct PackFeatures {
     const Element* from = p.feat + b * p.stride_b + d0 * p.stride_d + n0 * p.stride_n;
     const int pixels = p.pixels - n0 < kPixels ? static_cast<int>(p.pixels - n0) : kPixels;
     const int depth = p.dim - d0 < kDepth ? p.dim - d0 : kDepth;
-    if (p.stride_d < p.stride_n) {  // a pixel's features are close together
+    if (p.stride_d < p.stride_n) {  // a pixel's features are closer than a feature's pixels
       gather(shared, kRow, sizeof(Element), from, p.stride_n, p.stride_d, kPixels, kDepth, pixels, depth);
     } else {
       gather(shared, sizeof(Element), kRow, from, p.stride_d, p.stride_n, kDepth, kPixels, depth, pixels);

@@ -101,4 +101,4 @@ class ReadmeConfig(FilesConfig):
         readme: the file with the two marker comments.
     """
 
-    readme: str = "README.md"
+    readme: str = "docs/performance.md"

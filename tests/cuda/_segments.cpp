@@ -1,5 +1,5 @@
-// csrc/cuda/segments.h for ctypes.
-#include "segments.h"
+// csrc/cuda/pool/segments.h for ctypes.
+#include "pool/segments.h"
 
 using namespace ercn;
 

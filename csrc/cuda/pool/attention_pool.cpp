@@ -7,7 +7,6 @@
 #include <tuple>
 #include <vector>
 
-#include "alone.h"
 #include "library.h"
 #include "pool/generic/pool.h"
 #if ERCN_SM90
@@ -229,7 +228,7 @@ std::tuple<Tensor, Tensor> gated_attention_pool_alone(
     const Optional& seed, double dropout_p, std::string activation, const std::string& backend) {
   return gated_attention_pool(
       h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, seed, dropout_p, activation,
-      exact_alone(h), kernels_alone(backend));
+      exact_by_default(h), kernels_from_environment(backend));
 }
 
 Tensor attention_scores_alone(
@@ -238,7 +237,7 @@ Tensor attention_scores_alone(
     const Optional& seed, double dropout_p, std::string activation, const std::string& backend) {
   return attention_scores(
       h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, seed, dropout_p, activation,
-      exact_alone(h), kernels_alone(backend));
+      exact_by_default(h), kernels_from_environment(backend));
 }
 
 Gradients gated_attention_pool_backward_alone(
@@ -250,7 +249,7 @@ Gradients gated_attention_pool_backward_alone(
   for (size_t i = 0; i < needs.size(); ++i) wanted |= int64_t{needs[i]} << i;
   return gated_attention_pool_backward(
       grad_pooled, grad_scores, h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, cu_seqlens, seed,
-      dropout_p, activation, scores, wanted, exact_alone(h), kernels_alone(backend));
+      dropout_p, activation, scores, wanted, exact_by_default(h), kernels_from_environment(backend));
 }
 
 Tensor pool_by_scores_alone(const Tensor& scores, const Tensor& value, const Optional& mask, const Optional& cu_seqlens,

@@ -4,8 +4,7 @@
 #include <arch/base.h>
 
 #include "pool/dropout.h"
-#include "precision.h"
-#include "segments.h"
+#include "pool/segments.h"
 
 namespace ercn::pool {
 

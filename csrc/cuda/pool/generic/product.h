@@ -3,11 +3,9 @@
 // device memory in three stages; either may have its elements follow each other along K or along its other side.
 #include <arch/async.h>
 #include <arch/mma.h>
+#include <arch/terms.h>
 
 #include <type_traits>
-
-#include "precision.h"
-#include "terms.h"
 
 namespace ercn::pool {
 

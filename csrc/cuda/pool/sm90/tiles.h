@@ -2,7 +2,7 @@
 // Sizes of the pool's tiles on Hopper, and the order in which a warpgroup meets the channels of its segment.
 #include <arch/host_device.h>
 
-#include "segments.h"
+#include "pool/segments.h"
 
 namespace ercn::sm90 {
 

@@ -17,19 +17,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 Targets = Literal["ordinal", "onehot", "referable"]
 Dataset = Literal[
-    "phantom",
-    "eyepacs",
-    "davis",
-    "aptos",
-    "messidor2",
-    "idrid",
-    "idrid_segmentation",
-    "ddr",
-    "ddr_segmentation",
-    "fgadr",
-    "rldr",
-    "csv",
-]
+    "phantom", "eyepacs", "davis", "aptos", "messidor2", "idrid", "idrid_segmentation", "ddr", "ddr_segmentation",
+    "fgadr", "rldr", "csv",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-// What was built, and what the compiler and the device make of each kernel, as ercn_native::cuda_info and
-// …::cuda_kernels.
+// ercn_native::cuda_info: how the library was built; …::cuda_kernels: launches, registers and occupancy of each kernel.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 
@@ -24,22 +23,22 @@ std::string cuda_info() {
   return info.str();
 }
 
-// Of the current device; every kernel must have been launched for its occupancy to be known. What is compiled for
-// another architecture alone, as Hopper's kernels are, has no attributes but "absent", the reason.
+// On the current device. Occupancy needs the sizes of a launch. A kernel without code for the device, as Hopper's are
+// on others, has "absent", the reason, instead of attributes.
 void add_attributes(const KernelRecord& record, JsonObject& kernel) {
-  cudaFuncAttributes found;
-  const cudaError_t error = cudaFuncGetAttributes(&found, record.function);
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, record.function);
   if (error == cudaErrorInvalidDeviceFunction || error == cudaErrorNoKernelImageForDevice) {
-    cudaGetLastError();  // else the next launch is blamed for it
+    cudaGetLastError();  // clears it: the next launch would report it
     kernel.add("absent", cudaGetErrorString(error));
     return;
   }
   check(error);
-  kernel.add("registers", found.numRegs);
-  kernel.add("local_bytes", found.localSizeBytes);
-  kernel.add("static_shared_bytes", found.sharedSizeBytes);
-  kernel.add("max_threads", found.maxThreadsPerBlock);
-  kernel.add("binary_version", found.binaryVersion);
+  kernel.add("registers", attributes.numRegs);
+  kernel.add("local_bytes", attributes.localSizeBytes);
+  kernel.add("static_shared_bytes", attributes.sharedSizeBytes);
+  kernel.add("max_threads", attributes.maxThreadsPerBlock);
+  kernel.add("binary_version", attributes.binaryVersion);
   if (record.launches > 0) {
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, record.function, record.threads, record.shared));
@@ -47,7 +46,7 @@ void add_attributes(const KernelRecord& record, JsonObject& kernel) {
   }
 }
 
-// Every kernel: name, launches so far, and threads and shared memory of the last launch.
+// Every kernel as JSON.
 std::string cuda_kernels(bool attributes) {
   JsonList all;
   for (const KernelRecord* record : kernel_records()) {

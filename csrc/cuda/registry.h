@@ -1,5 +1,5 @@
 #pragma once
-// The kernels of this library, and how each was launched last: what `ercn bench` prints and tests look at.
+// Every kernel of this library, its launches and the last launch's sizes: `ercn bench` prints them, tests read them.
 #include <atomic>
 #include <cstdint>
 #include <string>
@@ -11,8 +11,7 @@ namespace ercn {
 struct KernelRecord {
   std::string name;      // the type that defines it
   const void* function;  // its __global__ function
-  // Of the last launch, as is shared: its dynamic shared memory in bytes.
-  std::atomic<int> threads = 0, shared = 0;
+  std::atomic<int> threads = 0, shared = 0;  // of the last launch: of a block, bytes of dynamic shared memory
   std::atomic<int64_t> launches = 0;
 
   KernelRecord(const std::type_info& type, const void* entry);
@@ -23,7 +22,7 @@ struct KernelRecord {
   }
 };
 
-// All of them, in the order in which the library's files were initialised: every launcher has a record as a variable.
+// In the order in which the library's files are initialised: every launcher has its record as a static variable.
 std::vector<KernelRecord*>& kernel_records();
 
 }  // namespace ercn

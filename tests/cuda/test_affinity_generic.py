@@ -37,44 +37,44 @@ def integers(function, count, *arguments):
     return list(out)
 
 
-def check_slabs(tiles, columns, blocks, wanted):
-    count, size = integers(tiles.slabs_of, 2, *(ctypes.c_int64(x) for x in (columns, blocks, wanted)))
+def check_splits(tiles, columns, blocks, wanted):
+    count, size = integers(tiles.splits_of, 2, *(ctypes.c_int64(x) for x in (columns, blocks, wanted)))
     assert 1 <= count <= columns and size >= 1
-    assert (count - 1) * size < columns <= count * size, "a slab is empty, or columns are left over"
-    assert count == 1 or (count - 1) * blocks < wanted, "more slabs than work is wanted for"
+    assert (count - 1) * size < columns <= count * size, "a split is empty, or columns are left over"
+    assert count == 1 or (count - 1) * blocks < wanted, "more splits than are wanted"
     # As many as are wanted, but for what the columns do not divide into.
     assert count * blocks >= wanted or size == 1 or (columns + size - 2) // (size - 1) > -(-wanted // blocks)
 
 
-def test_slabs_cover_every_column_once(tiles):
+def test_splits_cover_every_column_once(tiles):
     for columns in range(1, 40):
         for blocks in range(1, 12):
             for wanted in range(1, 30):
-                check_slabs(tiles, columns, blocks, wanted)
+                check_splits(tiles, columns, blocks, wanted)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.integers(1, (1 << 31) - 1), st.integers(1, 1 << 33), st.integers(1, 1 << 12))
-def test_slabs_of_any_size(tiles, columns, blocks, wanted):
-    check_slabs(tiles, columns, blocks, wanted)
+def test_splits_of_any_size(tiles, columns, blocks, wanted):
+    check_splits(tiles, columns, blocks, wanted)
 
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_shared_memory_stays_within_the_limit(tiles, limit):
-    most = tiles.most_chunks(limit)
+    most = tiles.most_slabs(limit)
     assert tiles.backward_memory(most) <= limit < tiles.backward_memory(most + 1)
-    for chunks in range(1, 200):
-        resident, term_tiles, size = integers(tiles.forward_memory, 3, chunks, limit)
+    for slabs in range(1, 200):
+        resident, term_tiles, size = integers(tiles.forward_memory, 3, slabs, limit)
         assert size <= limit
-        # While a tile's last chunk is multiplied, two chunks more are under way: value tiles that they touch are apart.
-        assert (term_tiles - 1) * chunks >= 2
-        assert resident == (chunks * (16 << 10) + 3 * (8 << 10) + term_tiles * (8 << 10) <= limit)
+        # While a tile's last slab is multiplied, two more slabs are in flight: their value tiles are apart.
+        assert (term_tiles - 1) * slabs >= 2
+        assert resident == (slabs * (16 << 10) + 3 * (8 << 10) + term_tiles * (8 << 10) <= limit)
 
 
-def test_chunks_hold_every_feature(tiles):
+def test_slabs_hold_every_feature(tiles):
     for size, depth in ((2, 64), (4, 32)):
         dims = range(1, 300)
-        assert [tiles.chunks_for(ctypes.c_int64(d), size) for d in dims] == [-(-d // depth) for d in dims]
+        assert [tiles.slabs_for(ctypes.c_int64(d), size) for d in dims] == [-(-d // depth) for d in dims]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_blocks_of_channels_and_a_batch(ops):
 
 
 @pytest.mark.slow
-def test_slabs_of_many_columns(ops):
+def test_splits_of_many_columns(ops):
     check(ops, 1, 5, 16, 700, torch.float32, exact=True)
 
 

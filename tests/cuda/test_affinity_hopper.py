@@ -96,7 +96,7 @@ def test_images_share_nothing(ops):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the memory of a band can be set in the emulator's library alone")
 @pytest.mark.parametrize("kilobytes", [0, 180])
 def test_bands_of_mirrored_sums(ops, kilobytes):
-    """Bands of one group and of several add up to the same sums."""
+    """Bands of one row block and of several add up to the same sums."""
     value, feat = randn(1, 22, 1100, seed=1, dtype=torch.float32), randn(1, 64, 1100, seed=2, dtype=torch.bfloat16)
     bands = ops.relu_affinity_bands(value, feat, kilobytes << 10)
     assert error(bands, forward(ops, value, feat).double()) < 16 * torch.finfo(torch.float32).eps

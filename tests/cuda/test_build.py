@@ -218,7 +218,7 @@ def test_generic_affinity_is_made_of_tensor_core_products(kernel):
 @built
 @pytest.mark.slow
 def test_memory_bound_kernels_access_16_bytes():
-    for f in named(r"NS_8affinity(12PackFeatures|8SumSlabs)I"):
+    for f in named(r"NS_8affinity(12PackFeatures|13CombineSplits)I"):
         for access in ("LDG", "STG"):
             assert [line for line in f.sass if f"{access}.E.128" in line], f"{f.name}: no {access} of 16 bytes"
 
@@ -277,7 +277,7 @@ def test_hopper_affinity_is_made_of_wgmma_and_tma(kernel):
 @built
 @pytest.mark.slow
 def test_hopper_affinity_adds_partial_sums_by_16_bytes():
-    for pattern in ("7CombineI", "6FinishI"):
+    for pattern in ("7CombineI", "11CombineFeatI"):
         for f in hopper(f"sm908affinity{pattern}"):
             assert [line for line in f.sass if "LDG.E.128" in line], f"{f.name}: no load of 16 bytes"
 

@@ -80,7 +80,7 @@ MUTATIONS = {
     "the warp's index by a shuffle of all lanes, under a branch": Mutation(
         "affinity/sm90/epilogue.h", "arch::warp_index() % 4 * 16", "arch::uniform_warp_index() % 4 * 16"
     ),
-    "TF32 words not rounded": Mutation("affinity/generic/prepare.h", "arch::round_tf32(x)", "x", "tf32"),
+    "TF32 words not rounded": Mutation("affinity/generic/prepare.cu", "arch::round_tf32(x)", "x", "tf32"),
     "a stage given up before its products are done": Mutation(
         "pool/sm90/gemm.h", "arch::wgmma_wait<1>();", "", "pool"
     ),

@@ -1,5 +1,5 @@
 #pragma once
-// Tensors as the launchers of launch.h take them.
+// Tensors as operands of the launchers in launch.h.
 #include "affinity/generic/launch.h"
 #include "library.h"
 

@@ -1,13 +1,12 @@
-// ReLU affinity on CUDA: ercn_native::relu_affinity_cuda and …_backward_cuda, which Python calls, and their ercn::* for
-// processes without it (LibTorch stable ABI).
+// ReLU affinity on CUDA: checks, and the choice of kernels. Python calls ercn_native::relu_affinity_cuda and
+// …_backward_cuda; in a process without it the dispatcher calls ercn::relu_affinity and …_backward.
 //   Y = V · A,  A = relu(FᵀF);   dV = G · A;   dF = F · W,  W = 1[FᵀF > 0] ⊙ (VᵀG + GᵀV)
-// V, G [B, C, N] and F [B, D, N] in fp32, bf16 or fp16, any strides; Y in fp32. Here: checks, and which kernels run.
+// V, G [B, C, N] and F [B, D, N] in fp32, bf16 or fp16, any strides; Y in fp32.
 #include <string>
 #include <tuple>
 
 #include "affinity/generic/affinity.h"
 #include "affinity/generic/tiles.h"
-#include "alone.h"
 #include "library.h"
 #if ERCN_SM90
 #include "affinity/sm90/affinity.h"
@@ -32,8 +31,8 @@ void check(const Tensor& tensor, const char* name, const Tensor& feat) {
       takes(tensor.scalar_type()) && takes(feat.scalar_type()), name, " and feat must be float32, bfloat16 or float16");
 }
 
-// Whether the Hopper kernels run: asked for by name, or where nothing is asked and they can. Raises where they were
-// named and cannot, or the name is unknown.
+// Whether the Hopper kernels run: by name, or where no kernels are named and they can. Raises where they are named and
+// cannot run, and on an unknown name.
 bool use_sm90(const std::string& kernels, const Tensor& value, const Tensor& feat) {
   const bool named = kernels == "sm90" || kernels == "sm90_dense";
   STD_TORCH_CHECK(
@@ -72,10 +71,10 @@ std::tuple<Tensor, Tensor> relu_affinity_backward(
   return affinity::backward(grad_out, value, feat, need_value, exact);
 }
 
-// Features of one dtype that the generic backward takes where a block may have `shared` bytes of shared memory.
+// The most features of one dtype in the generic backward with `shared` bytes of shared memory a block.
 int64_t most_features(int64_t element_bytes, int64_t shared) {
-  const int bytes = static_cast<int>(element_bytes);
-  return affinity::backward_chunks(static_cast<int>(shared)) * affinity::chunk_channels(bytes);
+  return affinity::most_backward_slabs(static_cast<int>(shared)) *
+         affinity::slab_channels(static_cast<int>(element_bytes));
 }
 
 }  // namespace
@@ -102,20 +101,21 @@ ERCN_REGISTER(STABLE_TORCH_LIBRARY_IMPL, ERCN_LIBRARY, CompositeExplicitAutograd
 namespace ercn {
 namespace {
 
-Tensor relu_affinity_alone(const Tensor& value, const Tensor& feat, const std::string& backend) {
-  return relu_affinity(value, feat, exact_alone(feat), kernels_alone(backend));
+Tensor relu_affinity_dispatched(const Tensor& value, const Tensor& feat, const std::string& backend) {
+  return relu_affinity(value, feat, exact_by_default(feat), kernels_from_environment(backend));
 }
 
-std::tuple<Tensor, Tensor> relu_affinity_backward_alone(
+std::tuple<Tensor, Tensor> relu_affinity_backward_dispatched(
     const Tensor& grad_out, const Tensor& value, const Tensor& feat, bool need_value, const std::string& backend) {
-  return relu_affinity_backward(grad_out, value, feat, need_value, exact_alone(feat), kernels_alone(backend));
+  return relu_affinity_backward(
+      grad_out, value, feat, need_value, exact_by_default(feat), kernels_from_environment(backend));
 }
 
 }  // namespace
 }  // namespace ercn
 
 STABLE_TORCH_LIBRARY_IMPL(ercn, CUDA, m) {
-  m.impl("relu_affinity", TORCH_BOX(&ercn::relu_affinity_alone));
-  m.impl("relu_affinity_backward", TORCH_BOX(&ercn::relu_affinity_backward_alone));
+  m.impl("relu_affinity", TORCH_BOX(&ercn::relu_affinity_dispatched));
+  m.impl("relu_affinity_backward", TORCH_BOX(&ercn::relu_affinity_backward_dispatched));
 }
 #endif

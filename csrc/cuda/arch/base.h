@@ -1,4 +1,4 @@
-// Threads, barriers and shuffles. In tests/cuda/emulator, arch/base.h takes this file's place.
+// Threads, barriers and shuffles. The emulator (tests/cuda/emulator) has an arch/base.h in this file's place.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 #ifdef __CUDACC__
 #define ERCN_DEVICE __device__ __forceinline__
 #else
-#define ERCN_DEVICE inline  // in headers that the C++ compiler reads too
+#define ERCN_DEVICE inline  // for headers of the C++ compiler
 #endif
 
 namespace ercn::arch {
@@ -23,7 +23,7 @@ struct Grid {
 ERCN_DEVICE int thread_index() { return threadIdx.x; }
 ERCN_DEVICE int lane_index() { return threadIdx.x % 32; }
 ERCN_DEVICE int warp_index() { return threadIdx.x / 32; }
-// warp_index() of which the compiler knows that a warp branches by it as one. By all lanes of a warp.
+// warp_index() as a value that the compiler knows to be uniform, so that no branch on it diverges. By all lanes.
 ERCN_DEVICE int uniform_warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 ERCN_DEVICE Grid block_index() {
   return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
@@ -35,7 +35,7 @@ ERCN_DEVICE Grid grid_blocks() {
 ERCN_DEVICE void sync_threads() { __syncthreads(); }
 ERCN_DEVICE void sync_warp() { __syncwarp(); }
 
-// Barriers 1 to 15 for `threads`, a multiple of 32; 0 is that of sync_threads.
+// Barriers 1 to 15 of `threads` threads, a multiple of 32; 0 is sync_threads'.
 ERCN_DEVICE void named_barrier(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }

@@ -1,5 +1,5 @@
-// Conversions between element types and fp32, and the special function unit.
-// In tests/cuda/emulator, arch/convert.h takes this file's place.
+// Conversions between element types and fp32, and the special function unit. The emulator has an arch/convert.h in this
+// file's place.
 #pragma once
 
 #include <arch/base.h>
@@ -14,7 +14,7 @@ ERCN_DEVICE float to_float(fp16 x) {
   return y;
 }
 
-// Round to nearest even. Overflow of fp16 is infinity.
+// Rounds to nearest even; fp16 overflows to infinity.
 template <typename Element>
 ERCN_DEVICE Element from_float(float x);
 template <>
@@ -34,7 +34,7 @@ ERCN_DEVICE fp16 from_float<fp16>(float x) {
   return y;
 }
 
-// Two elements in a register, `low` in the lower half.
+// Two elements in a register, `low` in its lower half.
 template <typename Element>
 ERCN_DEVICE uint32_t pack(float low, float high);
 template <>
@@ -75,7 +75,7 @@ ERCN_DEVICE float unpack_high(uint32_t pair) {
   return to_float(Element{static_cast<uint16_t>(pair >> 16)});
 }
 
-// All bits of a half set where the element is not 0; NaN is not 0.
+// 0xffff for each element that is not 0; NaN is not 0.
 template <typename Element>
 ERCN_DEVICE uint32_t nonzero_mask(uint32_t pair);
 template <>

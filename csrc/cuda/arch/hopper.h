@@ -1,5 +1,5 @@
-// Barriers in shared memory, the copy engine (TMA), and what else sm_90 has beside wgmma. In tests/cuda/emulator,
-// arch/hopper.h takes this file's place.
+// mbarriers, the tensor memory accelerator (TMA), and sm_90's other instructions beside wgmma. The emulator has an
+// arch/hopper.h in this file's place.
 #pragma once
 
 #include <arch/base.h>
@@ -7,22 +7,22 @@
 
 namespace ercn::arch {
 
-// One lane of a warp, by all lanes of it.
+// True for one lane. By all lanes of a warp.
 ERCN_DEVICE bool elect_one() {
   uint32_t elected;
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected));
   return elected != 0;
 }
 
-// ldmatrix the other way: register i of lane l is bytes 4 (l % 4) … of row l / 4 of matrix i, whose row j is at the
-// pointer of lane 8 i + j.
+// ldmatrix's inverse: r[i] of lane l becomes bytes 4 (l % 4) … of row l / 4 of matrix i; lane 8 i + j gives the address
+// of row j of matrix i.
 ERCN_DEVICE void stmatrix(void* row, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
                "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 
-// Registers of each thread of the warpgroup, a multiple of 8 up to 256.
+// Sets the registers of each thread of the warpgroup, a multiple of 8 up to 256.
 template <int REGISTERS>
 ERCN_DEVICE void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -32,13 +32,13 @@ ERCN_DEVICE void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// An mbarrier. Phases alternate in parity, the first has 0. A phase ends when `count` threads have arrived and all
-// bytes that were expected have come.
+// An mbarrier. The first phase has parity 0, the next 1, and so on. A phase ends when `count` threads have arrived and
+// all expected bytes have come.
 struct alignas(8) Barrier {
   uint64_t state;
 };
 
-// By one thread, which then calls fence_barrier_init; others after a sync_threads.
+// By one thread, before fence_barrier_init and a sync_threads.
 ERCN_DEVICE void barrier_init(Barrier* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
@@ -54,7 +54,7 @@ ERCN_DEVICE void barrier_arrive_expect(Barrier* barrier, int bytes) {
                : "memory");
 }
 
-// Until the phase of this parity has ended. Returns at once if the current phase has the other parity.
+// Waits for the end of the phase of this parity; returns at once if the current phase has the other parity.
 ERCN_DEVICE void barrier_wait(Barrier* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::
@@ -63,11 +63,11 @@ ERCN_DEVICE void barrier_wait(Barrier* barrier, int parity) {
       : "memory");
 }
 
-// After ordinary stores to shared memory that the copy engine or wgmma will read: by every writer, before the barrier.
+// Makes ordinary stores to shared memory visible to TMA and wgmma: by every writer, before the barrier.
 ERCN_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The map's box at coordinates c0 (innermost), c1, … of elements into shared memory; what lies outside the tensor is
-// zero. The barrier is told the bytes of the whole box. By one thread. `shared` is a multiple of 1024.
+// Loads the map's box at element coordinates c0 (innermost), c1, … into shared memory, zeros outside of the tensor, and
+// counts the whole box's bytes on the barrier. By one thread. `shared` is a multiple of 1024.
 ERCN_DEVICE void tma_load(void* shared, const TensorMap& map, Barrier* barrier, int c0, int c1) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];" ::

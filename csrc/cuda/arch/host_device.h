@@ -1,4 +1,4 @@
-// Functions that the host may call too: index arithmetic that tests check without a GPU.
+// Index arithmetic for host and device; tests check it without a GPU.
 #pragma once
 
 #ifdef __CUDACC__
@@ -19,8 +19,8 @@ ERCN_HOST_DEVICE constexpr Integer round_up(Integer a, Integer b) {
   return divide_up(a, b) * b;
 }
 
-// Byte of a tile of rows of 128 bytes whose units of 16 bytes (or 32) are permuted within a row, so that as many rows
-// as a row has units meet no bank twice. Of 16 bytes it is the swizzle of tensor maps and wgmma.
+// Offset of a byte in a tile of rows of 128 bytes, whose units of 16 or 32 bytes are permuted within each row: a column
+// of units of 8 (4) rows is read without bank conflicts. With 16 bytes it is the swizzle of tensor maps and wgmma.
 template <int UNIT = 16>
 ERCN_HOST_DEVICE constexpr int swizzled(int row, int byte) {
   return row * 128 + (byte ^ (row & (128 / UNIT - 1)) * UNIT);

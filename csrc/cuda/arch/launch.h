@@ -1,13 +1,13 @@
-// Starts kernels. A kernel is a struct
+// Launches kernels. A kernel is a struct
 //
 //   struct Kernel {
 //     struct Params { … };  // passed by value
 //     static constexpr int kThreads = 128;   // of a block
-//     static constexpr int kMinBlocks = 1;   // that must fit a multiprocessor
+//     static constexpr int kMinBlocks = 1;   // on a multiprocessor, at least
 //     ERCN_DEVICE static void run(const Params& params, unsigned char* shared);
 //   };
 //
-// In tests/cuda/emulator, arch/launch.h takes this file's place.
+// The emulator has an arch/launch.h in this file's place.
 #pragma once
 
 #include <array>
@@ -34,9 +34,9 @@ inline KernelRecord record{typeid(Kernel), reinterpret_cast<const void*>(&entry<
 template <typename Kernel>
 void launch(const typename Kernel::Params& params, Grid grid, int shared_bytes, const Stream& stream) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  constexpr int kWithoutLeave = 48 << 10, kDevices = 64;
-  if (shared_bytes > kWithoutLeave) {
-    static std::array<std::atomic<bool>, kDevices> raised;  // of each device
+  constexpr int kDefaultLimit = 48 << 10, kDevices = 64;
+  if (shared_bytes > kDefaultLimit) {
+    static std::array<std::atomic<bool>, kDevices> raised;  // the limit of each device
     std::atomic<bool>& done = raised[stream.device() % kDevices];
     if (!done.load(std::memory_order_acquire)) {
       check(

@@ -1,5 +1,5 @@
-// Tensor-core products of a warp (sm_80) and the loads of their fragments. In tests/cuda/emulator, arch/mma.h takes
-// this file's place.
+// Tensor-core products of a warp (sm_80), and loads of their fragments. The emulator has an arch/mma.h in this file's
+// place.
 //
 // Fragments, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix fragments for mma.m16n8k16" and "…k8"):
 //   D, 16×8 fp32:            d[i] = D[g + 8 (i / 2), 2 t + i % 2]
@@ -38,8 +38,8 @@ ERCN_DEVICE void mma<tf32>(float (&d)[4], const uint32_t (&a)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 4 matrices of 8 rows of 16 bytes in shared memory: lane 8 i + j gives row j of matrix i. Lane l then has the 4 bytes
-// at 4 (l % 4) of row l / 4 of matrix i in r[i].
+// Loads 4 matrices of 8 rows of 16 bytes from shared memory: lane 8 i + j gives the address of row j of matrix i, and
+// r[i] of lane l becomes the 4 bytes at 4 (l % 4) of row l / 4 of matrix i.
 ERCN_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -47,8 +47,7 @@ ERCN_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// The same for transposed matrices of 16-bit elements: lane l has elements (2 (l % 4) + {0, 1}, l / 4) of matrix i in
-// r[i].
+// The same, transposed in 16-bit elements: r[i] of lane l becomes elements (2 (l % 4) + {0, 1}, l / 4) of matrix i.
 ERCN_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -1,6 +1,7 @@
+// The pipeline of stages in shared memory between a producer thread and the consumer warps: TMA completes a stage's
+// full barrier, every consumer warp arrives at its free barrier.
 #pragma once
-// Stages of shared memory between a loading thread and the warps that read them: a full barrier that the copies
-// complete, and a free barrier at which every such warp arrives.
+
 #include <arch/hopper.h>
 
 namespace ercn::sm90 {
@@ -12,13 +13,13 @@ struct Stage {
     arch::barrier_init(&full, 1);
     arch::barrier_init(&free, warps);
   }
-  // By all lanes of a warp, which have met since they waited for what they read.
+  // By all lanes of a consumer warp, when all of them have read the stage.
   ERCN_DEVICE void release() {
     if (arch::lane_index() == 0) arch::barrier_arrive(&free);
   }
 };
 
-// By all threads of a block, before any uses a stage: init() by one of them.
+// By all threads of a block, before any of them uses a stage; one calls init().
 template <typename Init>
 ERCN_DEVICE void init_stages(const Init& init) {
   if (arch::thread_index() == 0) {
@@ -28,7 +29,7 @@ ERCN_DEVICE void init_stages(const Init& init) {
   arch::sync_threads();
 }
 
-// Where a thread is in a ring of N stages. The loading thread may fill every stage once before it waits.
+// A thread's position in a ring of N stages. The producer may fill every stage once before it waits.
 template <int N>
 struct Ring {
   Stage* stages;
@@ -43,7 +44,7 @@ struct Ring {
       parity ^= 1;
     }
   }
-  // By the loading thread, when the stage is free: load(its barrier) starts copies of `bytes` in all.
+  // By the producer: waits until the stage is free; load(its full barrier) then starts copies of `bytes` in all.
   template <typename Load>
   ERCN_DEVICE void load(int bytes, const Load& load) {
     arch::barrier_wait(&stage().free, parity ^ 1);
@@ -53,8 +54,8 @@ struct Ring {
   }
 };
 
-// For stages that are met in another order: which of their barriers end an odd phase next, a bit each; ~0 for free
-// ones.
+// The parities of stages that are used in another order: a bit for each barrier whose next phase is odd; ~0 for free
+// barriers.
 struct Phases {
   uint32_t odd;
 

@@ -1,5 +1,5 @@
-// The caller's stream, and what is known of its device. In stream.cpp, because torch's headers take nvcc longer than a
-// kernel does. In tests/cuda/emulator, arch/launch.h has it.
+// The caller's stream and its device's attributes. Defined in stream.cpp, for nvcc is slow on torch's headers. The
+// emulator has both in its arch/launch.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,12 +8,12 @@
 
 namespace ercn::arch {
 
-// Throws std::runtime_error with CUDA's words and torch's hints.
+// Throws std::runtime_error with CUDA's message and torch's hints.
 void check(cudaError_t error, const char* file, int line);
 
-int attribute(cudaDeviceAttr of, int device);
+int attribute(cudaDeviceAttr name, int device);
 
-// Of a tensor's device, 90 for 9.0.
+// 90 for a tensor on a device of 9.0.
 template <typename Tensor>
 int compute_capability(const Tensor& x) {
   const int device = x.get_device_index();
@@ -21,7 +21,7 @@ int compute_capability(const Tensor& x) {
          attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
 
-// Makes a tensor's device current while it lives, and holds the caller's stream there.
+// The caller's stream on a tensor's device, which is current during the object's lifetime.
 class Stream {
  public:
   template <typename Tensor>
@@ -32,7 +32,7 @@ class Stream {
   cudaStream_t get() const { return stream_; }
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount, device_); }
   int l2_bytes() const { return attribute(cudaDevAttrL2CacheSize, device_); }
-  // Bytes of shared memory that a block may have.
+  // The most bytes of shared memory of a block.
   int shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device_); }
 
  private:

@@ -1,5 +1,5 @@
-// Tensor maps: what the copy engine knows of a tensor in device memory. In tests/cuda/emulator, arch/tensor_map.h takes
-// this file's place.
+// Tensor maps: TMA's descriptors of tensors in device memory. The emulator has an arch/tensor_map.h in this file's
+// place.
 #pragma once
 
 #include <cuda.h>
@@ -19,9 +19,9 @@ TensorMap encode_tensor_map(
     CUtensorMapDataType type, int rank, const void* address, const int64_t* sizes, const int64_t* strides,
     const int* box);
 
-// Of a tensor whose dimension 0 is contiguous. Dimension 0 comes first; strides are those of dimensions 1, …, in bytes.
-// The address and strides are multiples of 16, sides of the box at most 256, and its dimension 0 at most 128 bytes.
-// Boxes lie in shared memory in the 128-byte swizzle.
+// The map of a tensor whose dimension 0, the first in `sizes` and `box`, is contiguous; strides are those of dimensions
+// 1, …, in bytes. The address and strides are multiples of 16, the box's sides at most 256, its dimension 0 at most 128
+// bytes. Boxes have the 128-byte swizzle in shared memory.
 template <typename Element, int RANK>
 TensorMap make_tensor_map(
     const void* address, const std::array<int64_t, RANK>& sizes, const std::array<int64_t, RANK - 1>& strides,

@@ -1,18 +1,17 @@
-// Tensor-core products of a warpgroup (sm_90a) through CuTe's atoms. In tests/cuda/emulator, arch/wgmma.h takes this
-// file's place.
+// Tensor-core products of a warpgroup (sm_90a) by CuTe's atoms. The emulator has an arch/wgmma.h in this file's place.
 //
 // D [64, N] in fp32 of bf16 or fp16, 16 deep. With w = warp % 4, g = lane / 4 and t = lane % 4:
 //   D:                    d[i] = D[16 w + g + 8 (i / 2 % 2), 8 (i / 4) + 2 t + i % 2]
 //   A from registers:     rows 16 w … of A, as in mma.h
 //
-// Operands in shared memory are rows of 128 bytes with 128-byte swizzle, as a tensor map with a box of 128 bytes along
-// dimension 0 stores them; 8 rows are 1024 bytes, at a multiple of 1024:
+// Operands in shared memory are rows of 128 bytes with 128-byte swizzle, as TMA stores a box of 128 bytes along
+// dimension 0; 8 rows are 1024 bytes, at a multiple of 1024:
 //   kK, K contiguous:     a row has 64 K for one m (n), rows follow each other. The next 16 K: advance(…, 32).
 //   kMN, M or N contiguous: a row has 64 m (n) of one k, rows of k follow each other; the next 64
 //                         m (n) are `group_bytes` away. The next 16 K: advance(…, 2048).
 #pragma once
 
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // every N, not the powers of two alone
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // every N, not only powers of two
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 
@@ -64,7 +63,7 @@ ERCN_DEVICE Operand operand_k(const void* tile) { return detail::operand(tile, 1
 ERCN_DEVICE Operand operand_mn(const void* tile, int group_bytes) { return detail::operand(tile, group_bytes, 1024); }
 ERCN_DEVICE Operand advance(Operand operand, int bytes) { return operand + (bytes >> 4); }
 
-// d = A · B, or d += A · B; asynchronous. N is a multiple of 8 up to 256.
+// Starts d = A · B, or d += A · B where `accumulate`. N is a multiple of 8 up to 256.
 template <typename Element, int N, Major kA, Major kB>
 ERCN_DEVICE void wgmma(float (&d)[N / 2], Operand a, Operand b, bool accumulate) {
   using E = detail::Cute<Element>;
@@ -80,16 +79,16 @@ ERCN_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], Operand b, boo
   detail::multiply<Atom>(d, a, b, accumulate, std::make_index_sequence<N / 2>());
 }
 
-// Before the first wgmma and after each commit: orders the registers and shared memory that it reads.
+// Before the first wgmma and after each commit: orders earlier accesses of the registers and shared memory it reads.
 ERCN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 ERCN_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all but the last N groups are done.
+// Waits for all but the last N groups.
 template <int N>
 ERCN_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Keeps the compiler from moving accesses of accumulators across: before wgmma_fence and after wgmma_wait.
+// The compiler moves no access of the accumulators across it: before wgmma_fence and after wgmma_wait.
 template <int COUNT>
 ERCN_DEVICE void pin(float (&d)[COUNT]) {
 #pragma unroll

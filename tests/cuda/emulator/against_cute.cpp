@@ -1,5 +1,5 @@
-// The emulator's layouts against CuTe's, which were written from the same documents by others. Returns the first
-// difference.
+// Compares the emulator's layouts with CuTe's, which others wrote from the same documents: the first difference, or
+// nullptr.
 #include <cute/algorithm/gemm.hpp>
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/copy_traits_sm90.hpp>
@@ -63,7 +63,7 @@ void warpgroup_products(const char* what) {
   });
 }
 
-// Where element (mn, k) of a tile of swizzled atoms lies, as a descriptor says.
+// The offset of element (mn, k) in a tile of swizzled atoms, by its descriptor.
 template <typename Element, Major kMajor, typename Atom>
 void operand(const char* what, unsigned char* shared) {
   constexpr int kMN = 128, kK = 128 / sizeof(Element), kStep = 32 / sizeof(Element), kVector = 16 / sizeof(Element);
@@ -77,9 +77,9 @@ void operand(const char* what, unsigned char* shared) {
     const Operand descriptor = advance(base, kMajor == Major::kK ? 32 * step : 2048 * step);
     for (int mn = 0; mn < kMN; ++mn) {
       for (int k = 0; k < kStep; ++k) {
-        const int64_t chunk = kMajor == Major::kK ? detail::place_operand(descriptor, kMajor, mn, k / kVector)
+        const int64_t unit = kMajor == Major::kK ? detail::place_operand(descriptor, kMajor, mn, k / kVector)
                                                   : detail::place_operand(descriptor, kMajor, mn / kVector, k);
-        const int64_t ours = chunk + (kMajor == Major::kK ? k : mn) % kVector * sizeof(Element);
+        const int64_t ours = unit + (kMajor == Major::kK ? k : mn) % kVector * sizeof(Element);
         const int64_t theirs = static_cast<int64_t>(layout(mn, step * kStep + k)) * sizeof(Element);
         expect(ours == theirs, std::string(what) + ": element " + std::to_string(mn) + ", " + std::to_string(k));
       }

@@ -18,7 +18,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves the registers that calls keep and the stack pointer in *save, and goes on where `load` was saved.
+// Saves the callee-saved registers and the stack pointer in *save, and continues where `load` was saved.
 extern "C" void ercn_emulator_switch(void** save, void* load);
 asm(R"(
 .text
@@ -105,7 +105,7 @@ void to_scheduler(bool last) {
 #endif
 }
 
-// What AddressSanitizer knows of frames that were left without a return.
+// Tells AddressSanitizer that frames on this stack ended without a return.
 void forget([[maybe_unused]] unsigned char* stack, [[maybe_unused]] size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(stack, bytes);
@@ -156,7 +156,7 @@ std::string deadlock() {
   return message;
 }
 
-// What a warp leaves behind when all threads are done.
+// Why a warp may not end as it did, or nothing.
 std::string left_open(const Block& block) {
   for (size_t warp = 0; warp < block.warps.size(); ++warp) {
     if (!block.warps[warp].accumulators.empty()) {
@@ -170,7 +170,7 @@ std::string left_open(const Block& block) {
   return "";
 }
 
-// Any ready thread, but hardly ever of the warp that lags; another one does after some time.
+// A random ready thread, rarely of the lagging warp, which changes now and then.
 size_t draw(const std::vector<Thread*>& ready) {
   std::mt19937_64& random = machine->random;
   if (random() % 1024 == 0) machine->lagging = random() % machine->block.warps.size();

@@ -1,7 +1,7 @@
-// Runs CUDA kernels on the CPU to show that they are right, not fast. Each thread of a block is a fiber; fibers run in
-// a seeded random order and change only where threads wait. What the PTX ISA leaves undefined until it is waited for is
-// made wrong until then: the targets of copies and the accumulators of wgmma hold NaN, and both happen as late as is
-// legal. Blocks run one after another, in random order, on shared memory that starts out as NaN.
+// Runs CUDA kernels on the CPU to test their correctness. Each thread of a block is a fiber; fibers run in a seeded
+// random order and switch only where threads wait. What the PTX ISA leaves undefined before a wait is wrong before it:
+// targets of copies and accumulators of wgmma hold NaN, and both are written as late as is legal. Blocks run one after
+// another, in random order, on shared memory that starts as NaN.
 #pragma once
 
 #include <cstddef>
@@ -21,11 +21,11 @@ struct Coordinates {
   int x, y, z;
 };
 
-// A copy of 16 bytes that was asked for and has not happened.
+// A pending copy to 16 bytes.
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
-  int bytes;  // then zeros
+  int bytes;  // the others become zeros
 };
 
 using Action = std::function<void()>;
@@ -41,14 +41,14 @@ struct Thread {
   bool wgmma_fenced = false;
 };
 
-// Threads that take part in one instruction: the last to come carries it out for all.
+// The threads of one collective instruction: the last to arrive executes it for all.
 struct Meeting {
   const char* instruction = nullptr;
   std::vector<void*> arguments;
   std::vector<Thread*> threads;
 };
 
-// Accumulators of a warp's lanes while wgmma works on them; the lanes' registers hold NaN.
+// A warp's accumulators of pending wgmmas; the lanes' registers hold NaN.
 struct Accumulators {
   int count, unfinished;
   float* registers[kWarp];
@@ -60,7 +60,7 @@ struct Warp {
   std::map<float*, Accumulators> accumulators;  // by lane 0's registers
   std::vector<Action> products;  // since the last commit
   std::vector<std::vector<Action>> product_groups;
-  std::vector<uint64_t> wgmmas;  // all of them, which the warps of a warpgroup must agree in
+  std::vector<uint64_t> wgmmas;  // the operands of each, equal in all warps of a warpgroup
 };
 
 struct Barrier {
@@ -68,10 +68,9 @@ struct Barrier {
   std::vector<Thread*> waiting;
 };
 
-// In shared memory.
 struct Mbarrier {
   int count, pending;  // arrivals of a phase, and those that are missing
-  int64_t bytes;       // expected and not here
+  int64_t bytes;       // expected and missing
   int phase;
   bool fenced;
   std::vector<Thread*> waiting;
@@ -81,30 +80,30 @@ struct Block {
   Coordinates index, grid;
   unsigned char* shared;
   int shared_bytes;
-  // Shared memory as the copy engine and wgmma see it: without ordinary stores that no fence_proxy_async followed.
+  // Shared memory as TMA and wgmma see it: without ordinary stores since the last fence_proxy_async.
   std::vector<unsigned char> async_view;
-  std::vector<Action> transfers;  // of the copy engine, that have not happened
+  std::vector<Action> transfers;  // TMA's pending copies
   std::map<ptrdiff_t, Mbarrier> mbarriers;  // by their offset
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<Barrier> barriers;
 };
 
-// The block and thread that run; only within a kernel.
+// The running block and thread; only within a kernel.
 Block& block();
 Thread& thread();
 
-// Ends the kernel with a message: where the device would do something undefined or hang.
+// Ends the kernel with a message where the device's behaviour is undefined or it would hang.
 [[noreturn]] void fail(const std::string& message);
 
-// Heads or tails, from the seed.
+// A random bit from the seed.
 bool coin();
 
-// Lets others run until somebody calls wake.
+// Lets other threads run until one calls wake.
 void wait(const std::string& what);
 void wake(Thread& thread);
 
-// All lanes of the warp come with an argument each; the last one calls all(arguments of lanes 0 … 31).
+// A collective instruction of a warp: the last lane to arrive calls all(arguments of lanes 0 … 31).
 void meet(const char* instruction, void* argument, const std::function<void(void* const*)>& all);
 
 template <typename Argument, typename All>
@@ -118,20 +117,20 @@ void meet(const char* instruction, Argument& argument, All&& all) {
 
 void barrier(int index, int threads);
 
-// The barrier at an address in shared memory, which must have been initialised; and after something came to it.
+// The initialised mbarrier at an address in shared memory; ends its phase if nothing is missing.
 Mbarrier& mbarrier(const void* pointer, const char* instruction);
 void mbarrier_advance(Mbarrier& barrier);
 
-// Bytes into shared memory by the copy engine: NaN now, and what write(destination) puts there as late as can be.
+// A copy to shared memory by TMA: NaN now, and write(destination) as late as is legal.
 void transfer(unsigned char* to, int bytes, Mbarrier& barrier, const std::function<void(unsigned char*)>& write);
 
-// `pointer` lies in shared memory with `bytes` after it, aligned; else the kernel fails.
+// Fails unless `pointer` is aligned and `bytes` bytes from it lie in shared memory.
 unsigned char* in_shared(const void* pointer, int bytes, int alignment, const char* instruction);
 
 // Runs body(shared) in every thread of every block. Throws std::runtime_error with what failed, in which block.
 void run(Coordinates grid, int threads, int shared_bytes, const std::function<void(unsigned char*)>& body);
 
-// The seed of the order of threads and blocks in later runs; each run takes the next one.
+// Seeds the order of threads and blocks of the next run; each run takes the next seed.
 void set_seed(uint64_t seed);
 
 }  // namespace ercn::emulator

@@ -1,4 +1,4 @@
-// Before every file that test_mutations.py compiles: which of its mutations is in force, 0 for none.
+// Included before every file that test_mutations.py compiles: the number of the active mutation, 0 for none.
 #pragma once
 
 extern "C" __attribute__((weak, visibility("default"))) int ercn_mutation;

@@ -1,4 +1,4 @@
-// For tests, beside the operators of csrc/cuda: the emulator's seed, limits that calls do not reach, what was launched.
+// Operators for tests beside those of csrc/cuda: the emulator's seed, a band's memory limit, counts of launches.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -18,7 +18,7 @@ ercn::Tensor relu_affinity_bands(const ercn::Tensor& value, const ercn::Tensor& 
 
 }  // namespace
 
-// A line of every kernel: its name and how often it was launched.
+// A line for every kernel: its name and its launches.
 extern "C" __attribute__((visibility("default"))) const char* ercn_launches() {
   static std::string lines;
   lines.clear();

@@ -1,4 +1,4 @@
-// How tests/cuda/test_emulator.py runs a body as a kernel of one block: nullptr, or what failed.
+// Runs a body as a kernel of one block for tests/cuda/test_emulator*.py: nullptr, or what failed.
 #pragma once
 
 #include <exception>

@@ -1,5 +1,4 @@
-// Small kernels that show what the emulator does, for tests/cuda/test_emulator.py. A probe returns nullptr, or what
-// failed.
+// Small kernels that test the emulator, for tests/cuda/test_emulator.py. A probe returns nullptr, or what failed.
 #include <arch/async.h>
 #include <arch/convert.h>
 #include <arch/mma.h>

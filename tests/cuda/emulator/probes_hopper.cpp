@@ -1,4 +1,4 @@
-// Small kernels that show what the emulator makes of Hopper's instructions, for tests/cuda/test_emulator_hopper.py.
+// Small kernels that test the emulator's Hopper instructions, for tests/cuda/test_emulator_hopper.py.
 #include <arch/convert.h>
 #include <arch/hopper.h>
 #include <arch/wgmma.h>
@@ -12,7 +12,7 @@ using namespace ercn::arch;
 
 constexpr int kRow = 128;  // bytes
 
-// What a product leaves out, to see it caught.
+// The step that a product omits, so that the emulator catches it.
 enum Omission { kNothing, kWait, kFence, kProxyFence, kBarrier, kCommit };
 
 // A map of `rows` rows of `columns` elements, in boxes of 128 bytes by `box_rows`.

@@ -5,12 +5,12 @@
 namespace ercn::affinity {
 namespace {
 
-// Whether products are to be exact, which 16-bit features are without further ado.
-bool in_terms(const Tensor& feat, bool exact) { return exact && type_of(feat) == Float::fp32; }
+// Whether products need TF32 terms; those of 16-bit features are exact without.
+bool needs_terms(const Tensor& feat, bool exact) { return exact && type_of(feat) == Float::fp32; }
 
-void sum_slabs(const Tensor& parts, int64_t slabs, const Tensor& out, const arch::Stream& stream) {
-  affinity::sum_slabs(
-      data<float>(parts), static_cast<int>(slabs), out.mutable_data_ptr(), type_of(out), out.numel(), stream);
+void combine_splits(const Tensor& parts, int64_t splits, const Tensor& out, const arch::Stream& stream) {
+  affinity::combine_splits(
+      data<float>(parts), static_cast<int>(splits), out.mutable_data_ptr(), type_of(out), out.numel(), stream);
 }
 
 }  // namespace
@@ -20,7 +20,7 @@ Map map_of(const Tensor& x) {
 }
 
 Tensor pack_features(const Tensor& feat, const Sizes& sizes, bool exact, const arch::Stream& stream) {
-  const Tensor packed = empty(feat, {sizes.batch, sizes.padded, sizes.chunks, kRowBytes}, ScalarType::Byte);
+  const Tensor packed = empty(feat, {sizes.batch, sizes.padded, sizes.slabs, kRowBytes}, ScalarType::Byte);
   pack_features(map_of(feat), !exact, mutable_data<unsigned char>(packed), sizes, stream);
   return packed;
 }
@@ -41,19 +41,21 @@ Tensor forward(const Tensor& value, const Tensor& feat, bool exact) {
   if (sizes.dim == 0) return torch::stable::zero_(out);
   const arch::Stream stream(feat);
   const Tensor packed = pack_features(feat, sizes, exact, stream);
-  const Tensor terms = pack_map(value, in_terms(feat, exact) ? MapForm::whole : MapForm::terms, sizes, stream);
+  const Tensor terms = pack_map(value, needs_terms(feat, exact) ? MapForm::whole : MapForm::terms, sizes, stream);
 
-  const int64_t rows = arch::divide_up<int64_t>(sizes.pixels, kForwardRows);
-  const int64_t tiles = arch::divide_up<int64_t>(sizes.pixels, kForwardColumns);
-  const Slabs cut =
-      slabs(tiles, rows * sizes.batch * (sizes.padded_channels / kChannels), 2 * int64_t{stream.multiprocessors()});
-  const ForwardShared shared = forward_shared(sizes.chunks, stream.shared_limit());
+  const int64_t rows = arch::divide_up<int64_t>(sizes.pixels, kForwardBlockM);
+  const int64_t tiles = arch::divide_up<int64_t>(sizes.pixels, kForwardBlockN);
+  const int64_t blocks = rows * sizes.batch * (sizes.padded_channels / kBlockC);
+  const Splits splits = split_columns(tiles, blocks, 2 * int64_t{stream.multiprocessors()});
+  const ForwardShared shared = forward_shared(sizes.slabs, stream.shared_limit());
   Tensor parts = out;
-  if (cut.count > 1) parts = empty(value, {cut.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
+  if (splits.count > 1) {
+    parts = empty(value, {splits.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
+  }
   const ForwardParams params{
-      data<unsigned char>(packed), data<unsigned char>(terms), mutable_data<float>(parts), sizes, cut, shared};
+      data<unsigned char>(packed), data<unsigned char>(terms), mutable_data<float>(parts), sizes, splits, shared};
   forward(params, type_of(feat), exact, stream);
-  if (cut.count > 1) sum_slabs(parts, cut.count, out, stream);
+  if (splits.count > 1) combine_splits(parts, splits.count, out, stream);
   return out;
 }
 
@@ -67,36 +69,36 @@ std::tuple<Tensor, Tensor> backward(
     return {torch::stable::zero_(grad_value), torch::stable::zero_(grad_feat)};
   }
   const arch::Stream stream(feat);
-  const int most = backward_chunks(stream.shared_limit());
+  const int most = most_backward_slabs(stream.shared_limit());
   STD_TORCH_CHECK(
-      sizes.chunks <= most, "the backward takes at most ",
-      most * chunk_channels(static_cast<int>(feat.element_size())), " features of this dtype on this device; got ",
+      sizes.slabs <= most, "the backward takes at most ",
+      most * slab_channels(static_cast<int>(feat.element_size())), " features of this dtype on this device; got ",
       sizes.dim);
-  const MapForm form = in_terms(feat, exact) ? MapForm::whole : MapForm::round;
+  const MapForm form = needs_terms(feat, exact) ? MapForm::whole : MapForm::round;
   const Tensor packed = pack_features(feat, sizes, exact, stream);
   const Tensor packed_value = pack_map(value, form, sizes, stream);
   const Tensor packed_grad = pack_map(grad_out, form, sizes, stream);
 
-  const int64_t rows = arch::divide_up<int64_t>(sizes.pixels, kBackwardRows);
-  const int64_t tiles = arch::divide_up<int64_t>(sizes.pixels, kBackwardColumns);
-  const int64_t channel_blocks = sizes.padded_channels / kChannels;
-  const Slabs cut = slabs(tiles, rows * sizes.batch * channel_blocks, 2 * int64_t{stream.multiprocessors()});
-  const int64_t feat_parts = cut.count * channel_blocks;
+  const int64_t rows = arch::divide_up<int64_t>(sizes.pixels, kBackwardBlockM);
+  const int64_t tiles = arch::divide_up<int64_t>(sizes.pixels, kBackwardBlockN);
+  const int64_t channel_blocks = sizes.padded_channels / kBlockC, blocks = rows * sizes.batch * channel_blocks;
+  const Splits splits = split_columns(tiles, blocks, 2 * int64_t{stream.multiprocessors()});
+  const int64_t feat_parts = splits.count * channel_blocks;
   const bool whole_feat = feat_parts == 1;
-  const bool whole_value = cut.count == 1 && value.scalar_type() == ScalarType::Float;
+  const bool whole_value = splits.count == 1 && value.scalar_type() == ScalarType::Float;
   const Tensor sums_feat =
       empty(feat, {whole_feat ? 0 : feat_parts, sizes.batch, sizes.dim, sizes.pixels}, ScalarType::Float);
   Tensor sums_value = grad_value;
   if (need_value && !whole_value) {
-    sums_value = empty(value, {cut.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
+    sums_value = empty(value, {splits.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
   }
   const BackwardParams params{
       data<unsigned char>(packed), data<float>(packed_value), data<float>(packed_grad),
       need_value ? mutable_data<float>(sums_value) : nullptr, whole_feat ? nullptr : mutable_data<float>(sums_feat),
-      grad_feat.mutable_data_ptr(), sizes, cut};
+      grad_feat.mutable_data_ptr(), sizes, splits};
   backward(params, type_of(feat), exact, stream);
-  if (!whole_feat) sum_slabs(sums_feat, feat_parts, grad_feat, stream);
-  if (need_value && !whole_value) sum_slabs(sums_value, cut.count, grad_value, stream);
+  if (!whole_feat) combine_splits(sums_feat, feat_parts, grad_feat, stream);
+  if (need_value && !whole_value) combine_splits(sums_value, splits.count, grad_value, stream);
   return {grad_value, grad_feat};
 }
 

@@ -1,23 +1,23 @@
 #pragma once
-// Tiles of rows of 128 bytes in shared memory: where an element lies, how they are filled, and T = FᵀF of a warp.
+// Swizzled tiles in shared memory: their copies, their fragments, and a warp's T = FᵀF.
 #include <arch/async.h>
 #include <arch/mma.h>
 
 #include "affinity/generic/tiles.h"
-#include "terms.h"
+#include <arch/terms.h>
 
 namespace ercn::affinity {
 
 using arch::swizzled;
 
-// The unit of tiles of fp32 of which 4 rows are read at a time, 32 bytes of each. Others have 16 bytes, for ldmatrix or
-// words of neighbouring rows.
+// The swizzle's unit in tiles of fp32 pairs, whose reads take 32 bytes of each of 4 rows. Others have 16 bytes, for
+// ldmatrix.
 constexpr int kPairs = 32;
 
 // Starts the copy of ROWS rows of 128 bytes, `stride` bytes apart in device memory.
 template <int ROWS, int UNIT = 16>
 ERCN_DEVICE void copy_rows(unsigned char* tile, const unsigned char* from, int64_t stride) {
-  constexpr int kAtOnce = kThreads / 8;  // rows; a multiple of what the swizzle repeats after
+  constexpr int kAtOnce = kThreads / 8;  // rows; the swizzle repeats after 8
   static_assert(ROWS % kAtOnce == 0 && kAtOnce % 8 == 0);
   const int row = arch::thread_index() / 8, byte = arch::thread_index() % 8 * 16;
   tile += swizzled<UNIT>(row, byte);
@@ -28,7 +28,7 @@ ERCN_DEVICE void copy_rows(unsigned char* tile, const unsigned char* from, int64
   }
 }
 
-// Fragment A of 16 rows from `row` on, and B of 16 columns of T (two 8-column tiles), of 32 bytes at `step`.
+// Fragments of the 32 bytes at `step`: A of 16 rows from `row` on, B of 16 columns of T, in two tiles of 8.
 ERCN_DEVICE void load_a(uint32_t (&a)[4], const unsigned char* tile, int row, int step) {
   const int lane = arch::lane_index();
   arch::ldmatrix(a, tile + swizzled(row + lane % 16, step * 32 + lane / 16 * 16));
@@ -40,11 +40,11 @@ ERCN_DEVICE void load_b(uint32_t (&b)[2][2], const unsigned char* tile, int row,
   for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = r[i];
 }
 
-// t += F_iᵀF_j over one chunk of features: 16·M rows of `rows` from `row` on, 8·N rows of `columns`.
+// t += F_iᵀF_j of one slab: 16·M rows of `rows` from `row` on, 8·N rows of `columns`.
 template <typename Precision, int M, int N>
 ERCN_DEVICE void add_product(float (&t)[M][N][4], const unsigned char* rows, int row, const unsigned char* columns) {
   using Product = typename Precision::Product;
-  constexpr int kUnroll = Precision::kExact ? 1 : kRowBytes / 32;  // terms take registers enough
+  constexpr int kUnroll = Precision::kExact ? 1 : kRowBytes / 32;  // terms leave no registers for more
 #pragma unroll kUnroll
   for (int step = 0; step < kRowBytes / 32; ++step) {
     uint32_t a[M][4];
@@ -83,7 +83,7 @@ ERCN_DEVICE void add_product(float (&t)[M][N][4], const unsigned char* rows, int
   }
 }
 
-// relu, which lets NaN through; 0 for columns from `left` on.
+// relu, NaN included; 0 for columns from `left` on.
 template <int M, int N>
 ERCN_DEVICE void rectify(float (&t)[M][N][4], int64_t left) {
   const int column = arch::lane_index() % 4 * 2;
@@ -101,8 +101,8 @@ ERCN_DEVICE void rectify(float (&t)[M][N][4], int64_t left) {
   }
 }
 
-// The accumulators of 8 columns of a product as the 8 columns of A of a TF32 product: column 2 t of it is k = t, and
-// 2 t + 1 is k = t + 4, in which order B is read too.
+// Accumulators of 8 columns as fragment A of a TF32 product: column 2 t becomes k = t, and 2 t + 1 becomes k = t + 4. B
+// is read in the same order.
 ERCN_DEVICE void as_factor(float (&a)[4], const float (&d)[4]) { a[0] = d[0], a[1] = d[2], a[2] = d[1], a[3] = d[3]; }
 
 }  // namespace ercn::affinity

@@ -1,8 +1,8 @@
 #pragma once
-// Tile sizes of the generic affinity kernels, what they need of shared memory, and how work is cut: pure functions.
+// Tile sizes, shared memory and splits of the generic affinity kernels, as pure functions.
 //
-// Everything in shared memory is rows of 128 bytes (kRowBytes), in 16-byte granules whose order is permuted within a
-// row so that no access meets a bank twice. A chunk is the features of one row: 64 of 16 bits or 32 of fp32.
+// Tiles in shared memory are swizzled rows of 128 bytes (kRowBytes). A slab is the features of a row: 64 of 16 bits, or
+// 32 of fp32.
 #include <arch/host_device.h>
 
 #include <cstdint>
@@ -11,57 +11,58 @@ namespace ercn::affinity {
 
 constexpr int kRowBytes = 128;
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kChannels = 32;      // channels of value that a block takes
+constexpr int kBlockC = 32;          // channels of value of a block
 constexpr int kPixelMultiple = 128;  // the packed operands are padded to it
 
-// Forward: a block owns kForwardRows rows, and meets kForwardColumns columns a step; features come a chunk at a time.
-constexpr int kForwardRows = 128, kForwardColumns = 64, kForwardStages = 3;
-constexpr int kRowChunkBytes = kForwardRows * kRowBytes, kColumnChunkBytes = kForwardColumns * kRowBytes;
-constexpr int kTermTileBytes = 2 * kChannels * kRowBytes;  // two bf16 terms of 64 columns, or fp32
+// Forward: a block owns kForwardBlockM rows; a step of its mainloop takes one slab of kForwardBlockN columns.
+constexpr int kForwardBlockM = 128, kForwardBlockN = 64, kForwardStages = 3;
+constexpr int kRowSlabBytes = kForwardBlockM * kRowBytes, kColumnSlabBytes = kForwardBlockN * kRowBytes;
+constexpr int kTermTileBytes = 2 * kBlockC * kRowBytes;  // two bf16 terms of 64 columns, or fp32
 
-// Backward: kBackwardRows rows whose gradients stay in registers, kBackwardColumns columns a step, two steps in memory.
-constexpr int kBackwardRows = 64, kBackwardColumns = 32, kBackwardStages = 2;
-constexpr int kPairRowBytes = 2 * kChannels * kBackwardRows * 4;        // value and gradient of the rows, fp32
-constexpr int kPairColumnBytes = 2 * kChannels * kBackwardColumns * 4;  // and of the columns
+// Backward: a block owns kBackwardBlockM rows, their gradients in registers; a stage is all slabs of kBackwardBlockN
+// columns.
+constexpr int kBackwardBlockM = 64, kBackwardBlockN = 32, kBackwardStages = 2;
+constexpr int kPairRowBytes = 2 * kBlockC * kBackwardBlockM * 4;     // value and gradient of the rows, fp32
+constexpr int kPairColumnBytes = 2 * kBlockC * kBackwardBlockN * 4;  // and of the columns
 
-ERCN_HOST_DEVICE constexpr int chunk_channels(int element_bytes) { return kRowBytes / element_bytes; }
-ERCN_HOST_DEVICE constexpr int chunks_of(int64_t dim, int element_bytes) {
-  return static_cast<int>(arch::divide_up<int64_t>(dim, chunk_channels(element_bytes)));
+ERCN_HOST_DEVICE constexpr int slab_channels(int element_bytes) { return kRowBytes / element_bytes; }
+ERCN_HOST_DEVICE constexpr int slabs_of(int64_t dim, int element_bytes) {
+  return static_cast<int>(arch::divide_up<int64_t>(dim, slab_channels(element_bytes)));
 }
 
-// Forward, from a shared memory limit: whether the features of the rows stay there, or come again with every step.
+// The forward's shared memory within a limit.
 struct ForwardShared {
-  bool resident;
-  int term_tiles;  // a tile of value is read at the end of its columns' chunks, and kForwardStages chunks are under way
+  bool resident;   // the rows' features stay; else they come again with every step
+  int term_tiles;  // tiles of value: each is read after its columns' last slab, with kForwardStages - 1 slabs in flight
   int bytes;
 };
 
-ERCN_HOST_DEVICE constexpr ForwardShared forward_shared(int chunks, int limit) {
-  const int term_tiles = arch::divide_up(kForwardStages - 1, chunks) + 1;
-  const int streamed = kForwardStages * kColumnChunkBytes + term_tiles * kTermTileBytes;
-  const int resident = streamed + chunks * kRowChunkBytes;
+ERCN_HOST_DEVICE constexpr ForwardShared forward_shared(int slabs, int limit) {
+  const int term_tiles = arch::divide_up(kForwardStages - 1, slabs) + 1;
+  const int streamed = kForwardStages * kColumnSlabBytes + term_tiles * kTermTileBytes;
+  const int resident = streamed + slabs * kRowSlabBytes;
   if (resident <= limit) return {true, term_tiles, resident};
-  return {false, term_tiles, streamed + kForwardStages * kRowChunkBytes};
+  return {false, term_tiles, streamed + kForwardStages * kRowSlabBytes};
 }
 
-ERCN_HOST_DEVICE constexpr int backward_shared(int chunks) {
-  const int rows = kBackwardRows * kRowBytes, columns = kBackwardColumns * kRowBytes;
-  return chunks * rows + kPairRowBytes + kBackwardStages * (chunks * columns + kPairColumnBytes);
+ERCN_HOST_DEVICE constexpr int backward_shared(int slabs) {
+  const int rows = kBackwardBlockM * kRowBytes, columns = kBackwardBlockN * kRowBytes;
+  return slabs * rows + kPairRowBytes + kBackwardStages * (slabs * columns + kPairColumnBytes);
 }
 
-// The most chunks that the backward takes on a device with this limit.
-ERCN_HOST_DEVICE constexpr int backward_chunks(int limit) {
-  int chunks = 0;
-  while (backward_shared(chunks + 1) <= limit) ++chunks;
-  return chunks;
+// The most slabs of the backward within a limit of shared memory.
+ERCN_HOST_DEVICE constexpr int most_backward_slabs(int limit) {
+  int slabs = 0;
+  while (backward_shared(slabs + 1) <= limit) ++slabs;
+  return slabs;
 }
 
-// Cuts tiles of columns in slabs, so that `blocks` blocks of work become about `wanted`; the last slab may be shorter.
-struct Slabs {
+// Splits of the sum over columns, `tiles` tiles each; the last may be shorter. `blocks` blocks become about `wanted`.
+struct Splits {
   int count, tiles;
 };
 
-ERCN_HOST_DEVICE constexpr Slabs slabs(int64_t tiles, int64_t blocks, int64_t wanted) {
+ERCN_HOST_DEVICE constexpr Splits split_columns(int64_t tiles, int64_t blocks, int64_t wanted) {
   int64_t count = blocks >= wanted ? 1 : arch::divide_up(wanted, blocks);
   count = count < tiles ? count : tiles;
   const int64_t size = arch::divide_up(tiles, count);

@@ -24,7 +24,7 @@ struct Sizes {
         dim(static_cast<int>(feat.size(1))),
         pixels(feat.size(2)) {}
 
-  int64_t padded_pixels() const { return round_up<int64_t>(pixels, kPixels); }
+  int64_t padded_pixels() const { return round_up<int64_t>(pixels, kTileSide); }
   int channel_blocks() const { return divide_up(channels, kMostChannels); }
   int block_channels() const { return divide_up(channels, channel_blocks()); }  // of all but perhaps the last block
   int padded() const { return padded_channels(block_channels()); }
@@ -36,7 +36,7 @@ using ercn::affinity::mutable_data;
 
 arch::Grid grid(int64_t x, int y, int z) { return {static_cast<int>(x), y, z}; }
 
-// Whether the tensor copy engine reads feat as it is: pixel-major, with rows at multiples of 16 bytes.
+// Whether TMA reads feat in place: pixel-major, with rows at multiples of 16 bytes.
 bool is_pixel_major(const Tensor& feat) {
   const int64_t dim = feat.size(1);
   const auto row = [](int64_t stride, int64_t least) { return stride >= least && stride % 8 == 0; };
@@ -45,7 +45,7 @@ bool is_pixel_major(const Tensor& feat) {
          (feat.size(0) == 1 || row(feat.stride(0), dim));
 }
 
-// The features as the kernels read them, and the memory that holds a copy if one is needed.
+// Pixel-major features: feat in place, or a packed copy.
 struct PixelMajor {
   Tensor copy;
   Features features;
@@ -73,7 +73,7 @@ Tensor exponents(std::initializer_list<Map> maps, const Tensor& like, const Size
   return made;
 }
 
-// Terms of one block of channels.
+// The terms of one block of channels.
 struct TermRows {
   Tensor memory;
   Rows rows;
@@ -84,36 +84,39 @@ struct TermRows {
         rows{memory.const_data_ptr(), sizes.batch, 2 * sizes.padded(), sizes.padded_pixels()},
         fp16(type == ScalarType::Half) {}
 
-  Terms::Job job(const Map& map, bool low, int row, Terms::Scale scale, int map_index) const {
+  WriteTerms::Job job(const Map& map, bool low, int row, WriteTerms::Scale scale, int map_index) const {
     return {map, memory.mutable_data_ptr(), fp16, low, rows.rows, row, scale, map_index};
   }
 };
 
 void write_terms(
-    std::initializer_list<Terms::Job> jobs, const int* exponents, const Sizes& sizes, int channel,
+    std::initializer_list<WriteTerms::Job> jobs, const int* exponents, const Sizes& sizes, int channel,
     const arch::Stream& stream) {
-  Terms::Params params{{}, exponents, sizes.batch, std::min(sizes.channels, channel + sizes.block_channels()), channel,
-                       sizes.padded(), sizes.channels, sizes.pixels, sizes.padded_pixels()};
+  const int end = std::min(sizes.channels, channel + sizes.block_channels());
+  WriteTerms::Params params{{}, exponents, sizes.batch, end, channel, sizes.padded(), sizes.channels, sizes.pixels,
+                            sizes.padded_pixels()};
   std::copy(jobs.begin(), jobs.end(), params.jobs);
-  const int64_t blocks = divide_up<int64_t>(sizes.padded_pixels(), Terms::kPixelsOfBlock);
-  arch::launch<Terms>(params, grid(blocks, sizes.padded(), static_cast<int>(jobs.size()) * sizes.batch), 0, stream);
+  const int64_t blocks = divide_up<int64_t>(sizes.padded_pixels(), WriteTerms::kPixelsOfBlock);
+  const int maps = static_cast<int>(jobs.size()) * sizes.batch;
+  arch::launch<WriteTerms>(params, grid(blocks, sizes.padded(), maps), 0, stream);
 }
 
-Schedule schedule(const Sizes& sizes, int columns, int rows, int first_group, int groups, bool triangle, int workers) {
-  Schedule s{sizes.batch, columns, first_group, groups, triangle ? rows / kPixels : 0, 0};
+TileScheduler make_scheduler(
+    const Sizes& sizes, int columns, int rows, int first_row_block, int row_blocks, bool triangle, int workers) {
+  TileScheduler s{sizes.batch, columns, first_row_block, row_blocks, triangle ? rows / kTileSide : 0, 0};
   s.workers = std::min<int64_t>(workers, s.tiles());
   return s;
 }
 
 template <typename Out>
 void combine(
-    const Tensor& direct, const float* mirrored, const Tensor& out, const int* exponents, const Schedule& s,
+    const Tensor& direct, const float* mirrored, const Tensor& out, const int* exponents, const TileScheduler& s,
     const Sizes& sizes, int64_t width, int rows, int channel, const arch::Stream& stream) {
   const int channels = std::min(sizes.block_channels(), sizes.channels - channel);
-  const int64_t left = sizes.pixels - static_cast<int64_t>(s.first_group) * rows;
+  const int64_t left = sizes.pixels - static_cast<int64_t>(s.first_row_block) * rows;
   arch::launch<Combine<Out>>(
       {data<float>(direct), mirrored, mutable_data<Out>(out), exponents, s, sizes.pixels, width, rows, sizes.padded(),
-       sizes.channels, channel, channels, s.first_group > 0},
+       sizes.channels, channel, channels, s.first_row_block > 0},
       grid(divide_up<int64_t>(left, Combine<Out>::kPixelsOfBlock), channels, sizes.batch), 0, stream);
 }
 
@@ -127,24 +130,24 @@ void forward_into(
   const Tensor scales = kScaled ? exponents({map_of(value)}, feat, sizes, stream) : empty(feat, {0}, ScalarType::Int);
   const int* const exponent = kScaled ? data<int>(scales) : nullptr;
   const int rows = forward_rows(sizes.dim), workers = stream.multiprocessors();
-  const int groups = static_cast<int>(divide_up<int64_t>(sizes.pixels, rows));
-  const int columns = static_cast<int>(sizes.padded_pixels() / kPixels);
+  const int row_blocks = static_cast<int>(divide_up<int64_t>(sizes.pixels, rows));
+  const int columns = static_cast<int>(sizes.padded_pixels() / kTileSide);
   const TermRows terms(feat, sizes, feat.scalar_type());
   for (int channel = 0; channel < sizes.channels; channel += sizes.block_channels()) {
     const int channels = std::min(sizes.block_channels(), sizes.channels - channel);
-    const Terms::Scale scale = kScaled ? Terms::Scale::channel : Terms::Scale::none;
+    const WriteTerms::Scale scale = kScaled ? WriteTerms::Scale::channel : WriteTerms::Scale::none;
     write_terms({terms.job(map_of(value), true, 0, scale, 0)}, exponent, sizes, channel, stream);
-    for (int first = 0, count; first < groups; first += count) {
+    for (int first = 0, count; first < row_blocks; first += count) {
       const int64_t maps = static_cast<int64_t>(sizes.batch) * channels;
-      count = triangle ? groups_in_band(mirrored_bytes, maps, sizes.padded_pixels(), rows, first) : groups;
-      const Schedule s = schedule(sizes, columns, rows, first, count, triangle, workers);
+      count = triangle ? row_blocks_in_band(mirrored_bytes, maps, sizes.padded_pixels(), rows, first) : row_blocks;
+      const TileScheduler s = make_scheduler(sizes, columns, rows, first, count, triangle, workers);
       const Tensor direct = empty(feat, {s.slots(), sizes.padded(), rows}, ScalarType::Float);
       const int64_t width = triangle ? mirrored_width(sizes.padded_pixels(), rows, first) : 0;
       const Tensor mirrored = empty(feat, {count, maps, width}, ScalarType::Float);
       float* const to_mirrored = width == 0 ? nullptr : mutable_data<float>(mirrored);
       float* const to_direct = mutable_data<float>(direct);
       forward(
-          {tensor_map<Element>(pixels.features, kPixels), tensor_map<Element>(terms.rows, terms.rows.rows), s,
+          {tensor_map<Element>(pixels.features, kTileSide), tensor_map<Element>(terms.rows, terms.rows.rows), s,
            to_direct, to_mirrored, width, channels},
           type_of(feat), sizes.dim, sizes.padded(), stream);
       combine<float>(direct, to_mirrored, out, exponent, s, sizes, width, rows, channel, stream);
@@ -164,23 +167,23 @@ void backward_into(
   const Tensor scales = exponents({map_of(value), map_of(grad_out)}, feat, sizes, stream);
   const int* const of_grad = data<int>(scales) + static_cast<int64_t>(sizes.batch) * sizes.channels;
   const int columns = static_cast<int>(divide_up<int64_t>(sizes.pixels, backward_columns(sizes.dim)));
-  const int groups = static_cast<int>(divide_up<int64_t>(sizes.pixels, kPixels));
-  const Schedule s = schedule(sizes, columns, kPixels, 0, groups, false, stream.multiprocessors());
+  const int row_blocks = static_cast<int>(divide_up<int64_t>(sizes.pixels, kTileSide));
+  const TileScheduler s = make_scheduler(sizes, columns, kTileSide, 0, row_blocks, false, stream.multiprocessors());
   const TermRows terms(feat, sizes, feat.scalar_type()), pairs(feat, sizes, ScalarType::Half);
-  const Tensor feat_sums = empty(feat, {sizes.channel_blocks(), s.slots(), kPixels, sizes.dim}, ScalarType::Float);
-  const Tensor value_sums = empty(feat, {need_value ? s.slots() : 0, sizes.padded(), kPixels}, ScalarType::Float);
-  const int64_t block_sums = s.slots() * kPixels * sizes.dim;
+  const Tensor feat_sums = empty(feat, {sizes.channel_blocks(), s.slots(), kTileSide, sizes.dim}, ScalarType::Float);
+  const Tensor value_sums = empty(feat, {need_value ? s.slots() : 0, sizes.padded(), kTileSide}, ScalarType::Float);
+  const int64_t block_sums = s.slots() * kTileSide * sizes.dim;
   for (int channel = 0, block = 0; channel < sizes.channels; channel += sizes.block_channels(), ++block) {
-    const Terms::Scale scale = kScaled ? Terms::Scale::channel : Terms::Scale::none;
+    const WriteTerms::Scale scale = kScaled ? WriteTerms::Scale::channel : WriteTerms::Scale::none;
     write_terms(
-        {pairs.job(map_of(value), false, 0, Terms::Scale::channel, 0),
-         pairs.job(map_of(grad_out), false, sizes.padded(), Terms::Scale::pair, 1),
+        {pairs.job(map_of(value), false, 0, WriteTerms::Scale::channel, 0),
+         pairs.job(map_of(grad_out), false, sizes.padded(), WriteTerms::Scale::pair, 1),
          terms.job(map_of(grad_out), true, 0, scale, 1)},
         data<int>(scales), sizes, channel, stream);
     float* const to_feat = mutable_data<float>(feat_sums) + block * block_sums;
     float* const to_value = need_value ? mutable_data<float>(value_sums) : nullptr;
     backward(
-        {tensor_map<Element>(pixels.features, kPixels),
+        {tensor_map<Element>(pixels.features, kTileSide),
          tensor_map<Element>(pixels.features, backward_columns(sizes.dim)),
          need_value ? tensor_map<Element>(terms.rows, terms.rows.rows) : arch::TensorMap{},
          tensor_map<arch::fp16>(pairs.rows, sizes.padded()), s, to_feat, to_value},
@@ -188,14 +191,15 @@ void backward_into(
     if (!need_value) continue;
     const int* const exponent = kScaled ? of_grad : nullptr;
     with_element(type_of(grad_value), [&](auto to) {
-      combine<decltype(to)>(value_sums, nullptr, grad_value, exponent, s, sizes, 0, kPixels, channel, stream);
+      combine<decltype(to)>(value_sums, nullptr, grad_value, exponent, s, sizes, 0, kTileSide, channel, stream);
     });
   }
-  arch::launch<Finish<Element>>(
-      {data<float>(feat_sums), mutable_data<Element>(grad_feat), data<int>(scales), s, sizes.pixels, kPixels, sizes.dim,
-       sizes.channels, sizes.channel_blocks(), sizes.batch},
-      grid(divide_up<int64_t>(sizes.pixels, Finish<Element>::kSide), sizes.dim / Finish<Element>::kSide, sizes.batch),
-      Finish<Element>::kShared, stream);
+  using Kernel = CombineFeat<Element>;
+  arch::launch<Kernel>(
+      {data<float>(feat_sums), mutable_data<Element>(grad_feat), data<int>(scales), s, sizes.pixels, kTileSide,
+       sizes.dim, sizes.channels, sizes.channel_blocks(), sizes.batch},
+      grid(divide_up<int64_t>(sizes.pixels, Kernel::kSide), sizes.dim / Kernel::kSide, sizes.batch), Kernel::kShared,
+      stream);
 }
 
 }  // namespace

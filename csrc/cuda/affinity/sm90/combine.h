@@ -1,51 +1,51 @@
 #pragma once
-// Partial sums of the Hopper affinity kernels added in a fixed order, and rounded once. Memory-bound.
+// Combines the partial sums of the Hopper affinity kernels in a fixed order and rounds once. Memory-bound.
 #include <arch/base.h>
 #include <arch/convert.h>
 
 #include "affinity/sm90/prepare.h"
-#include "affinity/sm90/schedule.h"
+#include "affinity/sm90/tile_scheduler.h"
 
 namespace ercn::sm90::affinity {
 
-// out [B, C, N] of a channel block, from the first pixel of the schedule's first group on:
-//   the mirrored sums of the groups above, from the top down, then the direct sums, from left to right.
+// out [B, C, N] of a channel block, from the first pixel of the scheduler's first row block on: the mirrored sums of
+// the row blocks above, from the top down, then the direct sums, from left to right.
 template <typename Out>
 struct Combine {
   struct Params {
     const float* direct;    // [slots, P, rows]
-    const float* mirrored;  // [groups, B, channels of the block, width]; null where A is dense
+    const float* mirrored;  // [row blocks, B, channels of the block, width]; null where A is dense
     Out* out;
     const int* exponents;  // [B, C] of the map that was multiplied, or null
-    Schedule schedule;
+    TileScheduler scheduler;
     int64_t pixels, width;
-    int rows, padded_channels;  // of a group, P
+    int rows, padded_channels;  // of a row block, P
     int channels, channel, block_channels;
-    bool accumulate;  // out holds the sums of earlier groups
+    bool accumulate;  // to the sums of earlier bands in out
   };
   static constexpr int kThreads = 128, kMinBlocks = 1, kPixelsOfThread = 4, kPixelsOfBlock = kThreads * kPixelsOfThread;
 
-  // Grid: blocks of pixels, channels of the block, B. A thread's pixels are in one group.
+  // Grid: blocks of pixels, channels of the block, B. A thread's pixels are in one row block.
   ERCN_DEVICE static void run(const Params& p, unsigned char*) {
     const int c = arch::block_index().y, b = arch::block_index().z;
-    const Schedule& s = p.schedule;
-    const int64_t first = static_cast<int64_t>(s.first_group) * p.rows;
+    const TileScheduler& s = p.scheduler;
+    const int64_t first = static_cast<int64_t>(s.first_row_block) * p.rows;
     const int64_t thread = static_cast<int64_t>(arch::block_index().x) * kThreads + arch::thread_index();
     const int64_t n = first + thread * kPixelsOfThread;
     if (n >= p.pixels) return;
-    const int group = static_cast<int>(n / p.rows);
+    const int row_block = static_cast<int>(n / p.rows);
     float sum[kPixelsOfThread] = {};
     if (p.mirrored != nullptr) {
-      const int above = group - s.first_group < s.groups ? group - s.first_group : s.groups;
+      const int above = row_block - s.first_row_block < s.row_blocks ? row_block - s.first_row_block : s.row_blocks;
 #pragma unroll 4
       for (int g = 0; g < above; ++g) {
-        const int from = s.first_group + g;
+        const int from = s.first_row_block + g;
         add(sum, p.mirrored + mirrored_offset(s, p.width, p.rows, p.block_channels, from, b, c, n));
       }
     }
-    if (group < s.first_group + s.groups) {
-      const int64_t last = s.last_slot(b, group);
-      for (int64_t slot = s.first_slot(b, group); slot <= last; ++slot) {
+    if (row_block < s.first_row_block + s.row_blocks) {
+      const int64_t last = s.last_slot(b, row_block);
+      for (int64_t slot = s.first_slot(b, row_block); slot <= last; ++slot) {
         add(sum, p.direct + (slot * p.padded_channels + c) * p.rows + n % p.rows);
       }
     }
@@ -72,28 +72,29 @@ struct Combine {
   }
 };
 
-// grad_feat [B, D, N] = 2^u · the partial sums of its rows: by blocks of channels of value, then by segments.
+// grad_feat [B, D, N] = 2^u · the partial sums of its rows, by blocks of channels of value, then by spans.
 template <typename Out>
-struct Finish {
+struct CombineFeat {
   struct Params {
     const float* sums;  // [channel blocks, slots, rows, D]
     Out* grad_feat;
     const int* exponents;  // [2, B, C]
-    Schedule schedule;
+    TileScheduler scheduler;
     int64_t pixels;
     int rows, dim, channels, channel_blocks, batch;
   };
   static constexpr int kThreads = 256, kMinBlocks = 1, kSide = 32, kRow = kSide + 1;
   static constexpr int kShared = kSide * kRow * 4;
 
-  // Grid: blocks of 32 pixels, of 32 features, B. Eight threads add a pixel's features, then turn them.
+  // Grid: blocks of 32 pixels, of 32 features, B. Eight threads add a pixel's features; the block transposes them.
   ERCN_DEVICE static void run(const Params& p, unsigned char* shared) {
     float* tile = reinterpret_cast<float*>(shared);  // [pixels][features]
-    const Schedule& s = p.schedule;
+    const TileScheduler& s = p.scheduler;
     const int b = arch::block_index().z, d0 = arch::block_index().y * kSide;
     const int64_t n0 = static_cast<int64_t>(arch::block_index().x) * kSide;
-    const int group = static_cast<int>(n0 / p.rows), row = arch::thread_index() / 8, d = arch::thread_index() % 8 * 4;
-    const int64_t first = s.first_slot(b, group), last = s.last_slot(b, group);
+    const int row_block = static_cast<int>(n0 / p.rows);
+    const int row = arch::thread_index() / 8, d = arch::thread_index() % 8 * 4;
+    const int64_t first = s.first_slot(b, row_block), last = s.last_slot(b, row_block);
     float sum[4] = {};
     for (int block = 0; block < p.channel_blocks; ++block) {
       for (int64_t slot = first; slot <= last; ++slot) {

@@ -1,12 +1,12 @@
 #pragma once
-// Accumulators of wgmma, added and to device memory. Lane l of a warp has columns 8 q + 2 (l % 4) + {0, 1} of rows
-// l / 4 and l / 4 + 8 of its 16 rows, in d[4 q + {0, 1}] and d[4 q + 2 + {0, 1}]; a warp's store fills whole 32-byte
-// sectors.
+// wgmma's accumulators added in fp32, and the epilogue: their stores to the workspace. Lane l of a warp has columns
+// 8 q + 2 (l % 4) + {0, 1} of rows l / 4 and l / 4 + 8 of its 16 rows, in d[4 q + {0, 1}] and d[4 q + 2 + {0, 1}]; a
+// warp's store fills whole 32-byte sectors.
 #include <arch/wgmma.h>
 
 namespace ercn::sm90::affinity {
 
-// total += sums, which have been waited for.
+// total += sums, after their wgmma_wait.
 template <int COUNT>
 ERCN_DEVICE void add(float (&total)[COUNT], float (&sums)[COUNT]) {
   arch::pin(sums);
@@ -17,7 +17,7 @@ ERCN_DEVICE void add(float (&total)[COUNT], float (&sums)[COUNT]) {
 // A lane's first row of a warpgroup's 64.
 ERCN_DEVICE int own_row() { return arch::warp_index() % 4 * 16 + arch::lane_index() / 4; }
 
-// Sums of 64 pixels and of 2 P columns, which are P channels' high and low terms -> to[channel][pixel].
+// Sums of 64 pixels and 2 P columns, the high and low terms of P channels -> to[channel][pixel].
 template <int P>
 ERCN_DEVICE void store_terms(float* to, int64_t stride, int channels, const float (&sums)[P]) {
 #pragma unroll
@@ -27,7 +27,7 @@ ERCN_DEVICE void store_terms(float* to, int64_t stride, int channels, const floa
   }
 }
 
-// Sums of 64 rows and of 2 · HALF columns -> to[row][column].
+// Sums of 64 rows and 2 · HALF columns -> to[row][column].
 template <int HALF>
 ERCN_DEVICE void store_rows(float* to, const float (&sums)[HALF]) {
   constexpr int kColumns = 2 * HALF;

@@ -1,13 +1,13 @@
 #pragma once
-// Value and gradient maps as the Hopper affinity kernels read them: rows of 16-bit terms, padded with zeros.
+// Value and gradient maps packed for the Hopper affinity kernels: rows of 16-bit terms, padded with zeros.
 //
-// A map x is scaled by a power of two where its terms are fp16, so that fp16's exponent holds it: 2^e is the first
-// power above every finite |x| of a channel (2^127 at most).
+// A map x with fp16 terms is scaled by 2^-e to fit fp16's exponent: 2^e is the first power above every finite |x| of a
+// channel (2^127 at most).
 #include <arch/base.h>
 #include <arch/convert.h>
 
-#include "map.h"
-#include "terms.h"
+#include "affinity/map.h"
+#include <arch/terms.h>
 
 namespace ercn::sm90::affinity {
 
@@ -65,7 +65,7 @@ ERCN_DEVICE int pair_exponent(const int* exponents, int batch, int channels, int
 //   scale: none        x
 //          channel     x · 2^-e
 //          pair        x · 2^(e' - u), e' of the other map, u the exponent of W: for the gradient beside value · 2^-e
-struct Terms {
+struct WriteTerms {
   enum class Scale { none, channel, pair };
   struct Job {
     Map map;
@@ -79,7 +79,7 @@ struct Terms {
     Job jobs[3];
     const int* exponents;
     int batch;
-    int end, channel, padded_channels;  // channels [channel, end) of
+    int end, channel, padded_channels;  // channels [channel, end) of:
     int channels;
     int64_t pixels, padded_pixels;
   };

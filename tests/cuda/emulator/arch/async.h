@@ -1,4 +1,4 @@
-// csrc/cuda/arch/async.h for the emulator: the target holds NaN from the copy until its wait.
+// csrc/cuda/arch/async.h for the emulator. The target holds NaN from the copy until its wait.
 #pragma once
 
 #include <arch/base.h>

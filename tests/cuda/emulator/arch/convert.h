@@ -84,7 +84,7 @@ ERCN_DEVICE float round_tf32(float x) {
 
 namespace detail {
 
-// x with a relative error of `error`, up or down by its bits; powers of two are exact, as the device's are.
+// x with a relative error of `error`, up or down by its bits; powers of two stay exact, as on the device.
 ERCN_DEVICE float disturbed(float x, float error) {
   if ((float_bits(x) & 0x7fffff) == 0) return x;
   return float_bits(x) >> 3 & 1 ? x * (1 + error) : x * (1 - error);

@@ -1,4 +1,4 @@
-// csrc/cuda/arch/hopper.h for the emulator. Copies happen when no thread can go on without them.
+// csrc/cuda/arch/hopper.h for the emulator. TMA copies when no thread can continue without it.
 #pragma once
 
 #include <arch/base.h>
@@ -6,7 +6,7 @@
 
 namespace ercn::arch {
 
-// Not lane 0: the device promises no particular one.
+// Not lane 0: the device may elect any.
 ERCN_DEVICE bool elect_one() {
   sync_warp();
   return lane_index() == 13;
@@ -77,7 +77,7 @@ ERCN_DEVICE void barrier_wait(Barrier* barrier, int parity) {
   }
 }
 
-// Also of what other threads have stored: who writes without a fence of its own is not seen.
+// Covers all threads' stores: a writer without a fence of its own goes unnoticed.
 ERCN_DEVICE void fence_proxy_async() {
   emulator::Block& block = emulator::block();
   std::memcpy(block.async_view.data(), block.shared, block.shared_bytes);

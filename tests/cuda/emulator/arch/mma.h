@@ -11,7 +11,7 @@ namespace detail {
 template <typename Element>
 inline constexpr int kMmaK = std::is_same_v<Element, tf32> ? 8 : 16;
 
-// Element k of what a register of a fragment holds.
+// Element k of a fragment's register.
 template <typename Element>
 float part(uint32_t bits, int k) {
   if constexpr (std::is_same_v<Element, tf32>) {
@@ -25,7 +25,7 @@ struct Place {
   int row, column;
 };
 
-// Where element `part` of register i of a lane lies in D [16, 8], A [16, K] and B [K, 8].
+// The place of element `part` of a lane's register i in D [16, 8], A [16, K] and B [K, 8].
 inline Place place_d(int lane, int i) { return {lane / 4 + 8 * (i / 2), lane % 4 * 2 + i % 2}; }
 template <typename Element>
 Place place_a(int lane, int i, int part) {
@@ -37,7 +37,7 @@ Place place_b(int lane, int i, int part) {
   return {std::is_same_v<Element, tf32> ? lane % 4 + 4 * i : lane % 4 * 2 + 8 * i + part, lane / 4};
 }
 
-// Tensor cores cut what does not fit fp32 off their sums.
+// Tensor cores truncate their sums to fp32.
 inline float truncated_sum(float d, double products) {
   const double sum = d + products;
   const float near = static_cast<float>(sum);

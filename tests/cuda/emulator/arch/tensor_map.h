@@ -18,7 +18,7 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128);
 
-// Where the copy engine and wgmma put what would lie at an offset of shared memory.
+// The 128-byte swizzle of an offset in shared memory.
 inline int64_t swizzled(int64_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
 
 template <typename Element, int RANK>

@@ -1,6 +1,5 @@
-// csrc/cuda/arch/wgmma.h for the emulator. A product reads shared memory when it is asked for or when it is waited for,
-// by a coin's toss, and writes its accumulators when it is waited for; until then they hold NaN. Each warp makes its 16
-// rows by itself.
+// csrc/cuda/arch/wgmma.h for the emulator. A product reads shared memory at its wgmma or at its wgmma_wait, by a random
+// coin, and writes its accumulators at the wait; until then they hold NaN. Each warp computes its own 16 rows.
 #pragma once
 
 #include <optional>
@@ -17,14 +16,14 @@ using Operand = uint64_t;
 
 namespace detail {
 
-constexpr int K = 16, kChunk = 8;  // of a product, and elements of 16 bytes
+constexpr int K = 16, kUnit = 8;  // of a product; elements of 16 bytes
 
 inline Operand operand(const void* tile, uint64_t leading_bytes, uint64_t stride_bytes) {
   constexpr uint64_t kSwizzle128 = 1;
   return (shared_address(tile) & 0x3ffff) >> 4 | leading_bytes >> 4 << 16 | stride_bytes >> 4 << 32 | kSwizzle128 << 62;
 }
 
-// Where 16 bytes of an operand lie in shared memory: row `mn` and chunk `k` along K of kK; chunk `mn` and row `k` of
+// The offset of 16 bytes of an operand in shared memory: row `mn` and unit `k` along K of kK; unit `mn` and row `k` of
 // kMN.
 inline int64_t place_operand(Operand descriptor, Major major, int mn, int k) {
   const int64_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
@@ -40,37 +39,37 @@ std::vector<float> read_operand(Operand descriptor, int first, int count) {
   const emulator::Block& block = emulator::block();
   std::vector<float> rows(count * K);
   const auto read = [&](int mn, int k, const auto& put) {
-    const unsigned char* chunk = block.async_view.data() + place_operand(descriptor, kMajor, mn, k);
-    for (int i = 0; i < kChunk; ++i) {
+    const unsigned char* unit = block.async_view.data() + place_operand(descriptor, kMajor, mn, k);
+    for (int i = 0; i < kUnit; ++i) {
       Element element;
-      std::memcpy(&element, chunk + 2 * i, 2);
+      std::memcpy(&element, unit + 2 * i, 2);
       put(i, to_float(element));
     }
   };
   if constexpr (kMajor == Major::kK) {
     for (int row = 0; row < count; ++row) {
-      for (int k = 0; k < K / kChunk; ++k) {
-        read(first + row, k, [&](int i, float x) { rows[row * K + k * kChunk + i] = x; });
+      for (int k = 0; k < K / kUnit; ++k) {
+        read(first + row, k, [&](int i, float x) { rows[row * K + k * kUnit + i] = x; });
       }
     }
   } else {
-    for (int mn = 0; mn < count / kChunk; ++mn) {
+    for (int mn = 0; mn < count / kUnit; ++mn) {
       for (int k = 0; k < K; ++k) {
-        read(first / kChunk + mn, k, [&](int i, float x) { rows[(mn * kChunk + i) * K + k] = x; });
+        read(first / kUnit + mn, k, [&](int i, float x) { rows[(mn * kUnit + i) * K + k] = x; });
       }
     }
   }
   return rows;
 }
 
-// What is read lies in shared memory, was not stored ordinarily since the last fence, and the swizzle begins at 0.
+// Fails unless the operand lies in shared memory, no ordinary store to it lacks a fence, and its swizzle begins at 0.
 template <Major kMajor>
 void check_operand(Operand descriptor, int count) {
   const emulator::Block& block = emulator::block();
   if ((descriptor << 4 & 0x3ff) >= 128) {
     emulator::fail("wgmma: an operand must begin in the first row of a multiple of 1024");
   }
-  const int rows = kMajor == Major::kK ? count : count / kChunk, columns = kMajor == Major::kK ? K / kChunk : K;
+  const int rows = kMajor == Major::kK ? count : count / kUnit, columns = kMajor == Major::kK ? K / kUnit : K;
   for (int mn = 0; mn < rows; ++mn) {
     for (int k = 0; k < columns; ++k) {
       const int64_t offset = place_operand(descriptor, kMajor, mn, k);
@@ -128,7 +127,6 @@ void multiply(Wgmma argument, const ReadA& read_a) {
     const auto operands = [read = read_a(lanes), first] {
       return std::pair(read(), read_operand<Element, kB>(first.b_operand, 0, N));
     };
-    // Shared memory may be read as soon as the product is asked for, or as late as it is waited for.
     std::optional<std::pair<std::vector<float>, std::vector<float>>> early;
     if (emulator::coin()) early = operands();
     warp.products.push_back([early, operands, first, &sums] {

@@ -1,4 +1,4 @@
-"""csrc/cuda/affinity/sm90/schedule.h: tiles of the triangle, shares of work, and where partial sums lie."""
+"""csrc/cuda/affinity/sm90/tile_scheduler.h: tiles of the triangle, shares of work, and where partial sums lie."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 TILE = 128
 
 
-class Schedule(ctypes.Structure):
-    _fields_ = [("images", ctypes.c_int64), ("columns", ctypes.c_int), ("first_group", ctypes.c_int)]
-    _fields_ += [("groups", ctypes.c_int), ("step", ctypes.c_int), ("workers", ctypes.c_int64)]
+class TileScheduler(ctypes.Structure):
+    _fields_ = [("images", ctypes.c_int64), ("columns", ctypes.c_int), ("first_row_block", ctypes.c_int)]
+    _fields_ += [("row_blocks", ctypes.c_int), ("step", ctypes.c_int), ("workers", ctypes.c_int64)]
 
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    built = tmp_path_factory.mktemp("schedule") / "schedule.so"
+    built = tmp_path_factory.mktemp("scheduler") / "scheduler.so"
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover"]
-    source = ROOT / "tests" / "cuda" / "_affinity_schedule.cpp"
+    source = ROOT / "tests" / "cuda" / "_affinity_scheduler.cpp"
     subprocess.run([*command, "-I", ROOT / "csrc" / "cuda", source, "-o", built], check=True)
     library = ctypes.CDLL(str(built))
     for name in ("tiles", "slots", "worker", "begin", "width", "offset"):
@@ -36,11 +36,11 @@ def native(tmp_path_factory):
     return library
 
 
-def schedule(native, images, columns, step, workers, first_group=0, groups=None):
-    """Every group of every image, or some of them; no more workers than tiles."""
-    if groups is None:
-        groups = (-(-columns // step) if step else columns) - first_group
-    s = Schedule(images, columns, first_group, groups, step, 1)
+def scheduler(native, images, columns, step, workers, first_row_block=0, row_blocks=None):
+    """Every row block of every image, or some of them; no more workers than tiles."""
+    if row_blocks is None:
+        row_blocks = (-(-columns // step) if step else columns) - first_row_block
+    s = TileScheduler(images, columns, first_row_block, row_blocks, step, 1)
     s.workers = min(workers, native.tiles(s))
     return s
 
@@ -63,18 +63,18 @@ def pair(native, function, s, *arguments):
 
 
 SMALL = [
-    (images, columns, step, first, groups)
+    (images, columns, step, first, row_blocks)
     for images, columns, step in itertools.product((1, 2, 3), range(1, 10), (0, 1, 2))
     for every in [-(-columns // step) if step else columns]
     for first in range(every)
-    for groups in range(1, every - first + 1)
+    for row_blocks in range(1, every - first + 1)
 ]
 
 
 def test_sequence_is_every_tile_from_left_to_right(native):
-    for images, columns, step, first, groups in SMALL:
-        s = schedule(native, images, columns, step, 1, first, groups)
-        rows = range(first, first + groups)
+    for images, columns, step, first, row_blocks in SMALL:
+        s = scheduler(native, images, columns, step, 1, first, row_blocks)
+        rows = range(first, first + row_blocks)
         expected = [(b, g, c) for b in range(images) for g in rows for c in range(step * g, columns)]
         found = walk(native, s)
         assert [tuple(row[:3]) for row in found] == expected
@@ -84,25 +84,25 @@ def test_sequence_is_every_tile_from_left_to_right(native):
 
 
 def test_every_pair_of_tiles_is_formed_once(native):
-    """Directly for the rows of a group, mirrored for the columns beyond it: over all bands, each ordered pair once."""
+    """Over all bands, each ordered pair once: directly for a row block, mirrored for the columns beyond it."""
     for columns, step in itertools.product(range(1, 13), (1, 2)):
-        groups = -(-columns // step)
-        for band in range(1, groups + 1):
-            times = np.zeros((groups * step, columns), int)
-            for first in range(0, groups, band):
-                s = schedule(native, 1, columns, step, 1, first, min(band, groups - first))
-                for _, group, column, _, _ in walk(native, s):
-                    rows = range(group * step, (group + 1) * step)
+        row_blocks = -(-columns // step)
+        for band in range(1, row_blocks + 1):
+            times = np.zeros((row_blocks * step, columns), int)
+            for first in range(0, row_blocks, band):
+                s = scheduler(native, 1, columns, step, 1, first, min(band, row_blocks - first))
+                for _, row_block, column, _, _ in walk(native, s):
+                    rows = range(row_block * step, (row_block + 1) * step)
                     times[rows, column] += 1
-                    if column >= native.first_column(s, int(group + 1)):
+                    if column >= native.first_column(s, int(row_block + 1)):
                         times[column, [row for row in rows if row < columns]] += 1
             assert (times[:columns] == 1).all()
 
 
 def test_shares_are_equal_and_know_their_worker(native):
-    for images, columns, step, first, groups in SMALL:
+    for images, columns, step, first, row_blocks in SMALL:
         for workers in (1, 2, 3, 5, 8, 13):
-            s = schedule(native, images, columns, step, workers, first, groups)
+            s = scheduler(native, images, columns, step, workers, first, row_blocks)
             bounds = shares(native, s)
             assert bounds[0] == 0 and bounds[-1] == native.tiles(s)
             sizes = np.diff(bounds)
@@ -112,42 +112,42 @@ def test_shares_are_equal_and_know_their_worker(native):
 
 
 def test_slots_of_segments_are_distinct_and_without_gaps_in_a_group(native):
-    for images, columns, step, first, groups in SMALL:
+    for images, columns, step, first, row_blocks in SMALL:
         for workers in (1, 2, 3, 5, 8, 13):
-            s = schedule(native, images, columns, step, workers, first, groups)
+            s = scheduler(native, images, columns, step, workers, first, row_blocks)
             found = walk(native, s)
             owner = np.repeat(np.arange(s.workers), np.diff(shares(native, s)))
-            segments = {}
-            for (image, group, _, _, slot), worker in zip(found.tolist(), owner.tolist()):
-                segments.setdefault(slot, set()).add((worker, image, group))
-            assert all(len(owners) == 1 for owners in segments.values())  # one worker, one group
-            assert 0 <= min(segments) and max(segments) < native.slots(s)
-            for image, group in itertools.product(range(images), range(first, first + groups)):
-                own = sorted({slot for slot, owners in segments.items() if next(iter(owners))[1:] == (image, group)})
-                low, high, _ = pair(native, "slots_of_group", s, ctypes.c_int64(image), group)
+            spans = {}
+            for (image, row_block, _, _, slot), worker in zip(found.tolist(), owner.tolist()):
+                spans.setdefault(slot, set()).add((worker, image, row_block))
+            assert all(len(owners) == 1 for owners in spans.values())  # one worker, one row block
+            assert 0 <= min(spans) and max(spans) < native.slots(s)
+            for image, row_block in itertools.product(range(images), range(first, first + row_blocks)):
+                own = sorted({slot for slot, owners in spans.items() if next(iter(owners))[1:] == (image, row_block)})
+                low, high, _ = pair(native, "slots_of_row_block", s, ctypes.c_int64(image), row_block)
                 assert own == list(range(low, high + 1))
 
 
 def test_mirrored_sums_lie_apart_and_in_bounds(native):
     channels = 3
     for columns, rows, images in itertools.product((1, 2, 3, 5), (TILE, 2 * TILE), (1, 2)):
-        step, groups = rows // TILE, -(-columns * TILE // rows)
-        for first, count in itertools.combinations(range(groups + 1), 2):
-            s = schedule(native, images, columns, step, 4, first, count - first)
+        step, row_blocks = rows // TILE, -(-columns * TILE // rows)
+        for first, count in itertools.combinations(range(row_blocks + 1), 2):
+            s = scheduler(native, images, columns, step, 4, first, count - first)
             width = native.width(ctypes.c_int64(columns * TILE), rows, first)
             assert width == max(0, columns * TILE - (first + 1) * rows)
             taken = set()
-            for image, group, column, _, _ in walk(native, s).tolist():
-                if column < native.first_column(s, group + 1):
+            for image, row_block, column, _, _ in walk(native, s).tolist():
+                if column < native.first_column(s, row_block + 1):
                     continue
                 for channel in range(channels):
                     at = native.offset(
-                        s, ctypes.c_int64(width), rows, channels, group, ctypes.c_int64(image), channel,
+                        s, ctypes.c_int64(width), rows, channels, row_block, ctypes.c_int64(image), channel,
                         ctypes.c_int64(column * TILE),
                     )  # fmt: skip
                     assert at % 4 == 0 and at not in taken  # 16 bytes
                     taken.add(at)
-                    assert 0 <= at and at + TILE <= s.groups * images * channels * width
+                    assert 0 <= at and at + TILE <= s.row_blocks * images * channels * width
                     assert at // width == (at + TILE - 1) // width  # a tile does not leave its row
 
 
@@ -160,21 +160,21 @@ def test_large_schedules(native, images, columns, step, workers, data):
     """2^20 pixels, thousands of images: positions, tiles, workers and slots agree wherever they are probed."""
     every = -(-columns // step) if step else columns
     first = data.draw(st.integers(0, every - 1))
-    s = schedule(native, images, columns, step, workers, first, data.draw(st.integers(1, every - first)))
+    s = scheduler(native, images, columns, step, workers, first, data.draw(st.integers(1, every - first)))
     total = native.tiles(s)
-    per_image = sum(columns - step * g for g in range(first, first + s.groups))
+    per_image = sum(columns - step * g for g in range(first, first + s.row_blocks))
     assert total == images * per_image
     bounds = shares(native, s)
     assert bounds[0] == 0 and bounds[-1] == total and np.diff(bounds).max() - np.diff(bounds).min() <= 1
     position = data.draw(st.integers(0, total - 1))
-    image, group, column = pair(native, "tile", s, ctypes.c_int64(position))
-    above = sum(columns - step * g for g in range(first, group))
-    assert 0 <= image < images and first <= group < first + s.groups and step * group <= column < columns
-    assert position == image * per_image + above + column - step * group
+    image, row_block, column = pair(native, "tile", s, ctypes.c_int64(position))
+    above = sum(columns - step * g for g in range(first, row_block))
+    assert 0 <= image < images and first <= row_block < first + s.row_blocks and step * row_block <= column < columns
+    assert position == image * per_image + above + column - step * row_block
     owner = native.worker(s, ctypes.c_int64(position))
     assert bounds[owner] <= position < bounds[owner + 1]
-    low, high, _ = pair(native, "slots_of_group", s, ctypes.c_int64(image), group)
-    slot = owner + image * s.groups + group - first
+    low, high, _ = pair(native, "slots_of_row_block", s, ctypes.c_int64(image), row_block)
+    slot = owner + image * s.row_blocks + row_block - first
     assert 0 <= low <= slot <= high < native.slots(s)
     if position + 1 < total:
         after = pair(native, "tile", s, ctypes.c_int64(position + 1))
@@ -188,22 +188,22 @@ def test_large_schedules(native, images, columns, step, workers, data):
 )  # fmt: skip
 def test_bands_cover_all_groups_within_their_memory(native, maps, columns, rows, megabytes):
     limit, pixels, first = megabytes << 20, columns * TILE, 0
-    groups = -(-pixels // rows)
+    row_blocks = -(-pixels // rows)
     for _ in range(20):
-        if first == groups:
+        if first == row_blocks:
             break
         arguments = ctypes.c_int64(limit), ctypes.c_int64(maps), ctypes.c_int64(pixels), rows, first
         count = native.band(*arguments)
         each = 4 * maps * native.width(ctypes.c_int64(pixels), rows, first)
-        assert 1 <= count <= groups - first
+        assert 1 <= count <= row_blocks - first
         assert count == 1 or count * each <= limit
-        assert count == groups - first or (count + 1) * each > limit
+        assert count == row_blocks - first or (count + 1) * each > limit
         first += count
 
 
 def test_tiles_of_the_kernels(native):
     assert native.pixels_of_tile() == TILE
-    assert [native.rows_of_group(d) for d in (64, 128, 192, 256)] == [256, 256, 256, 128]
+    assert [native.rows_of_row_block(d) for d in (64, 128, 192, 256)] == [256, 256, 256, 128]
     for channels in range(1, 33):
         padded = native.padded(channels)
         assert padded >= channels and padded in (8, 24, 32)

@@ -1,4 +1,6 @@
-// What arch/stream.h and arch/tensor_map.h need of torch and of the driver.
+// stream.h and tensor_map.h by torch's C shim and the driver.
+#include <arch/stream.h>
+#include <arch/tensor_map.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/Exception.h>
@@ -6,9 +8,6 @@
 
 #include <stdexcept>
 #include <string>
-
-#include <arch/stream.h>
-#include <arch/tensor_map.h>
 
 namespace ercn::arch {
 
@@ -21,9 +20,9 @@ void check(cudaError_t error, const char* file, int line) {
   throw std::runtime_error(copy);
 }
 
-int attribute(cudaDeviceAttr of, int device) {
+int attribute(cudaDeviceAttr name, int device) {
   int value;
-  check(cudaDeviceGetAttribute(&value, of, device), __FILE__, __LINE__);
+  check(cudaDeviceGetAttribute(&value, name, device), __FILE__, __LINE__);
   return value;
 }
 
@@ -33,8 +32,8 @@ Stream::Stream(int device)
   DeviceGuardHandle guard;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard));
   guard_.reset(guard);
-  // The guard asks for the device only where another one is current. A thread that has made no call of the runtime yet,
-  // as autograd's may be, then has no context, and the driver encodes no tensor map.
+  // The guard sets the device only where another is current. A thread without a call of the runtime, as autograd's may
+  // be, then has no context, without which the driver encodes no tensor map.
   check(cudaSetDevice(device), __FILE__, __LINE__);
   void* stream;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

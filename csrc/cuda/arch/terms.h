@@ -1,5 +1,6 @@
+// fp32 as the sum of two shorter terms, and products of such terms.
 #pragma once
-// fp32 as a shorter number and the rest, and products of such terms.
+
 #include <arch/convert.h>
 #include <arch/mma.h>
 
@@ -7,11 +8,11 @@ namespace ercn {
 
 ERCN_DEVICE bool finite(float x) { return (arch::float_bits(x) & 0x7f800000) != 0x7f800000; }
 
-// What x loses when it is rounded to `high`; 0 where that is infinite.
+// The low term x - high where `high` is x rounded; 0 where that is infinite.
 ERCN_DEVICE float rest(float x, float high) { return finite(high) ? x - high : 0.0f; }
 
-// Fragments of fp32 elements as TF32 terms; the low one of what is not finite is NaN. The units cut the last one of its
-// 12 bits off; rounding would change it by as much.
+// Fragments of fp32 elements as TF32 terms. The low term of what is not finite is NaN. Tensor cores cut the last of its
+// 12 bits, which errs as much as rounding would.
 template <int N>
 struct Terms {
   uint32_t high[N], low[N];
@@ -23,8 +24,8 @@ struct Terms {
   }
 };
 
-// d += A · B of 8 TF32 columns of A from terms. The products with a low term are NaN where a factor is not finite: then
-// the product of the high terms alone has what the product of such numbers is.
+// d += A · B of 8 TF32 columns of A from terms. Where a factor is not finite, the products with a low term are NaN and
+// are left out: the product of the high terms is right.
 ERCN_DEVICE void mma_terms(float (&d)[4], const Terms<4>& a, const Terms<2>& b) {
   float small[4] = {};
   arch::mma<arch::tf32>(small, a.low, b.high);
@@ -34,7 +35,7 @@ ERCN_DEVICE void mma_terms(float (&d)[4], const Terms<4>& a, const Terms<2>& b) 
   arch::mma<arch::tf32>(d, a.high, b.high);
 }
 
-// The same from fp32 factors, in one product or in three.
+// d += A · B of fp32 factors, in one product of TF32 or in three.
 template <bool EXACT>
 ERCN_DEVICE void mma_fp32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   if constexpr (EXACT) {

@@ -2,10 +2,6 @@
 // A tensor [B, C, N] of any strides and floating dtype, as kernels read it.
 #include <arch/convert.h>
 
-#include <cstdint>
-
-#include "precision.h"
-
 namespace ercn {
 
 struct Map {

@@ -1,12 +1,12 @@
 #pragma once
-// The loading thread: rows once for each segment of the schedule, columns tile by tile, all by the tensor copy engine.
-#include "affinity/sm90/params.h"
-#include "affinity/sm90/tiles.h"
+// The producer thread: TMA loads rows once a span of the scheduler, and columns tile by tile.
 #include <arch/ring.h>
+
+#include "affinity/sm90/launch.h"
 
 namespace ercn::sm90::affinity {
 
-// The whole of a block's stages: of the rows that stay, and of what streams by.
+// The pipeline of a block: the rows of a span, and the stages of streamed columns.
 template <int TERM_STAGES, int FEAT_STAGES>
 struct Barriers {
   Stage rows, terms[TERM_STAGES], feat[FEAT_STAGES];
@@ -21,35 +21,35 @@ struct Barriers {
   }
 };
 
-// As the kernels have them: the backward's tiles of columns come whole, terms with features.
+// A stage of the backward holds a tile of columns with its terms.
 template <typename Tiles>
 using ForwardBarriers = Barriers<Tiles::kTermStages, Tiles::kStages>;
 template <typename Tiles>
 using BackwardBarriers = Barriers<1, Tiles::kStages>;
 
 template <typename Tiles>
-struct ForwardLoads {
-  static constexpr int kChunks = Tiles::kChunks;
+struct ForwardProducer {
+  static constexpr int kSlabs = Tiles::kSlabs;
 
   ERCN_DEVICE static void run(
       const ForwardParams& params, unsigned char* shared, ForwardBarriers<Tiles>& barriers, int64_t begin, int tiles) {
     Ring<1> rows{&barriers.rows};
     Ring<Tiles::kTermStages> terms{barriers.terms};
     Ring<Tiles::kStages> feat{barriers.feat};
-    Tile tile = params.schedule.tile(begin);
-    for (int left = tiles; left > 0; tile = params.schedule.next_group(tile)) {
+    WorkTile tile = params.scheduler.tile(begin);
+    for (int left = tiles; left > 0; tile = params.scheduler.next_row_block(tile)) {
       load_rows(params, rows, shared, tile);
-      const int segment = params.schedule.segment(tile, left);
-      left -= segment;
-      for (int column = tile.column; column < tile.column + segment; ++column) {
+      const int span = params.scheduler.span(tile, left);
+      left -= span;
+      for (int column = tile.column; column < tile.column + span; ++column) {
         unsigned char* to = shared + Tiles::kTermColumns + terms.index * Tiles::kTermBytes;
         terms.load(Tiles::kTermBytes, [&](arch::Barrier* full) {
-          load_terms(params, full, to, column * kPixels, tile.image);
+          load_terms(params, full, to, column * kTileSide, tile.image);
         });
-        for (int k = 0; k < kChunks; ++k) {
-          unsigned char* chunk = shared + Tiles::kFeatColumns + feat.index * Tiles::kChunkBytes;
-          feat.load(Tiles::kChunkBytes, [&](arch::Barrier* full) {
-            arch::tma_load(chunk, params.feat, full, k * kChunk, column * kPixels, tile.image);
+        for (int k = 0; k < kSlabs; ++k) {
+          unsigned char* slab = shared + Tiles::kFeatColumns + feat.index * Tiles::kSlabBytes;
+          feat.load(Tiles::kSlabBytes, [&](arch::Barrier* full) {
+            arch::tma_load(slab, params.feat, full, k * kSlab, column * kTileSide, tile.image);
           });
         }
       }
@@ -57,13 +57,13 @@ struct ForwardLoads {
   }
 
   ERCN_DEVICE static void load_rows(
-      const ForwardParams& params, Ring<1>& rows, unsigned char* shared, const Tile& tile) {
+      const ForwardParams& params, Ring<1>& rows, unsigned char* shared, const WorkTile& tile) {
     rows.load(Tiles::kAffinity - Tiles::kFeatRows, [&](arch::Barrier* full) {
       for (int r = 0; r < Tiles::kRowTiles; ++r) {
-        const int row = tile.group * Tiles::kRows + r * kPixels;
-        for (int k = 0; k < kChunks; ++k) {
-          unsigned char* to = shared + Tiles::kFeatRows + (r * kChunks + k) * Tiles::kChunkBytes;
-          arch::tma_load(to, params.feat, full, k * kChunk, row, tile.image);
+        const int row = tile.row_block * Tiles::kBlockM + r * kTileSide;
+        for (int k = 0; k < kSlabs; ++k) {
+          unsigned char* to = shared + Tiles::kFeatRows + (r * kSlabs + k) * Tiles::kSlabBytes;
+          arch::tma_load(to, params.feat, full, k * kSlab, row, tile.image);
         }
         load_terms(params, full, shared + Tiles::kTermRows + r * Tiles::kTermBytes, row, tile.image);
       }
@@ -72,42 +72,42 @@ struct ForwardLoads {
 
   ERCN_DEVICE static void load_terms(
       const ForwardParams& params, arch::Barrier* full, unsigned char* to, int pixel, int image) {
-    for (int k = 0; k < kPixels / kChunk; ++k) {
-      arch::tma_load(to + k * Tiles::kTerms * kRowBytes, params.terms, full, pixel + k * kChunk, 0, image);
+    for (int k = 0; k < kTileSide / kSlab; ++k) {
+      arch::tma_load(to + k * Tiles::kTerms * kRowBytes, params.terms, full, pixel + k * kSlab, 0, image);
     }
   }
 };
 
 template <typename Tiles, int P>
-struct BackwardLoads {
-  static constexpr int kChunks = Tiles::kChunks, kColumns = Tiles::kColumns;
+struct BackwardProducer {
+  static constexpr int kSlabs = Tiles::kSlabs, kBlockN = Tiles::kBlockN;
 
   ERCN_DEVICE static void run(
       const BackwardParams& params, unsigned char* shared, BackwardBarriers<Tiles>& barriers, int64_t begin,
       int tiles) {
     Ring<1> rows{&barriers.rows};
     Ring<Tiles::kStages> columns{barriers.feat};
-    Tile tile = params.schedule.tile(begin);
-    for (int left = tiles; left > 0; tile = params.schedule.next_group(tile)) {
+    WorkTile tile = params.scheduler.tile(begin);
+    for (int left = tiles; left > 0; tile = params.scheduler.next_row_block(tile)) {
       load_rows(params, rows, shared, tile);
-      const int segment = params.schedule.segment(tile, left);
-      left -= segment;
-      for (int column = tile.column; column < tile.column + segment; ++column) {
-        load_columns(params, columns, shared, column * kColumns, tile.image);
+      const int span = params.scheduler.span(tile, left);
+      left -= span;
+      for (int column = tile.column; column < tile.column + span; ++column) {
+        load_columns(params, columns, shared, column * kBlockN, tile.image);
       }
     }
   }
 
   ERCN_DEVICE static void load_rows(
-      const BackwardParams& params, Ring<1>& rows, unsigned char* shared, const Tile& tile) {
-    const int row = tile.group * Tiles::kRows;
+      const BackwardParams& params, Ring<1>& rows, unsigned char* shared, const WorkTile& tile) {
+    const int row = tile.row_block * Tiles::kBlockM;
     rows.load(Tiles::kColumnStages - Tiles::kFeatRows, [&](arch::Barrier* full) {
-      for (int k = 0; k < kChunks; ++k) {
-        unsigned char* to = shared + Tiles::kFeatRows + k * Tiles::kRowChunkBytes;
-        arch::tma_load(to, params.feat_rows, full, k * kChunk, row, tile.image);
+      for (int k = 0; k < kSlabs; ++k) {
+        unsigned char* to = shared + Tiles::kFeatRows + k * Tiles::kRowSlabBytes;
+        arch::tma_load(to, params.feat_rows, full, k * kSlab, row, tile.image);
       }
-      for (int k = 0; k < Tiles::kRows / kChunk; ++k) {
-        load_pairs(params, full, shared + Tiles::kPairRows + k * Tiles::kMapBytes, row + k * kChunk, tile.image, 0);
+      for (int k = 0; k < Tiles::kBlockM / kSlab; ++k) {
+        load_pairs(params, full, shared + Tiles::kPairRows + k * Tiles::kMapBytes, row + k * kSlab, tile.image, 0);
       }
     });
   }
@@ -117,19 +117,19 @@ struct BackwardLoads {
     const bool with_terms = params.value_sums != nullptr;
     unsigned char* stage = shared + Tiles::kColumnStages + columns.index * Tiles::kStageBytes;
     columns.load(with_terms ? Tiles::kStageBytes : Tiles::kStageBytes - Tiles::kTermBytes, [&](arch::Barrier* full) {
-      for (int k = 0; k < kChunks; ++k) {
-        unsigned char* to = stage + Tiles::kFeat + k * Tiles::kColumnChunkBytes;
-        arch::tma_load(to, params.feat_columns, full, k * kChunk, column, image);
+      for (int k = 0; k < kSlabs; ++k) {
+        unsigned char* to = stage + Tiles::kFeat + k * Tiles::kColumnSlabBytes;
+        arch::tma_load(to, params.feat_columns, full, k * kSlab, column, image);
       }
-      for (int k = 0; k < kColumns / kChunk; ++k) {
-        const int pixel = column + k * kChunk, at = k * Tiles::kMapBytes;
+      for (int k = 0; k < kBlockN / kSlab; ++k) {
+        const int pixel = column + k * kSlab, at = k * Tiles::kMapBytes;
         if (with_terms) arch::tma_load(stage + Tiles::kTerm + at, params.terms, full, pixel, 0, image);
         load_pairs(params, full, stage + Tiles::kPair + at, pixel, image, P);
       }
     });
   }
 
-  // 64 pixels of V' and G', the one at row `first` of the pairs (0 or P) before the other.
+  // 64 pixels of V' and G', first the one at row `first` of the pairs, 0 or P.
   ERCN_DEVICE static void load_pairs(
       const BackwardParams& params, arch::Barrier* full, unsigned char* to, int pixel, int image, int first) {
     arch::tma_load(to, params.pairs, full, pixel, first, image);

@@ -13,9 +13,9 @@ bool loaded(int pass, int i) { return is_loaded(pass, i); }
 bool released(int slabs, int pass, int last_pass, int i) { return is_released(slabs, pass, last_pass, i); }
 int row_slabs() { return kRowSlabs; }
 
-void weight_tiles(bool need_v, bool need_u, int L, int D, int64_t slots, int multiprocessors, int* to) {
-  const WeightTiling tiling = weight_tiling(need_v, need_u, L, D, slots, multiprocessors);
-  to[0] = tiling.first_unit, to[1] = tiling.units, to[2] = tiling.tiles, to[3] = tiling.splits;
+void tiling(bool need_v, bool need_u, int L, int D, int64_t slots, int multiprocessors, int* to) {
+  const WeightTiling made = weight_tiling(need_v, need_u, L, D, slots, multiprocessors);
+  to[0] = made.first_unit, to[1] = made.units, to[2] = made.tiles, to[3] = made.splits;
 }
 
 // Branch and unit of a column.

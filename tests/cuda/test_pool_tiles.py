@@ -1,4 +1,4 @@
-"""Arithmetic of the pool's CUDA kernels, on the host: the stages of the slabs of h, the tiles and splits of the backward's
+"""Arithmetic of the pool's CUDA kernels, on the host: stages of the slabs of h, tiles and splits of the backward's
 products, the order of columns, and the random words of dropout."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_tiles_and_splits_cover_the_outputs(native):
         for hidden, dim, slots, processors in itertools.product(
             (64, 128, 192, 512), (64, 256, 320, 2048), (1, 7, 256), (1, 132)
         ):
-            native.weight_tiles(v, u, hidden, dim, ctypes.c_int64(slots), processors, ctypes.c_void_p(found.ctypes.data))
+            native.tiling(v, u, hidden, dim, ctypes.c_int64(slots), processors, ctypes.c_void_p(found.ctypes.data))
             first, units, tiles, splits = found.tolist()
             assert units == (v + u) * hidden and first == (0 if v else hidden)
             assert tiles == -(-units // 128) * -(-dim // 256)

@@ -84,7 +84,7 @@ ERCN_DEVICE float gated(float v, float u) {
   }
 }
 
-// function(the activation as a type)
+// function(the activation as a type), the same for all threads
 template <typename Function>
 ERCN_DEVICE void with_activation(Activation activation, const Function& function) {
   if (activation == Activation::kTanh) {

@@ -2,7 +2,7 @@
 // and …_backward_cuda, which Python calls, and their ercn::* for processes without it (LibTorch stable ABI).
 //   s = w · (drop(act(V h + b_V)) ⊙ drop(σ(U h + b_U))) + b_w,   a = softmax(s),   z = Σ a h
 // h [B, N, D] or ragged [T, D], the weights and grad_pooled are fp32, bf16 or fp16 of one type, with any strides;
-// scores and sums are fp32. Here: the arguments, their checks, and which kernels run.
+// scores and sums are fp32. This file registers the operators, checks their arguments and chooses the kernels.
 #include <string>
 #include <tuple>
 #include <vector>
@@ -18,7 +18,8 @@ using pool::Inputs;
 using pool::MakeKernels;
 using pool::Optional;
 
-// FUNCTION(…, Inputs, …) as TORCH_BOX takes it: with a parameter for each of the operands.
+// The dispatcher passes each operand as an argument; FUNCTION(before…, Inputs, after…) takes them as one. TORCH_BOX
+// takes &Flat<FUNCTION>::call, which has a parameter for each.
 using OperandTypes = std::tuple<
     const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, const Tensor&, const Optional&,
     const Optional&, const Optional&, const Optional&, double, std::string>;

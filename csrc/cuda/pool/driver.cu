@@ -103,15 +103,23 @@ class ScoreGradient {
 enum Gradient { kH, kVWeight, kVBias, kUWeight, kUBias, kWWeight, kWBias };
 
 // The gradients in h's type, those that exist and are needed; the others are empty.
-class Outputs {
- public:
-  Outputs(const Call& call, const Inputs& in, int64_t needs)
-      : call_(call),
-        exists_{true, true, in.v_bias.has_value(), call.p.gated, in.u_bias.has_value(), true, in.w_bias.has_value()},
-        needs_(needs),
-        tensors(make(call.p.L, call.p.D, call.p.K)) {}
+struct Outputs {
+  const Call& call;
+  const bool exists[7];
+  const int64_t needs, L = call.p.L, D = call.p.D, K = call.p.K;
+  const std::array<Tensor, 7> tensors{
+      call.empty_grad_h(wanted(kH)), make(kVWeight, {L, D}), make(kVBias, {L}), make(kUWeight, {L, D}),
+      make(kUBias, {L}), make(kWWeight, {K, L}), make(kWBias, {K})};
 
-  bool wanted(Gradient which) const { return exists_[which] && (needs_ >> which & 1) != 0; }
+  Outputs(const Call& call, const Inputs& in, int64_t needs)
+      : call(call),
+        exists{true, true, in.v_bias.has_value(), call.p.gated, in.u_bias.has_value(), true, in.w_bias.has_value()},
+        needs(needs) {}
+
+  Tensor make(Gradient which, std::initializer_list<int64_t> sizes) const {
+    return wanted(which) ? call.empty(sizes, call.h.scalar_type()) : call.empty({0}, call.h.scalar_type());
+  }
+  bool wanted(Gradient which) const { return exists[which] && (needs >> which & 1) != 0; }
   bool biases() const { return wanted(kVBias) || wanted(kUBias); }
   bool weights() const { return wanted(kVWeight) || wanted(kUWeight); }
   // A gradient that is a product with dP.
@@ -121,24 +129,8 @@ class Outputs {
   void add(Gradient which, const float* parts, int64_t rows, int64_t stride) const {
     if (!wanted(which)) return;
     const Tensor& to = tensors[which];
-    column_sums({parts, rows, stride, to.numel(), to.mutable_data_ptr(), call_.p.type}, call_.stream);
+    column_sums({parts, rows, stride, to.numel(), to.mutable_data_ptr(), call.p.type}, call.stream);
   }
-
- private:
-  std::array<Tensor, 7> make(int64_t L, int64_t D, int64_t K) const {
-    const auto grad = [&](Gradient which, std::initializer_list<int64_t> sizes) {
-      return wanted(which) ? call_.empty(sizes, call_.h.scalar_type()) : call_.empty({0}, call_.h.scalar_type());
-    };
-    return {call_.empty_grad_h(wanted(kH)), grad(kVWeight, {L, D}), grad(kVBias, {L}), grad(kUWeight, {L, D}),
-            grad(kUBias, {L}), grad(kWWeight, {K, L}), grad(kWBias, {K})};
-  }
-
-  const Call& call_;
-  const bool exists_[7];
-  const int64_t needs_;
-
- public:
-  const std::array<Tensor, 7> tensors;
 };
 
 // What the backward of the branches fills: dP of a chunk of slots, which stays in the L2 cache between the kernels that

@@ -1,7 +1,6 @@
 #pragma once
-// Which hidden units dropout drops: a random function of seed, instance and unit, so that the backward draws the bits
-// of the forward again. Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
-// 2011.
+// Which hidden units dropout drops: a random function of seed, instance and unit, which the backward evaluates again.
+// Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #include <arch/host_device.h>
 
 #include <cstdint>

@@ -47,7 +47,7 @@ inline Dropout dropout_of(const Optional& seed, double p, bool gated) {
   return {static_cast<const int64_t*>(seed->const_data_ptr()), (threshold << 16) - 1, scale};
 }
 
-// Holds the aligned weights and offsets that its problem points to.
+// The problem, and the aligned weights and offsets that it points to.
 class Operands {
  public:
   explicit Operands(const Inputs& in)

@@ -48,8 +48,8 @@ struct SegmentSoftmax {
 // Rows of ForwardParams::pooled begin at multiples of 16 bytes.
 ERCN_HOST_DEVICE int64_t pooled_width(int64_t D) { return arch::round_up<int64_t>(D, 4); }
 
-// The arguments of each architecture's kernels. A null pointer is a result that is not wanted; slots without a segment
-// are left as they are.
+// The arguments of each architecture's kernels. A result whose pointer is null is not wanted; slots without a segment
+// are not written.
 struct ForwardParams {
   Problem problem;
   SegmentSoftmax softmax;

@@ -1,7 +1,7 @@
 #pragma once
-// The segments of bags. The instances of all bags are the rows of one list, bag after bag. A segment is a run of at most
-// kSegmentRows rows of ONE bag, counted from the bag's start: its rows share a softmax, and no value of a neighbouring
-// bag, NaN included, reaches it.
+// The segments of bags. The instances of all bags are the rows of one list, bag after bag. A segment is a run of at
+// most kSegmentRows rows of ONE bag, counted from the bag's start: its rows share a softmax, and no value of a
+// neighbouring bag, NaN included, reaches it.
 //
 // Every segment has a slot, the index of its partial sums and of its work. A bag's slots are consecutive, and every sum
 // over a bag adds them in ascending order. The first one is
@@ -109,8 +109,8 @@ ERCN_HOST_DEVICE constexpr int64_t chunk_slots(int64_t bytes, int64_t cache_byte
   return slots < 2 ? 2 : slots < 512 ? slots : 512;
 }
 
-// How dPᵀ h is cut: `units` units from first_unit on, of V's L and then U's L, in `tiles` tiles of outputs, and the slots
-// in `splits` splits.
+// How dPᵀ h is cut: `units` units from first_unit on, of V's L and then U's L, in `tiles` tiles of outputs, and the
+// slots in `splits` splits.
 struct WeightTiling {
   int first_unit, units, tiles, splits;
 };

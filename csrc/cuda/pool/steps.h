@@ -42,7 +42,7 @@ struct ColumnSumsParams {
 };
 void column_sums(const ColumnSumsParams& p, const arch::Stream& stream);
 
-// The gradient of scores that comes from outside, of any strides, or null.
+// The gradient of the output scores, of any strides, or null.
 struct GradScores {
   const float* data;
   int64_t stride_b, stride_k, stride_n;

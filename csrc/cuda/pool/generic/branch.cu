@@ -38,8 +38,7 @@ struct PoolBranch {
     }
   }
 
-  // A thread has one unit, and half of the rows if gated. P becomes what the backward keeps of v, and σ; then dt and
-  // dσ.
+  // A thread has one unit, and half of the rows if gated. P becomes the kept values and σ, and then dt and dσ.
   template <bool GATED>
   ERCN_DEVICE static void finish(
       const Params& p, const Segment& segment, int64_t slot, Sums& sums, int group, Shared& shared) {

@@ -1,5 +1,5 @@
-// One block: a segment and up to kHeads heads. Scores from the projections, kColumns columns at a time, or given (L =
-// 0), then the softmax of the segment, and Σ e h with h from the cache.
+// One block: a segment and up to kHeads heads. Scores, from kColumns columns of the projections at a time or given,
+// their softmax, and Σ e h with h from the cache.
 #include <cmath>
 
 #include "pool/generic/projection.h"

@@ -133,14 +133,7 @@ struct GemmMainloop {
   // in source.mask(step) is 0 count as zero whatever they hold. The caller may write the stages again at once.
   template <typename Source>
   ERCN_DEVICE static void run(Sums& sums, int steps, const Source& source, unsigned char* stages) {
-#pragma unroll
-    for (int m = 0; m < Sums::kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < Sums::kColumnTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums.at[m][n][i] = 0;
-      }
-    }
+    sums = {};
     for (int step = 0; step < kStages - 1; ++step) fill_stage(step, steps, source, stages);
     for (int step = 0; step < steps; ++step) {
       arch::cp_async_wait<kStages - 2>();

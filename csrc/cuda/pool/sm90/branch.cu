@@ -75,7 +75,7 @@ struct PoolBranch {
     }
   }
 
-  // sums become what the backward keeps of v, and σ; 0 in rows that are not real.
+  // sums become the kept values and σ; 0 in rows that are not real.
   template <pool::Activation A>
   ERCN_DEVICE static void branches(
       const Params& p, int first, int blocks, const Fragment& fragment, const bool (&real)[2], float (&sums)[kSums]) {
@@ -188,8 +188,7 @@ struct PoolBranch {
     sync_warpgroup(consumer);
   }
 
-  // Adds this lane's and its partner's x; the lane whose bit is set keeps the upper half, the other lane the lower
-  // half.
+  // Adds this lane's and its partner's x; the lane whose bit is set keeps the upper half, its partner the lower one.
   template <int COUNT>
   ERCN_DEVICE static void halve(float (&x)[2 * kBlocks], int lane, int bit) {
     const bool upper = lane & bit;

@@ -93,7 +93,7 @@ struct PoolDots {
     }
   }
 
-  // q [64 rows, 8 heads] as wgmma deals it: a thread has two rows of two heads.
+  // q [64 rows, 8 heads] in wgmma's layout: a thread has two rows of two heads.
   ERCN_DEVICE static void statistics(
       const Params& p, int64_t slot, const Segment& segment, const Fragment& fragment, const float (&q)[4],
       int consumer, float (&exchange)[3][4][kMaxHeads]) {

@@ -20,16 +20,16 @@ ERCN_DEVICE Pair load_pair(const void* vector, int64_t i) {
   return {{arch::unpack_low<Element>(pair), arch::unpack_high<Element>(pair)}};
 }
 
-// A thread's part of its warpgroup's accumulator tile: rows row(0) and row(1), and in the j-th 8 columns column(j) and
-// the next.
+// A thread's part of its warpgroup's accumulators: rows row(0) and row(1), and of the j-th 8 columns column(j) and the
+// next.
 struct Fragment {
   int warp = arch::warp_index() % 4, lane = arch::lane_index();
   ERCN_DEVICE int row(int r) const { return 16 * warp + lane / 4 + 8 * r; }
   ERCN_DEVICE int column(int j) const { return 8 * j + lane % 4 * 2; }
 };
 
-// Of four registers in each of four lanes, lane i gets the i-th of every lane, in the order of lanes: the pairs of
-// columns that a thread has of four 8-column blocks become the 16 bytes of one block.
+// Transposes four registers of four lanes: lane i gets register i of each. A thread's pairs of columns in four 8-column
+// blocks become the 16 bytes of one block.
 ERCN_DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
 #pragma unroll
   for (int mask = 1; mask < 4; mask *= 2) {
@@ -44,8 +44,8 @@ ERCN_DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
   }
 }
 
-// Dropout of a group's units, `first` and on, for the segment's instances: σ(-Inf) = 0 is the gate of those that are
-// dropped. A thread has every unit that a draw decides.
+// Dropout of a group's units from `first` on, for the segment's instances: dropped units get a gate of σ(-Inf) = 0. A
+// thread has all the units of a draw.
 ERCN_DEVICE void drop(
     const pool::Problem& p, const Segment& segment, int first, const Fragment& fragment, float (&sums)[kSums]) {
   const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);

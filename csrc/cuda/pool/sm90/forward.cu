@@ -1,5 +1,4 @@
-// The forward on Hopper: a segment's scores, their softmax, and Σ e·h from the tile in shared memory; or the scores
-// alone.
+// The forward on Hopper: scores of a segment, their softmax, and Σ e·h from the tile in shared memory; or scores alone.
 #include <arch/launch.h>
 
 #include "pool/activations.h"
@@ -140,7 +139,7 @@ struct PoolForward {
       for (int mask = 4; mask < 32; mask *= 2) sums[k] += arch::shuffle_xor(sums[k], mask);
     }
     arch::fence_proxy_async();
-    sync_warpgroup(consumer);  // the maxima have been read
+    sync_warpgroup(consumer);  // all have read the maxima
 #pragma unroll
     for (int k = 0; k < kMaxHeads; ++k) {
       if (k < K && fragment.lane == 0) exchange[fragment.warp][k] = sums[k];

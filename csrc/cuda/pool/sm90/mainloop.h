@@ -87,7 +87,7 @@ ERCN_DEVICE void load_slab(void* to, const arch::TensorMap& h, arch::Barrier* fu
   arch::tma_load(to, h, full, CHANNELS_FIRST ? box.row : d, CHANNELS_FIRST ? d : box.row, box.bag);
 }
 
-// By one thread: the slabs of [V|U], each group of units for every pair.
+// By one thread: the slabs of [V|U] of every group of units, for every pair.
 ERCN_DEVICE void produce_weights(
     const ProjectionMaps& maps, const Scheduler& scheduler, int slabs, int groups, ProjectionShared& shared) {
   Ring<kWeightStages> ring{shared.weight_stages};

@@ -19,8 +19,7 @@ constexpr int kWeightBytes = 2 * kUnits * kDepth * 2;
 
 // A pass goes over the segment's slabs: one for every group of hidden units, and one for the pooled sum. Passes go up
 // and down in turn, so that each begins with the kRowSlabs slabs that the last one left in shared memory; a slab's
-// stage never changes. The others are read again, from the L2 cache: at most `slabs` loads lie between two uses of a
-// slab.
+// stage never changes. The others come again from the L2 cache: a slab's next use is at most `slabs` loads later.
 ERCN_HOST_DEVICE constexpr int slab_at(int slabs, int pass, int i) { return pass % 2 == 0 ? i : slabs - 1 - i; }
 
 // Whether the i-th slab of a pass has to be loaded for it.

@@ -1,7 +1,7 @@
-"""What setup.py needs to compile csrc/cuda: the CUDA toolkit, CUTLASS's headers, and a ninja file for nvcc.
+"""Compiles csrc/cuda for setup.py: finds the CUDA toolkit and CUTLASS's headers, writes a ninja file for nvcc.
 
-torch's own CUDAExtension guesses the toolkit from where nvcc lies, which is wrong where nvcc is a wrapper, and compiles
-every file for the same architectures. Here nvcc is asked, and what is for Hopper alone is compiled for Hopper alone.
+torch's CUDAExtension guesses the toolkit from nvcc's folder, which is wrong for a wrapper, and compiles every file for
+the same architectures. Here nvcc itself names its toolkit, and files below sm90/ are compiled for Hopper only.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ HERE = Path("csrc/cuda")
 BUILD = Path("build/cuda")
 DEFAULT_ARCHS = "8.0;9.0a"
 HOPPER = "9.0a"
-WARNINGS = ["-Xcompiler=-Wall", "-Xcudafe=--diag_suppress=177"]  # unused variables of CUTLASS
+WARNINGS = ["-Xcompiler=-Wall", "-Xcudafe=--diag_suppress=177"]  # of unused variables in CUTLASS
 
 
 def archs() -> list[str]:
-    """ERCN_CUDA_ARCHS as a list; ValueError where it is no list of compute capabilities that the kernels have."""
+    """ERCN_CUDA_ARCHS as a list; ValueError unless it lists compute capabilities from 8.0 on."""
     given = os.environ.get("ERCN_CUDA_ARCHS") or DEFAULT_ARCHS
     names = [name.strip() for name in re.split(r"[;, ]+", given) if name.strip()]
     for name in names:
@@ -61,12 +61,12 @@ def obstacle() -> str | None:
 
 
 def toolkit() -> tuple[str, Path]:
-    """nvcc's version, and the folder of its include and lib64; nvcc on PATH may be a wrapper, so it is asked."""
-    told, plan = (
+    """nvcc's version and its toolkit's folder, from its own output: nvcc on PATH may be a wrapper."""
+    version_output, plan = (
         subprocess.run(["nvcc", *options], capture_output=True, text=True, check=True)
         for options in (["--version"], ["--dryrun", "-c", "-x", "cu", os.devnull])
     )
-    version = re.search(r"release (\d+\.\d+)", told.stdout)
+    version = re.search(r"release (\d+\.\d+)", version_output.stdout)
     top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
     if version is None or top is None:
         raise ValueError("neither its version nor its folder could be read from --version and --dryrun")
@@ -82,12 +82,12 @@ def cutlass() -> Path | None:
 
 
 def include_dirs() -> list[str]:
-    """What the C++ compiler, which runs elsewhere, searches besides torch's headers."""
+    """Absolute include folders of the C++ compiler besides torch's."""
     return [str(HERE.resolve()), str(toolkit()[1] / "include"), str(cutlass())]
 
 
 def libraries() -> tuple[list[str], list[str]]:
-    """Folders and names of what the library is linked with. torch_cuda is named so that it is in the process."""
+    """Folders and names of the libraries to link. torch_cuda is linked so that the process loads it."""
     root = toolkit()[1]
     folders = [str(next(root.glob("lib*/libcudart.so")).parent)]
     return folders, ["torch_cpu", "torch_cuda", "cudart"]
@@ -99,7 +99,7 @@ def sources() -> list[str]:
 
 
 def objects(macros: list[tuple[str, str]]) -> list[str]:
-    """Compile every .cu file, those that changed alone, and return the object files."""
+    """Compile the .cu files that changed and return all object files."""
     files = sorted(glob("csrc/cuda/**/*.cu", recursive=True))
     if HOPPER not in archs():
         files = [file for file in files if "/sm90/" not in file]

@@ -1,4 +1,4 @@
-"""The CUDA backend's operators with their kernels chosen: on a GPU that has them, or emulated in this very process."""
+"""The CUDA backend's operators by chosen kernels, on a GPU that has them or emulated in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOPPER = DEVICE if DEVICE == "cpu" or torch.cuda.get_device_capability() == (9, 
 
 
 def marks(device: str) -> list[pytest.MarkDecorator]:
-    """Of tests whose tensors are on this device."""
+    """Of tests with tensors on this device."""
     return [pytest.mark.gpu] if device == "cuda" else []
 
 
@@ -30,7 +30,7 @@ def operators(device: str):
 def pool_with(
     kernels: str, exact: bool = True, device: str = DEVICE
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The operator by the kernels named, of its seven tensors and keywords; exact: to float32's accuracy."""
+    """The pool by the named kernels, a function of its seven tensors and keywords. exact: to float32's accuracy."""
     ops = operators(device)
 
     class Pool(torch.autograd.Function):

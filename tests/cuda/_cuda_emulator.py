@@ -1,4 +1,4 @@
-"""Builds the emulator of csrc/cuda/arch, and with it what runs on it, by the C++ compiler alone."""
+"""Builds the emulator of csrc/cuda/arch and the kernels on it, by the C++ compiler."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def object_name(source: Path) -> str:
 
 
 def library(name: str, sources: list[Path], flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> Path:
-    """build/cuda_emulator/NAME.so of the sources and the emulator; files that did not change are not compiled again."""
+    """build/cuda_emulator/NAME.so of the sources and the emulator; only files that changed are compiled."""
     if shutil.which(CXX.split()[0]) is None:
         pytest.skip(f"the emulator needs a C++ compiler; {CXX!r} was not found")
     extra = shlex.split(os.environ.get("ERCN_CXXFLAGS", ""))
@@ -89,7 +89,7 @@ def load_operators() -> None:
 
 
 def launches() -> dict[str, int]:
-    """Of every emulated kernel in this process."""
+    """Launches of every emulated kernel in this process."""
     report = ctypes.CDLL(str(operators())).ercn_launches
     report.restype = ctypes.c_char_p
     lines = (line.rpartition(" ") for line in report().decode().splitlines())
@@ -97,7 +97,7 @@ def launches() -> dict[str, int]:
 
 
 def caller(built: Path) -> Callable[..., str | None]:
-    """call(name, *arguments) of a library's function that returns what failed; tensors go as their addresses."""
+    """call(name, *arguments) of a library's functions, which return what failed or None; tensors go as addresses."""
     loaded = ctypes.CDLL(str(built))
 
     def call(name: str, *args) -> str | None:
@@ -110,7 +110,7 @@ def caller(built: Path) -> Callable[..., str | None]:
 
 
 def become_backend() -> None:
-    """In this process the backend ``cuda`` takes CPU tensors and runs emulated."""
+    """Makes this process's backend ``cuda`` take CPU tensors and run emulated."""
     from ercn.ops import _backends, cuda
 
     load_operators()

@@ -26,7 +26,7 @@ def affinity(ops, kernels: str, gradients: bool) -> str | None:
 
 
 def pool(ops) -> str | None:
-    """Ragged bags, more segments than the backward holds at a time, sums of more steps than there are stages."""
+    """Ragged bags, more segments than a chunk of the backward, sums of more steps than there are stages."""
     p = exact.pool([0, 3, 67, 180, 0, 81, 89], 64, 192, 2, torch.bfloat16)
     arguments = (*p.inputs, p.mask, p.cu_seqlens)
     outputs = ops.gated_attention_pool_cuda(*arguments, None, 0.0, "tanh", False, "sm90")
@@ -38,7 +38,7 @@ def pool(ops) -> str | None:
 
 
 def tf32(ops) -> str | None:
-    """One feature of 1 + 7/8 unit of TF32, which is 1 + 1 unit: A is its square to 11 bits, and out the sum of 16."""
+    """One feature of 1 + 7/8 unit of TF32, rounded 1 + 1 unit: A is its square to 11 bits, out 16 times it."""
     unit = 2.0**-10
     out = ops.relu_affinity_cuda(torch.ones(1, 1, 16), torch.full((1, 1, 16), 1 + 7 / 8 * unit), False, "generic")
     right = 16 * (1 + unit) ** 2
@@ -56,7 +56,7 @@ CHECKS = {
 
 def main(library: str, cases: str) -> None:
     torch.ops.load_library(library)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what torch allocates then holds NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch then fills what it allocates with NaN
     mutation = ctypes.c_int.in_dll(ctypes.CDLL(library), "ercn_mutation")
     for number, check in json.loads(cases):
         mutation.value = number
@@ -65,7 +65,7 @@ def main(library: str, cases: str) -> None:
             torch.ops.ercn_emulated.set_seed(seed)
             try:
                 sentence = CHECKS[check](torch.ops.ercn_emulated)
-            except RuntimeError as error:  # what the emulator says of a kernel that the device would not survive
+            except RuntimeError as error:  # the emulator's message where the device's behaviour is undefined
                 sentence = str(error).splitlines()[0]
             if sentence is not None:
                 break

@@ -1,4 +1,4 @@
-"""The generic affinity kernels of the CUDA backend: tile arithmetic, and what test_gpu_ops.py leaves out of them."""
+"""The generic affinity kernels of the CUDA backend: tile arithmetic, and sizes that test_gpu_ops.py leaves out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_splits(tiles, columns, blocks, wanted):
     assert 1 <= count <= columns and size >= 1
     assert (count - 1) * size < columns <= count * size, "a split is empty, or columns are left over"
     assert count == 1 or (count - 1) * blocks < wanted, "more splits than are wanted"
-    # As many as are wanted, but for what the columns do not divide into.
+    # As many as are wanted, if the columns divide into them.
     assert count * blocks >= wanted or size == 1 or (columns + size - 2) // (size - 1) > -(-wanted // blocks)
 
 

@@ -1,6 +1,6 @@
 """The Hopper affinity kernels, on such a GPU or emulated: every compiled size, edges of tiles, layouts, repeats.
 
-What every backend must do is in ops/test_gpu_ops.py; here is what these kernels alone could get wrong.
+ops/test_gpu_ops.py has the tests of every backend.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def test_bands_of_mirrored_sums(ops, kilobytes):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_layouts_read_in_place_or_packed(ops, dtype):
-    """Pixel-major features of aligned rows are read as they are; the result does not depend on it."""
+    """Pixel-major features of aligned rows are read in place; the result is the same."""
     value, grad = (randn(2, 5, 150, seed=seed).float().to(DEVICE) for seed in (1, 2))
     feat = randn(2, 64, 150).to(DEVICE, dtype)
     expected = forward(ops, value, feat), *backward(ops, grad, value, feat)
@@ -138,7 +138,7 @@ def test_values_of_every_dtype(ops, dtype):
 
 
 def test_two_terms_keep_sixteen_bits_of_value(ops):
-    """One-hot features make A the identity, so the output is value as the kernels see it."""
+    """One-hot features make A the identity, so the output is value in its two terms."""
     feat = torch.eye(64).repeat(1, 2)[None, :, :128]
     feat[:, :, 64:] *= 0
     value = randn(1, 3, 128, dtype=torch.float32)
@@ -149,10 +149,10 @@ def test_two_terms_keep_sixteen_bits_of_value(ops):
 
 
 def test_long_sums_are_not_truncated(ops):
-    """A constant map comes out as constant as fp32 sums make it, though tensor cores cut off what they add.
+    """A constant map stays as constant as fp32 sums keep it, though tensor cores truncate.
 
     In units of 2^-23 of the result, a tile's 8 steps lose (1 + … + 8) / 8 at most, the additions of n / 128 tiles half
-    of (1 + … + n / 128) / (n / 128), and what adds the terms and the parts 2. One sum of all steps loses 15 somewhere.
+    of (1 + … + n / 128) / (n / 128), the additions of terms and parts 2. One sum of all steps would lose 15 somewhere.
     """
     n = 1536
     feat = torch.randint(1, 16, (1, 64, n), generator=torch.Generator().manual_seed(0)) / 16  # T is exact

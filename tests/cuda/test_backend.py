@@ -1,4 +1,4 @@
-"""Why the CUDA backend cannot be used, in its own words, and how its kernels are chosen; nothing here needs a GPU."""
+"""The CUDA backend's reasons not to run and its choice of kernels, without a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ercn.ops import _extension, backends, cuda, relu_affinity
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """The reason is kept for the life of the process: forget it before and after."""
+    """Clears the process's cached reason before and after."""
     cuda.unavailable.cache_clear()
     yield monkeypatch
     cuda.unavailable.cache_clear()

@@ -1,4 +1,4 @@
-"""The CUDA library: present where it can be compiled, its symbols, and its machine code, without a GPU."""
+"""The CUDA library without a GPU: that it is built, its symbols and its machine code."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ extern "C" int cudaFuncGetAttributes(void* attributes, const void*) {
 
 @built
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_kernels_without_code_for_the_device_are_told_as_absent(tmp_path):
-    """On a runtime that has no code for every other kernel, and keeps an error until it is asked for."""
+def test_kernels_without_code_for_the_device_are_reported_as_absent(tmp_path):
+    """On a runtime without code for every other kernel, which keeps an error until cudaGetLastError."""
     (tmp_path / "runtime.cpp").write_text(RUNTIME)
     shim = tmp_path / "runtime.so"
     subprocess.run(["g++", "-shared", "-fPIC", "-o", shim, tmp_path / "runtime.cpp"], check=True)
@@ -96,13 +96,13 @@ def test_only_the_stable_abi_is_used():
     assert "aoti_torch_get_current_cuda_stream" in symbols
     assert "cudaSetDevice" in symbols  # autograd's thread has no context otherwise, which tensor maps need
     assert not [line for line in symbols.splitlines() if "at::" in line or "c10::" in line or "torch::" in line]
-    # The driver's functions are asked for at run time: there may be no driver.
+    # The driver's functions are looked up at run time: there may be no driver.
     assert not re.search(r"\bcu[A-Z]\w+", symbols)
 
 
 @dataclass(frozen=True)
 class Function:
-    """One kernel of one architecture. resources: REG, STACK, SHARED, LOCAL. sass: its machine code, by line."""
+    """One kernel of one architecture. resources: REG, STACK, SHARED, LOCAL. sass: lines of machine code."""
 
     name: str
     arch: int
@@ -190,7 +190,7 @@ def test_nothing_is_in_local_memory():
 @built
 @pytest.mark.slow
 def test_no_warp_waits_for_lanes_that_took_another_branch():
-    """A shuffle, vote or barrier of a whole warp where lanes may have parted: BRA.DIV to a WARPSYNC.COLLECTIVE."""
+    """No collective of a whole warp is where lanes may diverge: BRA.DIV to a WARPSYNC.COLLECTIVE."""
     for f in functions():
         found = [line for line in f.sass if "WARPSYNC.COLLECTIVE" in line or "BRA.DIV" in line]
         assert not found, f"{f.name} sm_{f.arch}: {found[0]}"
@@ -199,7 +199,7 @@ def test_no_warp_waits_for_lanes_that_took_another_branch():
 @built
 @pytest.mark.slow
 def test_static_shared_memory_is_not_used():
-    # What cuobjdump counts besides is 1 KiB that the system keeps in every block from sm_90 on.
+    # cuobjdump also counts the 1 KiB that the system keeps in every block from sm_90 on.
     assert all(f.resources["SHARED"] <= 1024 for f in functions())
 
 
@@ -235,7 +235,7 @@ def test_dropout_and_activations_leave_three_blocks_of_the_generic_pool_on_a_mul
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["PoolForward", "PoolBranch"])
 def test_a_draw_of_dropout_serves_four_units_on_hopper(kernel):
-    """Philox's 20 products for each of 16 draws of a thread's 64 units; the first rounds share some."""
+    """Philox's 20 products for each of 16 draws of a thread's 64 units, some of them shared in the first rounds."""
     for f in hopper(rf"4sm90.*{kernel}I"):
         products = [line for line in f.sass if re.search(r"IMAD\.(WIDE|HI)\.U32.*-(0x2daee0ad|0x326172a9)", line)]
         assert 256 <= len(products) <= 320, f"{f.name}: {len(products)}"
@@ -245,7 +245,7 @@ def test_a_draw_of_dropout_serves_four_units_on_hopper(kernel):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["PoolForward", "PoolBranch", "PoolRowGradient", "PoolWeightGradient", "PoolDots"])
 def test_hopper_pool_is_made_of_wgmma_and_tma(kernel):
-    """Wide products of whole warpgroups, copies by the engine that holds tensor maps, and 16 bytes for what is long."""
+    """Wide products of whole warpgroups, copies by TMA, and stores of long rows by 16 bytes."""
     wide = kernel != "PoolDots"
     for f in named(rf"4sm90.*{kernel}I"):
         assert f.arch == 90

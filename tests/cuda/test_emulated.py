@@ -1,4 +1,4 @@
-"""The correctness matrix of the operators on the CUDA kernels, emulated on the CPU in a process of its own."""
+"""The operators' correctness matrix on the emulated CUDA kernels, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXACT = TESTS / "test_gpu_exact.py"
 
 
 def summary_of(kernels: str, *chosen: str | Path) -> str:
-    """pytest's last line for the tests chosen, all of which must pass."""
+    """pytest's last line for the chosen tests, all of which must pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--durations=5"]
     environment = os.environ | {"ERCN_CUDA_EMULATED": "1", "OMP_NUM_THREADS": "1", "ERCN_CUDA_KERNELS": kernels}
     result = subprocess.run(
@@ -42,6 +42,6 @@ def test_operators_emulated(kernels):
 
 @pytest.mark.slow
 def test_later_arguments_of_the_pool_emulated():
-    """What goes through dispatch and launchers; cuda/test_pool_arguments.py has the kernels. float64 is skipped."""
+    """Dispatch and launchers; cuda/test_pool_arguments.py tests the kernels. float64 is skipped."""
     words = "alone or by_scores or layout or activations or relu or checkpoint or opcheck"
     summary_of("", "-k", words, TESTS / "test_pool_arguments.py")

@@ -1,4 +1,4 @@
-"""The emulator of the CUDA kernels' arch layer against torch, and that it catches what is undefined on a device."""
+"""The emulator of csrc/cuda/arch against torch, and the undefined behaviour that it catches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulator's wgmma, copy engine and barriers against torch, and that it catches what is undefined on a device."""
+"""The emulator's wgmma, TMA and barriers against torch, and the undefined behaviour that it catches."""
 
 from __future__ import annotations
 
@@ -126,9 +126,9 @@ def test_stored_matrices_load_again(probes):
 
 @pytest.mark.parametrize("by_shuffle", [False, True], ids=["by_thread", "by_shuffle"])
 def test_shuffle_where_lanes_have_parted_is_named(by_shuffle):
-    """Where the triangle stores mirrored sums, only lanes whose channel exists ask for their warp's index.
+    """Where the triangle stores mirrored sums, only lanes with an existing channel read their warp's index.
 
-    by_shuffle compiles the kernel with an index that all lanes shuffle for, which is undefined there.
+    by_shuffle compiles the kernel with an index by a shuffle of all lanes, which is undefined there.
     """
     flags = ("-DERCN_INDEX_BY_SHUFFLE",) if by_shuffle else ()
     name = "probes_affinity_by_shuffle" if by_shuffle else "probes_affinity"
@@ -148,7 +148,7 @@ def test_shuffle_where_lanes_have_parted_is_named(by_shuffle):
 
 @pytest.mark.slow
 def test_layouts_are_those_of_cute():
-    """Fragments of mma and wgmma and swizzled operands: CuTe has them from the same documents, written by others."""
+    """Fragments of mma and wgmma and swizzled operands, against CuTe's, which others wrote from the same documents."""
     sys.path.insert(0, str(DEVICE))
     import toolchain
 

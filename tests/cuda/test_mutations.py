@@ -1,7 +1,7 @@
-"""Deliberate faults in the CUDA kernels, emulated: each one fails a check that the kernels as they are pass.
+"""Deliberate faults in the emulated CUDA kernels: each one fails a check that the unchanged kernels pass.
 
-A copy of csrc/cuda gets all of them, each behind a switch; of the files that they are in, few sizes are compiled. One
-process, mutation_case.py, throws the switches in turn.
+A copy of csrc/cuda holds all of them, each behind a switch; few sizes of the changed files are compiled. One process,
+mutation_case.py, sets the switches in turn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 TESTS = Path(__file__).parent
 COPY = _cuda_emulator.BUILD / "mutations" / "cuda"
 
-# Compiled anew, of the Hopper affinity for D = 64 and at most 24 channels only; other objects are those of all kernels.
+# Compiled with the mutations, the Hopper affinity for D = 64 and at most 24 channels only; other objects are reused.
 SOURCES = ["affinity/sm90/affinity.cu", "affinity/sm90/forward.cu", "affinity/sm90/backward.cu",
            "affinity/generic/prepare.cu", "pool/driver.cu", "pool/sm90/gradients.cu"]  # fmt: skip
 SIZES = (
@@ -36,7 +36,7 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Mutation:
-    """In ``file``, ``right`` becomes ``wrong``: statements where it ends in ;, else an expression."""
+    """In ``file``, ``right`` becomes ``wrong``: a statement if it ends in ;, else an expression."""
 
     file: str
     right: str
@@ -92,8 +92,7 @@ MUTATIONS = {
 
 
 def mutated_sources() -> list[Path]:
-    """The sources that are compiled anew, in a copy of csrc/cuda that holds every mutation."""
-    # arch/ is the emulator's own.
+    """SOURCES in a copy of csrc/cuda, without arch/, that holds every mutation."""
     files = [path for path in _cuda_emulator.DEVICE.rglob("*.*") if path.parent.name != "arch"]
     texts = {str(path.relative_to(_cuda_emulator.DEVICE)): path.read_text() for path in files}
 
@@ -118,7 +117,7 @@ def mutated_sources() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[int, str | None]:
-    """What the checks say of each mutation, by its number; 0 is none."""
+    """The checks' sentence for each mutation, by its number; 0 is none."""
     sources = mutated_sources()
     anew = set(map(_cuda_emulator.object_name, sources))
     names = [name for name in map(_cuda_emulator.object_name, _cuda_emulator.operator_sources()) if name not in anew]

@@ -1,4 +1,4 @@
-"""csrc/cuda/pool/segments.h: bags cut into segments, the slots of their partial sums, shares of work."""
+"""csrc/cuda/pool/segments.h: segments of bags, the slots of their partial sums, shares of work."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def test_splits_exhaustively(native):
 
 
 def test_chunks_are_pairs_that_fit_a_third_of_the_cache(native):
-    """And so short that what tensor cores cut, 2^-25 of a sum of one sign at every 16 rows (8 in TF32), stays below the
-    rounding of their factors: half an ulp is 2^-12 in fp16, 2^-11 in TF32.
+    """And so short that what tensor cores truncate, 2^-25 of a sum of one sign every 16 rows (8 in TF32), stays below
+    the rounding of their factors: half an ulp is 2^-12 in fp16, 2^-11 in TF32.
     """
     for columns, element_bytes, cache in itertools.product(
         (0, 128, 256, 1024, 8192), (2, 4), (1 << 20, 50 << 20, 126 << 20)

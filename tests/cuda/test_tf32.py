@@ -1,7 +1,7 @@
-"""TF32 units cut 13 bits off fp32 words: what the CUDA backend hands them is rounded to nearest before.
+"""Tensor cores cut 13 bits off fp32 words for TF32: the CUDA backend rounds its factors to nearest before.
 
-All numbers are positive, and operands lie 7/8 of a TF32 unit above a TF32 number. Rounded, they rise by an eighth; a
-product of words that were cut comes out 2^-11 too small or more, on average over a tensor, where 2^-14 is allowed.
+All numbers are positive, and factors lie 7/8 of a TF32 unit above a TF32 number. Rounded, they rise by an eighth; a
+product of cut words is at least 2^-11 too small on average over a tensor, where 2^-14 is allowed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@
 namespace ercn {
 namespace {
 
-bool takes(ScalarType type) {
+bool is_supported(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
@@ -28,7 +28,8 @@ void check(const Tensor& tensor, const char* name, const Tensor& feat) {
   STD_TORCH_CHECK(
       tensor.get_device_index() == feat.get_device_index(), name, " and feat must be on the same GPU");
   STD_TORCH_CHECK(
-      takes(tensor.scalar_type()) && takes(feat.scalar_type()), name, " and feat must be float32, bfloat16 or float16");
+      is_supported(tensor.scalar_type()) && is_supported(feat.scalar_type()), name,
+      " and feat must be float32, bfloat16 or float16");
 }
 
 // Whether the Hopper kernels run: by name, or where no kernels are named and they can. Raises where they are named and

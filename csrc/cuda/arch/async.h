@@ -1,5 +1,4 @@
-// Asynchronous copies from device to shared memory, cp.async (sm_80). The emulator has an arch/async.h in this file's
-// place.
+// Asynchronous copies from device to shared memory, cp.async (sm_80).
 #pragma once
 
 #include <arch/base.h>

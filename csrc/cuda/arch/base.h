@@ -1,4 +1,5 @@
-// Threads, barriers and shuffles. The emulator (tests/cuda/emulator) has an arch/base.h in this file's place.
+// Threads, barriers and shuffles. The emulator includes a file of the same name in tests/cuda/emulator/arch instead of
+// this one, and so for async.h, convert.h, hopper.h, launch.h, mma.h, tensor_map.h and wgmma.h.
 #pragma once
 
 #include <cstdint>

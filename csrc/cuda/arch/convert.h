@@ -1,5 +1,4 @@
-// Conversions between element types and fp32, and the special function unit. The emulator has an arch/convert.h in this
-// file's place.
+// Conversions between element types and fp32, and the special function unit.
 #pragma once
 
 #include <arch/base.h>

@@ -1,5 +1,4 @@
-// mbarriers, the tensor memory accelerator (TMA), and sm_90's other instructions beside wgmma. The emulator has an
-// arch/hopper.h in this file's place.
+// mbarriers, the tensor memory accelerator (TMA), and sm_90's other instructions beside wgmma.
 #pragma once
 
 #include <arch/base.h>

@@ -6,8 +6,6 @@
 //     static constexpr int kMinBlocks = 1;   // on a multiprocessor, at least
 //     ERCN_DEVICE static void run(const Params& params, unsigned char* shared);
 //   };
-//
-// The emulator has an arch/launch.h in this file's place.
 #pragma once
 
 #include <array>

@@ -1,5 +1,4 @@
-// Tensor-core products of a warp (sm_80), and loads of their fragments. The emulator has an arch/mma.h in this file's
-// place.
+// Tensor-core products of a warp (sm_80), and loads of their fragments.
 //
 // Fragments, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix fragments for mma.m16n8k16" and "…k8"):
 //   D, 16×8 fp32:            d[i] = D[g + 8 (i / 2), 2 t + i % 2]

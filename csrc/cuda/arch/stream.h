@@ -1,5 +1,5 @@
-// The caller's stream and its device's attributes. Defined in stream.cpp, for nvcc is slow on torch's headers. The
-// emulator has both in its arch/launch.h.
+// The caller's stream and its device's attributes. Defined in stream.cpp, for nvcc is slow on torch's headers; the
+// emulator has them in its arch/launch.h.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,4 @@
-// Tensor maps: TMA's descriptors of tensors in device memory. The emulator has an arch/tensor_map.h in this file's
-// place.
+// Tensor maps: TMA's descriptors of tensors in device memory.
 #pragma once
 
 #include <cuda.h>

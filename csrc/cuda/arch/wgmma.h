@@ -1,4 +1,4 @@
-// Tensor-core products of a warpgroup (sm_90a) by CuTe's atoms. The emulator has an arch/wgmma.h in this file's place.
+// Tensor-core products of a warpgroup (sm_90a) by CuTe's atoms.
 //
 // D [64, N] in fp32 of bf16 or fp16, 16 deep. With w = warp % 4, g = lane / 4 and t = lane % 4:
 //   D:                    d[i] = D[16 w + g + 8 (i / 2 % 2), 8 (i / 4) + 2 t + i % 2]

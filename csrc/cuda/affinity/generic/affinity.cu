@@ -41,7 +41,7 @@ Tensor forward(const Tensor& value, const Tensor& feat, bool exact) {
   if (sizes.dim == 0) return torch::stable::zero_(out);
   const arch::Stream stream(feat);
   const Tensor packed = pack_features(feat, sizes, exact, stream);
-  const Tensor terms = pack_map(value, needs_terms(feat, exact) ? MapForm::whole : MapForm::terms, sizes, stream);
+  const Tensor terms = pack_map(value, needs_terms(feat, exact) ? MapForm::fp32 : MapForm::terms, sizes, stream);
 
   const int64_t rows = arch::divide_up<int64_t>(sizes.pixels, kForwardBlockM);
   const int64_t tiles = arch::divide_up<int64_t>(sizes.pixels, kForwardBlockN);
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> backward(
       sizes.slabs <= most, "the backward takes at most ",
       most * slab_channels(static_cast<int>(feat.element_size())), " features of this dtype on this device; got ",
       sizes.dim);
-  const MapForm form = needs_terms(feat, exact) ? MapForm::whole : MapForm::round;
+  const MapForm form = needs_terms(feat, exact) ? MapForm::fp32 : MapForm::tf32;
   const Tensor packed = pack_features(feat, sizes, exact, stream);
   const Tensor packed_value = pack_map(value, form, sizes, stream);
   const Tensor packed_grad = pack_map(grad_out, form, sizes, stream);
@@ -84,21 +84,21 @@ std::tuple<Tensor, Tensor> backward(
   const int64_t channel_blocks = sizes.padded_channels / kBlockC, blocks = rows * sizes.batch * channel_blocks;
   const Splits splits = split_columns(tiles, blocks, 2 * int64_t{stream.multiprocessors()});
   const int64_t feat_parts = splits.count * channel_blocks;
-  const bool whole_feat = feat_parts == 1;
-  const bool whole_value = splits.count == 1 && value.scalar_type() == ScalarType::Float;
+  const bool one_feat_part = feat_parts == 1;
+  const bool value_in_place = splits.count == 1 && value.scalar_type() == ScalarType::Float;
   const Tensor sums_feat =
-      empty(feat, {whole_feat ? 0 : feat_parts, sizes.batch, sizes.dim, sizes.pixels}, ScalarType::Float);
+      empty(feat, {one_feat_part ? 0 : feat_parts, sizes.batch, sizes.dim, sizes.pixels}, ScalarType::Float);
   Tensor sums_value = grad_value;
-  if (need_value && !whole_value) {
+  if (need_value && !value_in_place) {
     sums_value = empty(value, {splits.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
   }
   const BackwardParams params{
       data<unsigned char>(packed), data<float>(packed_value), data<float>(packed_grad),
-      need_value ? mutable_data<float>(sums_value) : nullptr, whole_feat ? nullptr : mutable_data<float>(sums_feat),
+      need_value ? mutable_data<float>(sums_value) : nullptr, one_feat_part ? nullptr : mutable_data<float>(sums_feat),
       grad_feat.mutable_data_ptr(), sizes, splits};
   backward(params, type_of(feat), exact, stream);
-  if (!whole_feat) combine_splits(sums_feat, feat_parts, grad_feat, stream);
-  if (need_value && !whole_value) combine_splits(sums_value, splits.count, grad_value, stream);
+  if (!one_feat_part) combine_splits(sums_feat, feat_parts, grad_feat, stream);
+  if (need_value && !value_in_place) combine_splits(sums_value, splits.count, grad_value, stream);
   return {grad_value, grad_feat};
 }
 

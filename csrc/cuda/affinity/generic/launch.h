@@ -11,7 +11,7 @@
 namespace ercn::affinity {
 
 // The forms of a packed map: two planes of bf16 terms, whose sum is x to 16 bits; fp32; fp32 rounded to TF32.
-enum class MapForm { terms, whole, round };
+enum class MapForm { terms, fp32, tf32 };
 
 // Sizes of one call. Features are padded to whole slabs, pixels to kPixelMultiple, channels to whole blocks.
 struct Sizes {

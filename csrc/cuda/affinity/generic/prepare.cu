@@ -29,7 +29,7 @@ struct PackFeatures {
     const Element* from = p.feat + b * p.stride_b + d0 * p.stride_d + n0 * p.stride_n;
     const int pixels = p.pixels - n0 < kPixels ? static_cast<int>(p.pixels - n0) : kPixels;
     const int depth = p.dim - d0 < kDepth ? p.dim - d0 : kDepth;
-    if (p.stride_d < p.stride_n) {  // a pixel's features are close together
+    if (p.stride_d < p.stride_n) {  // a pixel's features are closer than a feature's pixels
       gather(shared, kRow, sizeof(Element), from, p.stride_n, p.stride_d, kPixels, kDepth, pixels, depth);
     } else {
       gather(shared, sizeof(Element), kRow, from, p.stride_d, p.stride_n, kDepth, kPixels, depth, pixels);
@@ -115,7 +115,7 @@ struct PackMap {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float value = x[4 * half + i];
-          four.words[i] = arch::float_bits(FORM == MapForm::round ? arch::round_tf32(value) : value);
+          four.words[i] = arch::float_bits(FORM == MapForm::tf32 ? arch::round_tf32(value) : value);
         }
         arch::store_16(to + 4 * half, four);
       }
@@ -200,8 +200,8 @@ void pack_features(const Map& feat, bool round, unsigned char* packed, const Siz
 void pack_map(const Map& map, MapForm form, void* packed, const Sizes& sizes, const arch::Stream& stream) {
   switch (form) {
     case MapForm::terms: return launch_pack_map<MapForm::terms>(map, packed, sizes, stream);
-    case MapForm::whole: return launch_pack_map<MapForm::whole>(map, packed, sizes, stream);
-    case MapForm::round: return launch_pack_map<MapForm::round>(map, packed, sizes, stream);
+    case MapForm::fp32: return launch_pack_map<MapForm::fp32>(map, packed, sizes, stream);
+    case MapForm::tf32: return launch_pack_map<MapForm::tf32>(map, packed, sizes, stream);
   }
 }
 

@@ -11,7 +11,7 @@ namespace ercn::affinity {
 using arch::swizzled;
 
 // The swizzle's unit in tiles of fp32 pairs, whose reads take 32 bytes of each of 4 rows. Others have 16 bytes, for
-// ldmatrix.
+// ldmatrix or words of neighbouring rows.
 constexpr int kPairs = 32;
 
 // Starts the copy of ROWS rows of 128 bytes, `stride` bytes apart in device memory.

@@ -66,11 +66,11 @@ struct PixelMajor {
 // e of every channel: [maps, B, C]
 Tensor exponents(std::initializer_list<Map> maps, const Tensor& like, const Sizes& sizes, const arch::Stream& stream) {
   const int count = static_cast<int>(maps.size());
-  Tensor made = empty(like, {count, sizes.batch, sizes.channels}, ScalarType::Int);
-  Exponents::Params params{{}, sizes.channels, sizes.batch, sizes.pixels, mutable_data<int>(made)};
+  Tensor result = empty(like, {count, sizes.batch, sizes.channels}, ScalarType::Int);
+  Exponents::Params params{{}, sizes.channels, sizes.batch, sizes.pixels, mutable_data<int>(result)};
   std::copy(maps.begin(), maps.end(), params.maps);
   arch::launch<Exponents>(params, grid(sizes.channels, sizes.batch, count), Exponents::kShared, stream);
-  return made;
+  return result;
 }
 
 // The terms of one block of channels.
@@ -165,7 +165,7 @@ void backward_into(
   const bool need_value = grad_value.numel() > 0;
   constexpr bool kScaled = std::is_same_v<Element, arch::fp16>;
   const Tensor scales = exponents({map_of(value), map_of(grad_out)}, feat, sizes, stream);
-  const int* const of_grad = data<int>(scales) + static_cast<int64_t>(sizes.batch) * sizes.channels;
+  const int* const grad_exponents = data<int>(scales) + static_cast<int64_t>(sizes.batch) * sizes.channels;
   const int columns = static_cast<int>(divide_up<int64_t>(sizes.pixels, backward_columns(sizes.dim)));
   const int row_blocks = static_cast<int>(divide_up<int64_t>(sizes.pixels, kTileSide));
   const TileScheduler s = make_scheduler(sizes, columns, kTileSide, 0, row_blocks, false, stream.multiprocessors());
@@ -189,7 +189,7 @@ void backward_into(
          tensor_map<arch::fp16>(pairs.rows, sizes.padded()), s, to_feat, to_value},
         type_of(feat), sizes.dim, sizes.padded(), stream);
     if (!need_value) continue;
-    const int* const exponent = kScaled ? of_grad : nullptr;
+    const int* const exponent = kScaled ? grad_exponents : nullptr;
     with_element(type_of(grad_value), [&](auto to) {
       combine<decltype(to)>(value_sums, nullptr, grad_value, exponent, s, sizes, 0, kTileSide, channel, stream);
     });

@@ -53,18 +53,18 @@ struct Forward {
       rows.wait_full();
       const int span = params.scheduler.span(tile, left), end = tile.column + span;
       left -= span;
-      const int beyond = params.mirrored == nullptr ? end : params.scheduler.first_column(tile.row_block + 1);
+      const int first_mirrored = params.mirrored == nullptr ? end : params.scheduler.first_column(tile.row_block + 1);
       for (int column = tile.column; column < end; ++column) {
         uint32_t a[kRowTiles][kSteps][4];
         affinities(a, shared, feat, warpgroup);
         terms.wait_full();
         const unsigned char* column_terms = shared + Tiles::kTermColumns + terms.index * Tiles::kTermBytes;
-        if (column < beyond) {
+        if (column < first_mirrored) {
           direct_sums(out, a, column_terms);
         } else {
-          float back[P];
-          both_sums(out, back, a, column_terms, shared, warpgroup);
-          store_mirrored(params, tile, column, back, warpgroup);
+          float mirrored[P];
+          direct_and_mirrored_sums(out, mirrored, a, column_terms, shared, warpgroup);
+          store_mirrored(params, tile, column, mirrored, warpgroup);
         }
         terms.stage().release();
         terms.advance();
@@ -130,10 +130,10 @@ struct Forward {
     for (int r = 0; r < kRowTiles; ++r) add(out[r], sums[r]);
   }
 
-  // The same, and back_j = Σ A_ij V_iᵀ over the row block, for this warpgroup's 64 columns. While one row tile's
+  // The same, and mirrored_j = Σ A_ij V_iᵀ over the row block, for this warpgroup's 64 columns. While one row tile's
   // direct sums are formed, its A is written to shared memory.
-  ERCN_DEVICE static void both_sums(
-      float (&out)[kRowTiles][P], float (&back)[P], const uint32_t (&a)[kRowTiles][kSteps][4],
+  ERCN_DEVICE static void direct_and_mirrored_sums(
+      float (&out)[kRowTiles][P], float (&mirrored)[P], const uint32_t (&a)[kRowTiles][kSteps][4],
       const unsigned char* column_terms, unsigned char* shared, int warpgroup) {
     unsigned char* const affinity = shared + Tiles::kAffinity;  // [columns / 64][rows, 64 columns]
     const arch::Operand columns = arch::operand_mn(affinity + warpgroup * kTileSide * kRowBytes, 0);
@@ -155,13 +155,13 @@ struct Forward {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         arch::wgmma<Element, kTerms, arch::Major::kMN, arch::Major::kK>(
-            back, arch::advance(columns, s * kStepRows), term_step(row_terms, s), r + s > 0);
+            mirrored, arch::advance(columns, s * kStepRows), term_step(row_terms, s), r + s > 0);
       }
       arch::wgmma_commit();
     }
     arch::wgmma_wait<0>();
     add(out[kRowTiles - 1], sums);
-    arch::pin(back);
+    arch::pin(mirrored);
   }
 
   // sums = A_ij V_jᵀ of one tile
@@ -190,11 +190,11 @@ struct Forward {
   }
 
   ERCN_DEVICE static void store_mirrored(
-      const Params& params, const WorkTile& tile, int column, const float (&back)[P], int warpgroup) {
+      const Params& params, const WorkTile& tile, int column, const float (&mirrored)[P], int warpgroup) {
     const int64_t pixel = column * static_cast<int64_t>(kTileSide) + warpgroup * 64;
     const int64_t at = mirrored_offset(
         params.scheduler, params.width, Tiles::kBlockM, params.channels, tile.row_block, tile.image, 0, pixel);
-    store_terms(params.mirrored + at, params.width, params.channels, back);
+    store_terms(params.mirrored + at, params.width, params.channels, mirrored);
   }
 };
 

@@ -41,11 +41,11 @@ struct Exponents {
       const uint32_t other = arch::shuffle_xor(largest, mask);
       largest = other > largest ? other : largest;
     }
-    uint32_t* of_warps = reinterpret_cast<uint32_t*>(shared);
-    if (arch::lane_index() == 0) of_warps[arch::warp_index()] = largest;
+    uint32_t* per_warp = reinterpret_cast<uint32_t*>(shared);
+    if (arch::lane_index() == 0) per_warp[arch::warp_index()] = largest;
     arch::sync_threads();
     if (arch::thread_index() != 0) return;
-    for (int warp = 0; warp < kThreads / 32; ++warp) largest = of_warps[warp] > largest ? of_warps[warp] : largest;
+    for (int warp = 0; warp < kThreads / 32; ++warp) largest = per_warp[warp] > largest ? per_warp[warp] : largest;
     p.exponents[(static_cast<int64_t>(map) * p.batch + b) * p.channels + c] =
         largest == 0 ? kLeastExponent : largest >> 23 == 254 ? 127 : static_cast<int>(largest >> 23) - 126;
   }
@@ -53,10 +53,12 @@ struct Exponents {
 
 // Exponent of W of image b: the largest of any channel's product of value and gradient. exponents [2, B, C].
 ERCN_DEVICE int pair_exponent(const int* exponents, int batch, int channels, int b) {
-  const int* of_value = exponents + static_cast<int64_t>(b) * channels;
-  const int* of_grad = of_value + static_cast<int64_t>(batch) * channels;
+  const int* value_exponents = exponents + static_cast<int64_t>(b) * channels;
+  const int* grad_exponents = value_exponents + static_cast<int64_t>(batch) * channels;
   int most = 2 * kLeastExponent;
-  for (int c = 0; c < channels; ++c) most = of_value[c] + of_grad[c] > most ? of_value[c] + of_grad[c] : most;
+  for (int c = 0; c < channels; ++c) {
+    most = value_exponents[c] + grad_exponents[c] > most ? value_exponents[c] + grad_exponents[c] : most;
+  }
   return most;
 }
 

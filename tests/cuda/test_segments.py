@@ -1,4 +1,4 @@
-"""csrc/cuda/pool/segments.h: segments of bags, the slots of their partial sums, shares of work."""
+"""csrc/cuda/pool/segments.h: segments of bags, the slots of their partial sums, splits of sums."""
 
 from __future__ import annotations
 

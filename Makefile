@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint wheel sanitize sanitize-cuda valgrind clean
+.PHONY: demo test lint docs wheel sanitize sanitize-cuda valgrind clean
 
 demo: $(VENV)/.installed
 	$(PY) -m ercn doctor
@@ -18,6 +18,11 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
+
+# The site in build/site; a broken link or an unknown name is an error.
+docs: $(VENV)/.installed
+	$(INSTALL) 'ercn[docs]'
+	$(PY) -m mkdocs build --strict
 
 wheel: $(VENV)/.installed
 	$(PY) -m build --no-isolation --outdir dist

@@ -54,7 +54,7 @@ class AffinityCase:
 
     @property
     def size(self) -> int:
-        """What plots have on their x axis: N, pixels."""
+        """N, the x axis of the plots."""
         return self.pixels
 
     @property
@@ -63,7 +63,7 @@ class AffinityCase:
 
     @property
     def series(self) -> str:
-        """What stays the same along that axis."""
+        """The parameters that are constant along the x axis."""
         return f"B {self.batch}, C {self.maps + 1}, D {self.dim}"
 
     @property
@@ -111,7 +111,7 @@ class AffinityCase:
         return buffers * self.gemm_bytes()
 
     def graph_bytes(self) -> float:
-        """What eager keeps between forward and backward."""
+        """Memory that eager keeps between forward and backward."""
         return 2 * self.gemm_bytes() if self.direction == "backward" else 0.0
 
     def gemm_bytes(self) -> float:
@@ -213,7 +213,7 @@ class PoolCase:
         return rows * self.total() * DTYPES[self.dtype].itemsize
 
     def graph_bytes(self) -> float:
-        """What eager keeps between forward and backward."""
+        """Memory that eager keeps between forward and backward."""
         return 5 * self.hidden * self.total() * DTYPES[self.dtype].itemsize if self.direction == "backward" else 0.0
 
     def gemm_bytes(self) -> float:
@@ -257,7 +257,7 @@ class RefinementCase:
         return replace(self, batch=1, height=8)
 
     def inputs(self, device: str, kink_safe: bool = False) -> Inputs:
-        """No gradient meets a kink: kink_safe changes nothing."""
+        """The op has no kink: kink_safe changes nothing."""
         generator = torch.Generator().manual_seed(SEED)
         shape = self.batch, self.maps, self.height, self.height
         cam = torch.rand(shape, generator=generator)
@@ -267,7 +267,7 @@ class RefinementCase:
         return Inputs((cam.to(device, dtype), image.to(device)), upstream.to(device, dtype))
 
     def flops(self) -> int:
-        """Of the steps; the backward is as many of the adjoint."""
+        """All steps; the backward runs as many adjoint steps."""
         runs = 2 if self.direction == "forward_backward" else 1
         return runs * 2 * self.steps * 8 * len(self.dilations) * self.batch * self.maps * self.size
 
@@ -276,7 +276,7 @@ class RefinementCase:
         return self.batch * self.size * (3 + maps * self.maps * DTYPES[self.dtype].itemsize)
 
     def eager_bytes(self) -> float:
-        """Of a step: each neighbour's copy of the maps, dilation by dilation and together, or that and the product."""
+        """Of one step: the neighbours' copies of the maps, per dilation and concatenated; or copies and product."""
         return 2.1 * self.batch * self.maps * 8 * len(self.dilations) * self.size * DTYPES[self.dtype].itemsize
 
 
@@ -295,7 +295,7 @@ class WalkCase:
     op = "walk"
     baseline = "eager"
     radius, beta, doublings = 5, 10, 8
-    entries = 69  # of a pixel in T
+    entries = 69  # nonzeros in each row of T
 
     @property
     def size(self) -> int:
@@ -317,7 +317,7 @@ class WalkCase:
         return replace(self, height=8)
 
     def inputs(self, device: str, kink_safe: bool = False) -> Inputs:
-        """No gradient meets a kink: kink_safe changes nothing."""
+        """The op has no kink: kink_safe changes nothing."""
         generator = torch.Generator().manual_seed(SEED)
         shape = 1, self.maps, self.height, self.height
         cam = torch.rand(shape, generator=generator)
@@ -327,7 +327,7 @@ class WalkCase:
         return Inputs((cam.to(device, dtype), edge.to(device)), upstream.to(device, dtype))
 
     def flops(self) -> int:
-        """Of the steps; the backward is as many of the adjoint."""
+        """All steps; the backward runs as many adjoint steps."""
         runs = 2 if self.direction == "forward_backward" else 1
         return runs * 2 * 2**self.doublings * self.entries * self.maps * self.size
 
@@ -382,13 +382,13 @@ class ModelCase:
         return replace(self, image_size=64)
 
     def affinity_bytes(self) -> float:
-        """Eager's N² buffers alone; what the rest of the network takes comes on top for every variant alike."""
+        """Eager's N² buffers alone; the rest of the network adds the same to every variant."""
         pixels = (self.image_size // self.stride + 1) ** 2
         views, buffers = (1, 2.07) if self.direction == "forward" else (2, 6.1)
         return views * buffers * self.batch * pixels**2 * 4
 
 
-CALLS = 100  # in a time that a busy machine leaves a process alone
+CALLS = 100  # few enough to run without being preempted on a busy machine
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,7 @@ class OverheadCase:
     """``CALLS`` small calls of a public function one after the other: a row's 0.1 ms is 1 µs of a call.
 
     One image of 4 × 4 pixels with 5 maps and 64 features, or one bag of 16 instances of 64 channels with 16 hidden
-    units: what a call costs on the host, whatever it computes.
+    units: the host cost of a call, whatever it computes.
     """
 
     function: str
@@ -435,7 +435,7 @@ class OverheadCase:
         return self.inner.inputs(device, kink_safe)
 
     def flops(self) -> int:
-        rows = 0  # of ones, which relu_affinity has not
+        rows = 0  # of ones: relu_affinity has none
         if self.function == "relu_affinity":
             rows = {"forward": 1, "backward": 2, "forward_backward": 3}[self.direction]
         return CALLS * (self.inner.flops() - 2 * self.size**2 * rows)
@@ -526,7 +526,7 @@ def registry(op: str, device: str) -> list[Case]:
     return makers[op](gpu)
 
 
-# The standard suites: what the README shows, about ten minutes on two cores; "full" has every other shape.
+# The standard suites are those of docs/performance.md, about ten minutes on two cores; "full" has every shape.
 _STANDARD = {
     "cpu": (
         r"affinity/forward/float32/b1-c6-d192-28x28",

@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured: multiply-adds in registers (CPU), a large product, a copy."""
+"""Measured peak rates of the machine: multiply-adds in registers (CPU), a large matrix product, a copy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ceilings(device: str, dtypes: Iterable[str], *, size: int | None = None, rou
 
 
 def peak_gflops(ceilings: dict[str, Any], dtype: str) -> float | None:
-    """What a dtype is held against: the multiply-add peak, or where that was not measured the large product."""
+    """The peak rate of a dtype: multiply-adds, or the large product where those were not measured."""
     return ceilings["fma_gflops"].get(dtype) or ceilings["gemm_gflops"].get(dtype)
 
 

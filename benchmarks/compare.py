@@ -1,4 +1,4 @@
-"""``ercn bench compare BEFORE AFTER``: what became slower or faster by more than the runs' own noise."""
+"""``ercn bench compare BEFORE AFTER``: changes between two runs that exceed their noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPEATABLE = 1.1
 
 @dataclass(frozen=True)
 class Change:
-    """factor: after / before of the metric; limit: what it must exceed, either way, to be a verdict."""
+    """factor: after / before of the metric. limit: the least factor, up or down, that counts as a change."""
 
     case: str
     variant: str
@@ -38,10 +38,10 @@ class Change:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any], metric: str, threshold: float) -> list[Change]:
-    """Rows that both runs have. The limit is the threshold or, where larger, 1 + twice the noise of both values.
+    """The change of each row of both runs. The limit is the threshold or, where larger, 1 + twice the noise of both.
 
-    Noise is half of (p80 − p20) / median of each value, added in squares. A row that had a time and has none any more
-    is "lost".
+    Noise is half of (p80 − p20) / median of each value, added in squares. A row that lost its time is
+    "lost".
     """
     later = {(row["case"], row["variant"]): row for row in after["rows"]}
     result = []

@@ -22,7 +22,7 @@ class BenchConfig:
     seconds: of rounds per case. rounds: at least so many per case. threads: of torch on the CPU, 0 leaves torch's own
     number. memory: measure peak memory too. check: compare with float64 first, which takes minutes for large networks.
     list: print the ids of the chosen cases and stop.
-    save: FILE.json for the results, FILE.csv beside it; rows appear in FILE.jsonl while it runs.
+    save: FILE.csv for the results (``ercn.benchmarks.results``); rows appear in FILE.jsonl while it runs.
     """
 
     op: str = "all"
@@ -76,4 +76,4 @@ class ReadmeConfig:
     """
 
     files: tuple[str, ...] = ()
-    readme: str = "README.md"
+    readme: str = "docs/performance.md"

@@ -1,4 +1,4 @@
-"""Plain-torch versions of the ops, as people write them: the baselines, and the judges of correctness."""
+"""The ops in plain torch as published code writes them: the baselines of speed and the judges of correctness."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def affinity(cam: Tensor, feat: Tensor) -> Tensor:
 
 
 def propagate(cam: Tensor, feat: Tensor, *, eps: float = 1e-5, steps: int = 1) -> Tensor:
-    """In the place of ``affinity_propagate`` in the network: [B, C, H, W], [B, D, H, W] -> [B, C, H, W]."""
+    """Replaces ``affinity_propagate`` in the network: [B, C, H, W], [B, D, H, W] -> [B, C, H, W]."""
     feat = feat.flatten(2)
     feat = feat / (torch.norm(feat, dim=1, keepdim=True) + eps)
     out = cam.flatten(2)
@@ -63,7 +63,7 @@ def blockwise_pool(h: Tensor, *weights: Tensor) -> Tensor:
 
 
 def gated_attention_pool(h: Tensor, *weights: Tensor, **defaults: object) -> tuple[Tensor, Tensor]:
-    """In the place of ``ercn.ops.gated_attention_pool`` in the network, which pools dense maps and asks for no more."""
+    """Replaces ``ercn.ops.gated_attention_pool`` in the network: dense maps only."""
     scores = _scores(h, *weights)
     return torch.matmul(F.softmax(scores, dim=-1), h), scores
 

@@ -10,7 +10,7 @@ two of instances. For float64, which knows e^-128, it is 1024 instead.
 The scores alone, without a softmax: any activation and a dropout of one half, whose factor is a power of two. Their
 softmax, taken for itself: uniform over a power of two of instances, the others 1024 below.
 
-What is no integer is a multiple of one power of two; results in half precision are rounded once, from float32.
+Other values are multiples of one power of two; results in half precision are rounded once, from float32.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def expected_affinity(
 ) -> dict[str, Tensor]:
     """out, and for a grad_out grad_value and grad_feat, of relu_affinity.
 
-    In float32 whatever the precision of its products is: T has factors of 2 bits, V·A and G·A of 9, F·W of 9.
+    Exact at every precision of float32 products: the factors of T have 2 bits, those of V·A, G·A and F·W 9.
     """
     v, f = value.float(), feat.float()
     g = None if grad_out is None else grad_out.float()
@@ -81,7 +81,7 @@ def expected_affinity(
 
 
 def found_affinity(op: Callable, value: Tensor, feat: Tensor, grad_out: Tensor | None = None) -> dict[str, Tensor]:
-    """What ``op(value, feat)`` gives, in the names of ``expected_affinity``."""
+    """Results of ``op(value, feat)`` under the names of ``expected_affinity``."""
     leaves = [x.detach().requires_grad_(grad_out is not None) for x in (value, feat)]
     out = op(*leaves)
     grads = {} if grad_out is None else zip(("grad_value", "grad_feat"), torch.autograd.grad(out, leaves, grad_out))
@@ -106,7 +106,7 @@ class Pool:
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """The seven that have gradients, as gated_attention_pool takes them."""
+        """The seven tensors that have gradients, in the order of gated_attention_pool."""
         return tuple(getattr(self, name) for name in POOL_INPUTS)
 
 
@@ -172,7 +172,7 @@ def pool(
                 flat[bag[at], channels] = 1
     elif attention == "uniform":
         w.zero_()
-        # ĝ·h adds up to 0 over a bag, without a mean of 0: a channel is another one rolled, with the opposite gradient.
+        # ĝ·h sums to 0 over a bag: every second channel is the previous one rolled, with the opposite gradient.
         grad_pooled[..., 1::2] = -grad_pooled[..., : dim - 1 : 2]
         grad_pooled[..., dim - dim % 2 :] = 0
         for i, bag in enumerate(members):
@@ -241,7 +241,7 @@ def _named(grads: Sequence[Tensor | None], p: Pool) -> dict[str, Tensor | None]:
 def expected_scores(p: Pool, activation: str = "tanh", factors: tuple[Tensor, Tensor] | None = None) -> dict[str, Any]:
     """scores and the gradients that p.grad_scores alone gives, by the activations' values at multiples of 128.
 
-    factors: what dropout multiplies the two branches by, [rows, L] each.
+    factors: dropout's factors of the two branches, [rows, L] each.
     """
     h, v, v_bias, u, u_bias, w, w_bias = (None if x is None else x.double() for x in p.inputs)
     real = torch.ones(p.h.shape[:-1], dtype=torch.bool, device=h.device) if p.mask is None else p.mask
@@ -271,7 +271,7 @@ def expected_scores(p: Pool, activation: str = "tanh", factors: tuple[Tensor, Te
 
 @torch.no_grad()
 def by_scores(p: Pool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scores for the instances of p, and what ``pool_by_scores`` must give: pooled, grad_scores, grad_value (of h)."""
+    """Scores of p's instances, and the expected pooled, grad_scores and grad_value (of h) of ``pool_by_scores``."""
     value = p.h.double().reshape(-1, p.h.shape[-1])
     heads = len(p.w_weight)
     scores = value.new_full((heads, len(value)), float("nan"))
@@ -297,7 +297,7 @@ def by_scores(p: Pool) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def found_pool(op: Callable, p: Pool) -> dict[str, Tensor | None]:
-    """What ``op(*inputs, mask=mask, cu_seqlens=cu_seqlens)`` gives, in the names of ``expected_pool``."""
+    """Results of ``op(*inputs, mask=mask, cu_seqlens=cu_seqlens)`` under the names of ``expected_pool``."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in p.inputs]
     outputs = op(*leaves, mask=p.mask, cu_seqlens=p.cu_seqlens)
     upstream = (p.grad_pooled, p.grad_scores)
@@ -308,7 +308,7 @@ def found_pool(op: Callable, p: Pool) -> dict[str, Tensor | None]:
 
 
 def differences(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> str | None:
-    """None where all of ``expected`` was found, bit for bit but for the sign of 0; else what differs, and where."""
+    """None where all of ``expected`` was found, bit for bit except the sign of 0; else what differs."""
     sentences = []
     for name, right in expected.items():
         got = found[name]

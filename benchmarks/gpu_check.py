@@ -8,10 +8,10 @@ must be told to carry it) and nothing installed but torch and pytest. PYTHON has
 Triton, whose kernels are compiled ahead; the libraries know neither.
 Where the pack does not load there, the libraries are built first, which takes minutes: ``first --seconds 350``. As time
 is left: ``next --seconds 400 --failed OUT/results.jsonl --out OUT2``; afterwards, anywhere: ``report OUT OUT2`` prints
-what was found, and ``ercn bench readme OUT2/bench.json`` writes the README's rows.
+the results, and ``ercn bench readme OUT2/bench.csv`` writes the rows of docs/performance.md.
 
-Every stage is a process of its own and ends when its time is up. What it finds is a line in OUT/results.jsonl at once,
-what it prints is in OUT/log.txt; OUT/report.md is the report of both. A kernel that hangs, fails or gives a wrong
+Every stage is a process of its own and ends when its time is up. It writes each result to OUT/results.jsonl at once and
+its output to OUT/log.txt; OUT/report.md is the report of both. A kernel that hangs, fails or gives a wrong
 result in the smoke stage is not timed; one that hangs or takes its process down is left out of the tests as well.
 Without a GPU all of it runs on the CPU at toy sizes: the CUDA kernels emulated where ERCN_CUDA_EMULATED=1, else their
 cases are only made; the Triton kernels where TRITON_INTERPRET=1.
@@ -34,19 +34,19 @@ from typing import Any
 
 if __package__:
     from ercn.benchmarks import gpu_report
-else:  # a script imports nothing of ercn, whose kernels may be what does not load
+else:  # the script imports nothing of ercn: its libraries may fail to load
     import gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
-TRITON = ROOT / "build" / "gpu_pack" / "triton"  # its cache, which the pack fills
+TRITON = ROOT / "build" / "gpu_pack" / "triton"  # Triton's cache, which the pack fills
 RESULTS = "results.jsonl"
-LEAST_S = 3.0  # with less left a stage is not begun
-KILLED_S = 5.0  # a killed process may hang in the driver for longer; nobody waits for it
+LEAST_S = 3.0  # the least time to begin a stage with
+KILLED_S = 5.0  # a killed process may hang in the driver; do not wait longer for it
 
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds: at most. kept: what it leaves for the stages after it. Both are for the usual time, and go with it."""
+    """seconds: the limit of the stage. kept: seconds left for later stages. Both scale with the time given."""
 
     name: str
     seconds: float
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def record(out: Path, kind: str, **values: Any) -> None:
-    """One line of results, on the disk when this returns."""
+    """Write one line of results and flush it to disk."""
     with open(out / RESULTS, "a", encoding="utf-8") as stream:
         stream.write(json.dumps({"kind": kind, **values}) + "\n")
         stream.flush()
@@ -124,7 +124,7 @@ def record(out: Path, kind: str, **values: Any) -> None:
 
 
 def rows(path: Path, kind: str = "") -> list[dict[str, Any]]:
-    """Lines of results, of one kind; a last line that was cut is left out."""
+    """The lines of results, of one kind if given; an incomplete last line is left out."""
     found = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -134,7 +134,7 @@ def rows(path: Path, kind: str = "") -> list[dict[str, Any]]:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Exit code 0 where everything that was asked for was done and passed, 2 where it cannot begin."""
+    """Exit code 0 where every stage was done and passed, 1 where not, 2 where it cannot begin."""
     deadline = time.monotonic() + options.seconds
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def run_stage(stage: Stage, arguments: Sequence[str], deadline: float, out: Path) -> str:
-    """Its status: done, failed, refused, out of time, or not done where too little time was left."""
+    """Run a stage and return its status: done, failed, refused, out of time, or not done (too little time left)."""
     start = time.monotonic()
     limit = min(stage.seconds, deadline - start - stage.kept)
     status, reason = "not done", f"{deadline - start:.0f} s were left, of which {stage.kept:.0f} are kept for others"
@@ -181,7 +181,7 @@ REFUSED = 3  # exit code
 
 
 def _wait(seconds: float, command: Sequence[str], **options: Any) -> int | None:
-    """The exit code, None where it and what it started had to be killed."""
+    """The exit code, None where the process and its children had to be killed."""
     process = subprocess.Popen(command, start_new_session=True, **options)
     try:
         return process.wait(seconds)

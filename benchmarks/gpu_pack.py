@@ -1,8 +1,8 @@
-"""build/gpu_pack: what another machine would have to compile, to be carried beside the tracked files.
+"""build/gpu_pack: everything that the GPU machine would otherwise compile; it travels beside the tracked files.
 
 It holds both libraries, which know no Python and run on any torch from 2.10 on, CUTLASS's headers for a build there
 should they not load, the smoke cases' Triton kernels as the cache of that machine's Triton holds them, and
-manifest.json, which says what it was made of.
+manifest.json with the hash of the sources.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def refusal() -> str | None:
 
 
 def unpack() -> str:
-    """Put the libraries in their place, and say what was done."""
+    """Put the libraries in their place; return a sentence about it."""
     held = manifest()
     if not held:
         return "there is no build/gpu_pack for this machine; the libraries are those of this checkout"
@@ -126,7 +126,7 @@ def unpack() -> str:
 
 
 def load() -> str | None:
-    """None where both libraries load in a process of their own, else what it said."""
+    """None where both libraries load in a new process, else its error."""
     told = subprocess.run([sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True, check=False)
     print(told.stdout + told.stderr, flush=True)
     return None if told.returncode == 0 else (told.stderr.strip() or "nothing").splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Markdown of the GPU check's results, in the order in which a reader needs them."""
+"""The GPU check's results as Markdown, failures first."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _stages(of: dict[str, list[Row]]) -> str:
 
 
 def _failures(rows: list[Row]) -> str:
-    """One line of everything bad, so that nothing needs to be looked for."""
+    """One line per failure of any kind."""
     lines = []
     for row in rows:
         if row.get("status") in BAD:
@@ -62,7 +62,7 @@ def _failures(rows: list[Row]) -> str:
 
 
 def _smoke(rows: list[Row]) -> str:
-    """Of every op, direction, kernels and dtype, how many cases had which end."""
+    """Counts of statuses by op, direction, kernels and dtype."""
     ends = list(dict.fromkeys(row["status"] for row in rows))
     counts: dict[tuple[str, ...], Counter[str]] = {}
     for row in rows:
@@ -118,7 +118,7 @@ def _kernels(rows: list[Row]) -> str:
 
 
 def _never_launched(of: dict[str, list[Row]]) -> str:
-    """What no smoke case, no test and no timing has launched."""
+    """Kernels that no smoke case, test or timing has launched."""
     known = {name for row in of.get("kernels", []) for name in row["names"]}
     seen = {name for row in of.get("launched", []) for name in row["names"]}
     seen |= {f"cuda {row['name']}" for row in of.get("kernel", []) if row["launches"] > 0}

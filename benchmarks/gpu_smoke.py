@@ -1,7 +1,7 @@
 """Smoke cases of the GPU check: every kernel on exact inputs, each in a process of its own that is killed if it hangs.
 
 The processes are forks of one that has imported everything and has not touched the GPU, so each costs a context and no
-import. What a kernel must give is in ``exact``; memory that it allocates holds NaN.
+import. ``exact`` has the inputs and expected results; memory that a kernel allocates holds NaN.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ercn.benchmarks.results import sentence
 from ercn.benchmarks.settings import precision, variable
 from ercn.ops import _extension, reference
 
-SILENT_S = {"cuda": 15.0, "cpu": 60.0}  # without a word for so long, a process hangs
-HANGING = 3  # of an op's and a direction's kernels: the others are not waited for
+SILENT_S = {"cuda": 15.0, "cpu": 60.0}  # a process that reports nothing for so long hangs
+HANGING = 3  # hanging groups of an op and direction, after which the others are not run
 SIDE_BY_SIDE = min(6, os.cpu_count() or 1)
 SIZES = {"cuda": (300, 128, 1027, 1), "cpu": (70,)}  # pixels or instances of a bag
 HALVES = ("bfloat16", "float16")
@@ -76,7 +76,7 @@ class Group:
 
 
 def groups(only: str = "") -> list[Group]:
-    """The headline first, then what is most likely to hang: Hopper's, generic CUDA, Triton."""
+    """The headline first, then the kernels that are most likely to hang: Hopper, generic CUDA, Triton."""
     found = [Group("affinity", "forward", "sm90", "bfloat16", 192, 22)]
     for layout in LAYOUTS:
         found += [Group("pool", way, "sm90", "bfloat16", 128, layout=layout, hidden=128, heads=2)
@@ -113,7 +113,7 @@ def groups(only: str = "") -> list[Group]:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a launcher, and the results that it must have."""
+    """A call of a launcher and its expected results."""
 
     call: Callable[[], Any]
     names: tuple[str, ...]
@@ -201,7 +201,7 @@ def settings(group: Group) -> Iterator[None]:
 
 @contextlib.contextmanager
 def uninitialised_is_nan() -> Iterator[None]:
-    """Memory that C++ and Triton's launchers allocate holds NaN: what is left unwritten shows."""
+    """Memory that C++ and Triton's launchers allocate holds NaN, so that an unwritten output shows."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch._C._set_deterministic_algorithms(True, warn_only=True)  # the public name imports torch._inductor
     try:
@@ -240,7 +240,7 @@ def _of_tests(folder: str, name: str) -> ModuleType:
 
 
 def compile_ahead(arch: str) -> None:
-    """Fill Triton's cache with what the cases' first sizes launch on ``arch``, without a GPU."""
+    """Compile the kernels of the cases' first sizes for ``arch`` into Triton's cache, without a GPU."""
     with _of_tests("triton", "_triton_aot").recording(arch):
         for group in groups("triton"):
             with settings(group):
@@ -275,7 +275,7 @@ def _process(group: Group, sizes: tuple[int, ...], device: str, pipe: Connection
 
 @dataclass
 class Running:
-    """A group's process: the sizes that are left, the one at work (None: none yet), and when it last said a word."""
+    """A group's process: the sizes left, the size at work (None before the first), and the time of its last report."""
 
     group: Group
     process: multiprocessing.Process
@@ -301,7 +301,7 @@ def smoke(
         return group.op, group.direction, group.kernels
 
     def finish(pipe: Connection, status: str, reason: str) -> None:
-        """The process is gone, or is to go: what it left is named."""
+        """The process has ended or is killed; a row names the sizes that it left."""
         entry = running.pop(pipe)
         entry.process.kill()
         if entry.size is None and entry.left:

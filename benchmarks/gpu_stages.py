@@ -1,6 +1,6 @@
 """The stages of the GPU check, each run as ``python -m ercn.benchmarks.gpu_stages NAME --out FOLDER --until CLOCK``.
 
-A stage writes what it finds at once, ends by itself when its time is over, and says what it left out.
+A stage writes every result at once, ends by itself when its time is over, and names what it left out.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ TESTS = tuple(f"tests/{name}.py" for name in (
     "triton/test_ops", "triton/test_pool",
 ))  # fmt: skip
 HARDWARE = ("tests/ops/test_gpu_hardware.py",)
-COMPILING = "property and triton"  # tests that do so for a minute
+COMPILING = "property and triton"  # tests that compile for a minute
 DEVICE = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
-LOST = ("killed", "crashed")  # with its process
+LOST = ("killed", "crashed")  # a test ends so when its process does
 STOPPING_S = 5.0  # for pytest to end
 ROUNDS = 30
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -48,9 +48,9 @@ SANITIZED = (
 PROFILED = {"forward": "affinity forward, sm90, bfloat16, D 192, C 22",
             "backward": "affinity backward, sm90, bfloat16, D 192, C 22"}  # fmt: skip
 PIXELS = {"cuda": 4096, "cpu": 16}
-CANDIDATES = 24  # of every kernel's tile sizes
+CANDIDATES = 24  # kernels whose tile sizes are tried
 TUNED = (("triangle", 192), ("backward", 192), ("forward", 64), ("pool", 0), ("row_grad", 0), ("weight_grad", 0))
-# Rows of the README, most important first.
+# Cases of docs/performance.md, most important first.
 BENCH = (
     r"affinity/(forward|backward)/bfloat16/b1-c22-d192-128x128",
     r"mil/(forward|backward)/bfloat16/dense-n65536-d1024-l256-k1",
@@ -62,14 +62,14 @@ BENCH = (
     r".*",
 )
 COPIED = {"cuda": 1 << 28, "cpu": 1 << 20}  # bytes; as many are written as read
-CASE_S = 10.0  # for the case that ``bench`` began last
+CASE_S = 10.0  # reserve for the case that ``bench`` began last
 LEFT_OUT = ("compile", "blockwise", "sdpa")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage is given. until: on time.monotonic's clock, which processes share. earlier: rows of a run whose
-    failures come first.
+    """Arguments of every stage. until: end on time.monotonic's clock, which processes share. earlier: rows of an
+    earlier run, whose failures are run first.
     """
 
     out: Path
@@ -88,8 +88,8 @@ class Run:
 
     @functools.cached_property
     def device(self) -> str:
-        """cuda or cpu: as the environment's stage found it, else asked in another process, since this one may have to
-        fork before it touches the GPU.
+        """cuda or cpu, from the environment stage or else from another process: this one may fork later and must not
+        touch the GPU before.
         """
         for row in self.rows("environment"):
             return row["device"]
@@ -102,7 +102,7 @@ class Run:
 
 
 def libraries(run: Run) -> None:
-    """Unpack them; where they do not load, build them here."""
+    """Unpack the libraries; where they do not load, build them."""
     if reason := gpu_pack.refusal():
         print(reason)
         sys.exit(REFUSED)
@@ -153,7 +153,7 @@ def smoke(run: Run) -> None:
 
 
 def tests(run: Run) -> None:
-    """Exact and budget tests, in parallel, but for what hung or took its process down in the smoke stage."""
+    """Exact and budget tests in parallel, without kernels that hung or crashed in the smoke stage."""
     gone = {(row["op"], row["kernels"]) for row in run.smoked() if row["status"] in LOST}
     left_out = [_keywords(op, kernels) for op, kernels in sorted(gone)]
     if left_out:
@@ -174,12 +174,12 @@ def _keywords(op: str, kernels: str) -> str:
 
 
 def hardware(run: Run) -> None:
-    """Streams, graphs and the like, and the tests that took too long before."""
+    """Tests of streams and graphs, and the tests that took too long before."""
     _pytest(run, (*HARDWARE, *TESTS), f"gpu_hardware or {COMPILING}", timeout=90)
 
 
 def failures(run: Run) -> None:
-    """What failed earlier, again: each smoke case alone, and the tests, whose traces are in the log."""
+    """Run the earlier failures again: each smoke case alone, then the tests; traces are in the log."""
     from ercn.benchmarks import gpu_smoke
 
     bad = [row for row in run.earlier if row.get("status") in BAD]
@@ -190,7 +190,7 @@ def failures(run: Run) -> None:
 
 
 def _pytest(run: Run, files: Iterable[str], words: str, timeout: int, trace: str = "short") -> None:
-    """Every result goes to the records as it is known; a test that hangs takes its worker down, and only that."""
+    """Record each result as it is known; a hanging test ends its worker alone."""
     import pytest
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -240,7 +240,7 @@ def _last_words(report: Any) -> str:
 
 
 def timing(run: Run) -> None:
-    """The headline: our kernels, the one product that plain torch cannot avoid, and a copy, in turns."""
+    """The headline: our kernels, plain torch's one product and a copy, interleaved."""
     import torch
 
     from ercn.benchmarks.cases import AffinityCase, PoolCase
@@ -285,7 +285,7 @@ def _time(run: Run, case: Any, stream: Any) -> None:
         reason = variant.obstacle(case, inputs) or _not_to_be_timed(run, case, variant.name)
         try:
             if reason is None:
-                print(f"{case.id} {variant.name}", flush=True)  # if it takes the process down, this is the last line
+                print(f"{case.id} {variant.name}", flush=True)  # the last line if the process crashes
                 runners[variant.name] = _replayed(functools.partial(variant.make, case, inputs), stream)
         except Exception as error:  # noqa: BLE001 - one variant must not end the others
             reason = sentence(error)
@@ -303,7 +303,7 @@ def _time(run: Run, case: Any, stream: Any) -> None:
 
 
 def _compile(run: Run, cases: list[Any]) -> None:
-    """What Triton compiles for the cases, in a process for each, so that the cache has it."""
+    """Compile the cases' Triton kernels into the cache, one process each."""
 
     def once(case: Any) -> None:
         from ercn.benchmarks.variants import inputs_of, variants
@@ -318,7 +318,7 @@ def _compile(run: Run, cases: list[Any]) -> None:
 
 
 def _side_by_side(calls: list[Callable[[], object]], seconds: float) -> None:
-    """Each in a fork of this process, which must not have touched the GPU; killed when the seconds are over."""
+    """Run each in a fork of this process, which must not have touched the GPU; kill those left after the seconds."""
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=call, daemon=True) for call in calls]
     until = time.monotonic() + seconds
@@ -338,7 +338,7 @@ def _copy(device: str) -> Callable[[], object]:
 
 
 def _replayed(make: Callable[[], Callable[[], object]], stream: Any) -> Callable[[], object]:
-    """One call as a CUDA graph; on the CPU the call itself. What a backward needs is made on the captured stream."""
+    """One call as a CUDA graph; on the CPU the call itself. A backward's graph is built on the captured stream."""
     import torch
 
     if stream is None:
@@ -353,7 +353,7 @@ def _replayed(make: Callable[[], Callable[[], object]], stream: Any) -> Callable
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        kept = call, call()  # the graph reads and writes memory that only they own
+        kept = call, call()  # keeps alive the memory that the graph reads and writes
 
     def replay(kept: Any = kept) -> None:
         graph.replay()
@@ -362,7 +362,7 @@ def _replayed(make: Callable[[], Callable[[], object]], stream: Any) -> Callable
 
 
 def _not_to_be_timed(run: Run, case: Any, variant: str) -> str | None:
-    """The smoke case that forbids it: of the same op, direction, kernels and dtype, and of the affinity the same D."""
+    """The failed smoke case that forbids timing: same op, direction, kernels, dtype and, for the affinity, D."""
     name, _, setting = variant.partition("@")
     kernels = {"ercn-cuda": (setting or "sm90",), "ercn-triton": ("triton", "triton_triangle")}.get(name, ())
     op = {"affinity": "affinity", "mil": "pool"}[case.op]
@@ -376,7 +376,7 @@ def _not_to_be_timed(run: Run, case: Any, variant: str) -> str | None:
 
 
 def sanitizers(run: Run) -> None:
-    """The tools side by side, each on small smoke cases in one process."""
+    """Run the sanitizers side by side, each on small smoke cases in one process."""
     if shutil.which("compute-sanitizer") is None:
         run.record("note", text="compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
         return
@@ -407,7 +407,7 @@ def sanitizers(run: Run) -> None:
 
 
 def tuning(run: Run) -> None:
-    """Few tile sizes of every Triton kernel, spread over all; the fastest are for a person to look at."""
+    """Try a few tile sizes of every Triton kernel; a person decides from the fastest."""
     if run.device != "cuda":
         run.record("note", text="tuning needs a GPU")
         return
@@ -446,16 +446,15 @@ def bench(run: Run) -> None:
         config = BenchConfig(device=device, also="generic,sm90_dense", seconds=1.0, without=",".join(LEFT_OUT))
         every = suite("all", device, "standard")
         cases = [case for pattern in BENCH for case in every if re.fullmatch(pattern, case.id)]
-    config = replace(config, save=str(run.out / "bench.json"))
+    config = replace(config, save=str(run.out / "bench.csv"))
     measured = measure_cases(config, list(dict.fromkeys(cases)), device, run.until - CASE_S)
     done = {row["case"] for row in measured["rows"]}
     if left := list(dict.fromkeys(case.id for case in cases if case.id not in done)):
         run.record("bench", name=f"{len(left)} cases from {left[0]} on", status="not done", reason="out of time")
-    (run.out / "bench.csv").unlink()  # few files come back; the JSON holds all of it
 
 
 def profile(run: Run) -> None:
-    """Everything that Nsight Compute knows of the headline's kernels."""
+    """Nsight Compute's full report of the headline's kernels."""
     if shutil.which("ncu") is None:
         run.record("note", text="ncu is not on PATH; it comes with the CUDA toolkit")
         return
@@ -489,7 +488,7 @@ def main() -> None:
     earlier = rows(options.failed) if options.failed else []
     STAGES[options.stage](Run(options.out, options.until, options.only, earlier))
     sys.stdout.flush()
-    os._exit(0)  # taking torch and a GPU's context down takes seconds that nobody has
+    os._exit(0)  # skips the seconds of taking torch and the GPU's context down
 
 
 if __name__ == "__main__":

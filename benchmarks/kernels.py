@@ -1,4 +1,4 @@
-"""Which kernels of libercn_cuda a call launches, and what the compiler and the device make of each."""
+"""Kernels of libercn_cuda that a call launches, with registers, shared memory and occupancy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ercn.ops import _extension, cuda
 
 
 def attributes() -> list[dict[str, Any]]:
-    """Of every kernel of libercn_cuda. Launches are known even where the device tells nothing, as after an error that
-    it keeps.
+    """Attributes of every kernel of libercn_cuda; launch counts alone where the device does not answer, as after a
+    sticky error.
     """
     try:
         return _extension.cuda_kernels(attributes=True)
@@ -22,8 +22,8 @@ def attributes() -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def launched() -> Iterator[list[dict[str, Any]]]:
-    """The list receives, when the block ends, the attributes of every kernel that was launched in it, or the reason why
-    the device does not tell them.
+    """A list that receives, when the block ends, the attributes of every kernel launched in it, or the reason why
+    they are unknown.
     """
     found: list[dict[str, Any]] = []
     if cuda.unavailable():
@@ -38,7 +38,7 @@ def launched() -> Iterator[list[dict[str, Any]]]:
 
 
 def described(rows: list[Row]) -> list[str]:
-    """A sentence for every kernel of the rows, as it was launched first."""
+    """A sentence for every kernel of the rows, from its first launch."""
     kernels = {kernel["name"]: kernel for row in reversed(rows) for kernel in row.get("kernels") or ()}
     return [f"{name.removeprefix('ercn::')}: {_attributes(k)}" for name, k in sorted(kernels.items())]
 

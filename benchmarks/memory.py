@@ -1,4 +1,4 @@
-"""Peak extra memory of one call: what the process or the GPU holds at most, less what it held before the call.
+"""Peak extra memory of one call: the most that the process or the GPU holds, less what it held before.
 
 On a GPU torch's allocator counts it. On a CPU a fresh process runs the variant alone: the kernel's high-water mark of
 resident memory is reset after the inputs exist, so results, temporaries and the libraries' own buffers all count.
@@ -30,7 +30,7 @@ def does_not_fit(needed: float, held: float, device: str) -> str | None:
 
 
 def cuda_peak(make: Callable[[], Callable[[], object]]) -> int:
-    """Peak extra bytes of calling what ``make`` returns."""
+    """Peak extra bytes of calling the result of ``make``."""
     run = make()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -60,7 +60,7 @@ def cpu_peak(case: Case, variant: str, threads: int) -> int:
 
 @cache
 def _server() -> multiprocessing.context.BaseContext:
-    """Children start from a process that has imported torch and its compiler and run nothing: no threads, no memory."""
+    """Children are forks of a process that has imported torch and its compiler and has no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ercn.benchmarks.variants", "torch._inductor.compile_fx"])
     return context

@@ -1,4 +1,4 @@
-"""The whole network as a case: inference and a training step, with our operators or with eager ones in their place."""
+"""The whole network as a case: inference and a training step, with our operators or with eager ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ercn.config import LossConfig, ModelConfig
 from ercn.ops import use_backend
 
 EAGER = "eager"
-# The whole method, whatever the defaults leave out: the affinity on the CAM's grid, three terms of two views.
+# The whole method, also what the defaults leave out: the affinity on the CAM's grid, three losses of two views.
 MODEL = ModelConfig(refinement=("affinity",), refine_stride=0)
 LOSS = LossConfig(er=0.1, ecr=1.0, consistency=0.1, transform="flip")
 
@@ -44,7 +44,7 @@ def inputs(case: ModelCase, device: str, dtype: torch.dtype = torch.float32) -> 
 
 
 def arguments(case: ModelCase, inputs: Inputs) -> dict[str, tuple[Tensor | None, ...]]:
-    """What the operators are given in the network, of one pixel."""
+    """Arguments of the operators in the network, for maps of one pixel."""
     image, _ = inputs.tensors
     dtype, width = DTYPES[case.dtype], MODEL.embed_dim
     value, feat = image.new_zeros(1, 1, 1), image.new_zeros(1, width, 1, dtype=dtype)
@@ -103,7 +103,7 @@ def _transform(image_size: int, align_corners: bool) -> Callable[[Tensor], Tenso
     from ercn.transforms import sample_transform
 
     generator = torch.Generator().manual_seed(SEED)
-    with unset_fake_temporarily():  # it draws numbers, which tensors without data cannot
+    with unset_fake_temporarily():  # it draws random numbers, which needs data
         return sample_transform(
             LOSS.transform, generator, rescale=LOSS.rescale, size=image_size, align_corners=align_corners
         )

@@ -1,4 +1,4 @@
-"""``ercn bench readme FILE…``: the README's performance section, from result files alone."""
+"""``ercn bench readme FILE…``: the performance section of docs/performance.md, from result files alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _machine(name: str, run: dict[str, Any]) -> str:
     commit = (values.get("git") or {}).get("commit", "unknown")[:12]
     title = (
         f"**{machine(values)}**, torch {values['packages']['torch']}, commit {commit}. Measured ceilings: "
-        f"{describe(run['ceilings'])}. Every number: [{Path(name).name}]({Path(name).as_posix()})."
+        f"{describe(run['ceilings'])}. Every number: `{Path(name).as_posix()}`."
     )
     lines = [
         title,
@@ -92,7 +92,7 @@ def _line(rows: list[Row]) -> str:
         _megabytes(best.get("peak_extra_mb")),
         _megabytes(reference and reference.get("peak_extra_mb")),
         _megabytes(eager.get("peak_extra_mb")) if has_eager else _needed(eager),
-        f"{best['error']:.1e}" if "error" in best else "not checked",
+        f"{best['error']:.1e}" if best.get("error") is not None else "not checked",
         f"{best['judge_error']:.1e}" if best.get("judge") == "eager" else "–",
     ]
     return f"| {' | '.join(cells)} |"

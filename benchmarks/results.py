@@ -1,25 +1,28 @@
-"""Result files: one JSON object with the environment, the machine's ceilings and the rows; the same rows as CSV.
+"""Result files: CSV of one row per case and variant, after a line "# {…}" with environment and ceilings as JSON.
 
-While a run goes on, FILE.jsonl holds a header line and then one line per finished row, each flushed to disk; so a crash
-loses nothing, and every reader here takes that file as well.
+Numbers are as JSON writes them; an empty cell is None. ``pandas.read_csv(file, skiprows=1)`` reads the rows. While a
+run goes on, FILE.jsonl holds the first line and one line per finished row, each flushed to disk, so that a crash loses
+nothing; every reader here takes that file as well.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from ercn._files import read_json, write_csv, write_json
+from ercn._files import csv_text, write_text
 
-FORMAT = 2
+FORMAT = 3
 Row = dict[str, Any]
 
 
 class Writer:
-    """Appends to FILE.jsonl; ``finish`` writes FILE.json and FILE.csv in its place. Without FILE it only keeps."""
+    """Appends to FILE.jsonl; ``finish`` writes FILE.csv in its place. Without FILE it only keeps the rows."""
 
     def __init__(self, save: str, header: dict[str, Any]) -> None:
         self.header, self.rows = {"format": FORMAT, **header}, []
@@ -27,8 +30,8 @@ class Writer:
         self._stream = None
         if self.path is None:
             return
-        if self.path.suffix != ".json":
-            raise ValueError(f"--save must name a .json file; got {save!r}")
+        if self.path.suffix != ".csv":
+            raise ValueError(f"--save must name a .csv file; got {save!r}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = open(self.path.with_suffix(".jsonl"), "w", encoding="utf-8")  # noqa: SIM115 - closed by finish
         self._line(self.header)
@@ -47,8 +50,7 @@ class Writer:
     def finish(self) -> None:
         if self.path is None:
             return
-        write_json(self.path, {**self.header, "rows": self.rows})
-        write_csv(self.path.with_suffix(".csv"), [flat(row) for row in self.rows])
+        write(self.path, {**self.header, "rows": self.rows})
         self._stream.close()
         self.path.with_suffix(".jsonl").unlink()
 
@@ -60,31 +62,63 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def flat(row: Row) -> Row:
-    """Nested values as columns of their own: ratios.eager.median and so on."""
-    result: Row = {}
+def write(path: Path, run: dict[str, Any]) -> None:
+    """A run as ``load`` gives it."""
+    header = json.dumps({name: value for name, value in run.items() if name != "rows"}, allow_nan=False)
+    write_text(path, f"# {header}\n{csv_text(_flat(row) for row in run['rows'])}")
+
+
+def _flat(row: Row) -> dict[str, str]:
+    """Cells; nested values as columns of their own: ratios.eager.median and so on."""
+    cells: dict[str, str] = {}
     for name, value in row.items():
-        nested = value if isinstance(value, dict) else {}
-        result.update({f"{name}.{key}": v for key, v in flat(nested).items()} if nested else {name: value})
-    return result
+        if isinstance(value, dict) and value:
+            cells |= {f"{name}.{key}": cell for key, cell in _flat(value).items()}
+        elif value is not None:
+            cells[name] = value if _is_text(value) else json.dumps(value, allow_nan=False)
+        else:
+            cells[name] = ""
+    return cells
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a reader takes the cell for what it is: no number, word or list of JSON."""
+    return isinstance(value, str) and bool(value) and _cell(value) == value
+
+
+def _cell(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _row(cells: dict[str, str]) -> Row:
+    row: Row = {}
+    for name, cell in cells.items():
+        *outer, inner = name.split(".")
+        if cell or not outer:
+            place = row
+            for key in outer:
+                place[key] = place.get(key) or {}
+                place = place[key]
+            place[inner] = _cell(cell) if cell else None
+    return row
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A saved run, finished (.json) or cut short (.jsonl). ValueError names the file where it is neither."""
+    """A saved run, finished (.csv) or cut short (.jsonl). ValueError names the file where it is neither."""
     path = Path(path)
     if not path.is_file():
-        folder = sorted(str(f) for f in path.parent.glob("*.json*")) if path.parent.is_dir() else []
+        folder = sorted(str(f) for kind in ("csv", "jsonl") for f in path.parent.glob(f"*.{kind}"))
         raise ValueError(f"{path} is no file; result files in {path.parent}: {', '.join(folder) or 'none'}")
-    if path.suffix == ".jsonl":
-        header, *rows = (
-            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-        )
-        values = {**header, "rows": rows}
-    else:
-        values = read_json(path)
-    if not isinstance(values, dict) or values.get("format") != FORMAT or "rows" not in values:
+    first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    header = _cell(first.removeprefix("# "))
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path} is not a result file of ercn bench (format {FORMAT})")
-    return values
+    if path.suffix == ".jsonl":
+        return {**header, "rows": [json.loads(line) for line in rest.split("\n") if line.endswith("}")]}
+    return {**header, "rows": [_row(cells) for cells in csv.DictReader(io.StringIO(rest))]}
 
 
 def timed(run: dict[str, Any]) -> list[Row]:

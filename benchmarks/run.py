@@ -1,4 +1,4 @@
-"""Runs the chosen cases: checks, times, weighs; prints a table per case and appends rows to the result file."""
+"""Runs the chosen cases: checks, times, measures memory; prints a table per case, appends rows to the file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ercn.benchmarks.verify import Judge
 from ercn.ops import backends
 
 QUICK_SECONDS, QUICK_ROUNDS = 0.5, 3
-# Whose error is the measure where eager has no room.
+# The judge of errors where eager does not fit in memory.
 SUBSTITUTE = {"affinity": "blockwise", "mil": "blockwise"} | dict.fromkeys(
     ("refinement", "walk", "model", "overhead"), "ercn-reference"
 )
@@ -107,7 +107,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def measure_cases(config: BenchConfig, cases: list[Case], device: str, until: float = float("inf")) -> dict[str, Any]:
-    """``run`` for cases in an order of one's own. until: on time.monotonic's clock; no case begins after it."""
+    """``run`` for given cases in the given order. until: no case begins after it, on time.monotonic's clock."""
     timing.keep_freed_memory()
     shown, values = screen(), environment(device)
     shown.note(f"{machine(values)}; torch {values['packages']['torch']}; {len(cases)} cases")
@@ -161,7 +161,7 @@ def measure(
 
 
 def _prepare(case: Case, inputs: Inputs, device: str, config: BenchConfig, refuse: Callable) -> dict[Variant, Row]:
-    """The variants that run, fit and are right, with what is known of them so far."""
+    """The variants that run, fit in memory and are right, each with its row so far."""
     fitting: list[Variant] = []
     held = 0.0
     table = variants(case, device, config.backend, settings(config))
@@ -270,7 +270,7 @@ def _rates(case: Case, variant: Variant, samples: dict[str, list[float]], peaks:
     own = samples[variant.name]
     median, low, high = timing.summary(own)
     executed = variant.flops(case)
-    same = variant.role != "yardstick"  # yardsticks compute something else: dense-equivalent rates are not theirs
+    same = variant.role != "yardstick"  # yardsticks compute something else and have no dense-equivalent rate
     dense = (network.flops(case) if isinstance(case, ModelCase) else case.flops()) if same else None
     moved = (network.min_bytes(case) if isinstance(case, ModelCase) else case.min_bytes()) if same else None
     peak = peak_gflops(peaks, case.dtype)

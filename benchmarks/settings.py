@@ -1,4 +1,4 @@
-"""Our compiled backends under other settings than their own, to take turns with them: ``ercn-cpu@NAME`` in results."""
+"""Our compiled backends under other settings, beside their own: ``ercn-cpu@NAME`` in results."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _in_float32(make: Make) -> Make:
     return wide
 
 
-# Each changes what makes the timed call; entering and leaving a scope takes about a microsecond.
+# Each wraps the function that makes the timed call; entering and leaving a scope takes about a microsecond.
 SETTINGS: dict[str, Callable[[Make], Make]] = {
     "one_thread": partial(_within, _one_thread),
     "portable": partial(_within, partial(_instructions, "portable")),

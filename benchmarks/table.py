@@ -1,4 +1,4 @@
-"""What a run shows: with rich a progress bar and a table per case, without it a line per row."""
+"""The output of a run on screen: a progress bar and a table per case with rich, else a line per row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = ("median ms", "p20–p80", "/ {baseline}", "/ eager", "GFLOP/s", "dense"
 
 
 class Lines:
-    """What shows a run where rich is not installed."""
+    """Output without rich."""
 
     def note(self, text: str) -> None:
         print(text, flush=True)
@@ -83,7 +83,7 @@ def screen() -> Lines:
 
 
 def _beside_its_own(row: Row) -> str | None:
-    """For a setting of a backend, the time over that of the backend's own setting."""
+    """Time of a backend's setting over that of the backend itself."""
     own = row["variant"].partition("@")[0]
     ratio = row["ratios"].get(own)
     if own == row["variant"] or ratio is None:
@@ -92,7 +92,7 @@ def _beside_its_own(row: Row) -> str | None:
 
 
 def cells(row: Row) -> list[str]:
-    """What stands under ``NAMES``."""
+    """Cells of the columns ``NAMES``."""
 
     def number(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)

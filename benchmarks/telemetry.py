@@ -1,4 +1,4 @@
-"""What an NVIDIA GPU did while something ran: clocks, power, temperature, throttling and memory, through NVML."""
+"""Clocks, power, temperature, throttling and memory of an NVIDIA GPU during a call, through NVML."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Interleaved timing: in every round each variant runs once, so that a change of the machine's speed hits all alike.
 
-The order is drawn anew in every round: who follows its own like finds warm caches, who follows eager cold ones.
+The order is drawn anew in every round, since a variant's caches depend on the one before it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def interleave(
 
 
 def keep_freed_memory() -> None:
-    """What a variant frees stays with the process: else the next one pays for mapping its memory anew.
+    """Memory that a variant frees stays with the process, or the next one would pay for mapping it anew.
 
     With glibc's own settings eager's large blocks make it give back the rest of the heap, and 600 page faults, a
-    millisecond or more, are charged to whoever comes next. Blocks of 32 MB and more are mapped and unmapped as always.
+    millisecond or more, are charged to the next variant. Blocks of 32 MB and more are mapped and unmapped as always.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""What runs in a case: our backends, the baselines they are compared with, and a labelled yardstick."""
+"""The variants of a case: our backends, the baselines, and yardsticks that compute something else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ercn.ops import (
     relu_affinity,
 )
 
-# What settings apply to, and which, by device.
+# The backend that settings apply to, and the settings, by device.
 SETTABLE = {"cpu": ("ercn-cpu", SETTINGS), "cuda": ("ercn-cuda", CUDA_SETTINGS)}
 
 
@@ -42,11 +42,11 @@ SETTABLE = {"cpu": ("ercn-cpu", SETTINGS), "cuda": ("ercn-cuda", CUDA_SETTINGS)}
 class Variant:
     """One way to compute a case.
 
-    make: from case and inputs, what is timed; it returns outputs or gradients.
+    make: gives the timed function of case and inputs, which returns outputs or gradients.
     role: "ercn", "baseline" (the same result), or "yardstick" (other mathematics, so nothing to verify).
-    flops: what it executes itself, of the network what it would with dense operators.
+    flops: FLOPs that it executes, of the network with dense operators.
     bytes: memory that its call is known to need, 0 if little.
-    held: memory that it keeps while others take their turns.
+    held: memory that it keeps while other variants run.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Variant:
     backend: str = ""
 
     def obstacle(self, case: Case, inputs: Inputs) -> str | None:
-        """Why our backend cannot run the case, in its own words."""
+        """The sentence why our backend cannot run the case, or None."""
         if not self.backend:
             return None
         row = _backends.named(self.backend, "backend")
@@ -89,7 +89,7 @@ def variants(case: Case, device: str, backend: str = "", also: Iterable[str] = (
 
 
 def arguments(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor | None, ...]]:
-    """Of each op in the case, what it is given; the value is still without its row of ones and in the case's dtype."""
+    """Arguments of each op in the case; value has no row of ones yet and the case's dtype."""
     match case:
         case AffinityCase():
             return {"relu_affinity": inputs.tensors}
@@ -113,7 +113,7 @@ def inputs_of(case: Case, device: str) -> Inputs:
 
 
 def _in_direction(function: Callable[..., Tensor]) -> Callable[[Case, Inputs], Runner]:
-    """What is timed of a differentiable function: its value, its backward, or both."""
+    """The timed part of a differentiable function: its value, its backward, or both."""
 
     def make(case: Case, inputs: Inputs) -> Runner:
         if case.direction == "forward":
@@ -310,7 +310,7 @@ def _pool_variants(case: PoolCase, ours: list[str]) -> list[Variant]:
         rows.append(Variant(f"ercn-{name}", "ercn", _in_direction(ercn(name)), PoolCase.flops, backend=name))
         if case.layout == "ragged":
             rows.append(Variant(f"one_bag-{name}", "yardstick", one_bag(name), PoolCase.flops, backend=name))
-        elif case.layout == "dense" and name != "reference":  # what CLAM's dropout costs
+        elif case.layout == "dense" and name != "reference":  # CLAM's dropout
             dropout = _in_direction(ercn(name, 0.25))
             rows.append(Variant(f"dropout-{name}", "yardstick", dropout, PoolCase.flops, backend=name))
     return rows
@@ -357,7 +357,7 @@ def _refinement_variants(case: RefinementCase, ours: list[str]) -> list[Variant]
         return _compiled(eager.pixel_adaptive_refinement)(cam, image, case.dilations, case.steps)
 
     def eager_flops(case: RefinementCase) -> int:
-        """What its convolutions multiply with ones and zeros: 9 products for each neighbour."""
+        """Its convolutions multiply by ones and zeros: 9 products for each neighbour."""
         shifts = 8 * (case.steps * case.maps + 3) + 9 * 3
         runs = 2 if case.direction == "forward_backward" else 1
         again = (runs - 1) * 8 * case.steps * case.maps
@@ -405,7 +405,7 @@ def _model_variants(case: ModelCase, ours: list[str]) -> list[Variant]:
     def ours_row(name: str, backend: str) -> Variant:
         return Variant(f"ercn-{name}", "ercn", make(backend), network.flops, network.live_bytes, backend=backend)
 
-    # Both ops must run there; where one backend lacks an op, the automatic choice is what people get.
+    # Both ops must run on one backend; otherwise the automatic choice is measured.
     return [
         Variant("eager", "baseline", make(network.EAGER), network.flops, eager_bytes),
         ours_row("auto", ""),

@@ -1,4 +1,4 @@
-"""Is a variant's output right? Its error against float64, beside the error of the eager version in the same dtype.
+"""Checks a variant's output: its error against float64 beside that of the eager version in the same dtype.
 
 The rule for ours is that of the operators' tests (``ercn.ops._budget``), of whole tensors.
 Baselines are not ours to repair and may add n terms in any order: √n ulps of float32 more, what a running sum of n
@@ -24,7 +24,7 @@ from ercn.benchmarks.settings import precision
 from ercn.benchmarks.variants import Variant, variants
 from ercn.ops import _budget
 
-EAGER_LIMIT = 0.1  # the judge itself must be this near to float64
+EAGER_LIMIT = 0.1  # the largest error of the judge itself
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Verdict:
 
 
 class Judge:
-    """Holds the exact results of a case, and the error of ``name``: eager, or a blockwise one where it has no room."""
+    """The exact results of a case, and the error of ``name``: eager, or a blockwise version where it does not fit."""
 
     def __init__(self, case: Case, device: str, name: str) -> None:
         self.case, self.device, self.name = case, device, name

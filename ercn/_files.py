@@ -64,7 +64,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
 
 
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """A header from the keys of all rows in order of appearance; missing values stay empty."""
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -72,4 +72,8 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    return text.getvalue()
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, csv_text(rows))

@@ -1,4 +1,4 @@
-"""What the bench tells of the CUDA kernels that a call launches, with a stand-in for the compiled module."""
+"""The bench's account of launched CUDA kernels, with a stand-in for the compiled module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_only_what_was_launched_is_told(records):
 
 
 def test_kernels_are_known_by_name(records, monkeypatch):
-    """Whether the attributes leave out what has no code for the device, or says that it is absent."""
+    """The attributes leave out a kernel without code for the device, or say that it is absent."""
     absent = {key: records[0][key] for key in ("name", "launches", "threads")} | {"absent": "invalid device function"}
     for attributes in (records[1:], [absent, records[1]], records[::-1]):
         told = [records, attributes]

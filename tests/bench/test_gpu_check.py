@@ -20,7 +20,7 @@ import pytest
 import torch
 from _cuda_emulator import load_operators
 
-from ercn.benchmarks import gpu_check, gpu_pack, gpu_report, gpu_smoke, gpu_stages
+from ercn.benchmarks import gpu_check, gpu_pack, gpu_report, gpu_smoke, gpu_stages, results
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
@@ -53,8 +53,8 @@ def test_every_kernel_has_a_smoke_case():
         assert {g.direction for g in found if (g.op, g.kernels) == ("scores", kernels)} == {"forward", "backward"}
 
 
-def test_what_hangs_dies_or_fails_is_named_and_the_rest_goes_on(monkeypatch):
-    """The processes are forks, so they run what is put in the place of the kernels here."""
+def test_hanging_dying_and_failing_cases_are_named_and_the_rest_goes_on(monkeypatch):
+    """The processes are forks, so they run the stand-ins for the kernels that are set here."""
     good, hanging, dying, wrong, last = gpu_smoke.groups("sm90, bfloat16")[:5]
 
     def run(group, size, device):
@@ -111,7 +111,7 @@ def test_launches_before_a_hang_are_known(monkeypatch):
 
 
 def test_a_smoke_case_imports_no_compiler():
-    """Each runs in a fork of its own, and would import it again."""
+    """Each case runs in its own fork, which would import the compiler again."""
     code = "import sys; from ercn.benchmarks import gpu_smoke\nwith gpu_smoke.uninitialised_is_nan(): pass\n"
     code += "assert 'torch._inductor' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -167,7 +167,7 @@ def test_what_failed_is_not_timed_and_what_hung_is_not_tested(tmp_path):
 
 
 def test_a_replay_keeps_the_memory_of_its_graph(monkeypatch):
-    """Another capture unmaps what nobody owns."""
+    """Another capture unmaps memory that nobody owns."""
     from ercn.benchmarks.cases import AffinityCase
     from ercn.benchmarks.variants import inputs_of, variants
 
@@ -284,7 +284,7 @@ def test_tile_sizes_that_spill_are_not_timed(monkeypatch, spilled, time):
 def test_bench_that_is_out_of_time_keeps_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_stages.Run, "device", "cpu")
     gpu_stages.bench(a_run(tmp_path, seconds=gpu_stages.CASE_S - 1))
-    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == []
+    assert results.load(tmp_path / "bench.csv")["rows"] == []
     (row,) = gpu_check.rows(tmp_path / gpu_check.RESULTS)
     assert row["status"] == "not done" and row["name"].startswith("2 cases from affinity/")
 
@@ -306,7 +306,7 @@ def test_a_pack_of_other_sources_is_refused(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_triton_kernels_travel(tmp_path, monkeypatch):
-    """Compiled by another process for another folder, they are found by what a launch here would look for."""
+    """Another process compiles them for another folder; a launch here must find them."""
     triton = pytest.importorskip("triton")
     group = gpu_smoke.groups("^affinity forward, triton, bfloat16")
     one = "gpu_smoke.groups = lambda only, every=gpu_smoke.groups: every('^affinity forward, triton, bfloat16'); "
@@ -364,7 +364,7 @@ def test_a_report_names_what_is_bad_and_what_was_never_launched():
 
 
 def check(command, folder, *options, words, path=""):
-    """The script as a person runs it, on the emulator and the interpreter, and of the tests those with these words."""
+    """Run the script on the emulator and the interpreter, with the tests that match these words."""
     environment = os.environ | {"ERCN_CUDA_EMULATED": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     found = f"[item for item in items if all(word in item.nodeid for word in {words.split()})]"
     plugin = f"def pytest_collection_modifyitems(items):\n    items[:] = {found}\n"
@@ -403,7 +403,7 @@ def test_all_of_it_here(tmp_path):
     failed.write_text(f"{json.dumps(smoked(group, status='killed'))}\n{json.dumps(rest)}\n")
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("compute-sanitizer", "ncu"):  # what they run is run
+    for name in ("compute-sanitizer", "ncu"):  # both run their cases
         lines = f"#!{sys.executable}", "import os, sys", "at = sys.argv.index(sys.executable)"
         (tools / name).write_text("\n".join([*lines, "os.execv(sys.argv[at], sys.argv[at:])", ""]))
         (tools / name).chmod(0o755)
@@ -425,7 +425,7 @@ def test_all_of_it_here(tmp_path):
     ]
     assert [row["status"] for row in of["profile"]] == ["passed", "passed"], log
     assert "tuning needs a GPU" in [row["text"] for row in of["note"]]
-    assert json.loads((tmp_path / "next" / "bench.json").read_text())["rows"]
+    assert results.load(tmp_path / "next" / "bench.csv")["rows"]
     assert len(list((tmp_path / "next").iterdir())) <= 8
     command = [sys.executable, SCRIPT, "report", tmp_path / "first", tmp_path / "next"]
     text = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,5 @@
-"""Plots, the README's section, and telemetry, on small result files."""
+"""Plots, the performance tables, and telemetry, on small result files."""
 
-import json
 import sys
 import types
 from pathlib import Path
@@ -38,16 +37,15 @@ def row(side, variant, status="ok", **more):
 def file(tmp_path):
     environment = {
         "device": "cpu", "cpu": "Some CPU", "cpu_threads": 2, "cpu_count": 2, "packages": {"torch": "2.14.1"},
-        "command": "ercn bench affinity --save r.json", "git": {"commit": "0123456789abcdef", "dirty": False},
+        "command": "ercn bench affinity --save r.csv", "git": {"commit": "0123456789abcdef", "dirty": False},
     }  # fmt: skip
     rows = [row(side, variant) for side in (28, 56) for variant in ("t_gemm", "eager", "ercn-cpu")]
     rows += [row(128, "t_gemm"), row(128, "ercn-cpu", judge="blockwise"),
              row(128, "eager", "skipped", expected_extra_mb=105_000.0)]  # fmt: skip
     ceilings = {"gemm_gflops": {"float32": 180.0}, "fma_gflops": {"float32": 235.0}, "copy_gbps": 30.0, "note": ""}
-    path = tmp_path / "r.json"
-    path.write_text(
-        json.dumps({"format": results.FORMAT, "environment": environment, "ceilings": ceilings, "rows": rows})
-    )
+    path = tmp_path / "r.csv"
+    run = {"format": results.FORMAT, "environment": environment, "ceilings": ceilings, "rows": rows}
+    results.write(path, run)
     return path
 
 
@@ -71,8 +69,8 @@ def test_the_eager_line_ends_where_it_has_no_room(file):
 
 
 def test_plots_need_a_time(file, tmp_path):
-    values = json.loads(file.read_text())
-    file.write_text(json.dumps(values | {"rows": []}))
+    values = results.load(file)
+    results.write(file, values | {"rows": []})
     with pytest.raises(ValueError, match="no row with a time"):
         plot(PlotConfig((str(file),), str(tmp_path)))
 
@@ -89,7 +87,7 @@ def test_the_readme_section_states_its_origin_and_is_stable(file, tmp_path):
     )
     for words in (
         "Some CPU, 2 threads of 2 cores",
-        "`ercn bench affinity --save r.json`",
+        "`ercn bench affinity --save r.csv`",
         "0123456789ab",
         "torch 2.14.1",
     ):
@@ -107,12 +105,12 @@ def test_the_readme_section_states_its_origin_and_is_stable(file, tmp_path):
 
 
 def test_settings_have_a_table_of_their_own_and_are_not_the_fastest_of_ours(file):
-    values = json.loads(file.read_text())
+    values = results.load(file)
     slow = row(28, "ercn-cpu")
     ratios = slow["ratios"] | {"ercn-cpu": {"median": 0.5, "p20": 0.4, "p80": 0.6}}
     values["rows"].append(slow | {"variant": "ercn-cpu@one_thread", "median_ms": 7.0, "ratios": ratios})
-    file.write_text(json.dumps(values))
-    lines = readme.render([("r.json", results.load(file))]).splitlines()
+    results.write(file, values)
+    lines = readme.render([("r.csv", results.load(file))]).splitlines()
     found = [line for line in lines if "c6-d192-28x28" in line]
     assert len(found) == 2 and "| cpu | 14 (" in found[0]
     assert [cell.strip() for cell in found[1].strip("|").split("|")][1:] == [
@@ -121,19 +119,19 @@ def test_settings_have_a_table_of_their_own_and_are_not_the_fastest_of_ours(file
 
 
 def test_the_reference_has_columns_of_its_own(file):
-    values = json.loads(file.read_text())
+    values = results.load(file)
     values["rows"].append(row(28, "ercn-reference") | {"median_ms": 140.0, "peak_extra_mb": 420.0})
-    file.write_text(json.dumps(values))
-    lines = readme.render([("r.json", results.load(file))]).splitlines()
+    results.write(file, values)
+    lines = readme.render([("r.csv", results.load(file))]).splitlines()
     cells = [cell.strip() for cell in next(x for x in lines if "c6-d192-28x28" in x).strip("|").split("|")]
     assert cells[1] == "cpu" and cells[4] == "140" and cells[8] == "420.0"
 
 
 def test_gpu_results_take_the_disclaimer_away(file, tmp_path):
-    values = json.loads(file.read_text())
+    values = results.load(file)
     values["environment"] |= {"device": "cuda", "gpu": "Some GPU", "driver": "600.1", "cuda": "13.0"}
-    file.write_text(json.dumps(values))
-    text = readme.render([("gpu.json", results.load(file))])
+    results.write(file, values)
+    text = readme.render([("gpu.csv", results.load(file))])
     assert "Some GPU, driver 600.1, CUDA 13.0" in text and "No GPU" not in text
 
 

@@ -24,7 +24,7 @@ PEAKS = {"gemm_gflops": {"float32": 100.0}, "fma_gflops": {}, "copy_gbps": 10.0}
 
 
 def planted(monkeypatch, change, name="ercn-reference"):
-    """Puts ``change(runner)`` in the place of what a variant runs."""
+    """Replaces a variant's runner by ``change(runner)``."""
     original = variants.variants
 
     def table(case, device, *rest):
@@ -234,7 +234,7 @@ def test_a_crash_in_a_case_loses_no_finished_row(monkeypatch, tmp_path):
         return original(case, *args)
 
     monkeypatch.setattr(run, "measure", measure)
-    save = tmp_path / "r.json"
+    save = tmp_path / "r.csv"
     with pytest.raises(KeyboardInterrupt):
         run.run(BenchConfig(op="affinity", quick=True, memory=False, device="cpu", save=str(save)))
     saved = results.load(save)
@@ -242,7 +242,7 @@ def test_a_crash_in_a_case_loses_no_finished_row(monkeypatch, tmp_path):
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_finished(tmp_path):
-    writer = results.Writer(str(tmp_path / "r.json"), {"environment": {}})
+    writer = results.Writer(str(tmp_path / "r.csv"), {"environment": {}})
     writer.add({"case": "a", "status": "ok"})
     partial = tmp_path / "r.jsonl"
     with open(partial, "a") as file:
@@ -251,25 +251,25 @@ def test_rows_are_on_disk_as_soon_as_they_are_finished(tmp_path):
 
 
 def test_an_infinite_error_can_be_saved(tmp_path):
-    writer = results.Writer(str(tmp_path / "r.json"), {"environment": {}})
-    writer.add({"case": "a", "status": "wrong", "error": float("inf"), "nested": {"x": float("nan")}})
+    writer = results.Writer(str(tmp_path / "r.csv"), {"environment": {}})
+    writer.add({"case": "a", "status": "wrong", "error": float("inf"), "nested": {"x": float("nan"), "y": 1.5}})
     writer.finish()
-    assert results.load(tmp_path / "r.json")["rows"] == [
-        {"case": "a", "status": "wrong", "error": None, "nested": {"x": None}}
+    assert results.load(tmp_path / "r.csv")["rows"] == [
+        {"case": "a", "status": "wrong", "error": None, "nested": {"y": 1.5}}
     ]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run of two cases through the command line's function."""
-    path = tmp_path_factory.mktemp("bench") / "run.json"
+    path = tmp_path_factory.mktemp("bench") / "run.csv"
     config = BenchConfig(quick=True, device="cpu", filter="affinity/forward/|mil/forward/", save=str(path), threads=1)
     run.run(config)
     return path
 
 
 def test_the_file_states_environment_ceilings_and_method(saved):
-    values = json.loads(saved.read_text())
+    values = results.load(saved)
     environment = values["environment"]
     assert environment["cpu"] and environment["cpu_threads"] == 1 and environment["packages"]["torch"]
     assert environment["command"] and environment["backends"]["reference"] == "usable"
@@ -281,14 +281,29 @@ def test_the_file_states_environment_ceilings_and_method(saved):
     assert not saved.with_suffix(".jsonl").exists()
 
 
-def test_csv_holds_the_same_rows(saved):
+def test_every_csv_reader_sees_the_rows(saved):
     rows = results.load(saved)["rows"]
-    with open(saved.with_suffix(".csv"), newline="") as file:
+    with open(saved, newline="") as file:
+        assert json.loads(file.readline().removeprefix("# "))["format"] == results.FORMAT
         table = list(csv.DictReader(file))
     assert [(r["case"], r["variant"], r["status"]) for r in table] == [
         (r["case"], r["variant"], r["status"]) for r in rows
     ]
     assert float(table[1]["ratios.t_gemm.median"]) == rows[1]["ratios"]["t_gemm"]["median"]
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    row = {
+        "text": '1, not\n"one"', "number": "12", "word": "null", "empty": "", "absent": None, "float": 1e-7, "none": [],
+        "list": [{"a": 1}], "flag": True, "ratios": {"a@b": {"median": 2.5}, "c": {"median": 3}}, "nothing": {},
+    }  # fmt: skip
+    other = {"text": "x", "flag": False, "late": 3}
+    run = {"format": results.FORMAT, "environment": {"cpu": "a # b"}, "rows": [row, other]}
+    results.write(tmp_path / "r.csv", run)
+    read = results.load(tmp_path / "r.csv")
+    assert read["environment"] == run["environment"]
+    assert read["rows"][0] == row | {"late": None}
+    assert {name: value for name, value in read["rows"][1].items() if value is not None} == other
 
 
 def test_telemetry_says_why_it_is_absent(saved):
@@ -309,13 +324,13 @@ def copy_of(saved, path, factor):
             entry[name] *= factor if row["variant"] == "ercn-reference" else 1
             for low_or_high, share in (("p20", 0.99), ("p80", 1.01)):
                 entry[name.replace("median", low_or_high)] = share * entry[name]
-    path.write_text(json.dumps(values))
+    results.write(path, values)
     return str(path)
 
 
 @pytest.mark.parametrize("metric", ["ratio", "time"])
 def test_a_planted_slowdown_is_found_and_the_same_run_is_not(saved, tmp_path, capsys, metric):
-    before, after = copy_of(saved, tmp_path / "before.json", 1), copy_of(saved, tmp_path / "after.json", 2)
+    before, after = copy_of(saved, tmp_path / "before.csv", 1), copy_of(saved, tmp_path / "after.csv", 2)
     assert compare(CompareConfig((before, before), metric)) == 0
     assert "0 slower, 0 lost, 0 faster" in capsys.readouterr().out
     assert compare(CompareConfig((before, after), metric)) == 1
@@ -340,8 +355,8 @@ def test_a_kernel_that_does_its_work_three_times_is_found_by_measuring(monkeypat
 def test_what_lost_its_time_is_a_regression(saved, tmp_path):
     values = results.load(saved)
     next(row for row in values["rows"] if row["variant"] == "ercn-reference")["status"] = "wrong"
-    (tmp_path / "after.json").write_text(json.dumps(values))
-    assert compare(CompareConfig((str(saved), str(tmp_path / "after.json")))) == 1
+    results.write(tmp_path / "after.csv", values)
+    assert compare(CompareConfig((str(saved), str(tmp_path / "after.csv")))) == 1
 
 
 def test_compare_limits_follow_the_noise():
@@ -362,13 +377,13 @@ def test_rounds_are_interleaved_and_bounded():
     samples = timing.interleave(runners, "cpu", seconds=0, min_rounds=20)
     rounds = ["".join(order[k : k + 3]) for k in range(0, 60, 3)]
     assert {"".join(sorted(turn)) for turn in rounds} == {"abc"} and all(len(v) == 20 for v in samples.values())
-    assert {turn[0] for turn in rounds} == {turn[2] for turn in rounds} == set("abc")  # nobody always follows another
+    assert {turn[0] for turn in rounds} == {turn[2] for turn in rounds} == set("abc")  # none always comes first
     assert len(timing.interleave(runners, "cpu", seconds=60, min_rounds=1, max_rounds=7)["a"]) == 7
 
 
 def test_summary_and_paired_ratio():
     assert timing.summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
-    # A machine that is twice as slow in half of the rounds moves times, and no ratio.
+    # A machine that is twice as slow in half of the rounds changes times, not ratios.
     assert timing.paired_ratio([2, 4, 2, 4], [1, 2, 1, 2]) == (2, 2, 2)
 
 
@@ -469,11 +484,11 @@ def test_threads_are_set_stated_and_put_back(tmp_path):
         (["--quick", "--full"], ["--quick", "--full"]),
         (["--rounds", "many"], ["--rounds", "many"]),
         (["--fast"], ["--fast"]),
-        (["affinity", "--quick", "--save", "x.txt"], ["--save", ".json", "x.txt"]),
-        (["compare", "one.json"], ["two result files"]),
-        (["compare", "/nowhere/a.json", "/nowhere/b.json"], ["/nowhere/a.json", "none"]),
-        (["plot", "/nowhere/a.json"], ["/nowhere/a.json"]),
-        (["readme", "/nowhere/a.json", "--readme", "/nowhere/README.md"], ["/nowhere/README.md"]),
+        (["affinity", "--quick", "--save", "x.txt"], ["--save", ".csv", "x.txt"]),
+        (["compare", "one.csv"], ["two result files"]),
+        (["compare", "/nowhere/a.csv", "/nowhere/b.csv"], ["/nowhere/a.csv", "none"]),
+        (["plot", "/nowhere/a.csv"], ["/nowhere/a.csv"]),
+        (["readme", "/nowhere/a.csv", "--readme", "/nowhere/README.md"], ["/nowhere/README.md"]),
     ],
 )
 def test_wrong_input_is_one_line_that_names_the_choices(argv, words, capsys):
@@ -491,11 +506,11 @@ def test_asking_for_a_gpu_that_is_not_there(capsys):
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path, capsys):
-    (tmp_path / "a.json").write_text("{}")
-    code, _, err = command(capsys, "compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"))
-    assert code == 2 and "a.json is not a result file" in err
-    code, _, err = command(capsys, "compare", str(tmp_path / "b.json"), str(tmp_path / "a.json"))
-    assert code == 2 and "b.json is no file" in err and "a.json" in err.partition("result files in")[2]
+    (tmp_path / "a.csv").write_text("{}")
+    code, _, err = command(capsys, "compare", str(tmp_path / "a.csv"), str(tmp_path / "a.csv"))
+    assert code == 2 and "a.csv is not a result file" in err
+    code, _, err = command(capsys, "compare", str(tmp_path / "b.csv"), str(tmp_path / "a.csv"))
+    assert code == 2 and "b.csv is no file" in err and "a.csv" in err.partition("result files in")[2]
 
 
 def test_listing_and_selecting(capsys):
@@ -524,7 +539,7 @@ importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in
 from ercn.cli import main
 main(sys.argv[1:])
 """
-    save = tmp_path / "r.json"
+    save = tmp_path / "r.csv"
     options = ["--quick", "--no-memory", "--device", "cpu", "--direction", "forward", "--save", str(save)]
 
     def run_bench(*argv):
@@ -546,7 +561,7 @@ def test_help_explains_every_option(argv, capsys):
 
 def test_the_command_runs_as_a_program(tmp_path):
     command = [sys.executable, "-m", "ercn", "bench", "mil", "--quick", "--device", "cpu", "--direction", "forward"]
-    save = tmp_path / "out" / "r.json"
+    save = tmp_path / "out" / "r.csv"
     result = subprocess.run([*command, "--save", str(save)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "mil/forward/float32/dense-n1024-d512-l128-k1" in result.stdout

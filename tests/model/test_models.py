@@ -326,7 +326,7 @@ def test_dilations(side, reach, expected):
     assert models.dilations(side, reach) == expected
 
 
-@pytest.mark.parametrize("name", ["elements", "models", "grad_checkpointing", "training.calibration"])
+@pytest.mark.parametrize("name", ["elements", "models", "grad_checkpointing", "evaluation.calibration"])
 def test_docstring_examples(name):
     module = importlib.import_module(f"ercn.{name}")
     result = doctest.testmod(module)

@@ -31,11 +31,15 @@ EXTRAS = {
 }
 
 
+AT_ROOT = ("LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "mkdocs.yml")
+AT_ROOT += (".clang-format", ".editorconfig")
+
+
 @pytest.fixture(scope="module")
 def source_copy(tmp_path_factory):
     """The files that the build reads, apart from the tree, so that nothing built before or now mixes in."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "constraints.txt", "Makefile"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "Makefile", *AT_ROOT):
         shutil.copy(ROOT / name, copy / name)
     built = shutil.ignore_patterns("lib", "*.so", "_build.json", "__pycache__")
 
@@ -94,6 +98,11 @@ def test_every_import_is_a_declared_requirement():
     assert not undeclared
 
 
+def test_licence_is_declared():
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    assert PROJECT["project"]["license-files"] == ["LICENSE"]
+
+
 def test_constraints_pin_every_declared_package():
     pins = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
@@ -110,10 +119,10 @@ def test_sdist_has_what_a_build_and_the_tests_need(source_copy, tmp_path):
     assert result.returncode == 0, result.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    needed = {"setup.py", "pyproject.toml", "kernels/__init__.py"} | package_files(source_copy)
-    for name in ("csrc", "docs", "examples", "tests"):
+    needed = {"setup.py", "pyproject.toml", "kernels/__init__.py", *AT_ROOT} | package_files(source_copy)
+    for name in ("benchmarks/results", "csrc", "docs", "examples", "tests"):
         needed |= {str(file.relative_to(source_copy)) for file in source_copy.glob(f"{name}/**/*") if file.is_file()}
-    assert {"docs/export.md", "tests/data/golden/pamr.npz"} <= needed
+    assert {"docs/export.md", "docs/maps.jpg", "docs/_doctests.py", "tests/data/golden/pamr.npz"} <= needed
     assert not needed - packed
 
 

@@ -161,8 +161,7 @@ struct ByScores {
   }
 };
 
-Tensor pool_by_scores(
-    const Tensor& scores, const Tensor& value, const Optional& mask, const Optional& cu_seqlens) {
+Tensor pool_by_scores(const Tensor& scores, const Tensor& value, const Optional& mask, const Optional& cu_seqlens) {
   const ByScores operands(scores, value, mask, cu_seqlens);
   return pool::pool_by_scores(scores, operands.in);
 }
@@ -183,8 +182,7 @@ std::tuple<Tensor, Tensor> pool_by_scores_backward(
   "Tensor? mask, Tensor? cu_seqlens, Tensor? seed, float dropout_p, str activation, "
 
 ERCN_REGISTER(STABLE_TORCH_LIBRARY_FRAGMENT, ERCN_LIBRARY, m) {
-  m.def(
-      "gated_attention_pool_cuda(" ERCN_POOL_OPERANDS "bool exact, str kernels) -> (Tensor pooled, Tensor scores)");
+  m.def("gated_attention_pool_cuda(" ERCN_POOL_OPERANDS "bool exact, str kernels) -> (Tensor pooled, Tensor scores)");
   m.def("attention_scores_cuda(" ERCN_POOL_OPERANDS "bool exact, str kernels) -> Tensor scores");
   m.def(
       "gated_attention_pool_backward_cuda(Tensor? grad_pooled, Tensor? grad_scores, " ERCN_POOL_OPERANDS
@@ -245,8 +243,7 @@ std::tuple<Tensor, Tensor> pool_by_scores_backward_dispatched(
 
 STABLE_TORCH_LIBRARY_IMPL(ercn, CUDA, m) {
   m.impl("gated_attention_pool", TORCH_BOX(&ercn::Flat<ercn::gated_attention_pool_dispatched>::call));
-  m.impl(
-      "gated_attention_pool_backward", TORCH_BOX(&ercn::Flat<ercn::gated_attention_pool_backward_dispatched>::call));
+  m.impl("gated_attention_pool_backward", TORCH_BOX(&ercn::Flat<ercn::gated_attention_pool_backward_dispatched>::call));
   m.impl("attention_scores", TORCH_BOX(&ercn::Flat<ercn::attention_scores_dispatched>::call));
   m.impl("pool_by_scores", TORCH_BOX(&ercn::pool_by_scores_dispatched));
   m.impl("pool_by_scores_backward", TORCH_BOX(&ercn::pool_by_scores_backward_dispatched));

@@ -37,7 +37,7 @@ struct Combine {
 
     const int thread = arch::thread_index(), lane = thread / (kChannels / 4), four = thread % (kChannels / 4);
     const int d = block % blocks * kChannels + 4 * four;
-    float(&z)[5] = shared.sums[lane][four];  // four channels and Σ e
+    float (&z)[5] = shared.sums[lane][four];  // four channels and Σ e
     float sums[5] = {};
     for (int64_t s = lane; s < segments; s += kLanes) {
       const int64_t at = (slot + s) * K + k;
@@ -130,8 +130,7 @@ void combine(const CombineParams& p, const arch::Stream& stream) {
 }
 
 void combine_statistics(const StatisticsParams& p, const arch::Stream& stream) {
-  arch::launch<CombineStatistics>(
-      p, {static_cast<int>(p.bags.count * p.K)}, sizeof(CombineStatistics::Shared), stream);
+  arch::launch<CombineStatistics>(p, {static_cast<int>(p.bags.count * p.K)}, sizeof(CombineStatistics::Shared), stream);
 }
 
 void column_sums(const ColumnSumsParams& p, const arch::Stream& stream) {

@@ -56,8 +56,7 @@ struct PoolForward {
     const uint64_t real = shared.real[0] | static_cast<uint64_t>(shared.real[1]) << 32;
     const int64_t width = pooled_width(problem.D);
     Streams::sum_rows(
-        h, real, shared.scores[0], heads, p.pooled + (slot * problem.K + first) * width, width,
-        shared.streaming);
+        h, real, shared.scores[0], heads, p.pooled + (slot * problem.K + first) * width, width, shared.streaming);
   }
 
   // Adds w · (t ⊙ σ) over this group's units. A row and a half of the columns belong to one lane in four.
@@ -139,8 +138,7 @@ struct PoolForward {
 
 void forward(const PackedParams<ForwardParams>& p, const arch::Stream& stream) {
   const Problem& problem = p.problem;
-  launch<PoolForward>(
-      p, {static_cast<int>(slot_count(problem.bags)), arch::divide_up(problem.K, kHeads)}, stream);
+  launch<PoolForward>(p, {static_cast<int>(slot_count(problem.bags)), arch::divide_up(problem.K, kHeads)}, stream);
 }
 
 }  // namespace ercn::pool

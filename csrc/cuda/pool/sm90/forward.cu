@@ -97,7 +97,7 @@ struct PoolForward {
       const Params& p, int64_t slot, const Segment& segment, const Fragment& fragment, float (&scores)[2][kMaxHeads],
       int consumer, ProjectionShared& shared) {
     const int K = p.problem.K, quarter = fragment.lane % 4;
-    float(&exchange)[4][kMaxHeads] = shared.exchange[consumer];
+    float (&exchange)[4][kMaxHeads] = shared.exchange[consumer];
     const bool real[2] = {
         pool::is_real(p.problem.mask, segment, fragment.row(0)),
         pool::is_real(p.problem.mask, segment, fragment.row(1))};

@@ -223,8 +223,7 @@ struct PoolWeightGradient {
   }
 
   ERCN_DEVICE static void store(
-      const Params& p, const WorkTile& tile, int consumer, bool any,
-      const float (&sums)[kGemmSums]) {
+      const Params& p, const WorkTile& tile, int consumer, bool any, const float (&sums)[kGemmSums]) {
     const Fragment fragment;
     const int D = p.problem.D, unit = tile.unit + consumer * kDepth - p.tiling.first_unit;
     if (unit >= p.tiling.units) return;

@@ -1,6 +1,6 @@
-// csrc/cuda/pool/sm90/tiles.h, pool/generic/columns.h and pool/dropout.h for ctypes.
-#include "pool/generic/columns.h"
+// csrc/cuda/pool/sm90/tiles.h, pool/generic/tiles.h and pool/dropout.h for ctypes.
 #include "pool/dropout.h"
+#include "pool/generic/tiles.h"
 #include "pool/sm90/tiles.h"
 
 using namespace ercn;
@@ -13,9 +13,9 @@ bool loaded(int pass, int i) { return is_loaded(pass, i); }
 bool released(int slabs, int pass, int last_pass, int i) { return is_released(slabs, pass, last_pass, i); }
 int row_slabs() { return kRowSlabs; }
 
-void shares(bool need_v, bool need_u, int L, int D, int64_t slots, int multiprocessors, int* to) {
-  const WeightShares shares = weight_shares(need_v, need_u, L, D, slots, multiprocessors);
-  to[0] = shares.first_unit, to[1] = shares.units, to[2] = shares.blocks, to[3] = shares.splits;
+void tiling(bool need_v, bool need_u, int L, int D, int64_t slots, int multiprocessors, int* to) {
+  const WeightTiling made = weight_tiling(need_v, need_u, L, D, slots, multiprocessors);
+  to[0] = made.first_unit, to[1] = made.units, to[2] = made.tiles, to[3] = made.splits;
 }
 
 // Branch and unit of a column.

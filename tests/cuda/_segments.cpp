@@ -33,8 +33,8 @@ int64_t row(Bags bags, int64_t slot, int64_t stride_b, int64_t stride_n) {
 
 int64_t chunk(int64_t bytes, int64_t cache_bytes) { return chunk_slots(bytes, cache_bytes); }
 
-void share(int64_t count, int64_t parts, int64_t part, int64_t* to) {
-  const Range range = share_of(count, parts, part);
+void split(int64_t count, int64_t splits, int64_t split, int64_t* to) {
+  const Range range = split_range(count, splits, split);
   to[0] = range.begin, to[1] = range.end;
 }
 }

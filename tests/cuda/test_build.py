@@ -243,10 +243,10 @@ def test_a_draw_of_dropout_serves_four_units_on_hopper(kernel):
 
 @built
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["PoolForward", "PoolBranch", "PoolRows", "PoolWeights", "PoolProducts"])
+@pytest.mark.parametrize("kernel", ["PoolForward", "PoolBranch", "PoolRowGradient", "PoolWeightGradient", "PoolDots"])
 def test_hopper_pool_is_made_of_wgmma_and_tma(kernel):
     """Wide products of whole warpgroups, copies by TMA, and stores of long rows by 16 bytes."""
-    wide = kernel != "PoolProducts"
+    wide = kernel != "PoolDots"
     for f in named(rf"4sm90.*{kernel}I"):
         assert f.arch == 90
         sass = "\n".join(f.sass)
@@ -254,8 +254,8 @@ def test_hopper_pool_is_made_of_wgmma_and_tma(kernel):
         other = re.search(r"\b(HMMA|LDGSTS)\b", sass)
         assert "UTMALDG" in sass and not other, f"{f.name}: another way to copy or multiply"
         assert "SYNCS" in sass and ("USETMAXREG" in sass) == wide, f"{f.name}: no barriers, or registers stay"
-        stored = {"PoolBranch": "STG.E.128", "PoolRows": "STG.E.128", "PoolWeights": "STG.E.128"}.get(kernel, "")
-        assert stored in sass and ("LDG.E.128" in sass or kernel not in ("PoolWeights", "PoolProducts")), f.name
+        stored = "STG.E.128" if kernel in ("PoolBranch", "PoolRowGradient", "PoolWeightGradient") else ""
+        assert stored in sass and ("LDG.E.128" in sass or kernel not in ("PoolWeightGradient", "PoolDots")), f.name
 
 
 @built

@@ -21,7 +21,7 @@ COPY = _cuda_emulator.BUILD / "mutations" / "cuda"
 
 # Compiled with the mutations, the Hopper affinity for D = 64 and at most 24 channels only; other objects are reused.
 SOURCES = ["affinity/sm90/affinity.cu", "affinity/sm90/forward.cu", "affinity/sm90/backward.cu",
-           "affinity/generic/prepare.cu", "pool/sm90/pool.cu", "pool/sm90/rows.cu"]  # fmt: skip
+           "affinity/generic/prepare.cu", "pool/driver.cu", "pool/sm90/gradients.cu"]  # fmt: skip
 SIZES = (
     "affinity/sm90/launch.h",
     (
@@ -81,12 +81,12 @@ MUTATIONS = {
         "affinity/sm90/epilogue.h", "arch::warp_index() % 4 * 16", "arch::uniform_warp_index() % 4 * 16"
     ),
     "TF32 words not rounded": Mutation("affinity/generic/prepare.cu", "arch::round_tf32(x)", "x", "tf32"),
-    "a stage given up before its products are done": Mutation(
+    "a stage released before its products are done": Mutation(
         "pool/sm90/gemm.h", "arch::wgmma_wait<1>();", "", "pool"
     ),
-    "the sums of earlier chunks lost": Mutation("pool/driver.h", "first > 0", "false", "pool"),
+    "the sums of earlier chunks lost": Mutation("pool/driver.cu", "first > 0", "false", "pool"),
     "the sums of slots without a segment unwritten": Mutation(
-        "pool/driver.h", "torch::stable::zero_(parts)", "parts", "pool"
+        "pool/driver.cu", "torch::stable::zero_(parts)", "parts", "pool"
     ),
 }
 

@@ -52,7 +52,7 @@ OPTIONS = [("tanh", 0.25), ("relu", 0.25), ("gelu", 0.25), ("gelu", 0.0)]
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 def test_generic_within_budget(dtype, gated, activation, dropout_p):
-    """D and L off every tile; ragged where it is float32, else masked."""
+    """D and L are multiples of no tile; bags are ragged in float32, else masked."""
     hidden = {FP32: 77, BF16: 65, FP16: 24}[dtype]
     ragged = dtype == FP32
     arguments = inputs(None if ragged else 2, 70, 25, hidden, heads=2, gated=gated)
@@ -93,7 +93,7 @@ def test_bits_of_the_mask(family, gated, ragged, dropout_p):
 
 @pytest.mark.parametrize("family", DEVICES)
 def test_no_dropout(family):
-    """What rounds to a probability of 0 changes no bit."""
+    """A probability that rounds to 0 changes no bit."""
     device = DEVICES[family]
     arguments = inputs(2, 70, 64, 64, heads=2)
     pool = pool_with(family, device=device)
@@ -119,7 +119,7 @@ def test_everything_dropped(family):
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("family", DEVICES)
 def test_large_activations_in_half_precision(family, activation):
-    """act(v) has no bound: the gradient of u, which is times act(v), is float16 on its way."""
+    """act(v) has no bound, and it is a factor of the gradient of u, which passes through float16."""
     arguments = inputs(1, 70, 64, 64, heads=2)
     arguments[2] = 2000 + 8 * arguments[2]
     arguments[5] = arguments[5] / 256
@@ -128,7 +128,7 @@ def test_large_activations_in_half_precision(family, activation):
 
 @pytest.mark.parametrize("family", DEVICES)
 def test_dropout_of_most_units_in_half_precision(family):
-    """What is left is times 400, and the gradients of the branches are float16 on their way."""
+    """Units that stay are scaled by 400, and the gradients of the branches pass through float16."""
     check(family, inputs(1, 70, 64, 64, heads=2), FP16, 0.95)
 
 
@@ -146,7 +146,7 @@ def test_nan_and_inf_propagate(family, bad, activation):
 
 @pytest.mark.parametrize("family", DEVICES)
 def test_scores_alone(family):
-    """Bit for bit the pool's, over more channels and units than are held at a time, with what is masked."""
+    """The bits of the pool's scores, masked ones too, with more channels and units than shared memory holds."""
     device = DEVICES[family]
     arguments = [x.to(device, BF16) for x in inputs(2, 70, 576, 192, heads=3)]
     options = (MASK.to(device), None, SEED.to(device), 0.25, "gelu")
@@ -169,7 +169,7 @@ def by_hand(scores, value, mask=None, cu_seqlens=None):
 @pytest.mark.parametrize("layout", ["rows", "channels_first", "masked", "ragged"])
 @pytest.mark.parametrize("heads, dim, dtype", [(1, 264, FP32), (9, 25, BF16), (2, 64, FP16)], ids=str)
 def test_pool_by_scores(heads, dim, dtype, layout):
-    """Scores of their own, -inf among them; what is masked holds NaN."""
+    """Given scores, -inf among them; masked instances are NaN."""
     ragged = layout == "ragged"
     shape = (70,) if ragged else (2, 72)
     value = randn(*shape, dim, seed=1).to(dtype)
@@ -211,7 +211,7 @@ def test_pool_by_scores_of_nothing():
         assert [x.shape for x in grads] == [scores.shape, value.shape]
 
 
-def test_what_they_refuse():
+def test_refused_arguments():
     ops = operators(DEVICE)
     arguments = [x.to(DEVICE, FP32) for x in inputs(1, 4, 8, 8)]
 

@@ -1,7 +1,4 @@
-"""The generic CUDA kernels of the pool where they take paths of their own: on a GPU, or emulated.
-
-test_gpu_ops.py has the operator's correctness matrix; here are the layouts, sizes and precisions that its cases miss.
-"""
+"""The pool's generic CUDA kernels, on a GPU or emulated: layouts, sizes and precisions that test_gpu_ops.py lacks."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ def check(arguments, dtype, mask=None):
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 @pytest.mark.parametrize("n", [64, 80, 77], ids=["segments", "vectors", "unaligned"])
 def test_channels_first(n, masked, dtype):
-    """16-byte reads along instances where N allows it, else an element at a time; a mask is no multiple of either."""
+    """Reads along instances are of 16 bytes where N allows it, else of one element; the mask fits neither."""
     arguments = inputs(2, n, 40, 24, heads=2)
     arguments[0] = arguments[0].mT.contiguous().to(dtype).mT
     mask = (torch.arange(2 * n).view(2, n) % 3 > 0) if masked else None
@@ -62,7 +59,7 @@ def test_sizes(b, n, d, hidden, heads, gated, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_activations_keep_their_digits(dtype):
-    """tanh v ≈ v: an error of one ulp of 1 would be all of it."""
+    """tanh v ≈ v is small: its error is relative to itself, not to 1."""
     arguments = inputs(1, 20, 16, 8, bias=False)
     arguments[1] = arguments[1] * 1e-4
     check(arguments, dtype)

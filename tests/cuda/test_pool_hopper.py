@@ -162,7 +162,7 @@ def test_gradient_through_one_output(pool, pick):
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
 def test_chunks_of_segments(pool, ragged):
-    """More segments than the backward holds at a time; the emulator's L2 cache is small."""
+    """More segments than a chunk of the backward has; the emulator's L2 cache is small."""
     total = 420
     cu_seqlens = torch.tensor([0, 3, 70, 250, 250, 331, total], device=DEVICE)
     if ragged:
@@ -201,7 +201,7 @@ def test_nan_and_inf_propagate(pool, bad):
         finite_parts(mine, theirs)
 
 
-def test_what_they_do_not_take(pool):
+def test_refused_tensors(pool):
     def refused(words, *arguments, **kwargs):
         with pytest.raises(RuntimeError, match=words):
             pool(*arguments, **kwargs)

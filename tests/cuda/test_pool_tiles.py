@@ -1,5 +1,5 @@
-"""Arithmetic of the pool's CUDA kernels on the host: which slabs of h are in shared memory when, how the backward's
-products are cut, the order of columns, and the random words of dropout."""
+"""Arithmetic of the pool's CUDA kernels, on the host: stages of the slabs of h, tiles and splits of the backward's
+products, the order of columns, and the random words of dropout."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def native(tmp_path_factory):
 
 
 @pytest.mark.parametrize("passes", range(1, 6))
-def test_slabs_are_where_they_are_looked_for(native, passes):
-    """Plays the ring for two segments: loads go to places that were given up, uses find their slab, nothing is left."""
+def test_slabs_are_in_their_stages(native, passes):
+    """Two segments through the ring: loads go to released stages, uses find their slab, and none is left."""
     ring = native.row_slabs()
     for slabs in range(1, 41):
         loads = [native.slab(slabs, p, i) for p in range(passes) for i in range(slabs) if native.loaded(p, i)]
@@ -40,7 +40,7 @@ def test_slabs_are_where_they_are_looked_for(native, passes):
         for _segment, p in itertools.product(range(2), range(passes)):
             assert sorted(native.slab(slabs, p, i) for i in range(slabs)) == list(range(slabs))
             for i in range(slabs):
-                while queue and free[queue[0] % ring]:  # as far ahead as the loading thread can be
+                while queue and free[queue[0] % ring]:  # as far ahead as the producer can be
                     slab = queue.pop(0)
                     free[slab % ring], held[slab % ring] = False, slab
                 slab = native.slab(slabs, p, i)
@@ -51,18 +51,18 @@ def test_slabs_are_where_they_are_looked_for(native, passes):
         assert not queue and not held
 
 
-def test_shares_of_weights_cover_the_outputs(native):
+def test_tiles_and_splits_cover_the_outputs(native):
     found = np.empty(4, np.int32)
     for v, u in itertools.product((False, True), repeat=2):
         for hidden, dim, slots, processors in itertools.product(
             (64, 128, 192, 512), (64, 256, 320, 2048), (1, 7, 256), (1, 132)
         ):
-            native.shares(v, u, hidden, dim, ctypes.c_int64(slots), processors, ctypes.c_void_p(found.ctypes.data))
-            first, units, blocks, splits = found.tolist()
+            native.tiling(v, u, hidden, dim, ctypes.c_int64(slots), processors, ctypes.c_void_p(found.ctypes.data))
+            first, units, tiles, splits = found.tolist()
             assert units == (v + u) * hidden and first == (0 if v else hidden)
-            assert blocks == -(-units // 128) * -(-dim // 256)
-            assert splits <= slots and (splits >= 1) == (blocks > 0)
-            assert blocks * splits <= max(blocks, processors)
+            assert tiles == -(-units // 128) * -(-dim // 256)
+            assert splits <= slots and (splits >= 1) == (tiles > 0)
+            assert tiles * splits <= max(tiles, processors)
 
 
 def test_every_unit_has_a_column_in_each_branch(native):

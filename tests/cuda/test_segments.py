@@ -1,4 +1,4 @@
-"""csrc/cuda/pool/segments.h: segments of bags, the slots of their partial sums, shares of work."""
+"""csrc/cuda/pool/segments.h: segments of bags, the slots of their partial sums, splits of sums."""
 
 from __future__ import annotations
 
@@ -132,12 +132,12 @@ def test_no_offsets_leave_the_list(native, bounds):
     assert (of_bags >= 0).all() and (of_bags.sum(axis=1) <= len(found)).all()
 
 
-def test_shares_exhaustively(native):
+def test_splits_exhaustively(native):
     found = np.empty(2, np.int64)
     for count, parts in itertools.product(range(20), range(1, 9)):
         end, sizes = 0, set()
         for part in range(parts):
-            native.share(*(ctypes.c_int64(x) for x in (count, parts, part)), pointer(found))
+            native.split(*(ctypes.c_int64(x) for x in (count, parts, part)), pointer(found))
             assert found[0] == end
             end = found[1]
             sizes.add(int(found[1] - found[0]))

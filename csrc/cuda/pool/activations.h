@@ -1,6 +1,6 @@
 #pragma once
-// The branches of a hidden unit: act(v) of v = V h + b_V, and σ(u) of u = U h + b_U. In a backward, what is kept of v is
-// act(v), from which the slope follows; of GELU it is v itself.
+// The branches of a hidden unit: act(v) of v = V h + b_V, and σ(u) of u = U h + b_U. A backward keeps act(v), from
+// which the slope follows; for GELU it keeps v itself.
 #include <arch/convert.h>
 
 #include <cmath>
@@ -15,14 +15,15 @@ struct Branches {
   float kept, gate;
 };
 
-// tanh v and σ(u) to a few ulp of 1, absolutely, on two exponentials and one reciprocal; NaN stays NaN, ±Inf saturates.
+// tanh v and σ(u) to an absolute error of a few ulp of 1, by two exponentials and one reciprocal; NaN stays NaN, ±Inf
+// saturates.
 ERCN_DEVICE Branches tanh_and_gate(float v, float u) {
   const float a = arch::exp2_fast(-2 * kLog2E * fabsf(v)), b = arch::exp2_fast(-kLog2E * fabsf(u));
   const float inverse = arch::reciprocal_fast((1 + a) * (1 + b));
   return {copysignf((1 - a) * (1 + b) * inverse, v), (u < 0 ? b : 1) * (1 + a) * inverse};
 }
 
-// The same with tanh to a few ulp of itself: 1 - e^(-2 |v|) cancels where v is small.
+// The same with tanh to a few ulp of itself, by a series where v is small: 1 - e^(-2 |v|) cancels there.
 ERCN_DEVICE Branches small_tanh_and_gate(float v, float u) {
   Branches on = tanh_and_gate(v, u);
   if (fabsf(v) < 0.25f) {
@@ -40,10 +41,10 @@ ERCN_DEVICE float sigmoid(float u) {
 
 ERCN_DEVICE float relu(float v) { return v < 0 ? 0 : v; }  // NaN stays NaN
 
-// Φ(v), of which GELU is v Φ(v).
+// Φ(v); GELU is v Φ(v).
 ERCN_DEVICE float normal(float v) { return 0.5f + 0.5f * erff(v * 0.70710678118654752f); }
 
-// SMALL: tanh keeps its digits near 0.
+// SMALL: tanh to a few ulp of itself.
 template <Activation A, bool SMALL>
 ERCN_DEVICE Branches branches(float v, float u) {
   if constexpr (A == Activation::kTanh) {
@@ -83,7 +84,7 @@ ERCN_DEVICE float gated(float v, float u) {
   }
 }
 
-// function(the activation as a type). All threads take the same branch.
+// function(the activation as a type), the same for all threads
 template <typename Function>
 ERCN_DEVICE void with_activation(Activation activation, const Function& function) {
   if (activation == Activation::kTanh) {

@@ -1,17 +1,16 @@
 #pragma once
-// Which hidden units dropout drops, by a random function of seed, instance and unit: nothing is stored, and the backward
-// finds the forward's bits. Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-// SC 2011.
+// Which hidden units dropout drops: a random function of seed, instance and unit, which the backward evaluates again.
+// Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #include <arch/host_device.h>
 
 #include <cstdint>
 
 namespace ercn::pool {
 
-// Dropping either branch drops their product, so one mask serves both: what is left of a unit is `scale` times it.
+// Dropping either branch drops their product, so one mask serves both; units that stay are scaled.
 struct Dropout {
   const int64_t* seed;  // on the device, or null for no dropout
-  uint32_t limit;       // a branch is dropped where its 16 bits, as the upper ones of a word, are at most this
+  uint32_t limit;       // drops a branch where its 16 bits, as the upper ones of a word, are at most this
   float scale;          // 1 / (1 - p) for each branch; 1 without dropout
 };
 
@@ -23,7 +22,7 @@ struct Words {
   uint32_t at[4];
 };
 
-// Of the counter (instance, instance >> 32, counter, 0) and the key (seed, seed >> 32).
+// Philox of the counter (instance, instance >> 32, counter, 0) and the key (seed, seed >> 32).
 ERCN_HOST_DEVICE constexpr Words random_words(uint64_t seed, uint64_t instance, uint32_t counter) {
   uint32_t a = static_cast<uint32_t>(instance), b = static_cast<uint32_t>(instance >> 32), c = counter, d = 0;
   uint32_t key = static_cast<uint32_t>(seed), other = static_cast<uint32_t>(seed >> 32);
@@ -38,7 +37,7 @@ ERCN_HOST_DEVICE constexpr Words random_words(uint64_t seed, uint64_t instance, 
   return {{a, b, c, d}};
 }
 
-// V's branch has the lower 16 bits of a unit's word, U's the upper ones.
+// V's branch has the lower 16 bits of a unit's word, U's branch the upper ones.
 template <bool GATED>
 ERCN_HOST_DEVICE constexpr bool is_dropped(uint32_t word, uint32_t limit) {
   return word << 16 <= limit || (GATED && word <= limit);

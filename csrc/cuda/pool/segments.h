@@ -1,15 +1,15 @@
 #pragma once
-// Which rows belong together. The instances of all bags are rows of one list: dense bags lie one after another, ragged
-// ones already do. A segment is a run of at most kSegmentRows rows of ONE bag, counted from the bag's start, so its
-// rows share a softmax and what a neighbouring bag holds, NaN included, cannot reach it.
+// The segments of bags. The instances of all bags are the rows of one list, bag after bag. A segment is a run of at
+// most kSegmentRows rows of ONE bag, counted from the bag's start: its rows share a softmax, and no value of a
+// neighbouring bag, NaN included, reaches it.
 //
-// Every segment has a slot, for its partial sums and in the order in which blocks take work. A bag's slots are
-// consecutive; adding them in ascending order is the fixed order of every sum over a bag. The first one is
+// Every segment has a slot, the index of its partial sums and of its work. A bag's slots are consecutive, and every sum
+// over a bag adds them in ascending order. The first one is
 //
 //   dense   bag · ⌈N / 64⌉              ragged   ⌊start / 64⌋ + bag
 //
-// which needs no prefix sums and nothing on the host: since ⌈n / 64⌉ ≤ ⌊(start + n) / 64⌋ - ⌊start / 64⌋ + 1, the slots
-// of a bag end before those of the next begin. Some slots of ragged bags hold no segment, at most one for each bag.
+// which needs neither prefix sums nor the host: since ⌈n / 64⌉ ≤ ⌊(start + n) / 64⌋ - ⌊start / 64⌋ + 1, the slots of a
+// bag end before those of the next begin. At most one slot for each ragged bag has no segment.
 #include <arch/host_device.h>
 
 #include <cstdint>
@@ -18,14 +18,14 @@ namespace ercn {
 
 constexpr int kSegmentRows = 64;
 
-// Of dense bags [count, n] (cu_seqlens null), or ragged ones: cu_seqlens [count + 1], int64 where `wide`, else int32.
+// Dense bags [count, n] (cu_seqlens null), or ragged ones: cu_seqlens [count + 1], int64 where `wide`, else int32.
 struct Bags {
   const void* cu_seqlens;
   bool wide;
   int64_t count, n, rows;
 };
 
-// A run of `rows` rows: `first` counts in the list, `in_bag` from the bag's start. None where rows is 0.
+// `rows` rows, from row `first` of the list and row `in_bag` of the bag on. No segment where rows is 0.
 struct Segment {
   int64_t bag, first, in_bag;
   int rows;
@@ -33,8 +33,7 @@ struct Segment {
 
 ERCN_HOST_DEVICE int64_t segments_of(int64_t rows) { return arch::divide_up<int64_t>(rows, kSegmentRows); }
 
-// First row of a bag; that of the bag after the last is the number of rows. Never outside the list, whatever cu_seqlens
-// holds.
+// First row of a bag, or the number of rows for the bag after the last. Inside the list whatever cu_seqlens holds.
 ERCN_HOST_DEVICE int64_t bag_start(const Bags& bags, int64_t bag) {
   if (bags.cu_seqlens == nullptr) return bag * bags.n;
   const int64_t start = bags.wide ? static_cast<const int64_t*>(bags.cu_seqlens)[bag]
@@ -52,10 +51,10 @@ ERCN_HOST_DEVICE int64_t first_slot(const Bags& bags, int64_t bag) {
   return bag_start(bags, bag) / kSegmentRows + bag;
 }
 
-// Slots of a bag from first_slot on that hold a segment.
+// Number of a bag's slots, from first_slot on, that have a segment.
 ERCN_HOST_DEVICE int64_t bag_segments(const Bags& bags, int64_t bag) { return segments_of(bag_rows(bags, bag)); }
 
-// Of the whole batch, known without reading cu_seqlens.
+// Of the whole batch, without reading cu_seqlens.
 ERCN_HOST_DEVICE int64_t slot_count(const Bags& bags) {
   if (bags.cu_seqlens == nullptr) return bags.count * segments_of(bags.n);
   return bags.rows / kSegmentRows + bags.count;
@@ -95,27 +94,25 @@ struct Range {
   int64_t begin, end;
 };
 
-// The share of `part` when `count` things are dealt in order to `parts`, as evenly as can be: sizes differ by one at
-// most.
-ERCN_HOST_DEVICE Range share_of(int64_t count, int64_t parts, int64_t part) {
-  const int64_t size = count / parts, longer = count % parts;
-  const int64_t begin = part * size + (part < longer ? part : longer);
-  return {begin, begin + size + (part < longer ? 1 : 0)};
+// Split `split` of `count` things in order; sizes differ by one at most.
+ERCN_HOST_DEVICE Range split_range(int64_t count, int64_t splits, int64_t split) {
+  const int64_t size = count / splits, longer = count % splits;
+  const int64_t begin = split * size + (split < longer ? split : longer);
+  return {begin, begin + size + (split < longer ? 1 : 0)};
 }
 
-// Segments whose dP, the gradients of the pool's branches, are held at a time, in pairs, of `bytes` each: a third of
-// the L2 cache, where they stay. They are at most 512: tensor cores cut what does not fit fp32 off their sums, 2^-25 of
-// a sum for every 16 rows (8 in TF32) on average, and 2048 (4096) times that is still small beside a rounding to fp16
-// (TF32).
+// Slots of a chunk: pairs of slots whose dP, the gradients of the pool's branches of `bytes` each, fill a third of the
+// L2 cache, so that they stay there. A chunk has at most 512: tensor cores truncate their fp32 sums, by 2^-25 of a sum
+// for every 16 rows (8 in TF32) on average, and 2048 (4096) times that is still small beside a rounding to fp16 (TF32).
 ERCN_HOST_DEVICE constexpr int64_t chunk_slots(int64_t bytes, int64_t cache_bytes) {
   const int64_t slots = bytes == 0 ? 512 : cache_bytes / 3 / bytes / 2 * 2;
   return slots < 2 ? 2 : slots < 512 ? slots : 512;
 }
 
-// How dPᵀ h is cut: units first_unit … of V's L and U's L, in `blocks` blocks of outputs, and the slots in `splits`
-// shares.
-struct WeightShares {
-  int first_unit, units, blocks, splits;
+// How dPᵀ h is cut: `units` units from first_unit on, of V's L and then U's L, in `tiles` tiles of outputs, and the
+// slots in `splits` splits.
+struct WeightTiling {
+  int first_unit, units, tiles, splits;
 };
 
 }  // namespace ercn

@@ -1,4 +1,4 @@
-// One block: a segment, 128 columns at a time.
+// dP and the gradients of w and of the biases. One block: a segment, kColumns columns at a time.
 #include "pool/generic/projection.h"
 
 namespace ercn::pool {
@@ -9,7 +9,7 @@ struct PoolBranch {
   using Element = typename Precision::Element;
   using Params = PackedParams<BranchParams>;
   static constexpr int kThreads = 128, kMinBlocks = Precision::kExact ? 2 : 3;
-  static constexpr int kPitch = kColumns + 8;  // of P in shared memory: no bank is met twice
+  static constexpr int kPitch = kColumns + 8;  // of P in shared memory, without bank conflicts
   struct Shared {
     union {
       unsigned char stages[Projection<Precision, CHANNELS_FIRST>::kBytes];
@@ -21,14 +21,11 @@ struct PoolBranch {
 
   ERCN_DEVICE static void run(const Params& p, unsigned char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const int64_t slot = p.first_slot + arch::block_index().x;
+    const int64_t slot = p.dp.first_slot + arch::block_index().x;
     const Segment segment = segment_at(p.problem.bags, slot);
     if (segment.rows == 0) return;
-    if (arch::uniform_warp_index() < kSegmentRows / 32) {
-      const uint32_t real = arch::ballot(is_real(p.problem, segment, arch::thread_index()));
-      if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
-    }
-    const Instances<Element> h(p.problem, segment);
+    store_real_rows(p.problem.mask, segment, shared.real);
+    const SegmentView<Element> h(p.problem, segment);
     const int units = p.problem.gated ? kColumns / 2 : kColumns;
     for (int group = 0; group * units < p.problem.L; ++group) {
       Sums sums;
@@ -41,8 +38,7 @@ struct PoolBranch {
     }
   }
 
-  // A thread has one unit, and half of the rows if gated. Its products become what is kept of v, and σ, and then dt and
-  // dσ.
+  // A thread has one unit, and half of the rows if gated. P becomes the kept values and σ, and then dt and dσ.
   template <bool GATED>
   ERCN_DEVICE static void finish(
       const Params& p, const Segment& segment, int64_t slot, Sums& sums, int group, Shared& shared) {
@@ -61,13 +57,13 @@ struct PoolBranch {
       }
     }
     arch::sync_threads();
-    const int column = GATED ? arch::thread_index() % kUnits / 32 * 64 + arch::thread_index() % 32 : arch::thread_index();
+    const int thread = arch::thread_index(), column = GATED ? thread % kUnits / 32 * 64 + thread % 32 : thread;
     const int unit = column_at({L, GATED}, column).unit;
-    const int begin = arch::thread_index() / kUnits * kRows, end = begin + kRows;
+    const int begin = thread / kUnits * kRows, end = begin + kRows;
     const bool exists = first + unit < L;
     const float* biases = p.packed.biases + group * kColumns + column;
     const float v_bias = biases[0], u_bias = GATED ? biases[32] : 0;
-    uint64_t passes = ~uint64_t{0};  // rows that dropout leaves, if not gated
+    uint64_t passes = ~uint64_t{0};  // rows that dropout keeps, if not gated
     float dt_sum = 0, ds_sum = 0;
     with_activation(p.problem.activation, [&](auto activation) {
       constexpr Activation A = decltype(activation)::value;
@@ -75,7 +71,7 @@ struct PoolBranch {
         float* at = &shared.products[row][column];
         const bool dropped = !GATED && arch::float_bits(at[0]) == kDropped;
         if (dropped) passes &= ~(uint64_t{1} << row);
-        // Where a row is not real h may be anything, and a unit that does not exist is NaN where h is infinite.
+        // h may be anything in a row that is not real, and a unit that does not exist is NaN where h is infinite.
         const bool real = exists && !dropped && (shared.real[row / 32] >> row % 32 & 1) != 0;
         const Branches on = branches<A, true>(at[0] + v_bias, GATED ? at[32] + u_bias : 0);
         at[0] = real ? on.kept : 0;
@@ -94,9 +90,9 @@ struct PoolBranch {
       }
 
       const int64_t pitch = column_count({L, GATED});
-      const float scale = p.scale == nullptr ? 1 : p.scale[0];
-      Element* to = static_cast<Element*>(p.branch_grads);
-      if (to != nullptr) to += (slot - p.first_slot) * kSegmentRows * pitch + group * kColumns + column;
+      const float scale = p.dp.scale == nullptr ? 1 : p.dp.scale[0];
+      Element* to = static_cast<Element*>(p.dp.data);
+      if (to != nullptr) to += (slot - p.dp.first_slot) * kSegmentRows * pitch + group * kColumns + column;
       for (int row = begin; row < end; ++row) {
         float dg = 0;
         for (int k = 0; k < K; ++k) {
@@ -126,7 +122,7 @@ struct PoolBranch {
     return row < segment.rows ? ds[row] : 0;
   }
 
-  // to[unit] = the sum over all rows from those of this thread.
+  // to[unit] = the sum over all rows, from this thread's sum.
   template <bool GATED>
   ERCN_DEVICE static void add_column(float sum, float* to, int unit, bool exists, Shared& shared) {
     constexpr int kUnits = kColumns / (GATED ? 2 : 1);
@@ -144,7 +140,7 @@ struct PoolBranch {
 }  // namespace
 
 void branch(const PackedParams<BranchParams>& p, const arch::Stream& stream) {
-  launch<PoolBranch>(p, {static_cast<int>(p.last_slot - p.first_slot)}, stream);
+  launch<PoolBranch>(p, {static_cast<int>(p.dp.last_slot - p.dp.first_slot)}, stream);
 }
 
 }  // namespace ercn::pool

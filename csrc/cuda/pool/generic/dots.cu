@@ -1,11 +1,10 @@
-// One block: a segment and up to kHeads heads.
+// q = ĝ·h and the statistics of each segment. One block: a segment and up to kHeads heads.
 #include <cmath>
 
-#include "pool/generic/instances.h"
 #include "pool/generic/kernels.h"
-#include "pool/reduce.h"
-#include "pool/softmax.h"
+#include "pool/generic/segment_view.h"
 #include "pool/generic/streaming.h"
+#include "pool/softmax.h"
 
 namespace ercn::pool {
 namespace {
@@ -13,7 +12,7 @@ namespace {
 template <typename Element, bool CHANNELS_FIRST>
 struct PoolDots {
   using Streams = Streaming<Element, CHANNELS_FIRST>;
-  using Params = ProductsParams;
+  using Params = DotsParams;
   static constexpr int kThreads = Streams::kThreads, kMinBlocks = 2, kHeads = Streams::kHeads;
   struct Shared {
     float products[Streams::kWarps][kHeads][kSegmentRows];
@@ -27,11 +26,8 @@ struct PoolDots {
     const int first = arch::block_index().y * kHeads, heads = problem.K - first < kHeads ? problem.K - first : kHeads;
     const Segment segment = segment_at(problem.bags, slot);
     if (segment.rows == 0) return;
-    if (arch::uniform_warp_index() < kSegmentRows / 32) {
-      const uint32_t real = arch::ballot(is_real(problem, segment, arch::thread_index()));
-      if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
-    }
-    const Instances<Element> h(problem, segment);
+    store_real_rows(problem.mask, segment, shared.real);
+    const SegmentView<Element> h(problem, segment);
     const Element* grad = static_cast<const Element*>(p.grad_pooled) + (segment.bag * problem.K + first) * problem.D;
     Streams::dot_channels(h, grad, heads, shared.products);
     arch::sync_threads();
@@ -39,7 +35,7 @@ struct PoolDots {
     if (k < heads) weigh(p, segment, slot, first + k, shared.products, k, shared.real);
   }
 
-  // By a warp: q of head k from the warps' shares, and the parts.
+  // By a warp: q of head k from the sums of all warps, and its statistics.
   ERCN_DEVICE static void weigh(
       const Params& p, const Segment& segment, int64_t slot, int head,
       const float (&products)[Streams::kWarps][kHeads][kSegmentRows], int k,
@@ -53,7 +49,7 @@ struct PoolDots {
       const bool is_real = real[half] >> lane & 1;
       s[half] = is_real ? p.scores[at + row] : -INFINITY;
       q[half] = is_real ? Streams::total(products, k, row) : 0;
-      if (row < segment.rows) p.products[at + row] = q[half];
+      if (row < segment.rows) p.dots[at + row] = q[half];
       largest = fmaxf(largest, s[half]);
     }
     largest = reduce_warp<Max>(largest);
@@ -66,15 +62,15 @@ struct PoolDots {
     sum = reduce_warp<Add>(sum);
     weighted = reduce_warp<Add>(weighted);
     if (lane > 0) return;
-    p.parts.largest[slot * p.problem.K + head] = largest;
-    p.parts.sum[slot * p.problem.K + head] = sum;
+    p.softmax.largest[slot * p.problem.K + head] = largest;
+    p.softmax.sum[slot * p.problem.K + head] = sum;
     p.weighted[slot * p.problem.K + head] = weighted;
   }
 };
 
 }  // namespace
 
-void dots(const ProductsParams& p, const arch::Stream& stream) {
+void dots(const DotsParams& p, const arch::Stream& stream) {
   const auto start = [&](auto kernel) {
     using Kernel = decltype(kernel);
     const int slots = static_cast<int>(slot_count(p.problem.bags));
@@ -83,7 +79,7 @@ void dots(const ProductsParams& p, const arch::Stream& stream) {
   };
   with_element(p.problem.type, [&](auto element) {
     using Element = decltype(element);
-    p.problem.channels_first ? start(PoolDots<Element, true>()) : start(PoolDots<Element, false>());
+    p.problem.h.channels_first ? start(PoolDots<Element, true>()) : start(PoolDots<Element, false>());
   });
 }
 

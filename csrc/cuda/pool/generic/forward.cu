@@ -1,10 +1,10 @@
-// One block: a segment and up to kHeads heads. Scores from the projections, 128 columns at a time, or given (L = 0), then
-// the softmax of the segment, and Σ e h from the cache.
+// One block: a segment and up to kHeads heads. Scores, from kColumns columns of the projections at a time or given,
+// their softmax, and Σ e h with h from the cache.
 #include <cmath>
 
 #include "pool/generic/projection.h"
-#include "pool/reduce.h"
 #include "pool/generic/streaming.h"
+#include "pool/softmax.h"
 
 namespace ercn::pool {
 namespace {
@@ -22,7 +22,7 @@ struct PoolForward {
       unsigned char stages[Projection<Precision, CHANNELS_FIRST>::kBytes];
       typename Streams::Shared streaming;
     };
-    float scores[2][kHeads][kSegmentRows];  // of either half of the columns; then e in the first
+    float scores[2][kHeads][kSegmentRows];  // of each half of the columns; then e in the first
     uint32_t real[kSegmentRows / 32];
   };
 
@@ -33,13 +33,10 @@ struct PoolForward {
     const int first = arch::block_index().y * kHeads, heads = problem.K - first < kHeads ? problem.K - first : kHeads;
     const Segment segment = segment_at(problem.bags, slot);
     if (segment.rows == 0) return;
-    const Instances<Element> h(problem, segment);
+    const SegmentView<Element> h(problem, segment);
 
     for (int i = arch::thread_index(); i < 2 * kHeads * kSegmentRows; i += kThreads) (&shared.scores[0][0][0])[i] = 0;
-    if (arch::uniform_warp_index() < kSegmentRows / 32) {
-      const uint32_t real = arch::ballot(is_real(problem, segment, arch::thread_index()));
-      if (arch::lane_index() == 0) shared.real[arch::warp_index()] = real;
-    }
+    store_real_rows(problem.mask, segment, shared.real);
     const int units = problem.gated ? kColumns / 2 : kColumns;
     for (int group = 0; group * units < problem.L; ++group) {
       Sums sums;
@@ -54,13 +51,12 @@ struct PoolForward {
     for (int k = arch::uniform_warp_index(); k < heads; k += kWarps) {
       softmax(p, segment, slot, first + k, shared.scores, k, shared.real);
     }
-    if (p.parts.pooled == nullptr) return;
+    if (p.pooled == nullptr) return;
     arch::sync_threads();
     const uint64_t real = shared.real[0] | static_cast<uint64_t>(shared.real[1]) << 32;
     const int64_t width = pooled_width(problem.D);
     Streams::sum_rows(
-        h, real, shared.scores[0], heads, p.parts.pooled + (slot * problem.K + first) * width, width,
-        shared.streaming);
+        h, real, shared.scores[0], heads, p.pooled + (slot * problem.K + first) * width, width, shared.streaming);
   }
 
   // Adds w · (t ⊙ σ) over this group's units. A row and a half of the columns belong to one lane in four.
@@ -103,12 +99,12 @@ struct PoolForward {
     }
   }
 
-  // By a warp: the scores of head k, which becomes e = exp(s - largest), 0 where not real.
+  // By a warp: the scores of head k become e = exp(s - largest), 0 where not real.
   ERCN_DEVICE static void softmax(
       const Params& p, const Segment& segment, int64_t slot, int head, float (&scores)[2][kHeads][kSegmentRows], int k,
       const uint32_t (&real)[kSegmentRows / 32]) {
     const int lane = arch::lane_index();
-    const Element* w_bias = static_cast<const Element*>(p.problem.w_bias);
+    const Element* w_bias = static_cast<const Element*>(p.problem.weights.w_bias);
     const float bias = w_bias == nullptr ? 0 : arch::to_float(w_bias[head]);
     const int64_t at = score_offset(p.problem.bags, segment, head, p.problem.K);
     float s[2], largest = -INFINITY, sum = 0;
@@ -122,7 +118,7 @@ struct PoolForward {
       if (row < segment.rows && p.scores != nullptr) p.scores[at + row] = s[half];
       largest = fmaxf(largest, s[half]);
     }
-    if (p.parts.pooled == nullptr) return;
+    if (p.pooled == nullptr) return;
     largest = reduce_warp<Max>(largest);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -132,8 +128,8 @@ struct PoolForward {
     }
     sum = reduce_warp<Add>(sum);
     if (lane == 0) {
-      p.parts.largest[slot * p.problem.K + head] = largest;
-      p.parts.sum[slot * p.problem.K + head] = sum;
+      p.softmax.largest[slot * p.problem.K + head] = largest;
+      p.softmax.sum[slot * p.problem.K + head] = sum;
     }
   }
 };
@@ -142,8 +138,7 @@ struct PoolForward {
 
 void forward(const PackedParams<ForwardParams>& p, const arch::Stream& stream) {
   const Problem& problem = p.problem;
-  launch<PoolForward>(
-      p, {static_cast<int>(slot_count(problem.bags)), arch::divide_up(problem.K, kHeads)}, stream);
+  launch<PoolForward>(p, {static_cast<int>(slot_count(problem.bags)), arch::divide_up(problem.K, kHeads)}, stream);
 }
 
 }  // namespace ercn::pool

@@ -1,21 +1,22 @@
 #pragma once
-// P = [V|U] h of one segment, 128 columns at a time, and both branches of a unit from it.
+// P = [V|U] h of one segment, kColumns columns at a time, and both branches of a unit from it.
 #include <cmath>
 
 #include "pool/activations.h"
-#include "pool/generic/instances.h"
 #include "pool/generic/kernels.h"
+#include "pool/generic/mainloop.h"
+#include "pool/generic/segment_view.h"
 
 namespace ercn::pool {
 
 template <typename Precision, bool CHANNELS_FIRST>
-using Projection = Product<Precision, CHANNELS_FIRST ? Along::kOther : Along::kK, Along::kK>;
+using Projection = GemmMainloop<Precision, CHANNELS_FIRST ? Along::kOther : Along::kK, Along::kK>;
 
 template <typename Element, bool CHANNELS_FIRST>
 struct ProjectionSource {
   static constexpr bool kMasked = false;
   static constexpr int kDepth = 64 / sizeof(Element);
-  Instances<Element> h;
+  SegmentView<Element> h;
   const Element* projections;  // of these columns
   int depth;
 
@@ -27,10 +28,10 @@ struct ProjectionSource {
   }
 };
 
-// sums of columns `group` · kColumns ….
+// sums = P in kColumns columns from `group` · kColumns on.
 template <typename Precision, bool CHANNELS_FIRST>
 ERCN_DEVICE void project(
-    Sums& sums, const Instances<typename Precision::Element>& h, const Packed& weights, int group,
+    Sums& sums, const SegmentView<typename Precision::Element>& h, const Packed& weights, int group,
     unsigned char* stages) {
   using Element = typename Precision::Element;
   const Element* projections = static_cast<const Element*>(weights.projections);
@@ -46,12 +47,12 @@ ERCN_DEVICE int unit_at(int group, int n, int i) {
   return GATED ? group * 64 + n * 16 + warp * 8 + neighbour : group * 128 + warp * 64 + n * 8 + neighbour;
 }
 
-// What a dropped unit's product with V becomes where there is no gate: a NaN that no arithmetic makes.
+// Without a gate, v of a dropped unit becomes this NaN, which no arithmetic makes.
 constexpr uint32_t kDropped = 0xffd20b0d;
 
-// Dropout of a group's units for the instances from `first` on. A unit that is dropped has a gate of σ(-Inf) = 0, or
-// the mark above. The words of a draw are those of four tiles, of every second one if not gated. Draws follow each
-// other in a loop, for their registers would cost a block of the multiprocessor.
+// Dropout of a group's units for the instances from `first` on. A dropped unit gets a gate of σ(-Inf) = 0, or the mark
+// above. A draw has the words of four tiles, of every second one if not gated. The loop over draws is not unrolled: its
+// registers would cost a block of the multiprocessor.
 template <bool GATED>
 ERCN_DEVICE void drop(const Dropout& dropout, int64_t first, int group, Sums& sums) {
   constexpr int kStep = GATED ? 1 : 2;

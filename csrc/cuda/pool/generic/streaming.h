@@ -1,12 +1,11 @@
 #pragma once
-// Sums over a segment's rows and channels that no tensor core is needed for: Σ e h over rows, and q = ĝ · h over
-// channels.
-#include "pool/generic/instances.h"
-#include "pool/reduce.h"
+// Sums over a segment's rows and channels without tensor cores: Σ e h over rows, and q = ĝ · h over channels.
+#include "pool/generic/segment_view.h"
+#include "pool/softmax.h"
 
 namespace ercn::pool {
 
-// Of a block of four warps. In rows of channels a warp takes every fourth row, a lane 16 bytes of channels; in channels
+// By a block of four warps. In rows of channels a warp takes every fourth row, a lane 16 bytes of channels; in channels
 // of rows a few lanes share a channel, 16 bytes of rows each, and a warp takes every fourth set of channels.
 template <typename Element, bool CHANNELS_FIRST>
 struct Streaming {
@@ -20,7 +19,7 @@ struct Streaming {
 
   // to[k, d] = Σ_row e[k][row] h[row, d] over real rows; `to` has rows of `width` floats, e is in shared memory.
   ERCN_DEVICE static void sum_rows(
-      const Instances<Element>& h, uint64_t real, const float (*e)[kSegmentRows], int heads, float* to, int64_t width,
+      const SegmentView<Element>& h, uint64_t real, const float (*e)[kSegmentRows], int heads, float* to, int64_t width,
       Shared& shared) {
     for (int first = 0; first < heads; first += kHeads) {
       const int count = heads - first < kHeads ? heads - first : kHeads;
@@ -32,10 +31,9 @@ struct Streaming {
     }
   }
 
-  // Shares of q[k, row] = Σ_d ĝ[k, d] h[row, d] by warp, whatever rows are real; ĝ has rows of D, at most kHeads of
-  // them.
+  // Each warp's part of q[k, row] = Σ_d ĝ[k, d] h[row, d], real row or not; ĝ has at most kHeads rows of D.
   ERCN_DEVICE static void dot_channels(
-      const Instances<Element>& h, const Element* grad, int heads, float (&products)[kWarps][kHeads][kSegmentRows]) {
+      const SegmentView<Element>& h, const Element* grad, int heads, float (&products)[kWarps][kHeads][kSegmentRows]) {
     if constexpr (CHANNELS_FIRST) {
       dot_channels_of_channels(h, grad, heads, products);
     } else {
@@ -43,7 +41,7 @@ struct Streaming {
     }
   }
 
-  // q of a row from the shares.
+  // q of a row from the parts of all warps.
   ERCN_DEVICE static float total(const float (&products)[kWarps][kHeads][kSegmentRows], int k, int row) {
     if constexpr (!CHANNELS_FIRST) return products[row % kWarps][k][row];
     float sum = products[0][k][row];
@@ -53,7 +51,7 @@ struct Streaming {
 
  private:
   ERCN_DEVICE static void dot_channels_of_rows(
-      const Instances<Element>& h, const Element* grad, int heads, float (&products)[kWarps][kHeads][kSegmentRows]) {
+      const SegmentView<Element>& h, const Element* grad, int heads, float (&products)[kWarps][kHeads][kSegmentRows]) {
     constexpr int kRows = kSegmentRows / kWarps;
     const int warp = arch::warp_index(), lane = arch::lane_index();
     const bool aligned = h.D % kVector == 0 && reinterpret_cast<uintptr_t>(grad) % 16 == 0;
@@ -69,7 +67,7 @@ struct Streaming {
         const int row = warp + i * kWarps;
         if (row >= h.rows) break;
         float x[kVector];
-        read(x, h.first + row * h.h_n + d * h.h_d, h.h_d, h.D - d, h.vector);
+        read(x, h.first + row * h.stride_n + d * h.stride_d, h.stride_d, h.D - d, h.vector);
 #pragma unroll
         for (int k = 0; k < kHeads; ++k) {
           if (k >= heads) break;
@@ -90,13 +88,13 @@ struct Streaming {
   }
 
   ERCN_DEVICE static void dot_channels_of_channels(
-      const Instances<Element>& h, const Element* grad, int heads, float (&products)[kWarps][kHeads][kSegmentRows]) {
+      const SegmentView<Element>& h, const Element* grad, int heads, float (&products)[kWarps][kHeads][kSegmentRows]) {
     const int warp = arch::warp_index(), lane = arch::lane_index(), row = lane % kLanes * kVector;
     float sums[kHeads][kVector] = {};
 #pragma unroll 4
     for (int d = warp * kSets + lane / kLanes; d < h.D; d += kWarps * kSets) {
       float x[kVector];
-      read(x, h.first + row * h.h_n + d * h.h_d, h.h_n, h.rows - row, h.vector);
+      read(x, h.first + row * h.stride_n + d * h.stride_d, h.stride_n, h.rows - row, h.vector);
 #pragma unroll
       for (int k = 0; k < kHeads; ++k) {
         if (k >= heads) break;
@@ -119,7 +117,7 @@ struct Streaming {
   }
 
   ERCN_DEVICE static void sum_rows_of_rows(
-      const Instances<Element>& h, uint64_t real, const float (*e)[kSegmentRows], int heads, float* to, int64_t width,
+      const SegmentView<Element>& h, uint64_t real, const float (*e)[kSegmentRows], int heads, float* to, int64_t width,
       Shared& shared) {
     const int warp = arch::warp_index(), lane = arch::lane_index();
     for (int span = 0; span < h.D; span += kSpan) {
@@ -129,7 +127,7 @@ struct Streaming {
       for (int row = warp; row < h.rows; row += kWarps) {
         if ((real >> row & 1) == 0) continue;
         float x[kVector];
-        read(x, h.first + row * h.h_n + d * h.h_d, h.h_d, h.D - d, h.vector);
+        read(x, h.first + row * h.stride_n + d * h.stride_d, h.stride_d, h.D - d, h.vector);
 #pragma unroll
         for (int k = 0; k < kHeads; ++k) {
           if (k >= heads) break;
@@ -156,12 +154,13 @@ struct Streaming {
   }
 
   ERCN_DEVICE static void sum_rows_of_channels(
-      const Instances<Element>& h, uint64_t real, const float (*e)[kSegmentRows], int heads, float* to, int64_t width) {
+      const SegmentView<Element>& h, uint64_t real, const float (*e)[kSegmentRows], int heads, float* to,
+      int64_t width) {
     const int lane = arch::lane_index(), row = lane % kLanes * kVector;
     for (int span = 0; span < h.D; span += kWarps * kSets) {  // the same for all lanes, which shuffle
       const int d = span + arch::warp_index() * kSets + lane / kLanes;
       float x[kVector], sums[kHeads] = {};
-      read(x, h.first + row * h.h_n + d * h.h_d, h.h_n, d < h.D ? h.rows - row : 0, h.vector);
+      read(x, h.first + row * h.stride_n + d * h.stride_d, h.stride_n, d < h.D ? h.rows - row : 0, h.vector);
 #pragma unroll
       for (int k = 0; k < kHeads; ++k) {
         if (k >= heads) break;

@@ -1,10 +1,10 @@
 #pragma once
-// Where a thread's accumulators of [V|U] h lie, and the small operands beside them.
+// What the epilogues share: where the accumulators of a thread lie, and the small operands beside them.
 #include <arch/convert.h>
 
 #include <cmath>
 
-#include "pool/sm90/product.h"
+#include "pool/sm90/mainloop.h"
 
 namespace ercn::sm90 {
 
@@ -20,15 +20,16 @@ ERCN_DEVICE Pair load_pair(const void* vector, int64_t i) {
   return {{arch::unpack_low<Element>(pair), arch::unpack_high<Element>(pair)}};
 }
 
-// A thread's place in its warpgroup's tile: rows row(0) and row(1), and in the j-th 8 columns column(j) and the next.
-struct Place {
+// A thread's part of its warpgroup's accumulators: rows row(0) and row(1), and of the j-th 8 columns column(j) and the
+// next.
+struct Fragment {
   int warp = arch::warp_index() % 4, lane = arch::lane_index();
   ERCN_DEVICE int row(int r) const { return 16 * warp + lane / 4 + 8 * r; }
   ERCN_DEVICE int column(int j) const { return 8 * j + lane % 4 * 2; }
 };
 
-// Of four registers in each of four lanes, lane i gets the i-th of every lane, in the order of lanes: the pairs of
-// columns that a thread has of four 8-column blocks become the 16 bytes of one block.
+// Transposes four registers of four lanes: lane i gets register i of each. A thread's pairs of columns in four 8-column
+// blocks become the 16 bytes of one block.
 ERCN_DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
 #pragma unroll
   for (int mask = 1; mask < 4; mask *= 2) {
@@ -43,10 +44,10 @@ ERCN_DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
   }
 }
 
-// Dropout of a group's units, `first` and on, for the segment's instances: σ(-Inf) = 0 is the gate of those that are
-// dropped. A thread has every unit that a draw decides.
+// Dropout of a group's units from `first` on, for the segment's instances: dropped units get a gate of σ(-Inf) = 0. A
+// thread has all the units of a draw.
 ERCN_DEVICE void drop(
-    const pool::Problem& p, const Segment& segment, int first, const Place& place, float (&sums)[kSums]) {
+    const pool::Problem& p, const Segment& segment, int first, const Fragment& fragment, float (&sums)[kSums]) {
   const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -55,9 +56,9 @@ ERCN_DEVICE void drop(
     for (int j = 8 * half; j < 8 * half + 2; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint64_t instance = static_cast<uint64_t>(segment.first + place.row(i / 2));
+        const uint64_t instance = static_cast<uint64_t>(segment.first + fragment.row(i / 2));
         const pool::Words words =
-            pool::random_words(seed, instance, pool::counter_of(first + place.column(j) + i % 2));
+            pool::random_words(seed, instance, pool::counter_of(first + fragment.column(j) + i % 2));
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
           float& sum = sums[kGate + 4 * (j + 2 * word) + i];
@@ -70,7 +71,7 @@ ERCN_DEVICE void drop(
 
 using arch::swizzled;
 
-// For barriers of one warpgroup that multiplies; 0 is the block's.
-ERCN_DEVICE void sync_warpgroup(int own) { arch::named_barrier(1 + own, 128); }
+// A barrier of one consumer warpgroup; 0 is the block's.
+ERCN_DEVICE void sync_warpgroup(int consumer) { arch::named_barrier(1 + consumer, 128); }
 
 }  // namespace ercn::sm90

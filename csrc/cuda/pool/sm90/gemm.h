@@ -1,10 +1,9 @@
 #pragma once
-// Products of the pool's backward on Hopper, [128, 256] outputs a block: each of two warpgroups that multiply has 64
-// rows of A, both share B. One thread loads. A and B pass through kGemmStages stages of 64 columns (rows) of the sum
-// each.
+// The mainloop of products with dP, [128, 256] outputs a block: each of two consumer warpgroups has 64 rows of A, and
+// both share B. A and B pass through kGemmStages stages of 64 terms of the sum.
 #include <arch/wgmma.h>
 
-#include "pool/sm90/product.h"
+#include "pool/sm90/mainloop.h"
 
 namespace ercn::sm90 {
 
@@ -13,7 +12,7 @@ constexpr int kGemmSums = 64 * kGemmColumns / 128;
 
 struct GemmShared {
   struct Tiles {
-    unsigned char a[kWarpgroups][kSlabBytes];
+    unsigned char a[kConsumers][kSlabBytes];
     unsigned char b[kGemmColumns / kDepth][kSlabBytes];
   } tiles[kGemmStages];
   Stage stages[kGemmStages];
@@ -22,26 +21,26 @@ static_assert(sizeof(GemmShared) <= 227 << 10);
 
 ERCN_DEVICE void initialize(GemmShared& shared) {
   init_stages([&] {
-    for (Stage& stage : shared.stages) stage.init(4 * kWarpgroups);
+    for (Stage& stage : shared.stages) stage.init(4 * kConsumers);
   });
 }
 
-// The side of a warpgroup that multiplies.
+// A consumer's side.
 template <typename Element, Major A, Major B>
-class GemmMultiplier {
+class GemmMainloop {
  public:
-  ERCN_DEVICE GemmMultiplier(GemmShared& shared, int own)
-      : shared_(shared), own_(own), next_{shared.stages}, used_{shared.stages} {}
+  ERCN_DEVICE GemmMainloop(GemmShared& shared, int consumer)
+      : shared_(shared), consumer_(consumer), next_{shared.stages}, used_{shared.stages} {}
 
   // The next stage's tiles, when they are there.
   ERCN_DEVICE GemmShared::Tiles& wait() {
     next_.wait_full();
     return shared_.tiles[next_.index];
   }
-  // sums = A · B of that stage, or sums += A · B; the stage before it is given up.
-  ERCN_DEVICE void multiply(float (&sums)[kGemmSums], bool accumulate) {
+  // sums = A · B of that stage, or sums += A · B; releases the stage before it.
+  ERCN_DEVICE void step(float (&sums)[kGemmSums], bool accumulate) {
     const GemmShared::Tiles& tiles = shared_.tiles[next_.index];
-    const arch::Operand a = operand<A>(tiles.a[own_]), b = operand<B>(tiles.b);
+    const arch::Operand a = operand<A>(tiles.a[consumer_]), b = operand<B>(tiles.b);
     arch::pin(sums);
     arch::wgmma_fence();
 #pragma unroll
@@ -60,7 +59,7 @@ class GemmMultiplier {
     arch::pin(sums);
     release();
   }
-  // Gives up the next stages without using them.
+  // Releases the next stages without using them.
   ERCN_DEVICE void skip(int stages) {
     for (int i = 0; i < stages; ++i) {
       wait();
@@ -79,7 +78,7 @@ class GemmMultiplier {
   }
 
   GemmShared& shared_;
-  const int own_;
+  const int consumer_;
   Ring<kGemmStages> next_, used_;
 };
 

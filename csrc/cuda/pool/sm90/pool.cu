@@ -1,28 +1,28 @@
-// The operator by the pool's kernels on Hopper.
-#include "pool/sm90/pool.h"
-
+// The Hopper kernels behind the driver's interface, and what they do not take.
 #include "pool/driver.h"
 #include "pool/sm90/kernels.h"
 
 namespace ercn::sm90 {
 namespace {
 
-class Hopper {
+class Hopper : public pool::Kernels {
  public:
-  Hopper(const Tensor&, const pool::Problem& p, const arch::Stream& stream)
-      : p_(p), stream_(stream), maps_{instances(), matrix(p.v, p.L, p.D, kUnits), matrix(p.u, p.L, p.D, kUnits)} {}
+  Hopper(const pool::Problem& p, const arch::Stream& stream)
+      : p_(p), stream_(stream), maps_{instances(), weights(p.weights.v, kUnits), weights(p.weights.u, kUnits)} {}
 
-  void forward(const pool::ForwardParams& p) const { pool_forward({p, maps_}, stream_); }
-  void products(const pool::ProductsParams& p) const { pool_products({p, maps_.h}, stream_); }
-  void branch(const pool::BranchParams& p) const { pool_branch({p, maps_}, stream_); }
-  void rows(const pool::RowsParams& p) const {
-    pool_rows({p, gradients(p), matrix(p_.v, p_.L, p_.D, kDepth), matrix(p_.u, p_.L, p_.D, kDepth)}, stream_);
+  void forward(const pool::ForwardParams& p) const override { pool_forward({p, maps_}, stream_); }
+  void dots(const pool::DotsParams& p) const override { pool_dots({p, maps_.h}, stream_); }
+  void branch(const pool::BranchParams& p) const override { pool_branch({p, maps_}, stream_); }
+  void row_gradient(const pool::RowGradientParams& p) const override {
+    pool_row_gradient({p, matrix(p.dp), weights(p_.weights.v, kDepth), weights(p_.weights.u, kDepth)}, stream_);
   }
-  void weights(const pool::WeightsParams& p) const { pool_weights({p, gradients(p), maps_.h}, stream_); }
+  void weight_gradient(const pool::WeightGradientParams& p) const override {
+    pool_weight_gradient({p, matrix(p.dp), maps_.h}, stream_);
+  }
 
-  int64_t columns() const { return 2 * p_.L; }
-  WeightShares shares(bool need_v, bool need_u, int64_t slots) const {
-    return weight_shares(need_v, need_u, p_.L, p_.D, slots, stream_.multiprocessors());
+  int64_t columns() const override { return 2 * p_.L; }
+  WeightTiling weight_tiling(bool need_v, bool need_u, int64_t slots) const override {
+    return sm90::weight_tiling(need_v, need_u, p_.L, p_.D, slots, stream_.multiprocessors());
   }
 
  private:
@@ -30,40 +30,45 @@ class Hopper {
 
   template <int RANK>
   arch::TensorMap map(
-      const void* of, const std::array<int64_t, RANK>& sizes, const std::array<int64_t, RANK - 1>& strides,
+      const void* data, const std::array<int64_t, RANK>& sizes, const std::array<int64_t, RANK - 1>& strides,
       const std::array<int, RANK>& box) const {
     return with_half(p_.type, [&](auto element) {
-      return arch::make_tensor_map<decltype(element), RANK>(of, sizes, strides, box);
+      return arch::make_tensor_map<decltype(element), RANK>(data, sizes, strides, box);
     });
   }
   // h as [B, N, D], or [1, T, D].
   arch::TensorMap instances() const {
+    const pool::Instances& h = p_.h;
     const bool ragged = p_.bags.cu_seqlens != nullptr;
     const int64_t bags = ragged ? 1 : p_.bags.count, rows = ragged ? p_.bags.rows : p_.bags.n;
-    const int64_t bag_bytes = bags > 1 ? p_.h_b * kBytes : 16;  // one bag has no next one
+    const int64_t bag_bytes = bags > 1 ? h.stride_b * kBytes : 16;  // one bag has no next one
     if (is_channels_first(p_)) {
-      return map<3>(p_.h, {rows, p_.D, bags}, {p_.h_d * kBytes, bag_bytes}, {kSegmentRows, kDepth, 1});
+      return map<3>(h.data, {rows, p_.D, bags}, {h.stride_d * kBytes, bag_bytes}, {kSegmentRows, kDepth, 1});
     }
-    const int64_t row_bytes = (rows > 1 ? p_.h_n : p_.D) * kBytes;
-    return map<3>(p_.h, {p_.D, rows, bags}, {row_bytes, bag_bytes}, {kDepth, kSegmentRows, 1});
+    const int64_t row_bytes = (rows > 1 ? h.stride_n : p_.D) * kBytes;
+    return map<3>(h.data, {p_.D, rows, bags}, {row_bytes, bag_bytes}, {kDepth, kSegmentRows, 1});
   }
-  // A matrix [rows, columns] in boxes of `box` rows and 64 columns.
-  arch::TensorMap matrix(const void* of, int64_t rows, int64_t columns, int box) const {
-    return map<2>(of, {columns, rows}, {columns * kBytes}, {kDepth, box});
+  // A contiguous matrix [rows, columns] in boxes of `box` rows and 64 columns.
+  arch::TensorMap matrix(const void* data, int64_t rows, int64_t columns, int box) const {
+    return map<2>(data, {columns, rows}, {columns * kBytes}, {kDepth, box});
   }
-  template <typename Params>
-  arch::TensorMap gradients(const Params& p) const {
-    return matrix(p.branch_grads, (p.last_slot - p.first_slot) * kSegmentRows, columns(), kSegmentRows);
+  arch::TensorMap weights(const void* data, int box) const { return matrix(data, p_.L, p_.D, box); }
+  arch::TensorMap matrix(const pool::BranchGradients& dp) const {
+    return matrix(dp.data, (dp.last_slot - dp.first_slot) * kSegmentRows, columns(), kSegmentRows);
   }
 
   const pool::Problem& p_;
   const arch::Stream& stream_;
-  const ProductMaps maps_;
+  const ProjectionMaps maps_;
 };
 
 }  // namespace
+}  // namespace ercn::sm90
 
-std::string cannot_pool(const pool::Inputs& in) {
+namespace ercn::pool {
+
+std::string sm90_obstacle(const Inputs& in) {
+  using namespace sm90;
   const Tensor& h = in.h;
   if (const int capability = arch::compute_capability(h); capability != 90) {
     return "the Hopper kernels of the pool need compute capability 9.0; this GPU has " +
@@ -92,14 +97,8 @@ std::string cannot_pool(const pool::Inputs& in) {
   return "";
 }
 
-std::tuple<Tensor, Tensor> pool_forward(const pool::Inputs& in) { return pool::forward<Hopper>(in); }
-
-Tensor pool_scores(const pool::Inputs& in) { return pool::scores<Hopper>(in); }
-
-pool::Gradients pool_backward(
-    const pool::Optional& grad_pooled, const pool::Optional& grad_scores, const pool::Inputs& in, const Tensor& scores,
-    int64_t needs) {
-  return pool::backward<Hopper>(grad_pooled, grad_scores, in, scores, needs);
+std::unique_ptr<Kernels> sm90_kernels(const Tensor&, const Problem& p, const arch::Stream& stream) {
+  return std::make_unique<sm90::Hopper>(p, stream);
 }
 
-}  // namespace ercn::sm90
+}  // namespace ercn::pool

@@ -1,37 +1,43 @@
 #pragma once
 // The instances of a segment as the generic kernels read them: rows of channels, or channels of rows (feature maps).
 #include <arch/convert.h>
-#include <arch/launch.h>
 
+#include "pool/generic/mainloop.h"
 #include "pool/problem.h"
-#include "pool/generic/product.h"
 
 namespace ercn::pool {
 
 template <typename Element>
-struct Instances {
+struct SegmentView {
   const Element* first;
-  int64_t h_n, h_d;
+  int64_t stride_n, stride_d;
   int rows, D;
   bool vector;
 
-  ERCN_DEVICE Instances(const Problem& p, const Segment& segment)
-      : first(static_cast<const Element*>(p.h) + row_offset(p.bags, segment, p.h_b, p.h_n)),
-        h_n(p.h_n),
-        h_d(p.h_d),
+  ERCN_DEVICE SegmentView(const Problem& p, const Segment& segment)
+      : first(static_cast<const Element*>(p.h.data) + row_offset(p.bags, segment, p.h.stride_b, p.h.stride_n)),
+        stride_n(p.h.stride_n),
+        stride_d(p.h.stride_d),
         rows(segment.rows),
         D(p.D),
-        vector(p.vector) {}
+        vector(p.h.vector) {}
 
   // From row `row` and channel `d` on, as rows or as channels.
   ERCN_DEVICE Runs<Element> as_rows(int row, int d, int channels) const {
-    const int left = D - d;
-    return {first + row * h_n + d * h_d, h_n, h_d, rows - row, left < channels ? left : channels, vector};
+    const int count = D - d < channels ? D - d : channels;
+    return {first + row * stride_n + d * stride_d, stride_n, stride_d, rows - row, count, vector};
   }
   ERCN_DEVICE Runs<Element> as_channels(int row, int d) const {
-    return {first + row * h_n + d * h_d, h_d, h_n, D - d, rows - row, vector};
+    return {first + row * stride_n + d * stride_d, stride_d, stride_n, D - d, rows - row, vector};
   }
 };
+
+// By a block: which rows are real, a bit each, for all after a barrier.
+ERCN_DEVICE void store_real_rows(const Mask& mask, const Segment& segment, uint32_t (&real)[kSegmentRows / 32]) {
+  if (arch::uniform_warp_index() >= kSegmentRows / 32) return;
+  const uint32_t bits = arch::ballot(is_real(mask, segment, arch::thread_index()));
+  if (arch::lane_index() == 0) real[arch::warp_index()] = bits;
+}
 
 // `count` elements, zeros after them.
 template <typename Element, int N>
@@ -51,19 +57,6 @@ ERCN_DEVICE void read(float (&x)[N], const Element* from, int64_t step, int coun
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = i < count ? arch::to_float(from[i * step]) : 0.0f;
   }
-}
-
-// Starts Kernel<Precision, CHANNELS_FIRST> as the problem has it.
-template <template <typename, bool> class Kernel, typename Params>
-void launch(const Params& p, arch::Grid grid, const arch::Stream& stream) {
-  const auto start = [&](auto kernel) {
-    using Chosen = decltype(kernel);
-    arch::launch<Chosen>(p, grid, sizeof(typename Chosen::Shared), stream);
-  };
-  with_precision(p.problem.type, p.problem.exact, [&](auto precision) {
-    using Precision = decltype(precision);
-    p.problem.channels_first ? start(Kernel<Precision, true>()) : start(Kernel<Precision, false>());
-  });
 }
 
 }  // namespace ercn::pool

@@ -1,7 +1,8 @@
 #pragma once
-// Products of a block of four warps: [64, 128] += A [64, K] · B [K, 128], by mma with fp32 sums. Operands come from
-// device memory in three stages; either may have its elements follow each other along K or along its other side.
+// The GEMM mainloop of a block of four warps: [64, 128] += A [64, K] · B [K, 128], by mma with fp32 sums. Operands come
+// from device memory in three stages; either may be contiguous along K or along its other side.
 #include <arch/async.h>
+#include <arch/elements.h>
 #include <arch/mma.h>
 #include <arch/terms.h>
 
@@ -16,24 +17,24 @@ template <typename Element>
 struct Runs {
   const Element* first;     // element 0 of run 0
   int64_t run_step, step;   // from run to run, and within a run
-  int64_t runs, elements;   // that exist; what lies beyond is zero
+  int64_t runs, elements;   // that exist; beyond them is zero
   bool vector;              // runs begin at multiples of 16 bytes, and step is 1
 };
 
-// What a stage holds of one operand: kSide rows (A) or columns (B) and kDepth of K.
+// One operand in a stage: SIDE rows (A) or columns (B) and kDepth of K.
 template <typename Element, int SIDE, Along ALONG>
 struct Tile {
   static constexpr int kDepth = 64 / sizeof(Element), kVector = 16 / sizeof(Element);
   static constexpr int kRuns = ALONG == Along::kK ? SIDE : kDepth, kElements = ALONG == Along::kK ? kDepth : SIDE;
-  // Runs are padded so that neither ldmatrix nor the 4-byte reads of fp32 meet a bank twice.
+  // Padded so that neither ldmatrix nor the 4-byte reads of fp32 have bank conflicts.
   static constexpr int kPitch =
       kElements * sizeof(Element) + (ALONG == Along::kOther && sizeof(Element) == 4 ? 32 : 16);
   static constexpr int kBytes = kRuns * kPitch;
 
   ERCN_DEVICE static void fill(unsigned char* tile, const Runs<Element>& from, int threads) {
-    constexpr int kChunks = kElements / kVector;
-    for (int i = arch::thread_index(); i < kRuns * kChunks; i += threads) {
-      const int run = i / kChunks, element = i % kChunks * kVector;
+    constexpr int kVectors = kElements / kVector;
+    for (int i = arch::thread_index(); i < kRuns * kVectors; i += threads) {
+      const int run = i / kVectors, element = i % kVectors * kVector;
       unsigned char* to = tile + run * kPitch + element * sizeof(Element);
       const int64_t left = run < from.runs ? from.elements - element : 0;
       const int count = left < 0 ? 0 : left < kVector ? static_cast<int>(left) : kVector;
@@ -121,7 +122,7 @@ struct Sums {
 };
 
 template <typename Precision, Along A_ALONG, Along B_ALONG>
-struct Product {
+struct GemmMainloop {
   using Element = typename Precision::Element;
   using A = Tile<Element, 64, A_ALONG>;
   using B = Tile<Element, 128, B_ALONG>;
@@ -129,24 +130,17 @@ struct Product {
   static constexpr int kBytes = kStages * kStageBytes;
 
   // sums = Σ over `steps` of kDepth of K. source.a(step) and source.b(step) are Runs; if kMasked, rows of B whose bit
-  // in source.mask(step) is 0 count as zero whatever they hold. The stages may be written again at once.
+  // in source.mask(step) is 0 count as zero whatever they hold. The caller may write the stages again at once.
   template <typename Source>
   ERCN_DEVICE static void run(Sums& sums, int steps, const Source& source, unsigned char* stages) {
-#pragma unroll
-    for (int m = 0; m < Sums::kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < Sums::kColumnTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums.at[m][n][i] = 0;
-      }
-    }
-    for (int step = 0; step < kStages - 1; ++step) fill(step, steps, source, stages);
+    sums = {};
+    for (int step = 0; step < kStages - 1; ++step) fill_stage(step, steps, source, stages);
     for (int step = 0; step < steps; ++step) {
       arch::cp_async_wait<kStages - 2>();
-      arch::sync_threads();  // the stage has come for all, and the one before is no longer read
-      fill(step + kStages - 1, steps, source, stages);
+      arch::sync_threads();  // the stage is there for all threads, and the one before is no longer read
+      fill_stage(step + kStages - 1, steps, source, stages);
       const unsigned char* a = stages + step % kStages * kStageBytes;
-      multiply(sums, a, a + A::kBytes, source, step);
+      multiply_stage(sums, a, a + A::kBytes, source, step);
     }
     arch::cp_async_wait<0>();
     arch::sync_threads();
@@ -154,7 +148,7 @@ struct Product {
 
  private:
   template <typename Source>
-  ERCN_DEVICE static void fill(int step, int steps, const Source& source, unsigned char* stages) {
+  ERCN_DEVICE static void fill_stage(int step, int steps, const Source& source, unsigned char* stages) {
     if (step < steps) {
       unsigned char* a = stages + step % kStages * kStageBytes;
       A::fill(a, source.a(step), kThreads);
@@ -164,10 +158,10 @@ struct Product {
   }
 
   template <typename Source>
-  ERCN_DEVICE static void multiply(
+  ERCN_DEVICE static void multiply_stage(
       Sums& sums, const unsigned char* a, const unsigned char* b, const Source& source, int step) {
     const int row = arch::warp_index() / 2 * 32, column = arch::warp_index() % 2 * 64;
-    [[maybe_unused]] constexpr int kUnroll = Precision::kExact ? 1 : 2;  // terms take registers enough
+    [[maybe_unused]] constexpr int kUnroll = Precision::kExact ? 1 : 2;  // terms take many registers
 #pragma unroll kUnroll
     for (int part = 0; part < 2; ++part) {
       Factor<4> fa[Sums::kRowTiles];
@@ -192,7 +186,7 @@ struct Product {
     }
   }
 
-  // A fragment as mma takes it, fp32 rounded to TF32.
+  // A fragment as mma takes it, with fp32 rounded to TF32.
   template <int N>
   struct Rounded {
     uint32_t high[N];
@@ -201,7 +195,7 @@ struct Product {
       high[i] = sizeof(Element) == 4 ? arch::float_bits(arch::round_tf32(arch::float_of(bits))) : bits;
     }
   };
-  // As TF32 and what that loses, if the product is to be exact.
+  // A fragment as TF32 and the rest, for fp32 accuracy.
   template <int N>
   struct Split : Terms<N> {
     ERCN_DEVICE void set(int i, uint32_t bits) { Terms<N>::set(i, arch::float_of(bits)); }
@@ -220,8 +214,8 @@ struct Product {
   ERCN_DEVICE static void add(float (&d)[4], const Factor<4>& a, const Factor<2>& b) {
     using Type = typename Precision::Product;
     if constexpr (Precision::kExact) {
-      // Tensor cores truncate where they add, so the total is kept in fp32. What a low term is in is NaN where a factor
-      // is not finite: then the high terms alone have the product.
+      // Tensor cores truncate their sums, so the total is kept in fp32. Where a factor is not finite, products with a
+      // low term are NaN, and the high terms alone have the product.
       float large[4] = {}, small[4] = {};
       arch::mma<Type>(small, a.low, b.high);
       arch::mma<Type>(small, a.high, b.low);

@@ -18,6 +18,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 wheel: $(VENV)/.installed
 	$(PY) -m build --no-isolation --outdir dist

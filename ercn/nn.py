@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,10 @@ class PixelCorrelation(nn.Module):
             )
         self.image_channels, self.steps, self.center = image_channels, steps, center
         self.align_corners = align_corners
-        self.projections = nn.ModuleList(
-            nn.Conv2d(channels, width, 1, bias=False) for channels, width in zip(in_channels, proj_channels)
-        )
+        projections = [nn.Conv2d(channels, width, 1, bias=False) for channels, width in zip(in_channels, proj_channels)]
+        self.projections = nn.ModuleList(projections)
         self.embed = nn.Conv2d(image_channels + sum(proj_channels), embed_dim, 1, bias=False)
-        for projection in self.projections:
+        for projection in projections:
             nn.init.kaiming_normal_(projection.weight)
         nn.init.xavier_uniform_(self.embed.weight, gain=4)
 
@@ -225,6 +225,13 @@ class GatedAttentionPool(nn.Module):
     ['attention_net.3.attention_a.0.weight', 'attention_net.3.attention_a.0.bias']
     """
 
+    v_weight: nn.Parameter
+    v_bias: nn.Parameter | None
+    u_weight: nn.Parameter | None
+    u_bias: nn.Parameter | None
+    w_weight: nn.Parameter
+    w_bias: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,
@@ -340,7 +347,7 @@ class GatedAttentionPool(nn.Module):
             groups * hidden,
             groups * heads,
             gated="u" in letters,
-            bias=tuple(f"{letter}_bias" in own for letter in "vuw"),
+            bias=("v_bias" in own, "u_bias" in own, "w_bias" in own),
             activation=activation,
             dropout=dropout or 0.0,
             groups=groups,
@@ -426,10 +433,20 @@ class GatedAttentionPool(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The scores of ``forward`` alone, for the same arguments: ``ercn.ops.attention_scores``. Nothing is pooled."""
-        scores = self._run(attention_scores, x, mask, cu_seqlens, key_padding_mask, masked_score, generator)
+        given = (mask, cu_seqlens, key_padding_mask, masked_score, generator)
+        scores: Tensor = self._run(attention_scores, x, *given)
         return scores.unflatten(2, x.shape[2:]) if x.dim() == 4 else scores
 
-    def _run(self, op, x, mask, cu_seqlens, key_padding_mask, masked_score, generator):
+    def _run(
+        self,
+        op: Callable[..., Any],
+        x: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        key_padding_mask: Tensor | None,
+        masked_score: float,
+        generator: torch.Generator | None,
+    ) -> Any:
         weight = self.w_weight if self.groups == 1 else torch.block_diag(*self.w_weight.chunk(self.groups))
         if x.dim() == 4:
             x = x.flatten(2).transpose(1, 2)

@@ -72,7 +72,7 @@ def requested(backend: str | None) -> str:
 
 
 def takes_cpu(backend: str) -> bool:
-    """Whether ``launch`` would take the ``cpu`` row for tensors on the CPU, for an op that it takes with any arguments."""
+    """Whether ``launch`` would take the ``cpu`` row for CPU tensors, if it takes all arguments of the op."""
     row = TABLE[0]
     if row.launcher is not cpu or cpu.unavailable() is not None:
         return False

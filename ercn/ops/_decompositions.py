@@ -137,8 +137,8 @@ def _propagate(map_: Tensor, weights: Tensor, offsets: list[tuple[int, int]], st
     # One loop: unrolled, the steps would be thousands of operators and take minutes to compile.
     start = torch.zeros((), dtype=torch.int64, device=map_.device)
     first = map_.clone(memory_format=torch.contiguous_format)
-    refined: Tensor = while_loop_op(lambda i, m, weights: i < steps, step, (start, first), (weights,))[1]
-    return refined
+    loop: Callable[..., tuple[Tensor, Tensor]] = while_loop_op
+    return loop(lambda i, m, weights: i < steps, step, (start, first), (weights,))[1]
 
 
 _FORMS: dict[str, Callable[..., Any]] = {

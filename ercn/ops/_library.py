@@ -174,7 +174,7 @@ def join(
 
     forward = functools.partial(run, overload)
     methods = {"forward": staticmethod(forward), "vmap": staticmethod(functools.partial(vmap, call))}
-    complete = type(function.__name__, (function,), methods)
+    complete: Any = type(function.__name__, (function,), methods)
     transformed = complete.apply
     single_level = _single_level(complete).apply
     return call
@@ -209,7 +209,7 @@ def is_sharded(x: Tensor) -> bool:
     return dtensor is not None and isinstance(x, dtensor.DTensor)
 
 
-def save_for_forward(ctx: torch.autograd.function.FunctionCtx, *tensors: Tensor | None) -> None:
+def save_for_forward(ctx: Any, *tensors: Tensor | None) -> None:
     if forward_ad._current_level >= 0:  # without forward mode the memory would be kept for nothing
         ctx.save_for_forward(*tensors)
 
@@ -218,7 +218,7 @@ def _requires_grad(x: Any) -> bool:
     return type(x) not in _CONSTANTS and x.requires_grad
 
 
-def _single_level(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+def _single_level(function: Any) -> Any:
     """``function`` for plain autograd, without the 10 µs in which torch binds the arguments of a Function that has
     ``setup_context``."""
 
@@ -239,10 +239,10 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(f"ercn::{op} has no forward-mode derivative (jvp); use reverse mode (backward)")
 
 
-def fold(in_dim: int | None, size: int, x: Tensor | None) -> Tensor | None:
-    """x [B, …] with the vmapped dimension ``in_dim``, or without one (None) -> [size·B, …]."""
-    if x is None:
-        return None
+def fold(in_dim: int | None, size: int, x: Any) -> Any:
+    """x [B, …] with the vmapped dimension ``in_dim``, or without one (None) -> [size·B, …]; not a tensor: unchanged."""
+    if not isinstance(x, Tensor):
+        return x
     x = x.expand(size, *x.shape) if in_dim is None else x.movedim(in_dim, 0)
     return x.reshape(-1, *x.shape[2:])
 

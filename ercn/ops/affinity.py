@@ -98,9 +98,9 @@ def affinity_propagate(
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
     settings = eps, normalize, steps, _backends.requested(backend)
-    if _library.is_plain_eager(cam, feat):
-        return _SingleLevelPropagation.apply(cam, feat, *settings)
-    return _propagated(cam, feat, *settings)
+    propagate = _SingleLevelPropagation.apply if _library.is_plain_eager(cam, feat) else _propagated
+    out: Tensor = propagate(cam, feat, *settings)
+    return out
 
 
 def _propagated(cam: Tensor, feat: Tensor, eps: float, normalize: bool, steps: int, backend: str) -> Tensor:
@@ -342,7 +342,7 @@ def _sum(a: Tensor | None, b: Tensor) -> Tensor:
 
 def _map(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
     """vmap as a larger batch."""
-    folded = (_library.fold(dim, info.batch_size, x) if isinstance(x, Tensor) else x for dim, x in zip(in_dims, args))
+    folded = (_library.fold(dim, info.batch_size, x) for dim, x in zip(in_dims, args))
     return _library.unfold(op(*folded), info.batch_size)
 
 

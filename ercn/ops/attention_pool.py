@@ -324,7 +324,8 @@ def _check(p: PoolArguments) -> None:
     hidden, heads, dim = v[0], w[0], h[-1]
     shapes = (hidden, dim), (hidden,), (hidden, dim), (hidden,), (heads, hidden), (heads,)
     device, dtype = p.h.device, p.v_weight.dtype
-    for name, x, shape in zip(_WEIGHTS, p[1:], shapes):
+    weights: Any = p[1:]
+    for name, x, shape in zip(_WEIGHTS, weights, shapes):
         if x is None:
             continue
         if x.shape != shape:
@@ -370,7 +371,7 @@ def _fake_pool(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_pool_backward(grad_pooled: Tensor | None, grad_scores: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     p, (_, needs, *_) = PoolArguments.split(args)
-    inputs: tuple[Tensor | None, ...] = p[: len(DIFFERENTIABLE)]
+    inputs = (getattr(p, name) for name in DIFFERENTIABLE)
     return tuple(
         p.h.new_empty(0) if x is None else x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needs)
     )
@@ -531,13 +532,14 @@ class _ByScoresBackward(_BackwardOp):
     @staticmethod
     def gradient(ctx: Any) -> tuple[_derivative.Gradient, Sequence[Any]]:
         grad_pooled, scores, value, mask, cu_seqlens = ctx.saved_tensors
-        pool = lambda *inputs: (reference.pool_by_scores(*inputs, mask, cu_seqlens),)
+        pool = lambda scores, value: (reference.pool_by_scores(scores, value, mask, cu_seqlens),)
         return _derivative.Gradient(pool, (grad_pooled,), ctx.needs), (grad_pooled, scores, value)
 
 
 def _map_bags(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """vmap as more bags, if only h and mask are batched. Dropout is a loop: it numbers the instances of each call."""
-    (p, rest), (dims, _) = PoolArguments.split(args), PoolArguments.split(in_dims)
+    p, rest = PoolArguments.split(args)
+    dims: Any = PoolArguments.split(in_dims)[0]
     if p.cu_seqlens is None and p.seed is None and all(getattr(dims, name) is None for name in _WEIGHTS):
         h, mask = (_library.fold(dim, info.batch_size, x) for dim, x in ((dims.h, p.h), (dims.mask, p.mask)))
         return _library.unfold(op(*p._replace(h=h, mask=mask), *rest), info.batch_size)
@@ -563,23 +565,21 @@ _pool_by_scores_backward = _library.join(_BY_SCORES_BACKWARD, _ByScoresBackward,
 
 @register_flop_formula(torch.ops.ercn.gated_attention_pool)
 def _(*args: Any, **kwargs: Any) -> int:
-    shapes, _ = PoolArguments.split(args)
-    return _projection_flops(shapes) + _narrow_flops(shapes)
+    return _projection_flops(*args) + _narrow_flops(*args)
 
 
 @register_flop_formula(torch.ops.ercn.attention_scores)
 def _(*args: Any, **kwargs: Any) -> int:
-    shapes, _ = PoolArguments.split(args)
-    return _projection_flops(shapes) + _narrow_flops(shapes, pooled=False)
+    return _projection_flops(*args) + _narrow_flops(*args, pooled=False)
 
 
 @register_flop_formula(torch.ops.ercn.gated_attention_pool_backward)
 def _(grad_pooled: torch.Size | None, grad_scores: torch.Size | None, *args: Any, **kwargs: Any) -> int:
     """The projections again, one product of their size for the weights and one for h, if needed."""
-    shapes, (_, needs, *_) = PoolArguments.split(args)
+    _, (_, needs, *_) = PoolArguments.split(args)
     needed = dict(zip(DIFFERENTIABLE, needs))
-    products = 1 + (needed["v_weight"] or needed["u_weight"]) + needed["h"]
-    return products * _projection_flops(shapes) + 2 * _narrow_flops(shapes, pooled=grad_pooled is not None)
+    products = 1 + int(needed["v_weight"] or needed["u_weight"]) + int(needed["h"])
+    return products * _projection_flops(*args) + 2 * _narrow_flops(*args, pooled=grad_pooled is not None)
 
 
 @register_flop_formula(torch.ops.ercn.pool_by_scores)
@@ -595,13 +595,15 @@ def _(
     return sum(needs) * 2 * math.prod(scores) * value[-1]
 
 
-def _projection_flops(shapes: PoolArguments) -> int:
-    h: Any = shapes.h
-    v: Any = shapes.v_weight
-    return 2 * math.prod(h) * v[0] * (1 if shapes.u_weight is None else 2)
+def _projection_flops(*args: Any) -> int:
+    shapes: Any = PoolArguments.split(args)[0]
+    projections = 1 if shapes.u_weight is None else 2
+    flops: int = 2 * projections * math.prod((*shapes.h[:-1], *shapes.v_weight))
+    return flops
 
 
-def _narrow_flops(shapes: PoolArguments, pooled: bool = True) -> int:
-    h: Any = shapes.h
-    w: Any = shapes.w_weight
-    return 2 * math.prod(h[:-1]) * w[0] * (w[1] + (h[-1] if pooled else 0))
+def _narrow_flops(*args: Any, pooled: bool = True) -> int:
+    shapes: Any = PoolArguments.split(args)[0]
+    (heads, hidden), (*instances, dim) = shapes.w_weight, shapes.h
+    flops: int = 2 * math.prod((*instances, heads, hidden + dim if pooled else hidden))
+    return flops

@@ -124,9 +124,9 @@ def dropout_factors(
     groups = -(-hidden // 64)
     i = instances.unsqueeze(-1)
     units = torch.arange(groups * 16, device=seed.device)
-    words = philox((i & _WORD, i >> 32 & _WORD, units, torch.zeros_like(units)), (seed & _WORD, seed >> 32 & _WORD))
-    words = torch.stack([word.unflatten(-1, (groups, 16)) for word in words], dim=-2)  # [*, groups, 4, 16]
-    words = words.flatten(-3)[..., :hidden]
+    counter = i & _WORD, i >> 32 & _WORD, units, torch.zeros_like(units)
+    each = [word.unflatten(-1, (groups, 16)) for word in philox(counter, (seed & _WORD, seed >> 32 & _WORD))]
+    words = torch.stack(each, dim=-2).flatten(-3)[..., :hidden]  # of [*, groups, 4, 16]
     threshold = dropout_threshold(dropout_p)
     scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
     v, u = ((bits >= threshold).to(dtype) * scale for bits in (words & 0xFFFF, words >> 16))
@@ -300,7 +300,8 @@ def pool_by_scores_backward(
 
     With a = softmax(s), the pooled gradient ĝ and v of an instance:  ds = a ⊙ (ĝ·v − Σ a (ĝ·v)),  dv = aᵀ ĝ.
     """
-    return _narrow(_pool_gradients(grad_pooled, scores, value, mask, cu_seqlens, needs), (scores, value))
+    grad_scores, grad_value = _pool_gradients(grad_pooled, scores, value, mask, cu_seqlens, needs)
+    return grad_scores.to(scores.dtype), grad_value.to(value.dtype)
 
 
 def gated_attention_pool(*args: Any) -> tuple[Tensor, Tensor]:
@@ -362,11 +363,7 @@ def gated_attention_pool_backward(
             grads["w_bias"] += ds_rows.sum((0, 2))
     if needed["h"] and p.mask is not None:
         grad_h.masked_fill_(~p.mask.unsqueeze(-1), 0)
-    return _narrow(list(grads.values()), list(inputs.values()))
-
-
-def _narrow(grads: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs))
+    return tuple(grad if x is None else grad.to(x.dtype) for grad, x in zip(grads.values(), inputs.values()))
 
 
 # Refinement over fixed neighbours, one image after the other, since the weights are the largest tensor.

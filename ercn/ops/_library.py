@@ -101,11 +101,7 @@ def _casted(device: str, casts: frozenset[int], args: tuple[Any, ...]) -> tuple[
 
 
 def autocasts(device: torch.device) -> bool:
-    return (
-        _is_any_autocast_enabled()
-        and torch.amp.is_autocast_available(device.type)
-        and torch.is_autocast_enabled(device.type)
-    )
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def run(overload: torch._ops.OpOverload, *args: Any) -> Any:
@@ -164,7 +160,7 @@ def join(
     def call(*args: Any) -> Any:
         if is_tracing() or torch.compiler.is_compiling() and forward_ad._current_level < 0:
             return overload(*args)  # it has no jvp
-        if positions and autocasts(args[0].device):
+        if positions and _is_any_autocast_enabled() and autocasts(args[0].device):
             args = _casted(args[0].device.type, positions, args)
         if _are_functorch_transforms_active():
             return transformed(*args)

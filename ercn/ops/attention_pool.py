@@ -206,7 +206,8 @@ def pool_by_scores(
         raise ValueError(f"scores and value must be floating point; got {scores.dtype} and {value.dtype}")
     if scores.device != value.device:
         raise ValueError(f"scores and value must be on one device; got {scores.device} and {value.device}")
-    _check_bounds(value, cu_seqlens)
+    if cu_seqlens is not None:
+        _check_bounds(value, cu_seqlens)
     mask = _real_instances(value, mask, key_padding_mask, cu_seqlens)
     if one_bag:
         scores, value = scores.unsqueeze(0), value.unsqueeze(0)
@@ -219,26 +220,24 @@ def _prepared(
 ) -> tuple[bool, PoolArguments]:
     """Whether h is one bag, and the arguments of the op, checked, with the mask of real instances and the seed."""
     _check(p)
+    h, dropout_p = p.h, p.dropout_p
     if p.activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {p.activation!r}")
     if not masked_score < math.inf:
         raise ValueError(f"masked_score must be finite or -inf; got {masked_score}")
-    mask = _real_instances(p.h, p.mask, key_padding_mask, p.cu_seqlens)
-    seed = _seed(p.h, p.dropout_p, generator)
-    one_bag = p.cu_seqlens is None and p.h.dim() == 2
-    if one_bag or mask is not None or seed is not None or type(p.dropout_p) is not float:
-        h = p.h.unsqueeze(0) if one_bag else p.h
-        p = p._replace(h=h, mask=mask, seed=seed, dropout_p=float(p.dropout_p))
+    mask = _real_instances(h, p.mask, key_padding_mask, p.cu_seqlens)
+    seed = None if dropout_p == 0 and generator is None else _seed(h, dropout_p, generator)
+    one_bag = p.cu_seqlens is None and h.dim() == 2
+    if one_bag or mask is not None or seed is not None or type(dropout_p) is not float:
+        p = p._replace(h=h.unsqueeze(0) if one_bag else h, mask=mask, seed=seed, dropout_p=float(dropout_p))
     return one_bag, p
 
 
-def _seed(h: Tensor, dropout_p: float, generator: torch.Generator | None) -> Tensor | None:
+def _seed(h: Tensor, dropout_p: float, generator: torch.Generator | None) -> Tensor:
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be from 0 to 1; got {dropout_p}")
     if dropout_p == 0:
-        if generator is not None:
-            raise ValueError("generator was given, but dropout_p is 0: nothing is drawn")
-        return None
+        raise ValueError("generator was given, but dropout_p is 0: nothing is drawn")
     if _library.is_sharded(h):
         raise ValueError(f"dropout_p must be 0 with DTensors, where each rank would draw its own; got {dropout_p}")
     device = h.device
@@ -309,38 +308,38 @@ def _warn_once(message: str) -> None:
 
 
 def _check(p: PoolArguments) -> None:
-    h, v, w = p.h.shape, p.v_weight.shape, p.w_weight.shape
-    if len(h) != 2 and (len(h) != 3 or p.cu_seqlens is not None):
+    h, v_weight, w_weight = p.h, p.v_weight, p.w_weight
+    of_h, of_v, of_w = h.shape, v_weight.shape, w_weight.shape
+    if len(of_h) != 2 and (len(of_h) != 3 or p.cu_seqlens is not None):
         raise ValueError(
             "h must be [B, N, D], one bag [N, D], or ragged [T, D] with cu_seqlens; "
-            f"got {list(h)}{'' if p.cu_seqlens is None else ' with cu_seqlens'}"
+            f"got {list(of_h)}{'' if p.cu_seqlens is None else ' with cu_seqlens'}"
         )
-    if len(v) != 2 or len(w) != 2:
-        raise ValueError(f"v_weight must be [L, D] and w_weight [K, L]; got {list(v)} and {list(w)}")
+    if len(of_v) != 2 or len(of_w) != 2:
+        raise ValueError(f"v_weight must be [L, D] and w_weight [K, L]; got {list(of_v)} and {list(of_w)}")
     if p.u_weight is None and p.u_bias is not None:
         raise ValueError("u_bias must be None where u_weight is None (plain attention)")
-    if not (p.h.is_floating_point() and p.v_weight.is_floating_point()):
-        raise ValueError(f"h and v_weight must be floating point; got {p.h.dtype} and {p.v_weight.dtype}")
-    hidden, heads, dim = v[0], w[0], h[-1]
+    if not (h.is_floating_point() and v_weight.is_floating_point()):
+        raise ValueError(f"h and v_weight must be floating point; got {h.dtype} and {v_weight.dtype}")
+    hidden, heads, dim = of_v[0], of_w[0], of_h[-1]
     shapes = (hidden, dim), (hidden,), (hidden, dim), (hidden,), (heads, hidden), (heads,)
-    device, dtype = p.h.device, p.v_weight.dtype
+    device, dtype = h.device, v_weight.dtype
     weights: Any = p[1:]
     for name, x, shape in zip(_WEIGHTS, weights, shapes):
         if x is None:
             continue
         if x.shape != shape:
-            sizes = f"D = {v[1]}, L = {hidden}, K = {heads}"
+            sizes = f"D = {of_v[1]}, L = {hidden}, K = {heads}"
             raise ValueError(f"{name} must be {list(shape)} for {sizes}; got {list(x.shape)}")
         if x.dtype != dtype and (torch.float64 in (x.dtype, dtype) or not _library.autocasts(device)):
             raise ValueError(f"{name} must have v_weight's dtype {dtype} outside autocast; got {x.dtype}")
         if x.device != device:
             raise ValueError(f"{name} must be on h's device {device}; got {x.device}")
-    _check_bounds(p.h, p.cu_seqlens)
+    if p.cu_seqlens is not None:
+        _check_bounds(h, p.cu_seqlens)
 
 
-def _check_bounds(h: Tensor, cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is None:
-        return
+def _check_bounds(h: Tensor, cu_seqlens: Tensor) -> None:
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     if not integer or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.device != h.device:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The public functions and layers as a type checker sees them: ``make lint`` checks this file with ``mypy --strict``."""
+"""The public API as a type checker sees it: ``make lint`` checks this file with ``mypy --strict``."""
 
 from __future__ import annotations
 

@@ -9,19 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from _affinity import by_formula, dense, dense_propagate, gradients, off_kink
-from _ops import (
-    assert_within_budget,
-    backends_of,
-    dense_affinity,
-    error,
-    finite_parts,
-    golden,
-    layouts,
-    least_lucky,
-    randn,
-    require,
-)
+from _affinity import by_formula, dense, dense_affinity, dense_propagate, gradients, least_lucky, off_kink
+from _ops import assert_within_budget, backends_of, error, finite_parts, golden, layouts, randn, require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint

@@ -1,7 +1,10 @@
-"""Derivatives of the affinity ops beyond the first gradient, against a dense twin in plain torch, float64."""
+"""Derivatives of the affinity ops beyond the first gradient, against plain torch in float64."""
 
 from __future__ import annotations
 
+import functools
+
+import _affinity
 import pytest
 import torch
 from _ops import backends_of, error, randn, require
@@ -19,28 +22,17 @@ def float64(backend):
     require(backend, "relu_affinity", x, x)
 
 
-def dense_affinity(value, feat):
-    return value @ torch.relu(feat.mT @ feat)
-
-
-def dense_propagate(cam, feat, eps=1e-5, steps=2):
-    f = feat / (torch.linalg.vector_norm(feat, dim=1, keepdim=True) + eps)
-    affinity = torch.relu(f.mT @ f)
-    for _ in range(steps):
-        cam = cam @ affinity / (affinity.sum(dim=1, keepdim=True) + eps)
-    return cam
-
-
 def pairs(backend):
-    """(op, its dense twin)"""
+    """(op, the same in plain torch)"""
+    propagate, plain = (functools.partial(f, steps=2) for f in (affinity_propagate, _affinity.dense_propagate))
     return [
-        (lambda v, f: relu_affinity(v, f, backend=backend), dense_affinity),
-        (lambda v, f: affinity_propagate(v, f, steps=2, backend=backend), dense_propagate),
+        (lambda v, f: relu_affinity(v, f, backend=backend), _affinity.dense),
+        (lambda v, f: propagate(v, f, backend=backend), plain),
     ]
 
 
 def inputs(batch=2, n=7):
-    """Features none of whose products is near T = 0, which finite differences and rounding must not cross."""
+    """Features whose products stay away from T = 0, which finite differences and rounding must not cross."""
     drawn = (randn(batch, 4, n, seed=seed) for seed in range(100))
     feat = next(f for f in drawn if (f.mT @ f).abs().min() > 0.04)
     return randn(batch, 3, n, seed=1), feat

@@ -10,12 +10,10 @@ import itertools
 
 import pytest
 import torch
-from _affinity import by_formula, dense, dense_propagate, off_kink
-from _affinity import gradients as affinity_gradients
-from _attention import assert_pool, budget, gradients, inputs, leaf, pool_results
-from _attention import dense as dense_pool
+from _affinity import by_formula, dense, dense_propagate, off_kink, with_gradients
 from _gpu_backends import BACKENDS, DEVICE, here
 from _ops import assert_within_budget, error, finite_parts, golden, layouts, randn
+from _pool import assert_pool, budget, gradients, inputs, leaf, pool_results, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,14 +39,10 @@ def backend(request):
 def affinity_results(value, feat, grad, dtype, value_dtype=torch.float32):
     """(out, grad_value, grad_feat) of the kernels, of plain torch in the dtype, and in float64."""
     tensors = (here(grad.float()), here(value.to(value_dtype)), here(feat.to(dtype)))
-    ours = affinity_gradients_with_output(relu_affinity, *tensors)
-    plain = affinity_gradients_with_output(dense, *(here(x.to(dtype)) for x in (grad, value, feat)))
-    exact = affinity_gradients_with_output(dense, grad, value.to(value_dtype).double(), feat.to(dtype).double())
+    ours = with_gradients(relu_affinity, *tensors)
+    plain = with_gradients(dense, *(here(x.to(dtype)) for x in (grad, value, feat)))
+    exact = with_gradients(dense, grad, value.to(value_dtype).double(), feat.to(dtype).double())
     return ours, plain, exact
-
-
-def affinity_gradients_with_output(function, grad, *tensors):
-    return function(*tensors), *affinity_gradients(function, grad, *tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +76,7 @@ def test_affinity_in_tf32():
         ours, _, exact = affinity_results(value, feat, grad, torch.float32)
     finally:
         torch.set_float32_matmul_precision(before)
-    budget(ours, affinity_gradients_with_output(dense, *(tf32(x) for x in (grad, value, feat))), exact, channels=True)
+    budget(ours, with_gradients(dense, *(tf32(x) for x in (grad, value, feat))), exact, channels=True)
 
 
 @pytest.mark.parametrize("name", ["pcm_small", "pcm_seam_width", "pcm_relu_features"])
@@ -102,9 +96,9 @@ def test_affinity_matches_published_seam(name):
 def test_affinity_of_any_strides(layout, finite_products):
     value, feat, grad = (here(layouts(randn(2, k, 35, seed=k, dtype=torch.float32))[layout]) for k in (3, 5, 4))
     grad = grad[:, :3]
-    ours = affinity_gradients_with_output(relu_affinity, grad, value, feat)
-    plain = affinity_gradients_with_output(dense, grad, value, feat)
-    exact = affinity_gradients_with_output(dense, *(x.double() for x in (grad, value, feat)))
+    ours = with_gradients(relu_affinity, grad, value, feat)
+    plain = with_gradients(dense, grad, value, feat)
+    exact = with_gradients(dense, *(x.double() for x in (grad, value, feat)))
     budget(ours, plain, exact, channels=True)
 
 
@@ -114,8 +108,9 @@ def test_affinity_gradients_asked_for(need):
     grad = here(randn(2, 3, 40, seed=3).float())
     leaves = [x.detach().requires_grad_(n) for x, n in zip((value, feat), need)]
     relu_affinity(*leaves).backward(grad)
-    plain = affinity_gradients(dense, grad, value, feat)
-    exact = affinity_gradients(dense, grad.double(), value.double(), feat.double())
+    (_, *plain), (_, *exact) = (
+        with_gradients(dense, *(x.to(cast) for x in (grad, value, feat))) for cast in (torch.float32, torch.float64)
+    )
     for mine, n, torchs, truth in zip(leaves, need, plain, exact):
         assert (mine.grad is not None) == n
         if n:
@@ -160,7 +155,7 @@ def test_affinity_propagates_nan_and_inf(where, bad, n):
     grad = grad[:, :2]
     {"value": value, "feat": feat}[where][0, 1, 7] = bad
     single = [here(x.float()) for x in (grad, value, feat)]
-    ours = affinity_gradients_with_output(relu_affinity, *single)
+    ours = with_gradients(relu_affinity, *single)
     for a, e in zip(ours, by_formula(grad, value, feat)):
         a = a.cpu().double()
         assert torch.allclose(*finite_parts(a, e), rtol=1e-4, atol=1e-4)
@@ -170,7 +165,7 @@ def test_affinity_propagates_nan_and_inf(where, bad, n):
 def test_affinity_runs_are_bit_equal(dtype):
     value, feat, grad = (here(randn(2, k, 123, seed=k, dtype=torch.float32)) for k in (4, 33, 4))
     runs = [
-        affinity_gradients_with_output(
+        with_gradients(
             relu_affinity, grad, value, feat.to(dtype)
         )
         for _ in range(2)
@@ -201,7 +196,7 @@ def test_affinity_opcheck(backend):
 pool = gated_attention_pool
 
 # Ours, plain torch and the judge.
-RUNS = [(pool, torch.float32), (dense_pool, torch.float32), (dense_pool, torch.float64)]
+RUNS = [(pool, torch.float32), (twin, torch.float32), (twin, torch.float64)]
 
 
 # B, N, D, L, K
@@ -229,7 +224,7 @@ def test_pool_matches_published_code(name):
     leaves = [leaf(x) for x in arguments]
     pooled, scores = pool(*leaves)
     plain_leaves = [leaf(x) for x in arguments]
-    plain = dense_pool(*plain_leaves)
+    plain = twin(*plain_leaves)
     budget((pooled[0], scores[0]), [x[0] for x in plain], (data["pooled"], data["scores"]))
     grad = here(data["grad_pooled"].float())
     ours, theirs = (gradients(p[0], x, grad) for p, x in ((pooled, leaves), (plain[0], plain_leaves)))
@@ -255,7 +250,7 @@ def test_pool_of_a_feature_map_view():
     assert pooled.shape == (2, 1, 20) and scores.shape == (2, 1, 20)
     (ours,) = torch.autograd.grad(pooled.square().sum(), fmap)
     exact, double = fmap.detach().double().requires_grad_(), [x.double() for x in weights]
-    (truth,) = torch.autograd.grad(dense_pool(exact.flatten(2).mT, *double)[0].square().sum(), exact)
+    (truth,) = torch.autograd.grad(twin(exact.flatten(2).mT, *double)[0].square().sum(), exact)
     assert error(ours, truth) < 1e-5
 
 
@@ -304,8 +299,8 @@ def test_pool_masked_instances_never_leak(leak, finite_products):
     assert (scores.masked_select(~mask[:, None].expand_as(scores)) == float("-inf")).all()
     for bag in (0, 2):  # as if the bag held its real instances only
         alone = [arguments[0][bag : bag + 1, mask[bag]], *arguments[1:]]
-        exact = dense_pool(*(x.double() for x in alone))[0]
-        budget([ours[0][bag : bag + 1]], [dense_pool(*alone)[0]], [exact])
+        exact = twin(*(x.double() for x in alone))[0]
+        budget([ours[0][bag : bag + 1]], [twin(*alone)[0]], [exact])
 
 
 def test_pool_empty_and_fully_masked_bags():
@@ -333,7 +328,7 @@ def test_pool_ragged(index_dtype, finite_products):
     cu_seqlens = here(torch.tensor(bounds, dtype=index_dtype))
 
     def by_bag(h, *weights, mask=None):
-        alone = [dense_pool(h[None, a:b], *weights) for a, b in itertools.pairwise(bounds)]
+        alone = [twin(h[None, a:b], *weights) for a, b in itertools.pairwise(bounds)]
         return torch.cat([p.nan_to_num(0) for p, _ in alone]), torch.cat([s[0] for _, s in alone], dim=-1)
 
     ours = pool_results(pool, arguments, torch.float32, cu_seqlens=cu_seqlens)
@@ -356,7 +351,7 @@ def test_pool_large_scores_do_not_overflow():
     arguments = inputs(1, 70, 4, 3, dtype=torch.float32)
     arguments[5] = arguments[5] * 1e4
     ours = pool(*(here(x) for x in arguments))[0]
-    budget([ours], [dense_pool(*arguments)[0]], [dense_pool(*(x.double() for x in arguments))[0]])
+    budget([ours], [twin(*arguments)[0]], [twin(*(x.double() for x in arguments))[0]])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -366,7 +361,7 @@ def test_pool_propagates_nan_and_inf(bad):
     arguments[0][1, 2, 3] = bad
     arguments = [here(x) for x in arguments]
     ours = pool(*arguments)
-    for mine, theirs in zip(ours, dense_pool(*arguments)):
+    for mine, theirs in zip(ours, twin(*arguments)):
         assert torch.allclose(*finite_parts(mine, theirs), rtol=1e-4, atol=1e-4)
 
 
@@ -432,7 +427,7 @@ def far_apart():
 def test_affinity_of_offsets_beyond_int32(far_apart):
     value, grad, feat = randn(1, 2, 45, seed=1), randn(1, 2, 45, seed=3), off_kink(1, 3, 45).bfloat16()
     near, far = (
-        affinity_gradients_with_output(
+        with_gradients(
             relu_affinity, here(grad.float()), here(value.float()), x
         )
         for x in (here(feat), far_apart(feat))

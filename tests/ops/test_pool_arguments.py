@@ -120,14 +120,14 @@ CASES = [(7, 5, 3, 2), (131, 33, 65, 1), (20, 40, 145, 3)]
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_dropout_equals_the_twin_with_the_same_mask(backend, case, gated, dtype):
     takes(backend, dtype)
-    assert_twin(backend, inputs(*case, batch=2, gated=gated), dtype, SEED, 0.25)
+    assert_twin(backend, inputs(2, *case, gated=gated), dtype, SEED, 0.25)
 
 
 @of_dropout
 @pytest.mark.parametrize("p", [1e-6, 0.9, 1.0])
 @pytest.mark.parametrize("layout", ["mask", "ragged", "alone"])
 def test_dropout_of_every_layout(backend, layout, p):
-    arguments = inputs(41, 6, 21, 2, batch=2 if layout == "mask" else None)
+    arguments = inputs(2 if layout == "mask" else None, 41, 6, 21, 2)
     kwargs = {
         "mask": {"mask": torch.rand(2, 41, generator=torch.Generator().manual_seed(0)) < 0.5},
         "ragged": {"cu_seqlens": torch.tensor([0, 3, 20, 41])},
@@ -142,7 +142,7 @@ def test_dropout_of_every_layout(backend, layout, p):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_activations(backend, activation, gated, dtype):
     takes(backend, dtype)
-    arguments = inputs(37, 12, 21, 2, batch=2, gated=gated)
+    arguments = inputs(2, 37, 12, 21, 2, gated=gated)
     mask = torch.rand(2, 37, generator=torch.Generator().manual_seed(0)) < 0.5
     assert_twin(backend, arguments, dtype, activation=activation, mask=mask)
     assert_twin(backend, arguments, dtype, SEED, 0.4, activation=activation)
@@ -151,7 +151,7 @@ def test_activations(backend, activation, gated, dtype):
 @having("gated_attention_pool", *pool_arguments(activation="relu"))
 def test_relu_has_no_slope_at_0(backend):
     """Half of the units are at 0 exactly, where torch's gradient is 0."""
-    h, v, _, u, _, w, _ = inputs(9, 4, 8, 1, batch=1)
+    h, v, _, u, _, w, _ = inputs(1, 9, 4, 8)
     v[::2] = 0
     assert_twin(backend, [h, v, None, u, None, w, None], torch.float32, activation="relu")
 
@@ -166,7 +166,7 @@ MIXED += [(torch.bfloat16, torch.float16), (torch.float32, torch.float64)]
 def test_weights_in_another_dtype(backend, dtypes, layout):
     """As with everything cast to the dtype that both promote to, bit for bit where sums are of that dtype."""
     of_h, of_weights = dtypes
-    arguments = inputs(33, 10, 21, 2, batch=2 if layout == "dense" else None)
+    arguments = inputs(2 if layout == "dense" else None, 33, 10, 21, 2)
     arguments = on(backend, *(x.to(of_weights if i else of_h) for i, x in enumerate(arguments)))
     options = {"seed": None, "dropout_p": 0.0}
     if reason := _backends.named(backend, "backend").launcher.can_run(
@@ -199,7 +199,7 @@ def test_weights_in_another_dtype(backend, dtypes, layout):
 def test_scores_alone_are_those_of_the_pool(backend, layout, dtype):
     takes(backend, dtype)
     batch = 2 if layout in ("dense", "mask") else None
-    arguments = on(backend, *(x.to(dtype) for x in inputs(70, 9, 20, 3, batch)))
+    arguments = on(backend, *(x.to(dtype) for x in inputs(batch, 70, 9, 20, 3)))
     kwargs = {"backend": backend, "dropout_p": 0.3 if backend in DROPPING else 0.0}
     if layout == "mask":
         kwargs["mask"] = on(backend, torch.rand(2, 70, generator=torch.Generator().manual_seed(0)) < 0.5)[0]
@@ -297,7 +297,7 @@ def test_pool_by_scores_of_nothing(backend):
 @pytest.mark.parametrize("activation", ["tanh", "gelu"])
 def test_gradcheck(backend, activation):
     takes(backend, torch.float64)
-    arguments = inputs(5, 4, 18, 2, batch=2)
+    arguments = inputs(2, 5, 4, 18, 2)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
 
     def call(*leaves, **kwargs):
@@ -366,7 +366,7 @@ def test_seeds_are_torchs(backend):
 @of_dropout
 def test_two_runs_of_one_seed_are_bit_equal(backend):
     """With any number of threads on ``cpu``; the reference sums as torch's products do."""
-    arguments = on(backend, *(x.float() for x in inputs(301, 33, 70, 2, batch=3)))
+    arguments = on(backend, *(x.float() for x in inputs(3, 301, 33, 70, 2)))
     run = functools.partial(op, backend, *on(backend, SEED), 0.3)
     threads = torch.get_num_threads()
     runs = []
@@ -383,7 +383,7 @@ def test_two_runs_of_one_seed_are_bit_equal(backend):
 def test_checkpoint_computes_the_same_mask_again(backend):
     from torch.utils.checkpoint import checkpoint
 
-    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(20, 5, 30, 1, batch=2))]
+    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(2, 20, 5, 30))]
     runs = []
     for run in (lambda f, *x: f(*x), functools.partial(checkpoint, use_reentrant=False)):
         torch.manual_seed(5)
@@ -401,7 +401,7 @@ def drawn_by(step, *tensors):
 @of_dropout
 def test_compiled_calls_draw_a_new_mask_each(backend):
     torch._dynamo.reset()
-    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(20, 5, 30, 1, batch=2))]
+    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(2, 20, 5, 30))]
     mask = on(backend, torch.rand(2, 20, generator=torch.Generator().manual_seed(0)) < 0.7)[0]
     step = functools.partial(gated_attention_pool, mask=mask, dropout_p=0.5, masked_score=-1.0, backend=backend)
     eager, compiled = (drawn_by(x, *leaves) for x in (step, torch.compile(step, fullgraph=True, backend="aot_eager")))
@@ -433,7 +433,7 @@ def test_inductor_draws_a_new_mask_each_call(backend):
 
 @of_dropout
 def test_opcheck(backend):
-    arguments = on(backend, *(x.float() for x in inputs(3, 4, 5, 2, batch=2)))
+    arguments = on(backend, *(x.float() for x in inputs(2, 3, 4, 5, 2)))
     h, *weights = arguments
     mask, bounds, seed = on(backend, torch.tensor([[True, False, True]] * 2), torch.tensor([0, 1, 1, 3]), SEED)
     rest = (seed, 0.5, "gelu") if backend in ("cpu", "reference") else (seed, 0.5, "tanh")
@@ -473,7 +473,7 @@ def test_any_shape_layout_mask_and_option_property(backend, data):
         data.draw(st.integers(1, high), label=k) for k, high in (("N", 120), ("D", 50), ("L", 140), ("K", 4))
     )
     gated, bias = (data.draw(st.booleans(), label=k) for k in ("gated", "bias"))
-    arguments = inputs(n, d, hidden, heads, 2, gated, bias)
+    arguments = inputs(2, n, d, hidden, heads, gated, bias)
     kind = data.draw(st.sampled_from(["contiguous", "channels_last", "strided", "offset"]), label="layout")
     arguments[0] = layouts(arguments[0].float())[kind]
     mask = torch.rand(2, n, generator=torch.Generator().manual_seed(n)) < 0.7
@@ -486,7 +486,7 @@ def test_any_shape_layout_mask_and_option_property(backend, data):
 
 
 def small(backend):
-    return on(backend, *(x.float() for x in inputs(5, 4, 3, 1, 2)))
+    return on(backend, *(x.float() for x in inputs(2, 5, 4, 3)))
 
 
 @of_scores
@@ -699,7 +699,7 @@ def test_vmap_of_scores_and_values(backend):
 @of_values
 def test_flops(backend):
     """18 instances, D 4, L 3, K 2: two projections of 432, narrow products 216 (L) and 288 (D)."""
-    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(9, 4, 3, 2, 2))]
+    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(2, 9, 4, 3, 2))]
     with FlopCounterMode(display=False) as flops:
         scores = attention_scores(*leaves, backend=backend)
     assert flops.get_total_flops() == 2 * 432 + 216

@@ -30,7 +30,7 @@ def float64(backend):
 
 
 def arguments(kwargs, **options):
-    h, *weights = inputs(5, 4, 3, heads=2, batch=2, **options)
+    h, *weights = inputs(2, 5, 4, 3, heads=2, **options)
     return [h.flatten(0, 1) if "cu_seqlens" in kwargs else h, *weights]
 
 
@@ -144,7 +144,7 @@ def test_gradients_per_bag(backend, mask):
 
 @pytest.mark.parametrize("kwargs", [{}, {"mask": MASK}], ids=["dense", "masked"])
 def test_scores_and_values_apart(backend, kwargs):
-    h, *weights = inputs(5, 4, 3, heads=2, batch=2)
+    h, *weights = inputs(2, 5, 4, 3, heads=2)
     scores, value = randn(2, 2, 5, seed=1), randn(2, 5, 3, seed=2)
     mask = kwargs.get("mask")
 
@@ -164,7 +164,7 @@ def test_scores_and_values_apart(backend, kwargs):
 
 def test_dropout_is_the_same_in_every_derivative(backend):
     """The seed fixes the mask, so second derivatives are those of the function that the forward was."""
-    h, *weights = (x.requires_grad_() for x in inputs(3, 2, 17, batch=1))
+    h, *weights = (x.requires_grad_() for x in inputs(1, 3, 2, 17))
 
     def step(*args):
         generator = torch.Generator().manual_seed(3)
@@ -174,7 +174,7 @@ def test_dropout_is_the_same_in_every_derivative(backend):
 
 
 def test_an_empty_bag_has_finite_second_derivatives(backend):
-    h, *weights = (x.requires_grad_() for x in inputs(5, 4, 3, batch=2))
+    h, *weights = (x.requires_grad_() for x in inputs(2, 5, 4, 3))
     mask = torch.tensor([[True] * 5, [False] * 5])
     pooled, _ = gated_attention_pool(h, *weights, mask=mask, backend=backend)
     first = torch.autograd.grad(pooled.square().sum(), (h, *weights), create_graph=True)

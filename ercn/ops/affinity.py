@@ -19,7 +19,7 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
         out = V · A,   A = relu(T),   T = Fᵀ F
 
     A is symmetric, so the op is its own adjoint: grad_value = relu_affinity(grad_out, feat), and
-    grad_feat = F · (1[T>0] ⊙ (VᵀG + GᵀV)), with the subgradient 0 at T = 0. Only the gradients asked for are computed.
+    grad_feat = F · (1[T>0] ⊙ (VᵀG + GᵀV)), with the subgradient 0 at T = 0. Gradients are computed only if needed.
 
     Args:
         value: V, [B, C, N] or [B, C, H, W], floating point.
@@ -33,10 +33,10 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
-        NotImplementedError: a third derivative. The first two are there, in reverse and forward mode, and so are
-            ``vmap`` and the transforms of ``torch.func``, which except for ``vmap`` break the graph of torch.compile.
-            The kink at T = 0 has no second derivative. Beyond the first gradient and the tangent of value they are
-            plain torch in part, blockwise, on every backend.
+        NotImplementedError: a third derivative. The first two exist in reverse and forward mode, as do ``vmap`` and
+            the transforms of ``torch.func``, which except for ``vmap`` break the graph of torch.compile. The kink at
+            T = 0 has no second derivative. Beyond the first gradient and the tangent of value, they are in part plain
+            torch, blockwise, on every backend.
 
     FLOPs are 2·B·N²·(D + C) counted densely; memory is O(B·N·(C + D)). Two runs on one machine are bit-equal.
     Under autocast ``feat`` is cast to autocast's dtype and ``value`` is not.
@@ -73,7 +73,7 @@ def affinity_propagate(
         cam: [B, C, H, W] or [B, C, N], floating point.
         feat: [B, D, H, W] or [B, D, N] pixel embeddings of the same pixels, any strides.
         eps: added to the norms and to the row sums, both in float32 or better.
-        normalize: L2-normalise ``feat`` over channels first; False takes it as it is.
+        normalize: whether to L2-normalise ``feat`` over channels first.
         steps: how often the normalised propagation is applied, ≥ 1.
         backend: as in ``relu_affinity``.
 

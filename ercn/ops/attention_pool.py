@@ -45,45 +45,45 @@ def gated_attention_pool(
     Args:
         h: instances [B, N, D], any strides — ``fmap.flatten(2).transpose(1, 2)`` of an NCHW map is not copied —
             or one bag [N, D], or ragged [T, D] with ``cu_seqlens``; float32, bfloat16, float16 or float64.
-        v_weight, u_weight: [L, D]; ``u_weight=None`` leaves the gate out (plain attention).
+        v_weight, u_weight: [L, D]; ``u_weight=None`` leaves out the gate (plain attention).
         v_bias, u_bias: [L] or None.
-        w_weight, w_bias: [K, L] for K heads, and [K] or None. The weights share one dtype; where it is not h's, as
-            float32 weights beside bfloat16 features, products are formed in the dtype that the two promote to.
+        w_weight, w_bias: [K, L] for K heads, and [K] or None. The weights share one dtype; if it is not h's, as with
+            float32 weights and bfloat16 features, products are formed in the dtype that the two promote to.
         mask: [B, N] ([N] for one bag), bool or 0/1 of any dtype, True where the instance is real. A masked instance has
-            weight and gradient 0, whatever ``h`` holds there. Dense bags only.
-        key_padding_mask: the same with the other polarity, True where the instance is padding, as in
-            ``torch.nn.MultiheadAttention``. One of the two at most.
-        cu_seqlens: [B+1] int32 or int64, bag b is ``h[cu_seqlens[b]:cu_seqlens[b + 1]]``; from 0 to T, never falling.
-        activation: of the first branch, "tanh", "relu" or "gelu" (by erf). The second one is always a sigmoid.
-        dropout_p: probability with which each hidden unit of either branch is dropped, on its own for every instance;
-            kept ones are divided by 1 - p. In steps of 1 / 65536. There is no switch for evaluation: pass 0.
-        generator: what the seed of the dropout is drawn from, on h's device; None takes torch's own, so that
-            ``torch.manual_seed`` reproduces it and ``torch.utils.checkpoint`` computes the same mask again.
-        masked_score: the score of masked instances, finite or -inf. Scores have no gradient there; pooled is the same.
+            weight and gradient 0, whatever values ``h`` has there. Dense bags only.
+        key_padding_mask: the inverse of ``mask``, True where the instance is padding, as in
+            ``torch.nn.MultiheadAttention``. Give at most one of the two.
+        cu_seqlens: [B+1] int32 or int64, from 0 to T without falling; bag b is ``h[cu_seqlens[b]:cu_seqlens[b + 1]]``.
+        activation: of the first branch, "tanh", "relu" or "gelu" (by erf). The gate always is a sigmoid.
+        dropout_p: probability with which each hidden unit of either branch is dropped, independently for each instance,
+            in steps of 1 / 65536; kept units are divided by 1 - p. Pass 0 for evaluation.
+        generator: draws the seed of the dropout, on h's device; None is torch's own, so that ``torch.manual_seed``
+            reproduces it and ``torch.utils.checkpoint`` computes the same mask again.
+        masked_score: the score of masked instances, finite or -inf, without effect on pooled; it has no gradient.
         backend: one of ``ercn.ops.backends()``; None takes ``use_backend``, ``ERCN_BACKEND`` or the first that can run.
 
     Returns:
         pooled: z, [B, K, D] in the dtype that h and the weights promote to.
         scores: s before the softmax, [B, K, N] or [K, T]; float64 if an input is, else float32.
-        Of one bag [N, D] both are without B. An empty or fully masked bag gives pooled 0 and zero gradients; a mask
-        that leaves no instance of any bag warns where it can be read, on the CPU. Gradients flow through both outputs.
+        For one bag [N, D] both are without B. An empty or fully masked bag gives pooled 0 and zero gradients; on the
+        CPU, a mask without any real instance warns. Gradients flow through both outputs.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
 
-    All derivatives are there, in reverse and forward mode, and so are ``vmap`` and the transforms of ``torch.func``,
+    Derivatives of any order exist in reverse and forward mode, as do ``vmap`` and the transforms of ``torch.func``,
     which except for ``vmap`` break the graph of torch.compile. Beyond the first gradient, which the kernels compute,
     they are plain torch on every backend, with O(N·L) memory.
 
-    FLOPs are 4·B·N·D·L for the projections (2·B·N·D·L ungated) and 2·B·N·K·(L + D). No [N, L] activation and no mask of
-    the dropout is kept: the backward computes them again. Two runs on one machine are bit-equal, with dropout under the
-    same seed. Under autocast all floating inputs but float64 are cast.
+    FLOPs are 4·B·N·D·L for the projections (2·B·N·D·L without the gate) and 2·B·N·K·(L + D). No [N, L] activation and
+    no dropout mask is saved: the backward computes them again. Two runs on one machine are bit-equal, with dropout
+    under the same seed. Under autocast all floating inputs except float64 are cast.
 
-    Dropout takes Philox4x32-10 under one seed for each call, ``torch.randint(2**62, (1,))``. Instance i (b·N + n, or
-    the ragged row) and hidden unit l take word (l // 16) % 4 of the counter (i mod 2³², i // 2³², (l // 64)·16 + l %
-    16, 0): its low 16 bits drop the unit of V's branch, its high ones that of U's, where they are below round(65536·p).
-    So the mask does not depend on the backend, the number of threads or the instruction set.
+    Dropout is Philox4x32-10 with one seed for each call, ``torch.randint(2**62, (1,))``. Instance i (b·N + n, or the
+    ragged row) and hidden unit l take word (l // 16) % 4 of the counter (i mod 2³², i // 2³², (l // 64)·16 + l % 16,
+    0). If its low 16 bits are below round(65536·p), V's unit is dropped; if its high 16 bits are, U's. So the mask does
+    not depend on the backend, the number of threads or the instruction set.
 
     Sources: Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", ICML 2018; Salmon, Moraes, Dror,
     Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
@@ -124,13 +124,13 @@ def attention_scores(
     masked_score: float = _MASKED,
     backend: str | None = None,
 ) -> Tensor:
-    """The scores of ``gated_attention_pool`` alone, before the softmax: nothing is pooled, forward or backward.
+    """Only the scores of ``gated_attention_pool``, before the softmax, without pooling in forward and backward.
 
         s_k = w · (drop(tanh(V h_k + b_V)) ⊙ drop(σ(U h_k + b_U))) + b_w
 
-    With ``pool_by_scores`` they make the pool again, with room between the two for what changes scores (top-k masks,
-    gates) or pools something else than h (values of their own, logits of each instance, classes with their own
-    attention). Where both scores and the pooled h are wanted, ``gated_attention_pool`` reads h once for both.
+    ``pool_by_scores`` of them is the pool again. Between the two, scores can be changed (top-k masks, gates), and other
+    values than h can be pooled (separate values, logits of each instance, classes with their own attention). If the
+    scores and the pooled h are needed unchanged, ``gated_attention_pool`` reads h once for both.
 
     Args: as ``gated_attention_pool``.
 
@@ -139,9 +139,10 @@ def attention_scores(
         input is, else float32.
 
     Raises:
-        ValueError, RuntimeError: as ``gated_attention_pool``, and so are derivatives.
+        ValueError, RuntimeError: as ``gated_attention_pool``.
 
-    FLOPs are those of the projections and 2·B·N·K·L. Determinism, dropout and source as ``gated_attention_pool``.
+    FLOPs are those of the projections and 2·B·N·K·L. Derivatives, determinism, dropout and source as
+    ``gated_attention_pool``.
 
     >>> import torch
     >>> from ercn.ops import attention_scores
@@ -166,15 +167,15 @@ def pool_by_scores(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Pool any value of each instance by scores, those of ``attention_scores`` or others.
+    """Pool values of instances by scores, those of ``attention_scores`` or any others.
 
         a = softmax_k(s),   z = Σ_k a_k value_k
 
     Args:
-        scores: s, [B, K, N], [K, T] with ``cu_seqlens`` or [K, N] for one bag; floating point. -inf gives weight 0;
-            where a bag has no other score the result is NaN, as of any softmax, which only a mask avoids.
+        scores: s, [B, K, N], [K, T] with ``cu_seqlens`` or [K, N] for one bag; floating point. -inf gives weight 0. A
+            bag with no other score gives NaN, as any softmax does; only a mask avoids it.
         value: [B, N, D], [T, D] or [N, D], any strides and floating dtype.
-        mask, key_padding_mask: as ``gated_attention_pool``. What scores and value hold where masked is never used.
+        mask, key_padding_mask: as ``gated_attention_pool``. Scores and values of masked instances have no effect.
         cu_seqlens, backend: as ``gated_attention_pool``.
 
     Returns:
@@ -182,10 +183,10 @@ def pool_by_scores(
         empty or fully masked bag gives 0 and zero gradients. Differentiable in scores and value.
 
     Raises:
-        ValueError, RuntimeError: as ``gated_attention_pool``, and so are derivatives.
+        ValueError, RuntimeError: as ``gated_attention_pool``.
 
-    FLOPs are 2·B·N·K·D; value is read once, and once more in the backward. Two runs on one machine are bit-equal. Under
-    autocast ``value`` is cast to autocast's dtype and ``scores`` is not.
+    FLOPs are 2·B·N·K·D; value is read once, and once more in the backward. Derivatives as ``gated_attention_pool``. Two
+    runs on one machine are bit-equal. Under autocast ``value`` is cast to autocast's dtype and ``scores`` is not.
 
     >>> import torch
     >>> from ercn.ops import pool_by_scores

@@ -12,7 +12,7 @@ from torch.nn.functional import gelu, linear
 
 from ercn.ops import _backends, gated_attention_pool, triton
 
-ALONE = EMULATED or triton.INTERPRETED  # this process tests one GPU backend, on the CPU
+GPU_ON_CPU = EMULATED or triton.INTERPRETED  # this process tests one GPU backend on the CPU
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": gelu}
 
 
@@ -97,7 +97,7 @@ def twin(h, *weights, mask=None, cu_seqlens=None, activation="tanh", seed=None, 
 
 def backends_for(op: str, *args) -> list[str]:
     """The backends of this process that take ``args``, on any device."""
-    names = [*BACKENDS] if ALONE else ["cpu", "reference", *BACKENDS]
+    names = [*BACKENDS] if GPU_ON_CPU else ["cpu", "reference", *BACKENDS]
     rows = [_backends.named(name, "backend") for name in names]
     return [row.name for row in rows if (row.launcher.unavailable() or row.launcher.can_run(op, *args)) is None]
 

@@ -69,7 +69,7 @@ def test_double_backward_of_one_input(backend, need):
 
 @pytest.mark.parametrize("made", ["feat is cam", "feat of cam", "cam of feat"])
 def test_inputs_that_depend_on_each_other(backend, made):
-    """The gradient with a graph of its own counts each path once."""
+    """The gradient with create_graph counts each path once."""
 
     def loss(x):
         other = x * x + 1
@@ -100,7 +100,7 @@ def test_forward_mode(backend):
     tangents = [randn(*x.shape, seed=9 + i) for i, x in enumerate(leaves)]
     for ours, dense in pairs(backend):
         assert_equal(*(jvp(f, tuple(x.detach() for x in leaves), tuple(tangents)) for f in (ours, dense)))
-        for which in (0, 1):  # a tangent of one input alone
+        for which in (0, 1):  # a tangent of one input only
             found = []
             for function in (ours, dense):
                 with forward_ad.dual_level():
@@ -149,12 +149,12 @@ def test_second_derivatives_have_the_dtypes_of_the_inputs(backend):
             first = torch.autograd.grad(loss_of(function)(*x), x, create_graph=True)
             seconds.append(torch.autograd.grad(sum(g.double().square().sum() for g in first), x))
         assert [x.dtype for x in seconds[0]] == [torch.float32, torch.bfloat16]
-        # Gradients of feat are rounded to bfloat16, and so are features where they are normalised.
+        # Gradients of feat are rounded to bfloat16, and so are normalised features.
         assert all(error(a, e) < 4 * torch.finfo(torch.bfloat16).eps for a, e in zip(*seconds))
 
 
 def test_gradients_by_torch_func_under_autocast(backend):
-    """As autograd has them: the features are rounded once, and the same ones meet in both directions."""
+    """As in autograd: features are rounded once, and both directions use the rounded ones."""
     value, feat = (x.float() for x in inputs())
     require(backend, "relu_affinity", value, feat.bfloat16())
     leaves = [x.clone().requires_grad_() for x in (value, feat)]
@@ -186,7 +186,7 @@ def test_the_formula_in_blocks(backend, monkeypatch):
 
 
 def test_transforms_in_a_compiled_function(backend):
-    """They leave the graph, where a registered op would have no tangent; vmap stays in it."""
+    """They break the graph, in which a registered op would have no tangent; vmap does not."""
     value, feat = inputs()
     ours, _ = pairs(backend)[0]
     functions = {

@@ -1,4 +1,4 @@
-"""Attention pooling against AMLab's and CLAM's published code, plain torch in float64, and the backends' properties."""
+"""Attention pooling against the published code of AMLab and CLAM and plain torch in float64, and its properties."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_matches_published_code(backend, name):
         assert error(scores[0].softmax(-1), data["attention"]) < 1e-12
     expected = [data["grad_h"]] + [data[f"grad.{k}"] for k in parameter_keys if k is not None]
     for ours, theirs in zip(gradients(pooled[0], leaves, data["grad_pooled"]), expected):
-        # The bias of w shifts every score alike: its gradient is 0 up to rounding.
+        # The bias of w shifts all scores equally: its gradient is 0 up to rounding.
         assert error(ours, theirs) < 1e-11 or (ours - theirs).abs().max() < 1e-13
 
 
@@ -105,8 +105,8 @@ def test_only_gradients_asked_for(backend, index):
 
 @pytest.mark.parametrize("gated, forward, backward", [(True, 1368, 3600), (False, 936, 2304)], ids=["gated", "plain"])
 def test_flops(backend, gated, forward, backward):
-    """Projections 2·18·4·3 = 432 each, scores and pooling 2·18·2·(3 + 4) = 504. Backward: thrice the projections
-    (formed again, for the weights, for h), twice the others."""
+    """Projections 2·18·4·3 = 432 each, scores and pooling 2·18·2·(3 + 4) = 504. Backward: three times the
+    projections (again, for the weights, for h), twice the others."""
     arguments = [x if x is None else x.requires_grad_() for x in inputs(2, 9, 4, 3, heads=2, gated=gated)]
     with FlopCounterMode(display=False) as flops:
         pooled, _ = gated_attention_pool(*arguments, backend=backend)
@@ -121,7 +121,7 @@ def test_gradient_through_either_output_alone(backend):
     for pick in (0, 1):
         ours, theirs = (f(*leaves)[pick] for f in (lambda *a: gated_attention_pool(*a, backend=backend), twin))
         for a, e in zip(gradients(ours.square().sum(), leaves, None), gradients(theirs.square().sum(), leaves, None)):
-            assert error(a, e) < 1e-12 or (a - e).abs().max() < 1e-13  # w_bias moves pooled by rounding only
+            assert error(a, e) < 1e-12 or (a - e).abs().max() < 1e-13  # w_bias changes pooled by rounding only
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
@@ -246,9 +246,9 @@ def test_masked_instances_never_leak(backend, leak):
     assert (scores.masked_select(~mask[:, None].expand_as(scores)) == float("-inf")).all()
     grads = gradients(pooled.square().sum() + scores.masked_fill(~mask[:, None], 0).sum(), leaves, None)
     assert (grads[0][~mask] == 0).all()
-    for b in range(2):  # as if the bag held its real instances only
-        alone = [arguments[0][b : b + 1, mask[b]], *arguments[1:]]
-        assert error(pooled[b : b + 1], twin(*alone)[0]) < 1e-13
+    for b in range(2):  # equal to a bag of its real instances only
+        real = [arguments[0][b : b + 1, mask[b]], *arguments[1:]]
+        assert error(pooled[b : b + 1], twin(*real)[0]) < 1e-13
     clean = [leaf(x) for x in arguments]
     expected, expected_scores = gated_attention_pool(*clean, mask=mask, backend=backend)
     loss = expected.square().sum() + expected_scores.masked_fill(~mask[:, None], 0).sum()
@@ -282,8 +282,8 @@ def test_ragged_equals_bag_by_bag(backend, index_dtype):
     arguments = [leaf(x) for x in inputs(None, 60, 6, 5, heads=3)]
     pooled, scores = gated_attention_pool(*arguments, cu_seqlens=bounds, backend=backend)
     bags = [slice(a, b) for a, b in zip(bounds.tolist(), bounds.tolist()[1:])]
-    alone = [gated_attention_pool(arguments[0][None, bag], *arguments[1:], backend=backend) for bag in bags]
-    expected = torch.cat([p for p, _ in alone]), torch.cat([s[0] for _, s in alone], dim=-1)
+    each = [gated_attention_pool(arguments[0][None, bag], *arguments[1:], backend=backend) for bag in bags]
+    expected = torch.cat([p for p, _ in each]), torch.cat([s[0] for _, s in each], dim=-1)
     assert error(pooled, expected[0]) < 1e-13 and error(scores, expected[1]) < 1e-13
     pairs = (pooled, scores), expected
     ours, theirs = (gradients(p.square().sum() + s.square().sum(), arguments, None) for p, s in pairs)

@@ -1,4 +1,4 @@
-"""The CPU kernels, and the reference, on inputs whose results are exact: every bit of every output and gradient."""
+"""The CPU kernels and the reference on inputs with exact results: all outputs and gradients are bit-equal."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_inputs_that_would_not_be_exact_are_refused():
 
 
 def test_a_backward_from_known_outputs():
-    """What test_gpu_hardware.py runs in a process of its own."""
+    """The script that test_gpu_hardware.py runs in its own process."""
     for backend in {name.split()[0] for name in BACKENDS}:
         command = [sys.executable, Path(__file__).with_name("first_backward.py"), backend, "cpu"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -25,7 +25,7 @@ if not BACKENDS:
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# B, C, D, N: ones, primes, one off the tiles, more channels than one block, deep and shallow features.
+# B, C, D, N: ones, primes, tile sizes plus or minus one, more channels than a block, many and few features.
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 22, 64, 63), (1, 6, 33, 65), (3, 1, 8, 31), (1, 70, 16, 33), (2, 4, 100, 34)]
 SHAPES += [(1, 5, 20, 131), (1, 2, 150, 121)]
 
@@ -195,7 +195,7 @@ def test_affinity_opcheck(backend):
 
 pool = gated_attention_pool
 
-# Ours, plain torch and the judge.
+# Ours, plain torch, and plain torch in float64.
 RUNS = [(pool, torch.float32), (twin, torch.float32), (twin, torch.float64)]
 
 
@@ -230,7 +230,7 @@ def test_pool_matches_published_code(name):
     ours, theirs = (gradients(p[0], x, grad) for p, x in ((pooled, leaves), (plain[0], plain_leaves)))
     names = [f"grad.{k}.{kind}" for k in keys if k is not None for kind in ("weight", "bias")]
     exact = [data["grad_h"].unsqueeze(0)] + [data[k] for k in names]
-    # The last one, the bias of w, shifts every score alike: its gradient is 0 up to rounding.
+    # The last one, the bias of w, shifts all scores equally: its gradient is 0 up to rounding.
     budget(ours[:-1], theirs[:-1], exact[:-1])
     assert ours[-1].abs().max() < 1e-6 * max(g.abs().max() for g in exact)
 
@@ -275,7 +275,7 @@ def test_pool_gradient_through_one_output(pick):
         leaves = [leaf(x.to(cast)) for x in arguments]
         results.append(gradients(function(*leaves)[pick].square().sum(), leaves, None))
     for index, (ours, plain, exact) in enumerate(zip(*results)):
-        if index == 6 and pick == 0:  # w_bias moves pooled by rounding only
+        if index == 6 and pick == 0:  # w_bias changes pooled by rounding only
             assert ours.abs().max() < 1e-6
         else:
             budget([ours], [plain], [exact])
@@ -297,10 +297,10 @@ def test_pool_masked_instances_never_leak(leak, finite_products):
     assert (ours[2][~mask] == 0).all() and (ours[0][1] == 0).all()
     _, scores = pool(*dirty, mask=mask)
     assert (scores.masked_select(~mask[:, None].expand_as(scores)) == float("-inf")).all()
-    for bag in (0, 2):  # as if the bag held its real instances only
-        alone = [arguments[0][bag : bag + 1, mask[bag]], *arguments[1:]]
-        exact = twin(*(x.double() for x in alone))[0]
-        budget([ours[0][bag : bag + 1]], [twin(*alone)[0]], [exact])
+    for bag in (0, 2):  # equal to a bag of its real instances only
+        real = [arguments[0][bag : bag + 1, mask[bag]], *arguments[1:]]
+        exact = twin(*(x.double() for x in real))[0]
+        budget([ours[0][bag : bag + 1]], [twin(*real)[0]], [exact])
 
 
 def test_pool_empty_and_fully_masked_bags():
@@ -328,8 +328,8 @@ def test_pool_ragged(index_dtype, finite_products):
     cu_seqlens = here(torch.tensor(bounds, dtype=index_dtype))
 
     def by_bag(h, *weights, mask=None):
-        alone = [twin(h[None, a:b], *weights) for a, b in itertools.pairwise(bounds)]
-        return torch.cat([p.nan_to_num(0) for p, _ in alone]), torch.cat([s[0] for _, s in alone], dim=-1)
+        each = [twin(h[None, a:b], *weights) for a, b in itertools.pairwise(bounds)]
+        return torch.cat([p.nan_to_num(0) for p, _ in each]), torch.cat([s[0] for _, s in each], dim=-1)
 
     ours = pool_results(pool, arguments, torch.float32, cu_seqlens=cu_seqlens)
     budget(ours, *(pool_results(by_bag, arguments, cast) for cast in (torch.float32, torch.float64)))
@@ -341,7 +341,7 @@ def test_pool_permutation(backend):
     pooled, scores = pool(*arguments)
     shuffled = pool(arguments[0][:, order], *arguments[1:])
     assert error(shuffled[0], pooled.double()) < 1e-6
-    if backend == "triton" and DEVICE == "cpu":  # NumPy's products, whose rounding depends on a row's place
+    if backend == "triton" and DEVICE == "cpu":  # the rounding of NumPy's products depends on the position of a row
         assert error(shuffled[1], scores[..., order].double()) < 1e-6
     else:
         assert torch.equal(shuffled[1], scores[..., order])
@@ -412,7 +412,7 @@ def test_float64_is_refused_in_a_sentence():
 
 @pytest.fixture
 def far_apart():
-    """A function that spreads x [B, D, N] in bfloat16 over more than 2³¹ elements, its channels 2³⁰ apart."""
+    """A function that copies x [B, D, N] in bfloat16 to channel strides of 2³⁰, over more than 2³¹ elements."""
     storage = torch.empty((1 << 31) + 4096, dtype=torch.bfloat16, device=DEVICE)  # 4 GB of addresses
 
     def spread(x):

@@ -265,12 +265,14 @@ def _real_instances(
     h: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor | None:
     """bool [B, N] of either mask, True where the instance is real. Values are checked on the CPU only."""
-    if mask is None and key_padding_mask is None:
+    if mask is not None:
+        if key_padding_mask is not None:
+            raise ValueError(f"give mask or key_padding_mask, not both: {_POLARITY['mask']}")
+        name, given = "mask", mask
+    elif key_padding_mask is not None:
+        name, given = "key_padding_mask", key_padding_mask
+    else:
         return None
-    if mask is not None and key_padding_mask is not None:
-        raise ValueError(f"give mask or key_padding_mask, not both: {_POLARITY['mask']}")
-    name, given = ("mask", mask) if mask is not None else ("key_padding_mask", key_padding_mask)
-    assert given is not None
     if cu_seqlens is not None:
         raise ValueError(f"{name} is for dense bags [B, N, D]; ragged bags leave instances out instead")
     if given.shape != h.shape[:-1] or given.device != h.device:
@@ -279,7 +281,7 @@ def _real_instances(
             f"got {given.dtype} {list(given.shape)} on {given.device}"
         )
     readable = _library.is_readable(given)
-    real: Tensor = given
+    real = given
     if given.dtype != torch.bool:
         real = torch.ne(given, 0)
         if readable and (wrong := given[real & (given != 1)]).numel() > 0:

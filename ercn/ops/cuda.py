@@ -1,9 +1,9 @@
 """Launchers of the ``cuda`` backend: CUDA C++ in ``csrc/cuda`` for float32, bfloat16 and float16.
 
-Hopper has kernels of its own for bfloat16 and float16; all else runs kernels that any GPU from compute capability 8.0
-on takes. ``ERCN_CUDA_KERNELS`` = generic, sm90 or sm90_dense forces one, read at every call; a forced one that cannot
-take the tensors raises. float32 follows ``torch.get_float32_matmul_precision()``. ``pool_by_scores`` has one kernel of
-its own kind for every GPU, whatever is forced.
+Hopper has special kernels for bfloat16 and float16; all else runs generic kernels, for GPUs of compute capability 8.0
+and newer. ``ERCN_CUDA_KERNELS`` = generic, sm90 or sm90_dense forces one, read at every call; it raises if that cannot
+take the tensors. float32 follows ``torch.get_float32_matmul_precision()``. ``pool_by_scores`` has one kernel for all
+GPUs.
 """
 
 from __future__ import annotations

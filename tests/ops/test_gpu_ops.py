@@ -1,7 +1,7 @@
 """The operators on every GPU backend against plain torch in float64.
 
-On a GPU, or on the CPU in processes of their own: Triton interpreted (test_triton_interpreter.py), CUDA C++ emulated
-(test_cuda_emulated.py).
+On a GPU, or on the CPU in separate processes: Triton interpreted (tests/triton/test_interpreter.py), CUDA C++ emulated
+(tests/cuda/test_emulated.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Dropout, activations, dtypes, and scores and pooling as two ops: every backend against plain torch.
 
-GPU backends are interpreted or emulated in processes of their own, as test_gpu_ops.py is.
+GPU backends are interpreted or emulated in separate processes, as for test_gpu_ops.py.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 # The site in build/site; a broken link or an unknown name is an error.
 docs: $(VENV)/.installed

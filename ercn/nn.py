@@ -1,9 +1,10 @@
-"""Layers around the ops of ``ercn.ops``: parameters, where there are any, and one op call each."""
+"""Layers around the ops of ``ercn.ops``: each holds the parameters of one op call."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,10 @@ class PixelCorrelation(nn.Module):
         proj_channels: channels of each projection P_i (SEAM: 64 and 128).
         image_channels: channels of the picture, 3; 0 leaves the picture out.
         steps: how often the normalised affinity is applied.
-        center: subtract from f its mean over the picture, so that an element is like those which differ from the mean
-            in the same way. SEAM does not; then f, of features behind a ReLU, points one way nearly everywhere, every
-            affinity is near 1, and the result near the mean of the map.
-        align_corners: of the resizing, where the elements of the maps lie (``ercn.elements``); SEAM's corners are.
+        center: subtract from f its mean over the picture, so that elements are similar if they differ from the mean in
+            the same direction. SEAM does not; f of features after a ReLU then has nearly one direction, all affinities
+            are near 1, and the result is near the mean of the map.
+        align_corners: of the resizing (``ercn.elements`` says where elements lie); True as in SEAM.
 
     Parameters, in this order in the state dict:
         projections.{i}.weight: P_i, [proj_channels[i], in_channels[i], 1, 1]; Kaiming-normal.
@@ -60,11 +61,10 @@ class PixelCorrelation(nn.Module):
             )
         self.image_channels, self.steps, self.center = image_channels, steps, center
         self.align_corners = align_corners
-        self.projections = nn.ModuleList(
-            nn.Conv2d(channels, width, 1, bias=False) for channels, width in zip(in_channels, proj_channels)
-        )
+        projections = [nn.Conv2d(channels, width, 1, bias=False) for channels, width in zip(in_channels, proj_channels)]
+        self.projections = nn.ModuleList(projections)
         self.embed = nn.Conv2d(image_channels + sum(proj_channels), embed_dim, 1, bias=False)
-        for projection in self.projections:
+        for projection in projections:
             nn.init.kaiming_normal_(projection.weight)
         nn.init.xavier_uniform_(self.embed.weight, gain=4)
 
@@ -104,7 +104,7 @@ class PixelCorrelation(nn.Module):
             Like ``cam``.
 
         Raises:
-            ValueError: another number of feature maps or picture channels than the layer was built for.
+            ValueError: not the layer's number of feature maps or of picture channels.
         """
         if len(features) != len(self.projections):
             raise ValueError(f"expected {len(self.projections)} feature maps; got {len(features)}")
@@ -121,18 +121,18 @@ class PixelCorrelation(nn.Module):
 
 
 class PixelAdaptiveRefinement(nn.Module):
-    """PAMR, pixel-adaptive mask refinement: draw maps to the edges of the picture, without parameters.
+    """PAMR, pixel-adaptive mask refinement: align maps with the edges of the picture, without parameters.
 
-    ``pixel_adaptive_refinement(cam, image)`` of ``ercn.ops``, which has the formula.
+    ``ercn.ops.pixel_adaptive_refinement(cam, image)``, which has the formula.
 
     Args:
         dilations: distances of the neighbours in pixels, each at least 1.
         steps: how often the weights are applied; 0 returns the map.
         form: "pamr", or "par" for the weights of PAR.
 
-    Compiled and exported networks hold it as one operator. The map has a gradient, the picture none: it is detached.
-    Flips and quarter turns of picture and map turn the result, to rounding. Deterministic. Source: Araslanov and Roth,
-    CVPR 2020 (arXiv 2005.08104), and its published code, which also resizes the map to the picture and detaches it.
+    It is one operator in compiled and exported networks. The map has a gradient; the picture is detached. Flips and
+    quarter turns of picture and map do the same to the result, up to rounding. Deterministic. Source: Araslanov and
+    Roth, CVPR 2020 (arXiv 2005.08104), and its published code, which also resizes the map to the picture.
 
     >>> import torch
     >>> from ercn.nn import PixelAdaptiveRefinement
@@ -160,7 +160,7 @@ class PixelAdaptiveRefinement(nn.Module):
             Like ``cam``.
 
         Raises:
-            ValueError: another shape, or a map that is not floating point.
+            ValueError: shapes that do not fit, or a map that is not floating point.
         """
         return pixel_adaptive_refinement(
             cam, image.detach(), dilations=self.dilations, steps=self.steps, form=self.form
@@ -170,7 +170,7 @@ class PixelAdaptiveRefinement(nn.Module):
         return f"dilations={self.dilations}, steps={self.steps}, form={self.form!r}"
 
 
-# The Linear layers V, [U,] w of published attention layers; {} is the number of a head.
+# The Linear layers V, [U,] w of published attention layers; {} is the index of a head.
 _ATTENTION_LAYOUTS = {
     "AMLab gated": ("attention_V.0", "attention_U.0", "attention_w"),
     "AMLab plain": ("attention.0", "attention.2"),
@@ -202,16 +202,15 @@ class GatedAttentionPool(nn.Module):
         hidden: L, width of the attention.
         heads: K.
         gated: False leaves out the gate σ(U h + b_U).
-        bias: whether there are b_V, b_U and b_w: one bool for all, or three. The published code has them, the paper's
-            formula does not, and torchmil has no b_w.
+        bias: whether there are b_V, b_U and b_w: one bool for all, or three. The published code has them, the formula
+            of the paper does not, and torchmil has no b_w.
         activation: act, "tanh", "relu" or "gelu".
-        dropout: probability with which each unit of act(·), and on its own each unit of σ(·), is dropped in training
-            mode.
-        groups: G. Heads and units of the attention fall into G groups in their order, and a head reads the units of
-            its group alone, as TRIDENT's heads do.
+        dropout: probability with which each unit of act(·) and, independently, of σ(·) is dropped in training mode.
+        groups: G. Heads and hidden units form G groups in their order; a head reads the units of its group only, as
+            TRIDENT's heads do.
         device, dtype: of the parameters.
 
-    Parameters: v_weight, u_weight [L, D]; v_bias, u_bias [L]; w_weight [K, L / G]; w_bias [K]; those left out are None.
+    Parameters: v_weight, u_weight [L, D]; v_bias, u_bias [L]; w_weight [K, L / G]; w_bias [K]; an absent one is None.
     All are initialised as ``torch.nn.Linear`` does. Sources: Ilse, Tomczak, Welling, ICML 2018; for the dropout CLAM
     (Lu et al., Nature Biomedical Engineering 2021) and its published code.
 
@@ -224,6 +223,13 @@ class GatedAttentionPool(nn.Module):
     >>> list(pool.to_state_dict("CLAM", prefix="attention_net.3."))[:2]
     ['attention_net.3.attention_a.0.weight', 'attention_net.3.attention_a.0.bias']
     """
+
+    v_weight: nn.Parameter
+    v_bias: nn.Parameter | None
+    u_weight: nn.Parameter | None
+    u_bias: nn.Parameter | None
+    w_weight: nn.Parameter
+    w_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -258,7 +264,7 @@ class GatedAttentionPool(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew as ``torch.nn.Linear`` does, uniform in ±1/√(inputs of the layer)."""
+        """Initialise all parameters as ``torch.nn.Linear`` does, uniform in ±1/√(inputs of the layer)."""
         for name, parameter in self.named_parameters():
             bound = (self.w_weight if name.startswith("w_") else self.v_weight).shape[1] ** -0.5
             nn.init.uniform_(parameter, -bound, bound)
@@ -269,50 +275,50 @@ class GatedAttentionPool(nn.Module):
     ) -> GatedAttentionPool:
         """Build the layer from the weights of a published attention layer.
 
-        V, U and w of each layout; those that are not gated have no U:
+        The layouts, with the names of V, U and w (without a gate, of V and w):
 
         - AMLab: ``attention_V.0``, ``attention_U.0``, ``attention_w``, or ``attention.0``, ``attention.2``.
           AMLab-Amsterdam/AttentionDeepMIL, ``model.py``.
-        - AMLab 2020: ``attention_weights`` in the place of ``attention_w``. The same code from March 2020 to June 2023,
-          and after it ACMIL and IBMIL.
+        - AMLab 2020: ``attention_weights`` instead of ``attention_w``. The same code from March 2020 to June 2023, and
+          ACMIL and IBMIL, which follow it.
         - CLAM: ``attention_a.0``, ``attention_b.0``, ``attention_c``, or ``module.0``, ``module.2``, with dropout
           ``module.0``, ``module.3``. mahmoodlab/CLAM, ``models/model_clam.py``.
         - MIL-Lab: CLAM's names; not gated always ``module.3``. mahmoodlab/MIL-Lab, ``src/models/layers.py``.
         - torchmil: ``fc1.module``, ``fc_gated.module``, ``fc2``; one head, no b_w. Franblueee/torchmil,
           ``torchmil/nn/attention/attention_pool.py``.
-        - torchmil CAMIL: ``fc1``, ``fc_gated``, ``fc2``, likewise; ``torchmil/models/camil.py``, which pools other
-          features than it scores.
-        - TRIDENT: lists of H heads with R branches, ``attention_heads.{i}.0``, ``gating_layers.{i}.0``,
+        - torchmil CAMIL: ``fc1``, ``fc_gated``, ``fc2``; one head, no b_w. ``torchmil/models/camil.py``, which pools
+          other features than it scores.
+        - TRIDENT: H heads with R branches each, ``attention_heads.{i}.0``, ``gating_layers.{i}.0``,
           ``branching_layers.{i}``. They become ``groups=H`` and H·R heads, all branches of head 0 first; the condensing
           layer takes ``pooled.unflatten(1, (H, R)).transpose(1, 2).flatten(2)``. mahmoodlab/TRIDENT,
           ``trident/slide_encoder_models/model_zoo/reusable_blocks/ABMIL.py``.
 
-        Each has ``.weight`` and, where it has a bias, ``.bias``. A whole network's state dict is fine: a prefix is
-        found, other keys are ignored. The layer has copies, on the device and in the dtype of the weights; none is
-        transposed or reordered.
+        Each has ``.weight`` and possibly ``.bias``. ``state_dict`` may hold a whole network: a prefix is detected,
+        other keys are ignored. The parameters are copies, on the device and in the dtype of the weights, neither
+        transposed nor reordered.
 
         Args:
             state_dict: the weights.
-            activation: of the source. Keys do not show it: torchmil has all three, the others "tanh".
-            dropout: of the layer. None is 0, with a warning where the keys show that the source had dropout: a gap
-                before ``module.3``, and CLAM's network with its gated attention at ``attention_net.3`` (until April
-                2024 at ``attention_net.2`` when it had none). A gated layer alone does not show it, for its dropout
-                stands last and has no weights: 0.25 by default in CLAM's training and in MIL-Lab, 0 in TRIDENT.
+            activation: of the source, which the keys do not show: torchmil has all three, the others "tanh".
+            dropout: of the layer. None is 0, with a warning if the keys show that the source had dropout: a gap before
+                ``module.3``, or CLAM's network with its gated attention at ``attention_net.3`` (until April 2024 at
+                ``attention_net.2`` without dropout). A gated layer without its network does not show it, because the
+                dropout comes last and has no weights: 0.25 by default in CLAM's training and in MIL-Lab, 0 in TRIDENT.
 
         Raises:
-            ValueError: no such layer, or more than one: the message lists the keys found and those accepted; or weights
+            ValueError: not exactly one such layer (the message lists the keys found and those accepted), or weights
                 that do not fit each other.
         """
 
         def is_one(name: str, prefix: str) -> bool:
-            if name.endswith("plain") and name.startswith(("torchmil", "TRIDENT")):  # all but U of a gated one's keys
+            if name.endswith("plain") and name.startswith(("torchmil", "TRIDENT")):  # a gated one has these keys too
                 gates = (f"{prefix}fc_gated.", f"{prefix}gating_layers.")
                 if any(key.startswith(gates) for key in state_dict):
                     return False
             if not name.startswith("torchmil"):
                 return True
             one_head = state_dict[f"{prefix}fc2.weight"].shape[:1] == (1,)
-            return one_head and f"{prefix}fc2.bias" not in state_dict  # else it is an MLP
+            return one_head and f"{prefix}fc2.bias" not in state_dict  # otherwise it is an MLP
 
         first = {
             name: tuple(f"{layer.format(0)}.weight" for layer in layers) for name, layers in _ATTENTION_LAYOUTS.items()
@@ -340,7 +346,7 @@ class GatedAttentionPool(nn.Module):
             groups * hidden,
             groups * heads,
             gated="u" in letters,
-            bias=tuple(f"{letter}_bias" in own for letter in "vuw"),
+            bias=("v_bias" in own, "u_bias" in own, "w_bias" in own),
             activation=activation,
             dropout=dropout or 0.0,
             groups=groups,
@@ -353,13 +359,13 @@ class GatedAttentionPool(nn.Module):
         """Copies of the weights under the names of a published layer, the inverse of ``from_state_dict``.
 
         Args:
-            layout: "AMLab", "AMLab 2020", "CLAM", "MIL-Lab", "torchmil", "torchmil CAMIL" or "TRIDENT". CLAM's layer
-                that is not gated has its last product at ``module.3`` where this layer has dropout. Activation,
-                dropout and TRIDENT's condensing layer have to be made there as they are here.
+            layout: "AMLab", "AMLab 2020", "CLAM", "MIL-Lab", "torchmil", "torchmil CAMIL" or "TRIDENT". The last
+                product of CLAM's layer without a gate is at ``module.3`` if this layer has dropout. The weights do not
+                hold activation, dropout and TRIDENT's condensing layer: set them there to match.
             prefix: before each key, such as "attention_net.3.".
 
         Raises:
-            ValueError: another layout, or one that has no place for this layer's heads, groups or b_w.
+            ValueError: an unknown layout, or one that cannot hold this layer's heads, groups or b_w.
         """
         kind = "plain" if self.u_weight is None else "gated"
         names = {name: name for name in _ATTENTION_LAYOUTS} | _SAME_LAYOUT
@@ -395,21 +401,20 @@ class GatedAttentionPool(nn.Module):
         """Pool bags.
 
         Args:
-            x: bags [B, N, D]; one bag [N, D]; feature maps [B, D, H, W], whose N = H·W elements are the instances (read
-                in place, not copied); or ragged bags [T, D] with ``cu_seqlens``.
+            x: bags [B, N, D]; one bag [N, D]; feature maps [B, D, H, W], whose N = H·W elements are the instances (not
+                copied); or ragged bags [T, D] with ``cu_seqlens``.
             mask: bool or 0/1 of any dtype, True = real instance: [B, N], [N] or, for feature maps, [B, H, W].
-            cu_seqlens: [B + 1] int32 or int64, where each ragged bag begins and ends.
-            key_padding_mask: in the place of ``mask`` and its opposite: True = padding, as in
-                ``torch.nn.MultiheadAttention``.
-            masked_score: the score that masked instances have.
+            cu_seqlens: [B + 1] int32 or int64, the bounds of the ragged bags.
+            key_padding_mask: the inverse of ``mask``, as in ``torch.nn.MultiheadAttention``: True = padding. Give one
+                of the two.
+            masked_score: the score of masked instances.
             generator: of the dropout, on x's device; None is torch's own.
 
         Returns:
             pooled [B, K, D], and the scores before the softmax: [B, K, N], [B, K, H, W] or [K, T]; without B for one
             bag.
 
-        Raises what ``ercn.ops.gated_attention_pool`` does, which has the rest: masked and empty bags, dtypes, dropout,
-        determinism.
+        ``ercn.ops.gated_attention_pool`` has the errors, masked and empty bags, dtypes, dropout and determinism.
         """
         given = (mask, cu_seqlens, key_padding_mask, masked_score, generator)
         pooled, scores = self._run(gated_attention_pool, x, *given)
@@ -425,11 +430,21 @@ class GatedAttentionPool(nn.Module):
         masked_score: float = -torch.inf,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The scores of ``forward`` alone, for the same arguments: ``ercn.ops.attention_scores``. Nothing is pooled."""
-        scores = self._run(attention_scores, x, mask, cu_seqlens, key_padding_mask, masked_score, generator)
+        """Only the scores of ``forward``, for the same arguments, without pooling: ``ercn.ops.attention_scores``."""
+        given = (mask, cu_seqlens, key_padding_mask, masked_score, generator)
+        scores: Tensor = self._run(attention_scores, x, *given)
         return scores.unflatten(2, x.shape[2:]) if x.dim() == 4 else scores
 
-    def _run(self, op, x, mask, cu_seqlens, key_padding_mask, masked_score, generator):
+    def _run(
+        self,
+        op: Callable[..., Any],
+        x: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        key_padding_mask: Tensor | None,
+        masked_score: float,
+        generator: torch.Generator | None,
+    ) -> Any:
         weight = self.w_weight if self.groups == 1 else torch.block_diag(*self.w_weight.chunk(self.groups))
         if x.dim() == 4:
             x = x.flatten(2).transpose(1, 2)
@@ -463,7 +478,7 @@ class GatedAttentionPool(nn.Module):
 
 
 def _fitting(state_dict: Mapping[str, Tensor], key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """``state_dict[key]``, which must have this shape and the dtype and device of ``like``."""
+    """``state_dict[key]``, checked for this shape and the dtype and device of ``like``."""
     if key not in state_dict:
         raise ValueError(f"'{key}' is missing, its layer's others are there. Keys found: {', '.join(state_dict)}")
     tensor = state_dict[key].detach()
@@ -494,9 +509,9 @@ def _find(
     layouts: Mapping[str, tuple[str, ...]],
     is_one: Callable[[str, str], bool] = lambda name, prefix: True,
 ) -> tuple[str, str, list[Tensor]]:
-    """The one layout and key prefix under which ``state_dict`` holds all of a layer's weights, and these weights.
+    """The only layout and key prefix for which ``state_dict`` holds all weights of a layer, and these weights.
 
-    ``is_one(layout, prefix)`` can deny where all keys are there.
+    ``is_one(layout, prefix)`` can reject a layout with all keys.
     """
     found = []
     for name, keys in layouts.items():

@@ -1,7 +1,6 @@
-"""Memory that ercn allocates without initialising is filled in every test, so that an output left unwritten fails.
+"""Fixtures of all tests: uninitialised memory is filled, so that an unwritten output fails; settings are restored.
 
-Files with slow tests begin first: a file goes to one process as a whole, and a long one that began last would run
-alone.
+Files with slow tests run first: one process runs all of a file, and a long file that starts last delays the end.
 """
 
 import os
@@ -28,7 +27,7 @@ def pytest_configure(config):
 
 def pytest_runtest_teardown(item):
     if time.monotonic() > item.config.getoption("--until"):
-        item.session.shouldstop = "out of time"  # in xdist each worker stops itself, and so its launches come back
+        item.session.shouldstop = "out of time"  # each worker of xdist stops itself and so reports its launches
 
 
 def pytest_collection_modifyitems(items):
@@ -47,7 +46,7 @@ def uninitialised_memory_is_nan():
 
 
 def process_state() -> dict[str, object]:
-    """Settings of the whole process that tests change and later ones depend on."""
+    """Settings of the process that a test may change and later tests depend on."""
     state = {
         "environment": {name: value for name, value in os.environ.items() if name.startswith(("ERCN_", "OMP_"))},
         "threads": torch.get_num_threads(),
@@ -72,7 +71,7 @@ def process_is_left_as_it_was():
 
 @pytest.fixture
 def tf32():
-    """float32 products may be TF32."""
+    """Allow TF32 in float32 products."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     yield
@@ -81,7 +80,7 @@ def tf32():
 
 @pytest.fixture
 def finite_products(monkeypatch):
-    """Triton interpreted: no product may meet a value that is not finite, so a read outside of the inputs shows."""
+    """Triton interpreted: all factors of products must be finite, so that a read outside of the inputs fails."""
     if not triton.INTERPRETED:
         return
     import numpy as np

@@ -1,4 +1,4 @@
-"""The table of backends: which launcher runs an op, in what order, and in a sentence why one cannot."""
+"""The table of backends: which launchers can run an op, in which order, and why one cannot."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -15,10 +16,10 @@ from ercn.ops import cpu, cuda, reference, triton
 
 @dataclass(frozen=True)
 class Backend:
-    """One row. The launcher has one function per op, ``unavailable()`` (why it cannot be used on this machine) and
-    ``can_run(op, *args)`` (why it cannot take the op's own arguments, in its order), each a sentence or None.
+    """One row. The launcher is a module with a function for each op, ``unavailable()`` (why it cannot be used on this
+    machine) and ``can_run(op, *args)`` (why it cannot take these arguments of the op); both return a sentence or None.
 
-    automatic: whether it is chosen without being named; a row joins once measured and verified on its hardware.
+    automatic: whether it is chosen without being named, which needs measurements and tests on its hardware.
     """
 
     name: str
@@ -26,16 +27,17 @@ class Backend:
     launcher: ModuleType
     automatic: bool
 
-    def can_run(self, op: str, *args) -> str | None:
+    def can_run(self, op: str, *args: Any) -> str | None:
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
         if self.device not in ("any", device):
             return f"it runs on {self.device}, the tensors are on {device}"
-        return self.launcher.unavailable() or self.launcher.can_run(op, *args)
+        reason: str | None = self.launcher.unavailable() or self.launcher.can_run(op, *args)
+        return reason
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """What ``backends()`` tells of one row: reason is None where the backend can be used on this machine."""
+    """A row of ``backends()``; reason is None if the backend can be used on this machine, else a sentence."""
 
     name: str
     device: str
@@ -51,12 +53,12 @@ TABLE: tuple[Backend, ...] = (
     Backend("reference", "any", reference, automatic=True),
 )
 
-# The name in force of use_backend, or "". A plain global, since not every torch.compile can trace a context variable.
+# The name that use_backend set, or "". A global, since torch.compile cannot trace a context variable in every version.
 _override = ""
 
 
 def named(name: str, source: str) -> Backend:
-    """The row ``name``; ``source`` is who asked for it."""
+    """The row ``name``; ``source`` says in the error where the name comes from."""
     for row in TABLE:
         if row.name == name:
             return row
@@ -64,12 +66,13 @@ def named(name: str, source: str) -> Backend:
 
 
 def requested(backend: str | None) -> str:
-    """What a public function hands to its op, and the op to its backward: the argument, else ``use_backend``'s name."""
+    """The backend that a public function passes to its op, and the op to its backward: the argument, else the name of
+    ``use_backend``, else ""."""
     return backend or _override
 
 
 def takes_cpu(backend: str) -> bool:
-    """Whether ``launch`` would take the ``cpu`` row for tensors on the CPU, if that takes every argument of the op."""
+    """Whether ``launch`` would take the ``cpu`` row for CPU tensors, if it takes all arguments of the op."""
     row = TABLE[0]
     if row.launcher is not cpu or cpu.unavailable() is not None:
         return False
@@ -77,8 +80,8 @@ def takes_cpu(backend: str) -> bool:
     return row.automatic if not name else name == row.name
 
 
-def launch(op: str, backend: str, *args):
-    """Run ``op`` on ``backend``, else on ``ERCN_BACKEND``, else on the first automatic row that can."""
+def launch(op: str, backend: str, *args: Any) -> Any:
+    """Run ``op`` on ``backend``, else on ``ERCN_BACKEND``, else on the first automatic row that can run it."""
     if name := backend or os.environ.get("ERCN_BACKEND", ""):
         row = named(name, "backend" if backend else "ERCN_BACKEND")
         if reason := row.can_run(op, *args):
@@ -90,13 +93,16 @@ def launch(op: str, backend: str, *args):
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every call of an ercn op takes the backend ``name``; one that cannot run raises its reason.
+    """Run every call of an ercn op within the block on the backend ``name``; if that cannot run, the call raises why.
 
-    The name is taken where the public function is called, and the backward of that call keeps it, wherever and whenever
-    it runs. A compiled graph has it baked in and is compiled anew under another; an exported program keeps its own. It
-    holds for every thread of the process, as torch's ``sdpa_kernel`` does. An explicit ``backend=`` argument is
-    stronger, the environment variable ``ERCN_BACKEND``, read when an op runs, weaker. What ``torch.utils.checkpoint``
-    computes again is a call of its own, with the name in force then.
+    The name is read when the public function is called, and the backward of that call keeps it, also after the block.
+    A compiled graph contains the name and is compiled again under another one; an exported program keeps its own. It
+    holds for all threads of the process, as torch's ``sdpa_kernel`` does. An explicit ``backend=`` argument takes
+    precedence; the environment variable ``ERCN_BACKEND``, read when an op runs, applies only without either. The
+    recomputation of ``torch.utils.checkpoint`` is a new call and reads the name again.
+
+    Raises:
+        ValueError: an unknown backend.
 
     >>> import torch, ercn.ops
     >>> with ercn.ops.use_backend("reference"):
@@ -112,7 +118,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backends() -> list[BackendStatus]:
-    """Every backend in the order in which it is tried, with the reason where it cannot be used here.
+    """Every backend in the order in which it is tried, with the reason if it cannot be used on this machine.
 
     >>> import ercn.ops
     >>> [b.name for b in ercn.ops.backends() if b.reason is None and b.device == "any"]

@@ -1,4 +1,4 @@
-"""How wrong a result may be, against float64: one budget for the tests, ``ercn doctor`` and ``ercn bench``."""
+"""The error budget of a result against float64, for the tests, ``ercn doctor`` and ``ercn bench``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def error(actual: Tensor, exact: Tensor, channels: bool = False, largest: float = 0.0) -> float:
-    """Largest error relative to the largest exact value; inf where one is NaN.
+    """Largest error relative to the largest exact value; inf if any value is NaN.
 
-    channels: each channel of maps [B, C, N] or [B, C, H, W] is relative to its own largest value. For the affinity,
-    whose channels do not mix; in the pool all do, and a row of a gradient is small where its sums cancel.
-    largest: of all results of a call. A tensor below 1e-6 of it is 0 in exact arithmetic, as is the gradient of b_w
-    where only pooled has one, and is measured by it.
+    channels: relate each channel of maps [B, C, N] or [B, C, H, W] to its own largest value. For the affinity, which
+    does not mix channels; the pool does, and a row of its gradient is small where sums cancel.
+    largest: the largest value of all results of a call. A tensor below 1e-6 of it is 0 in exact arithmetic, such as
+    the gradient of b_w if only pooled has a gradient, and its error is relative to ``largest``.
     """
     if exact.numel() == 0:
         return 0.0
@@ -23,10 +23,10 @@ def error(actual: Tensor, exact: Tensor, channels: bool = False, largest: float 
 
 
 def allowed(plain: float, dtype: torch.dtype) -> float:
-    """The error that a result in ``dtype`` may have where plain torch, in the inputs' dtype, has the error ``plain``.
+    """The allowed error of a result in ``dtype`` if plain torch in the dtype of the inputs has the error ``plain``.
 
-    Twice that, one rounding to the result's dtype, and 8 ulps of float32 for sums in another order (plain torch is
-    exact by luck on small inputs). float64 has no better judge, only another order of summation: there it is 1e-12.
+    It is twice ``plain``, plus one rounding to ``dtype`` and 8 ulps of float32 for another order of summation (plain
+    torch may be exact by chance on small inputs). For float64 there is no more exact reference, and it is 1e-12.
     """
     if dtype == torch.float64:
         return 1e-12

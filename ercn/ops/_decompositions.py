@@ -1,28 +1,31 @@
-"""The operators as plain torch without mutation, for programs that leave the package."""
+"""The operators as plain torch without mutation, for programs that run without ercn."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ercn.ops import reference
+from ercn.ops._arguments import PoolArguments
 from ercn.ops.reference import accumulate_dtype
 
-_BLOCK_ELEMENTS = 1 << 24  # of the affinity at once, for each picture: 64 MiB of float32
+_BLOCK_ELEMENTS = 1 << 24  # of the affinity of a picture at once: 64 MiB of float32
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Plain-torch forms of the forward operators, for ``torch.export.ExportedProgram.run_decompositions``.
 
-    A program decomposed by them has torch's own operators only, so that it runs where ``ercn`` is not installed, and
-    ``torch.onnx.export`` and AOTInductor take it. The formulas are those of the operators, the last bits may differ.
-    The number of pictures or bags may stay symbolic, N may not. Gradients' operators are not among them: what is
-    exported is for inference. Memory for each picture: of the affinity at most 2²⁴ elements or 16 columns, whichever is
-    more, at once; of the pool its two [N, L] activations; of the refinements, whose steps are one loop, the weights of
-    all neighbours.
+    A decomposed program contains torch's own operators only: it runs where ``ercn`` is not installed, and
+    ``torch.onnx.export`` and AOTInductor accept it. The formulas are those of the operators, the last bits may differ.
+    The number of pictures or bags may stay symbolic, N may not. Operators of gradients have no decomposition: exported
+    programs are for inference. Memory for each picture: at most 2²⁴ elements or 16 columns, whichever is more, of the
+    affinity at once; the two [N, L] activations of the pool; the weights of all neighbours of a refinement, whose steps
+    are one loop.
 
     Raises (while decomposing):
         NotImplementedError: ragged bags (``cu_seqlens``), whose lengths are data.
@@ -35,8 +38,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     >>> any("ercn" in str(node.target) for node in program.graph.nodes), len(program.module()(bags))
     (False, 2)
     """
-    ops = torch.ops.ercn
-    return {getattr(ops, name).default: form for name, form in _FORMS.items()}
+    return {getattr(torch.ops.ercn, name).default: form for name, form in _FORMS.items()}
 
 
 def _relu_affinity(value: Tensor, feat: Tensor, backend: str = "") -> Tensor:
@@ -46,32 +48,19 @@ def _relu_affinity(value: Tensor, feat: Tensor, backend: str = "") -> Tensor:
     return torch.cat([value @ torch.relu(feat.mT @ columns) for columns in feat.split(size, 2)], 2)
 
 
-def _attention_scores(
-    h: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    u_weight: Tensor | None,
-    u_bias: Tensor | None,
-    w_weight: Tensor,
-    w_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    activation: str,
-    backend: str = "",
-) -> Tensor:
-    _refuse_ragged(cu_seqlens)
-    branches = reference._Branches(h, v_weight, v_bias, u_weight, u_bias, seed, dropout_p, activation)
-    w, bw = reference._widen(branches.acc, w_weight, w_bias)
-    t, s, *_ = branches(reference._real(h, mask).to(branches.acc), slice(0, h.shape[1]))
-    scores = F.linear(t if s is None else t * s, w, bw).mT.contiguous()
-    return scores if mask is None else scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+def _attention_scores(*args: Any) -> Tensor:
+    p, _ = PoolArguments.split(args)
+    _refuse_ragged(p.cu_seqlens)
+    branches, acc = reference.Branches(p), accumulate_dtype(p.h, p.v_weight)
+    t, s = branches(reference.zero_masked(p.h, p.mask).to(acc), slice(0, p.h.shape[1]))
+    w_bias = None if p.w_bias is None else p.w_bias.to(acc)
+    scores = linear(t if s is None else t * s, p.w_weight.to(acc), w_bias).mT.contiguous()
+    return scores if p.mask is None else scores.masked_fill(~p.mask.unsqueeze(1), float("-inf"))
 
 
 def _pool(scores: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     acc = accumulate_dtype(scores, value)
-    return reference._attention(scores.to(acc), mask) @ reference._real(value, mask).to(acc)
+    return reference.attention(scores.to(acc), mask) @ reference.zero_masked(value, mask).to(acc)
 
 
 def _pool_by_scores(
@@ -81,9 +70,9 @@ def _pool_by_scores(
     return _pool(scores, value, mask).to(value.dtype)
 
 
-def _gated_attention_pool(h: Tensor, v_weight: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    scores = _attention_scores(h, v_weight, *rest)
-    return _pool(scores, h, rest[5]).to(torch.promote_types(h.dtype, v_weight.dtype)), scores  # rest[5]: mask
+def _gated_attention_pool(*args: Any) -> tuple[Tensor, Tensor]:
+    (p, _), scores = PoolArguments.split(args), _attention_scores(*args)
+    return _pool(scores, p.h, p.mask).to(torch.promote_types(p.h.dtype, p.v_weight.dtype)), scores
 
 
 def _refuse_ragged(cu_seqlens: Tensor | None) -> None:
@@ -104,10 +93,10 @@ def _adaptive_weights(image: Tensor, dilations: Sequence[int], form: str) -> Ten
     """[B, 8·len(dilations), 1, H, W]."""
     offsets = reference.ring_offsets(reference.near(dilations, image))
     differences = [neighbour - image for neighbour in reference.shifted(image, offsets, "replicate")]
-    own = 0 if form == "par" else len(dilations)  # how often pixel i counts
+    own = 0 if form == "par" else len(dilations)  # times that pixel i itself counts
     count = len(differences) + own
-    mean = sum(differences) / count
-    spread = sum((d - mean).square() for d in differences)
+    mean = _sum(differences) / count
+    spread = _sum([(d - mean).square() for d in differences])
     deviation = ((spread + own * mean.square()) / (count - 1)).sqrt()
     if form == "par":
         scale = -1 / (image.shape[1] * (0.3 * (deviation + 1e-8)).square())
@@ -135,19 +124,24 @@ def _random_walk(
     return _propagate(value.to(acc), weights, reference.disc(radius), steps, "constant").to(value.dtype)
 
 
+def _sum(tensors: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
+
+
 def _propagate(map_: Tensor, weights: Tensor, offsets: list[tuple[int, int]], steps: int, mode: str) -> Tensor:
     from torch._higher_order_ops.while_loop import while_loop_op
 
     def step(i: Tensor, m: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return i + 1, sum(w * neighbour for w, neighbour in zip(weights.unbind(1), reference.shifted(m, offsets, mode)))
+        return i + 1, _sum([w * x for w, x in zip(weights.unbind(1), reference.shifted(m, offsets, mode))])
 
-    # a loop over the steps: written out they would be thousands of operators, and minutes of compilation
+    # One loop: unrolled, the steps would be thousands of operators and take minutes to compile.
     start = torch.zeros((), dtype=torch.int64, device=map_.device)
     first = map_.clone(memory_format=torch.contiguous_format)
-    return while_loop_op(lambda i, m, weights: i < steps, step, (start, first), (weights,))[1]
+    loop: Callable[..., tuple[Tensor, Tensor]] = while_loop_op
+    return loop(lambda i, m, weights: i < steps, step, (start, first), (weights,))[1]
 
 
-_FORMS = {
+_FORMS: dict[str, Callable[..., Any]] = {
     "attention_scores": _attention_scores,
     "gated_attention_pool": _gated_attention_pool,
     "pixel_adaptive_refinement": _pixel_adaptive_refinement,

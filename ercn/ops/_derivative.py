@@ -1,4 +1,4 @@
-"""Derivatives of an op beyond its first gradient, from a plain-torch function of the same value."""
+"""Derivatives of an op beyond its first gradient, by ``torch.func`` of its plain-torch definition."""
 
 from __future__ import annotations
 
@@ -9,76 +9,82 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+Function = Callable[..., Any]
 
-def pull(function: Callable, args: Sequence[Any], cotangents: Any, needs: Sequence[bool]) -> list[Tensor | None]:
-    """Of every argument its gradient, differentiable in turn, for cotangents of what ``function`` returns; None where
-    there is no argument or it is not needed."""
+
+def pull(function: Function, args: Sequence[Any], cotangents: Any, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradient of each argument for the cotangents of the outputs of ``function``, differentiable in turn; None
+    where the argument is absent or its gradient not needed."""
     wanted = [i for i, need in enumerate(needs) if need and args[i] is not None]
     grads: list[Tensor | None] = [None] * len(args)
     if wanted:
-        _, pullback = torch.func.vjp(_of(function, args, wanted), *(args[i] for i in wanted))
+        pullback = _vjp(function, args, wanted)[1]
         for i, grad in zip(wanted, pullback(cotangents)):
             grads[i] = grad
     return grads
 
 
-def push(function: Callable, args: Sequence[Any], tangents: Sequence[Tensor | None]) -> Any:
-    """The tangents of what ``function`` returns: the gradient is linear in its cotangents, and its adjoint pushes."""
+def push(function: Function, args: Sequence[Any], tangents: Sequence[Tensor | None]) -> Any:
+    """The tangents of the outputs of ``function``: the adjoint of ``pull``, which is linear in its cotangents."""
     moved = [i for i, (x, tangent) in enumerate(zip(args, tangents)) if x is not None and tangent is not None]
-    outputs, pullback = torch.func.vjp(_of(function, args, moved), *(args[i] for i in moved))
-    _, pushforward = torch.func.vjp(pullback, tree_map(torch.zeros_like, outputs))
+    outputs, pullback = _vjp(function, args, moved)
+    pushforward = torch.func.vjp(pullback, tree_map(torch.zeros_like, outputs))[1]
     return pushforward(tuple(tangents[i] for i in moved))[0]
 
 
-def _of(function: Callable, args: Sequence[Any], which: list[int]) -> Callable:
-    """``function`` of these arguments alone."""
+def _vjp(function: Function, args: Sequence[Any], which: list[int]) -> tuple[Any, Function]:
+    """``torch.func.vjp`` of ``function`` with respect to ``args[i]`` for i in ``which``."""
 
-    def of_them(*values):
-        every = list(args)
+    def partial(*values: Tensor) -> Any:
+        replaced = list(args)
         for i, value in zip(which, values):
-            every[i] = value
-        return function(*every)
+            replaced[i] = value
+        return function(*replaced)
 
-    return of_them
+    outputs, pullback, *_ = torch.func.vjp(partial, *(args[i] for i in which))
+    return outputs, pullback
 
 
 class Gradient:
-    """What a backward op computes, as a differentiable function of the upstream gradients and the inputs.
+    """The gradients that a backward op computes, as a differentiable function of upstream gradients and inputs.
 
-    function: of ``inputs`` inputs, returns a tuple of outputs, one for each upstream gradient.
+    function: the forward; returns a tuple with one output for each upstream gradient.
     needs: which inputs have a gradient.
     """
 
-    def __init__(self, function: Callable, upstream: Sequence[Tensor | None], needs: Sequence[bool]):
+    def __init__(self, function: Function, upstream: Sequence[Tensor | None], needs: Sequence[bool]) -> None:
         self.function, self.needs, self.count = function, needs, len(upstream)
         self.given = [i for i, grad in enumerate(upstream) if grad is not None]
 
-    def __call__(self, *args: Tensor | None) -> list[Tensor | None]:
-        upstream, inputs = args[: self.count], args[self.count :]
-
-        def outputs(*inputs):
-            found = self.function(*inputs)
-            return tuple(found[i] for i in self.given)
-
-        return pull(outputs, inputs, tuple(upstream[i] for i in self.given), self.needs)
-
-    def pull(self, args: Sequence[Any], cotangents: Sequence[Tensor | None], needs: Sequence[bool]):
-        """``pull`` of the gradients that have a cotangent."""
+    def pull(
+        self, args: Sequence[Any], cotangents: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """``pull`` of the gradients; one without a cotangent is left out."""
         kept = [i for i, cotangent in enumerate(cotangents) if cotangent is not None and self._has(args, i)]
         if not kept:
             return [None] * len(args)
-        return pull(lambda *args: self._kept(args, kept), args, tuple(cotangents[i] for i in kept), needs[: len(args)])
+        return pull(self._gradients(kept), args, tuple(cotangents[i] for i in kept), needs[: len(args)])
 
-    def push(self, args: Sequence[Any], tangents: Sequence[Tensor | None], outputs: int):
-        """``push``, with an empty tensor for what is no gradient."""
-        kept = [i for i in range(outputs) if self._has(args, i)]
-        found = iter(push(lambda *args: self._kept(args, kept), args, tangents[: len(args)]))
+    def push(self, args: Sequence[Any], tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """``push`` of the gradients, with an empty tensor for each input without one."""
+        kept = [i for i in range(len(self.needs)) if self._has(args, i)]
+        pushed = iter(push(self._gradients(kept), args, tangents[: len(args)]))
         like = next(x for x in args if x is not None)
-        return tuple(next(found) if i in kept else like.new_zeros(0) for i in range(outputs))
+        return tuple(next(pushed) if i in kept else like.new_zeros(0) for i in range(len(self.needs)))
 
     def _has(self, args: Sequence[Any], i: int) -> bool:
         return self.needs[i] and args[self.count + i] is not None
 
-    def _kept(self, args: Sequence[Any], kept: list[int]) -> tuple[Tensor, ...]:
-        grads = self(*args)
-        return tuple(grads[i] for i in kept)
+    def _gradients(self, kept: list[int]) -> Function:
+        """Upstream gradients and inputs -> the gradients of the inputs ``kept``."""
+
+        def outputs(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+            every = self.function(*inputs)
+            return tuple(every[i] for i in self.given)
+
+        def gradients(*args: Tensor | None) -> tuple[Tensor | None, ...]:
+            upstream, inputs = args[: self.count], args[self.count :]
+            grads = pull(outputs, inputs, tuple(upstream[i] for i in self.given), self.needs)
+            return tuple(grads[i] for i in kept)
+
+        return gradients

@@ -1,4 +1,4 @@
-"""The compiled libraries libercn and libercn_cuda: loads each once and keeps the reason where one is absent."""
+"""Loads the compiled libraries libercn and libercn_cuda once, and keeps the reason if one is absent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,20 +15,20 @@ RECORD = PACKAGE / "_build.json"
 
 
 def path(name: str = "libercn") -> Path:
-    """Where the library lies: a shared library without Python symbols, which any process with torch can load."""
+    """The file of the library: a shared library without Python symbols, which any process with torch can load."""
     return PACKAGE / "lib" / (name + (".dll" if sys.platform == "win32" else ".so"))
 
 
 @functools.cache
 def load(name: str = "libercn") -> str | None:
-    """None once the operators of the library can be called, else a sentence why they cannot."""
+    """Load the library: None if its operators can be called, else a sentence why not."""
     file = path(name)
     if not file.exists():
         return f"{name} was not built: {_recorded_reason(name)}"
     try:
         torch.ops.load_library(str(file))
     except OSError as error:
-        return f"{name} failed to load: {error.__cause__ or error}"  # torch's own says which file, no more
+        return f"{name} failed to load: {error.__cause__ or error}"  # torch's own message only names the file
     return None
 
 
@@ -41,16 +41,16 @@ def _recorded_reason(name: str) -> str:
 
 @functools.cache
 def cpu_info() -> dict[str, Any]:
-    """Of libercn: ``build`` (compiler, C++ standard, flags, the oldest torch it runs on), ``features`` (instruction
-    sets usable on this machine) and ``isas`` (values of ERCN_CPU_ISA that it has kernels for here, the best last).
+    """About libercn: ``build`` (compiler, C++ standard, flags, the oldest torch it runs on), ``features`` (instruction
+    sets of this machine) and ``isas`` (the values of ERCN_CPU_ISA that have kernels here, the best last).
     """
-    return json.loads(torch.ops.ercn_native.cpu_info())
+    return cast(dict[str, Any], json.loads(torch.ops.ercn_native.cpu_info()))
 
 
 @functools.cache
 def cuda_info() -> dict[str, str]:
-    """CUDA runtime, compute capabilities and flags that libercn_cuda was built with."""
-    return json.loads(torch.ops.ercn_native.cuda_info())
+    """CUDA runtime, compute capabilities and flags of the build of libercn_cuda."""
+    return cast(dict[str, str], json.loads(torch.ops.ercn_native.cuda_info()))
 
 
 def cuda_kernels(attributes: bool = False) -> list[dict[str, Any]]:
@@ -59,5 +59,5 @@ def cuda_kernels(attributes: bool = False) -> list[dict[str, Any]]:
     attributes: also registers, local memory and occupancy on the current device, or why the kernel is absent there;
     RuntimeError without a device.
     """
-    return json.loads(torch.ops.ercn_native.cuda_kernels(attributes))
+    return cast(list[dict[str, Any]], json.loads(torch.ops.ercn_native.cuda_kernels(attributes)))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -16,7 +19,7 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
         out = V · A,   A = relu(T),   T = Fᵀ F
 
     A is symmetric, so the op is its own adjoint: grad_value = relu_affinity(grad_out, feat), and
-    grad_feat = F · (1[T>0] ⊙ (VᵀG + GᵀV)), with the subgradient 0 at T = 0. Only the gradients asked for are computed.
+    grad_feat = F · (1[T>0] ⊙ (VᵀG + GᵀV)), with the subgradient 0 at T = 0. Gradients are computed only if needed.
 
     Args:
         value: V, [B, C, N] or [B, C, H, W], floating point.
@@ -30,10 +33,10 @@ def relu_affinity(value: Tensor, feat: Tensor, *, backend: str | None = None) ->
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
-        NotImplementedError: a third derivative. The first two are there, in reverse and forward mode, and so are
-            ``vmap`` and the transforms of ``torch.func``, which except for ``vmap`` break the graph of torch.compile.
-            The kink at T = 0 has no second derivative. Beyond the first gradient and the tangent of value they are
-            plain torch in part, blockwise, on every backend.
+        NotImplementedError: a third derivative. The first two exist in reverse and forward mode, as do ``vmap`` and
+            the transforms of ``torch.func``, which except for ``vmap`` break the graph of torch.compile. The kink at
+            T = 0 has no second derivative. Beyond the first gradient and the tangent of value, they are in part plain
+            torch, blockwise, on every backend.
 
     FLOPs are 2·B·N²·(D + C) counted densely; memory is O(B·N·(C + D)). Two runs on one machine are bit-equal.
     Under autocast ``feat`` is cast to autocast's dtype and ``value`` is not.
@@ -70,7 +73,7 @@ def affinity_propagate(
         cam: [B, C, H, W] or [B, C, N], floating point.
         feat: [B, D, H, W] or [B, D, N] pixel embeddings of the same pixels, any strides.
         eps: added to the norms and to the row sums, both in float32 or better.
-        normalize: L2-normalise ``feat`` over channels first; False takes it as it is.
+        normalize: whether to L2-normalise ``feat`` over channels first.
         steps: how often the normalised propagation is applied, ≥ 1.
         backend: as in ``relu_affinity``.
 
@@ -95,13 +98,13 @@ def affinity_propagate(
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
     settings = eps, normalize, steps, _backends.requested(backend)
-    if _library.is_plain_eager(cam, feat):
-        return _SingleLevelPropagation.apply(cam, feat, *settings)
-    return _propagated(cam, feat, *settings)
+    propagate = _SingleLevelPropagation.apply if _library.is_plain_eager(cam, feat) else _propagated
+    out: Tensor = propagate(cam, feat, *settings)
+    return out
 
 
 def _propagated(cam: Tensor, feat: Tensor, eps: float, normalize: bool, steps: int, backend: str) -> Tensor:
-    """As a composition of differentiable parts."""
+    """Composed of differentiable parts."""
     acc = accumulate_dtype(cam, feat)
     f = _flat(feat)
     if normalize:
@@ -110,17 +113,19 @@ def _propagated(cam: Tensor, feat: Tensor, eps: float, normalize: bool, steps: i
     out = _flat(cam).to(acc)
     ones = out.new_ones(out.shape[0], 1, out.shape[2])
     for _ in range(steps):
-        # The row of ones meets the same rounded affinities, so numerator and denominator round alike.
+        # The row of ones is multiplied by the same rounded affinities: numerator and denominator round alike.
         product = _relu_affinity(torch.cat([out, ones], dim=1), f, backend)
         out = product[:, :-1] / (product[:, -1:] + eps)
     return out.reshape(cam.shape).to(cam.dtype)
 
 
 class _SingleLevelPropagation(torch.autograd.Function):
-    """The same with both directions written out, which saves most of the time of a small call."""
+    """``_propagated`` with its backward written out, which saves most of the time of a small call."""
 
     @staticmethod
-    def forward(ctx, cam, feat, eps, normalize, steps, backend):
+    def forward(
+        ctx: Any, cam: Tensor, feat: Tensor, eps: float, normalize: bool, steps: int, backend: str
+    ) -> Tensor:
         ctx.settings = eps, normalize, steps, backend
         acc = accumulate_dtype(cam, feat)
         f = _flat(feat)
@@ -133,7 +138,7 @@ class _SingleLevelPropagation(torch.autograd.Function):
         out = _to(_flat(cam), acc)
         ones = out.new_ones(out.shape[0], 1, out.shape[2])
         parts = out.shape[1], 1
-        kept = []
+        kept: list[Tensor] = []
         for step in range(steps):
             value = torch.cat((out, ones), 1)
             product, denominator = torch.split_with_sizes(_library.run(_FORWARD, value, f, backend), parts, 1)
@@ -142,23 +147,25 @@ class _SingleLevelPropagation(torch.autograd.Function):
             if step < steps - 1:
                 out = product / denominator
         ctx.save_for_backward(cam, feat, norm, divisor, f, *kept)
-        # A tensor of its own, neither kept nor a view: the caller may change it in place.
+        # A new tensor, neither saved nor a view: the caller may change it in place.
         return _to(_spatial(product, cam) / _spatial(denominator, cam), cam.dtype)
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         cam, feat, norm, divisor, f, *kept = ctx.saved_tensors
-        backend = ctx.settings[-1]
+        *_, backend = ctx.settings
+        no_settings = (None,) * len(ctx.settings)
         need_cam, need_feat, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a derivative of this is asked for
-            cam, feat = cam.view_as(cam), feat.view_as(feat)  # apart, even if one is made of the other
+        if torch.is_grad_enabled():  # a second derivative is needed
+            cam, feat = cam.view_as(cam), feat.view_as(feat)  # two nodes, even if one is computed from the other
             inputs = [x for x, need in ((cam, need_cam), (feat, need_feat)) if need]
             out = _propagated(cam, feat, *ctx.settings)
             grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
-            return next(grads) if need_cam else None, next(grads) if need_feat else None, None, None, None, None
+            return next(grads) if need_cam else None, next(grads) if need_feat else None, *no_settings
         acc = kept[0].dtype
         grad = _to(_flat(grad_out), acc)
-        channels, total = grad.shape[1], None
+        channels = grad.shape[1]
+        total: Tensor | None = None
         for step in range(len(kept) - 3, -1, -3):
             value, product, denominator = kept[step : step + 3]
             grad = grad / denominator
@@ -172,13 +179,13 @@ class _SingleLevelPropagation(torch.autograd.Function):
             if need_value:
                 grad = grad.narrow(1, 0, channels)
         grad_cam = _to(_shaped(grad, cam), cam.dtype) if need_cam else None
-        if not need_feat:
-            return grad_cam, None, None, None, None, None
-        if norm is not None:  # of x / (|x| + eps), whose second term is 0 where x is
+        if total is None:
+            return grad_cam, None, *no_settings
+        if norm is not None:  # the gradient of x / (|x| + eps), whose second term is 0 where x is 0
             wide = _to(_flat(feat), acc)
             along = (wide * total).sum(1, True) / (norm * divisor).clamp_min_(_TINY)
             total = torch.addcmul(total, wide, along, value=-1) / divisor
-        return grad_cam, _to(_shaped(total, feat), feat.dtype), None, None, None, None
+        return grad_cam, _to(_shaped(total, feat), feat.dtype), *no_settings
 
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -214,62 +221,63 @@ def _check_pair(name: str, value: Tensor, feat: Tensor) -> None:
         raise ValueError(f"{name} and feat must be on one device; got {value.device} and {feat.device}")
 
 
-_FORWARD = _library.define('relu_affinity(Tensor value, Tensor feat, str backend="") -> Tensor')
-_BACKWARD = _library.define(
-    "relu_affinity_backward(Tensor grad_out, Tensor value, Tensor feat, bool need_value, "
-    'str backend="") -> (Tensor grad_value, Tensor grad_feat)'
-)
-
-
-@torch.library.register_fake(_FORWARD)
-def _(value, feat, backend=""):
+def _fake(value: Tensor, feat: Tensor, backend: str = "") -> Tensor:
     return value.new_empty(value.shape, dtype=accumulate_dtype(value, feat))
 
 
-@torch.library.register_fake(_BACKWARD)
-def _(grad_out, value, feat, need_value, backend=""):
+def _fake_backward(
+    grad_out: Tensor, value: Tensor, feat: Tensor, need_value: bool, backend: str = ""
+) -> tuple[Tensor, Tensor]:
     return value.new_empty(value.shape if need_value else 0), feat.new_empty(feat.shape)
+
+
+_FORWARD = _library.define('relu_affinity(Tensor value, Tensor feat, str backend="") -> Tensor', _fake)
+_BACKWARD = _library.define(
+    "relu_affinity_backward(Tensor grad_out, Tensor value, Tensor feat, bool need_value, "
+    'str backend="") -> (Tensor grad_value, Tensor grad_feat)',
+    _fake_backward,
+)
 
 
 class _Affinity(torch.autograd.Function):
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         value, feat, ctx.backend = inputs
         ctx.value_dtype = value.dtype
         ctx.save_for_backward(value if ctx.needs_input_grad[1] else None, feat)
         _library.save_for_forward(ctx, value, feat)
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         value, feat = ctx.saved_tensors
         need_value, need_feat, *_ = ctx.needs_input_grad
-        if not need_feat:  # the op is its own adjoint
+        if not need_feat:  # the op is its own adjoint in value
             return _relu_affinity(grad_out, feat, ctx.backend).to(ctx.value_dtype), None, None
         grad_value, grad_feat = _relu_affinity_backward(grad_out, value, feat, need_value, ctx.backend)
         return grad_value if need_value else None, grad_feat, None
 
     @staticmethod
-    def jvp(ctx, value_tangent, feat_tangent, _):
+    def jvp(ctx: Any, value_tangent: Tensor, feat_tangent: Tensor, _: None) -> Tensor:
         value, feat = ctx.saved_tensors
         along_value = _relu_affinity(value_tangent, feat, ctx.backend)
-        return along_value + _Derivative.apply(value, feat_tangent, feat, feat).to(along_value.dtype)
+        return along_value + _derivative(value, feat_tangent, feat, feat).to(along_value.dtype)
 
 
 class _AffinityBackward(torch.autograd.Function):
-    """(G·A, F·W) with W = 1[T>0] ⊙ (VᵀG + GᵀV). For cotangents (Y, X) of the two, and S = FᵀX + XᵀF:
+    """(G·A, F·W), W = 1[T>0] ⊙ (VᵀG + GᵀV). For their cotangents (Y, X), and S = FᵀX + XᵀF:
 
         dG = Y·A + V·(1 ⊙ S),   dV = G·(1 ⊙ S),   dF = F·(1 ⊙ (GᵀY + YᵀG)) + X·W
     """
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         grad_out, value, feat, ctx.need_value, ctx.backend = inputs
         ctx.save_for_backward(grad_out, value, feat)
         _library.save_for_forward(ctx, grad_out, value, feat)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, y, x):
+    def backward(ctx: Any, y: Tensor | None, x: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out, value, feat = ctx.saved_tensors
         need_grad, need_value, need_feat, *_ = ctx.needs_input_grad
         along_grad = along_value = along_feat = None
@@ -278,42 +286,41 @@ class _AffinityBackward(torch.autograd.Function):
             along_grad = along_grad.to(grad_out.dtype)
         if x is not None:
             if need_grad:
-                along_grad = _sum(along_grad, _Derivative.apply(value, feat, x, feat).to(grad_out.dtype))
+                along_grad = _sum(along_grad, _derivative(value, feat, x, feat).to(grad_out.dtype))
             if need_value:
-                along_value = _Derivative.apply(grad_out, feat, x, feat).to(value.dtype)
+                along_value = _derivative(grad_out, feat, x, feat).to(value.dtype)
             if need_feat:
-                along_feat = _sum(along_feat, _Derivative.apply(x, value, grad_out, feat).to(feat.dtype))
+                along_feat = _sum(along_feat, _derivative(x, value, grad_out, feat).to(feat.dtype))
         return along_grad if need_grad else None, along_value, along_feat if need_feat else None, None, None
 
     @staticmethod
-    def jvp(ctx, grad_tangent, value_tangent, feat_tangent, *_):
+    def jvp(
+        ctx: Any, grad_tangent: Tensor | None, value_tangent: Tensor | None, feat_tangent: Tensor | None, *_: None
+    ) -> tuple[Tensor, Tensor]:
         grad_out, value, feat = ctx.saved_tensors
-        grad_tangent, value_tangent, feat_tangent = (
-            torch.zeros_like(x) if t is None else t
-            for t, x in ((grad_tangent, grad_out), (value_tangent, value), (feat_tangent, feat))
+        g, v, f = (
+            torch.zeros_like(x) if tangent is None else tangent
+            for tangent, x in ((grad_tangent, grad_out), (value_tangent, value), (feat_tangent, feat))
         )
-        moved = _Derivative.apply(feat_tangent, value, grad_out, feat)
-        moved = moved + _Derivative.apply(feat, value_tangent, grad_out, feat)
-        moved = (moved + _Derivative.apply(feat, value, grad_tangent, feat)).to(feat.dtype)
+        of_feat = _derivative(f, value, grad_out, feat) + _derivative(feat, v, grad_out, feat)
+        of_feat = (of_feat + _derivative(feat, value, g, feat)).to(feat.dtype)
         if not ctx.need_value:
-            return value.new_zeros(0), moved
-        along = _relu_affinity(grad_tangent, feat, ctx.backend) + _Derivative.apply(grad_out, feat_tangent, feat, feat)
-        return along.to(value.dtype), moved
+            return value.new_zeros(0), of_feat
+        of_value = _relu_affinity(g, feat, ctx.backend) + _derivative(grad_out, f, feat, feat)
+        return of_value.to(value.dtype), of_feat
 
 
 class _Derivative(torch.autograd.Function):
-    """``reference.relu_affinity_derivative``, which has no derivative of its own here."""
+    """``reference.relu_affinity_derivative``, without a derivative in turn."""
+
+    forward = staticmethod(reference.relu_affinity_derivative)
 
     @staticmethod
-    def forward(left, p, q, feat):
-        return reference.relu_affinity_derivative(left, p, q, feat)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is saved."""
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Nothing is kept."""
-
-    @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(
             "relu_affinity has no third derivative: differentiate value @ relu(feat.mT @ feat) in plain torch instead"
         )
@@ -321,45 +328,36 @@ class _Derivative(torch.autograd.Function):
     jvp = backward
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
         folded = (_library.fold(dim, info.batch_size, x) for dim, x in zip(in_dims, args))
-        return _Derivative.apply(*folded).unflatten(0, (info.batch_size, -1)), 0
+        return _library.unfold(_derivative(*folded), info.batch_size)
+
+
+_derivative: Callable[..., Tensor] = _Derivative.apply
 
 
 def _sum(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b
 
 
-def _map(op, info, in_dims, value, feat, backend=""):
-    size = info.batch_size
-    out = op(_library.fold(in_dims[0], size, value), _library.fold(in_dims[1], size, feat), backend)
-    return out.unflatten(0, (size, -1)), 0
+def _map(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """vmap as a larger batch."""
+    folded = (_library.fold(dim, info.batch_size, x) for dim, x in zip(in_dims, args))
+    return _library.unfold(op(*folded), info.batch_size)
 
 
-def _map_backward(op, info, in_dims, grad_out, value, feat, need_value, backend=""):
-    size = info.batch_size
-    folded = (_library.fold(dim, size, x) for dim, x in zip(in_dims, (grad_out, value, feat)))
-    grad_value, grad_feat = op(*folded, need_value, backend)
-    grad_value = grad_value.unflatten(0, (size, -1)) if need_value else grad_value
-    return (grad_value, grad_feat.unflatten(0, (size, -1))), (0 if need_value else None, 0)
-
-
-def _cast(cast, args):
-    return (args[0], cast(args[1]), *args[2:])
-
-
-_relu_affinity = _library.join(_FORWARD, _Affinity, _map, _cast)
-_relu_affinity_backward = _library.join(_BACKWARD, _AffinityBackward, _map_backward)
+_relu_affinity: Callable[..., Tensor] = _library.join(_FORWARD, _Affinity, _map, casts=("feat",))
+_relu_affinity_backward: Callable[..., tuple[Tensor, Tensor]] = _library.join(_BACKWARD, _AffinityBackward, _map)
 
 
 @register_flop_formula(torch.ops.ercn.relu_affinity)
-def _(value_shape, feat_shape, *args, out_shape=None, **kwargs) -> int:
-    (b, c, n), d = value_shape, feat_shape[1]
+def _(value: torch.Size, feat: torch.Size, *args: Any, **kwargs: Any) -> int:
+    (b, c, n), d = value, feat[1]
     return 2 * b * n * n * (d + c)
 
 
 @register_flop_formula(torch.ops.ercn.relu_affinity_backward)
-def _(grad_shape, value_shape, feat_shape, need_value, *args, out_shape=None, **kwargs) -> int:
-    """T again, W at depth 2C, F·W, and G·A where asked for."""
-    (b, c, n), d = grad_shape, feat_shape[1]
+def _(grad: torch.Size, value: torch.Size, feat: torch.Size, need_value: bool, *args: Any, **kwargs: Any) -> int:
+    """T again, W at depth 2C, F·W, and G·A if needed."""
+    (b, c, n), d = grad, feat[1]
     return 2 * b * n * n * (2 * d + (3 if need_value else 2) * c)

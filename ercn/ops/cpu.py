@@ -7,6 +7,7 @@ avx512_bf16 forces a lower one, read at every call.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,26 +19,13 @@ from ercn.ops.reference import accumulate_dtype, transition
 __all__ = ["KEY", "can_run", "unavailable"]
 
 KEY = DispatchKeySet(DispatchKey.CPU)
-_OPS = (
-    "attention_scores",
-    "gated_attention_pool",
-    "gated_attention_pool_backward",
-    "pixel_adaptive_refinement",
-    "pixel_adaptive_refinement_backward",
-    "pool_by_scores",
-    "pool_by_scores_backward",
-    "random_walk",
-    "random_walk_backward",
-    "relu_affinity",
-    "relu_affinity_backward",
-)
 
 
-def can_run(op: str, *args) -> str | None:
-    return None if op in _OPS else f"it has no kernel for {op}"
+def can_run(op: str, *args: Any) -> str | None:
+    return None if op in globals() else f"it has no kernel for {op}"
 
 
-def _native(op: str, *args):
+def _native(op: str, *args: Any) -> Any:
     """The op's own kernel, in C++."""
     return getattr(torch.ops.ercn, op).default.redispatch(KEY, *args, "cpu")
 
@@ -53,15 +41,13 @@ pixel_adaptive_refinement = partial(_native, "pixel_adaptive_refinement")
 pixel_adaptive_refinement_backward = partial(_native, "pixel_adaptive_refinement_backward")
 
 
-def random_walk(value: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:
-    return _walk(value, affinity, radius, beta, steps, adjoint=False)
-
-
-def random_walk_backward(grad_out: Tensor, affinity: Tensor, radius: int, beta: float, steps: int) -> Tensor:
-    return _walk(grad_out, affinity, radius, beta, steps, adjoint=True)
-
-
-def _walk(map_: Tensor, affinity: Tensor, radius: int, beta: float, steps: int, adjoint: bool) -> Tensor:
+def random_walk(
+    map_: Tensor, affinity: Tensor, radius: int, beta: float, steps: int, adjoint: bool = False
+) -> Tensor:
     acc = accumulate_dtype(map_, affinity)
     weights = transition(affinity.to(acc), radius, beta, adjoint)
-    return torch.ops.ercn_native.random_walk_cpu(map_.to(acc), weights, radius, steps).to(map_.dtype)
+    walked: Tensor = torch.ops.ercn_native.random_walk_cpu(map_.to(acc), weights, radius, steps)
+    return walked.to(map_.dtype)
+
+
+random_walk_backward = partial(random_walk, adjoint=True)

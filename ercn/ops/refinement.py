@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.flop_counter import register_flop_formula
 
 from ercn.ops import _backends, _library
@@ -24,15 +26,15 @@ def pixel_adaptive_refinement(
     form: str = "pamr",
     backend: str | None = None,
 ) -> Tensor:
-    """Draw maps to the edges of a picture: every pixel becomes a mean of the neighbours that look like it.
+    """Align maps with the edges of a picture: each pixel becomes a mean of its neighbours of similar colour.
 
         m_i <- Σ_j w_ij m_j,  ``steps`` times
         form "pamr":  w_ij = softmax_j(-mean_c |I_c(i) - I_c(j)| / (1e-8 + 0.1 σ_c(i)))
         form "par":   w_ij = softmax_j(-mean_c (|I_c(i) - I_c(j)| / (0.3 (1e-8 + σ_c(i))))²)
                            + 0.01 softmax_j(-(r_ij / (0.3 σ_r))²),  r_ij in pixels, σ_r its standard deviation over j
 
-    The neighbours j of pixel i are the 8 at each dilation d, (±d or 0, ±d or 0) away; i itself is none of them. σ_c(i)
-    is the standard deviation (n - 1 in the denominator) of channel c over them; in "pamr" i counts too, once for each
+    The neighbours j of pixel i are the 8 at each dilation d, (±d or 0, ±d or 0) away, without i itself. σ_c(i) is the
+    standard deviation (n - 1 in the denominator) of channel c over them; in "pamr" i counts too, once for each
     dilation. Beyond the border, picture and map repeat their edge. Rows of w sum to 1 ("pamr": constants stay, and no
     value leaves the range of the map) or 1.01 ("par"). Scale and offset of the picture do not matter.
 
@@ -46,17 +48,17 @@ def pixel_adaptive_refinement(
 
     Returns:
         Like ``cam`` in shape and dtype, contiguous; computed in float32, or in float64 where an input is.
-        Differentiable in ``cam``, twice too, by the adjoint of w.
+        Differentiable twice in ``cam``, by the adjoint of w.
 
     Raises:
         ValueError: shapes, dtypes, devices, dilations, steps or a form that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
-        NotImplementedError: an image that needs a gradient (published training takes none: pass ``image.detach()``), or
+        NotImplementedError: an image that needs a gradient (published training has none: pass ``image.detach()``), or
             forward-mode AD.
 
-    FLOPs are 2·steps·P·B·C·H·W with P = 8·len(dilations) (the weights, made once, are not counted). No copy of the
-    neighbours is stored: memory is two maps and the weights of one image, 4·P·H·W bytes in float32; on the CPU nothing
-    of them from 64 MiB on, unless for a gradient. Two runs are bit-equal. Autocast changes nothing.
+    FLOPs are 2·steps·P·B·C·H·W with P = 8·len(dilations), without the weights, which are computed once. Neighbours are
+    not copied: memory is two maps and the weights of one image, 4·P·H·W bytes in float32. On the CPU, weights of 64 MiB
+    or more are not stored, except for a gradient. Two runs are bit-equal. Autocast changes nothing.
 
     Sources: PAMR, Araslanov and Roth, CVPR 2020 (arXiv 2005.08104); PAR, Ru et al., "Learning affinity from attention",
     CVPR 2022 (arXiv 2203.02664); and their published code, which also resizes the map to the picture.
@@ -82,7 +84,8 @@ def pixel_adaptive_refinement(
     check_settings(dilations, steps, form)
     _library.refuse_forward_mode("pixel_adaptive_refinement", cam, image)
     backend = _backends.requested(backend)
-    return torch.ops.ercn.pixel_adaptive_refinement(cam, image, list(dilations), steps, form, backend)
+    refined: Tensor = torch.ops.ercn.pixel_adaptive_refinement(cam, image, list(dilations), steps, form, backend)
+    return refined
 
 
 def random_walk(
@@ -94,21 +97,21 @@ def random_walk(
     steps: int = 256,
     backend: str | None = None,
 ) -> Tensor:
-    """Let maps walk ``steps`` times over the affinities of near pixels: the propagation of PSA and IRN.
+    """Propagate maps by a random walk over the affinities of near pixels, as PSA and IRN do.
 
         out = V · T^steps,   T_ij = A_ij^β / Σ_k A_kj^β,   A_ii = 1,   A_ij = 0 farther than the radius
 
-    Each pixel becomes a mean of those near it: constants stay, and no value leaves the range of the map. The published
-    code squares the dense N×N matrix T ``exp_times`` times, steps = 2 ** exp_times; here T, which has 2P + 1 entries a
-    pixel, is applied ``steps`` times. With the published radius of 5 pixels P is 34: 256 steps of 21 maps of 56² pixels
-    are 2.3 GFLOP, eight squarings 493.
+    Each pixel becomes a mean of the pixels near it: constants stay, and no value leaves the range of the map. The
+    published code squares the dense N×N matrix T ``exp_times`` times, steps = 2 ** exp_times; here T, with its 2P + 1
+    entries for each pixel, is applied ``steps`` times. For the published radius of 5 pixels P is 34: 256 steps of 21
+    maps of 56² pixels are 2.3 GFLOP, eight squarings 493.
 
     Args:
         value: V, [B, C, H, W], floating point.
         affinity: of pairs of pixels less than ``radius`` apart, in [0, 1]: [B, P, H, W], where [:, p, y, x] is that of
             pixel (y, x) and its neighbour p, at (0, 1), …, (0, radius - 1), then those of the rows below, row by row
-            and from the left. What is said of a neighbour beyond the border is not read. ``feature_affinity`` (PSA)
-            and ``edge_affinity`` (IRN) have this layout.
+            and from the left. Entries of neighbours beyond the border are not read. ``feature_affinity`` (PSA) and
+            ``edge_affinity`` (IRN) return this layout.
         radius: in pixels, at least 2.
         beta: β, above 0; PSA takes 8, IRN 10.
         steps: at least 0.
@@ -116,13 +119,13 @@ def random_walk(
 
     Returns:
         Like ``value`` in shape and dtype, contiguous; computed in float32, or in float64 where an input is.
-        Differentiable in ``value``, twice too, by the adjoint of T.
+        Differentiable twice in ``value``, by the adjoint of T.
 
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit, or an unknown backend.
         RuntimeError: the named backend cannot run these tensors; the message says why.
-        NotImplementedError: an affinity that needs a gradient (the published networks learn from the affinities
-            themselves and walk without gradients: pass ``affinity.detach()``), or forward-mode AD.
+        NotImplementedError: an affinity that needs a gradient (the published networks are trained on the affinities
+            themselves, not through the walk: pass ``affinity.detach()``), or forward-mode AD.
 
     FLOPs are 2·steps·(2P + 1)·B·C·H·W; memory is two maps and T, twice 4·(2P + 1)·B·H·W bytes in float32. Two runs are
     bit-equal. Autocast changes nothing.
@@ -134,7 +137,7 @@ def random_walk(
     >>> import torch
     >>> from ercn.ops import edge_affinity, random_walk
     >>> cam = torch.tensor([1.0, 0, 0, 0, 0, 0]).expand(1, 1, 3, 6)
-    >>> edge = torch.tensor([0.0, 0, 1, 0, 0, 0]).expand(1, 1, 3, 6)              # it stops the walk
+    >>> edge = torch.tensor([0.0, 0, 1, 0, 0, 0]).expand(1, 1, 3, 6)              # no walk across it
     >>> random_walk(cam, edge_affinity(edge, radius=2), radius=2, beta=10)[0, 0, 1].round(decimals=2) + 0.0
     tensor([0.5000, 0.5000, 0.0000, 0.0000, 0.0000, 0.0000])
     """
@@ -154,15 +157,19 @@ def random_walk(
         raise ValueError(f"steps must be at least 0; got {steps}")
     _library.refuse_forward_mode("random_walk", value, affinity)
     backend = _backends.requested(backend)
-    return torch.ops.ercn.random_walk(value, affinity, radius, float(beta), steps, backend)
+    walked: Tensor = torch.ops.ercn.random_walk(value, affinity, radius, float(beta), steps, backend)
+    return walked
 
 
 def feature_affinity(feat: Tensor, radius: int = 5) -> Tensor:
     """PSA's affinity exp(-mean_d |f_i - f_j|) of features [B, D, H, W], in the layout of ``random_walk``: [B, P, H, W].
 
-    As published, pixels less than radius - 1 from the left, right or lower border have no pairs of their own, affinity
-    0; that of the others, [:, :, : 1 - radius, radius - 1 : 1 - radius], is what PSA learns from. Differentiable, in
-    plain torch. Source: Ahn and Kwak, CVPR 2018, and its published code.
+    As published, the affinities of pixels less than radius - 1 from the left, right or lower border are 0; PSA is
+    trained on the others, [:, :, : 1 - radius, radius - 1 : 1 - radius]. Differentiable, in plain torch, deterministic.
+    Source: Ahn and Kwak, CVPR 2018, and its published code.
+
+    Raises:
+        ValueError: another shape, or a map smaller than the radius needs.
 
     >>> import torch
     >>> from ercn.ops import feature_affinity
@@ -183,15 +190,18 @@ def feature_affinity(feat: Tensor, radius: int = 5) -> Tensor:
         torch.exp(-(feat[:, :, dy : h - reach + dy, reach + dx : w - reach + dx] - inner).abs().mean(1))
         for dy, dx in offsets
     ]
-    return torch.nn.functional.pad(torch.stack(pairs, 1), (reach, reach, 0, reach))
+    return pad(torch.stack(pairs, 1), (reach, reach, 0, reach))
 
 
 def edge_affinity(edge: Tensor, radius: int = 5) -> Tensor:
-    """IRN's affinity 1 - max e of all pixels on the line from i to j, in the layout of ``random_walk``: [B, P, H, W].
+    """IRN's affinity 1 - max e over the pixels on the line from i to j, in the layout of ``random_walk``: [B, P, H, W].
 
-    edge [B, 1, H, W], probabilities of a class boundary. A pixel between the two is on the line where it is less than
-    one pixel from it. Beyond the border e is 1. Differentiable, in plain torch. Source: Ahn, Cho and Kwak, CVPR 2019,
-    and its published code.
+    edge: e, [B, 1, H, W], probabilities of a class boundary. A pixel is on the line if its distance is below 1. Beyond
+    the border e is 1. Differentiable, in plain torch, deterministic. Source: Ahn, Cho and Kwak, CVPR 2019, and its
+    published code.
+
+    Raises:
+        ValueError: another shape, or a radius below 2.
 
     >>> import torch
     >>> from ercn.ops import edge_affinity
@@ -201,7 +211,7 @@ def edge_affinity(edge: Tensor, radius: int = 5) -> Tensor:
     if edge.dim() != 4 or edge.shape[1] != 1:
         raise ValueError(f"edge must be [B, 1, H, W]; got {list(edge.shape)}")
     reach, (h, w) = radius - 1, edge.shape[2:]
-    padded = torch.nn.functional.pad(edge[:, 0], (reach, reach, 0, reach), value=1.0)
+    padded = pad(edge[:, 0], (reach, reach, 0, reach), value=1.0)
     pairs = []
     for dy, dx in _pairs(radius):
         line = [
@@ -230,32 +240,10 @@ def check_settings(dilations: Sequence[int], steps: int, form: str) -> None:
         raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
 
 
-_REFINE = _library.define(
-    "pixel_adaptive_refinement(Tensor cam, Tensor image, int[] dilations, int steps, str form, "
-    'str backend="") -> Tensor'
-)
-_REFINE_BACKWARD = _library.define(
-    "pixel_adaptive_refinement_backward(Tensor grad_out, Tensor image, int[] dilations, int steps, str form, "
-    'str backend="") -> Tensor'
-)
+def _keep_guide(guide: str) -> Callable[..., None]:
+    """setup_context of an op that is linear in its first argument: it saves the second and all settings."""
 
-_WALK = _library.define(
-    'random_walk(Tensor value, Tensor affinity, int radius, float beta, int steps, str backend="") -> Tensor'
-)
-_WALK_BACKWARD = _library.define(
-    "random_walk_backward(Tensor grad_out, Tensor affinity, int radius, float beta, int steps, "
-    'str backend="") -> Tensor'
-)
-
-
-def _like(map_, *args):
-    return torch.empty_like(map_, memory_format=torch.contiguous_format)
-
-
-def _keep_guide(guide: str):
-    """setup_context of a linear op of its first argument: it keeps the second and all settings."""
-
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, tensor, *ctx.settings = inputs
         if ctx.needs_input_grad[1]:
             raise NotImplementedError(
@@ -266,45 +254,54 @@ def _keep_guide(guide: str):
     return setup_context
 
 
-def _adjoint(op):
-    def backward(ctx, grad):
+def _adjoint(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (guide,) = ctx.saved_tensors
         return op(grad, guide, *ctx.settings), None, *(None for _ in ctx.settings)
 
     return backward
 
 
-def _vmap(op):
-    """Maps of one picture become channels of it; else everything is folded into the batch."""
+def _vmap(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """Maps of one guide become its channels; with a batched guide everything becomes a larger batch."""
 
-    def vmap(info, in_dims, map_, guide, *settings):
+    def vmap(info: Any, in_dims: tuple[Any, ...], map_: Tensor, guide: Tensor, *settings: Any) -> tuple[Any, Any]:
         size = info.batch_size
         if in_dims[1] is None:
             stacked = map_.movedim(in_dims[0], 1)  # [B, size, C, H, W]
             return op(stacked.flatten(1, 2), guide, *settings).unflatten(1, (size, -1)), 1
         folded = (_library.fold(dim, size, x) for dim, x in zip(in_dims, (map_, guide)))
-        return op(*folded, *settings).unflatten(0, (size, -1)), 0
+        return _library.unfold(op(*folded, *settings), size)
 
     return vmap
 
 
-def _register(forward, backward, guide: str) -> None:
-    """A pair of ops that are linear in the map, each the other's adjoint."""
-    for op, adjoint in ((forward, backward), (backward, forward)):
-        torch.library.register_fake(op)(_like)
-        torch.library.register_autograd(op, _adjoint(adjoint), setup_context=_keep_guide(guide))
-        torch.library.register_vmap(op)(_vmap(op))
+def _register(op: str, map_: str, guide: str, settings: str) -> None:
+    """Define the op, linear in the map, and its adjoint ``{op}_backward``; each is the backward of the other."""
+    forward, backward = (
+        _library.define(f'{name}(Tensor {first}, Tensor {guide}, {settings}, str backend="") -> Tensor', _fake)
+        for name, first in ((op, map_), (f"{op}_backward", "grad_out"))
+    )
+    for one, other in ((forward, backward), (backward, forward)):
+        torch.library.register_autograd(one, _adjoint(other), setup_context=_keep_guide(guide))
+        torch.library.register_vmap(one, _vmap(one))
 
 
-_register(_REFINE, _REFINE_BACKWARD, "image")
-_register(_WALK, _WALK_BACKWARD, "affinity")
+def _fake(map_: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(map_, memory_format=torch.contiguous_format)
+
+
+_register("pixel_adaptive_refinement", "cam", "image", "int[] dilations, int steps, str form")
+_register("random_walk", "value", "affinity", "int radius, float beta, int steps")
 
 
 @register_flop_formula([torch.ops.ercn.pixel_adaptive_refinement, torch.ops.ercn.pixel_adaptive_refinement_backward])
-def _(map_shape, image_shape, dilations, steps, *args, out_shape=None, **kwargs) -> int:
-    return 2 * steps * 8 * len(dilations) * map_shape.numel()
+def _(map_: torch.Size, image: torch.Size, dilations: list[int], steps: int, *args: Any, **kwargs: Any) -> int:
+    return 2 * steps * 8 * len(dilations) * map_.numel()
 
 
 @register_flop_formula([torch.ops.ercn.random_walk, torch.ops.ercn.random_walk_backward])
-def _(map_shape, affinity_shape, radius, beta, steps, *args, out_shape=None, **kwargs) -> int:
-    return 2 * steps * (2 * affinity_shape[1] + 1) * map_shape.numel()
+def _(
+    map_: torch.Size, affinity: torch.Size, radius: int, beta: float, steps: int, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * steps * (2 * affinity[1] + 1) * map_.numel()

@@ -1,7 +1,7 @@
 """Launchers of the ``triton`` backend: kernels in ``ercn.kernels``, float32, bfloat16 and float16 on GPUs.
 
-Nothing of Triton is imported until an op runs. With ``TRITON_INTERPRET=1`` in the environment from the start, the
-kernels run on CPU tensors instead, slowly, for tests.
+Triton is imported when an op runs. With ``TRITON_INTERPRET=1`` in the environment from the start, the kernels run on
+CPU tensors instead, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -11,25 +11,13 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-_MODULES = {
-    "relu_affinity": "affinity",
-    "relu_affinity_backward": "affinity",
-    "gated_attention_pool": "attention_pool",
-    "gated_attention_pool_backward": "attention_pool",
-    "attention_scores": "attention_pool",
-    "pool_by_scores": "attention_pool",
-    "pool_by_scores_backward": "attention_pool",
-    "pixel_adaptive_refinement": "refinement",
-    "pixel_adaptive_refinement_backward": "refinement",
-    "random_walk": "refinement",
-    "random_walk_backward": "refinement",
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,8 +37,8 @@ def unavailable() -> str | None:
     return None
 
 
-def can_run(op: str, *args) -> str | None:
-    if op not in _MODULES:
+def can_run(op: str, *args: Any) -> str | None:
+    if op not in globals():
         return f"it has no kernel for {op}"
     for x in args:
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in _DTYPES:
@@ -59,26 +47,27 @@ def can_run(op: str, *args) -> str | None:
 
 
 @functools.cache
-def _launcher(op: str) -> Callable:
-    return getattr(import_module(f"ercn.kernels.{_MODULES[op]}"), op)
+def _launcher(module: str, op: str) -> Callable[..., Any]:
+    launcher: Callable[..., Any] = getattr(import_module(f"ercn.kernels.{module}"), op)
+    return launcher
 
 
-def _launch(op: str, *args):
+def _launch(module: str, op: str, *args: Any) -> Any:
     device = next(x for x in args if isinstance(x, Tensor)).device
     if device.type != "cuda":
-        return _launcher(op)(*args)
+        return _launcher(module, op)(*args)
     with torch.cuda.device(device):
-        return _launcher(op)(*args)
+        return _launcher(module, op)(*args)
 
 
-relu_affinity = functools.partial(_launch, "relu_affinity")
-relu_affinity_backward = functools.partial(_launch, "relu_affinity_backward")
-gated_attention_pool = functools.partial(_launch, "gated_attention_pool")
-gated_attention_pool_backward = functools.partial(_launch, "gated_attention_pool_backward")
-attention_scores = functools.partial(_launch, "attention_scores")
-pool_by_scores = functools.partial(_launch, "pool_by_scores")
-pool_by_scores_backward = functools.partial(_launch, "pool_by_scores_backward")
-pixel_adaptive_refinement = functools.partial(_launch, "pixel_adaptive_refinement")
-pixel_adaptive_refinement_backward = functools.partial(_launch, "pixel_adaptive_refinement_backward")
-random_walk = functools.partial(_launch, "random_walk")
-random_walk_backward = functools.partial(_launch, "random_walk_backward")
+relu_affinity = functools.partial(_launch, "affinity", "relu_affinity")
+relu_affinity_backward = functools.partial(_launch, "affinity", "relu_affinity_backward")
+gated_attention_pool = functools.partial(_launch, "attention_pool", "gated_attention_pool")
+gated_attention_pool_backward = functools.partial(_launch, "attention_pool", "gated_attention_pool_backward")
+attention_scores = functools.partial(_launch, "attention_pool", "attention_scores")
+pool_by_scores = functools.partial(_launch, "attention_pool", "pool_by_scores")
+pool_by_scores_backward = functools.partial(_launch, "attention_pool", "pool_by_scores_backward")
+pixel_adaptive_refinement = functools.partial(_launch, "refinement", "pixel_adaptive_refinement")
+pixel_adaptive_refinement_backward = functools.partial(_launch, "refinement", "pixel_adaptive_refinement_backward")
+random_walk = functools.partial(_launch, "refinement", "random_walk")
+random_walk_backward = functools.partial(_launch, "refinement", "random_walk_backward")

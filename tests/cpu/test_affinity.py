@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from _ops import assert_within_budget, dense_affinity, error, layouts, least_lucky
+from _affinity import dense_affinity, least_lucky
+from _ops import assert_within_budget, error, layouts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

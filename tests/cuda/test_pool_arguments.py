@@ -6,10 +6,9 @@ import itertools
 
 import pytest
 import torch
-from _attention import inputs, leaf
 from _cuda import DEVICE, HOPPER, marks, operators, pool_with
 from _ops import assert_within_budget, finite_parts, randn
-from _pool import kept, pooled_of, twin
+from _pool import inputs, kept, leaf, pooled_of, twin
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = marks(DEVICE)

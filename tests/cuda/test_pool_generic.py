@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
-from _attention import dense, gradients, inputs, leaf
 from _cuda import DEVICE, marks, pool_with
 from _ops import assert_within_budget, error, randn
+from _pool import gradients, inputs, leaf
+from _pool import twin as dense
 
 pytestmark = marks(DEVICE)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

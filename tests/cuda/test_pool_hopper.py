@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 import torch
-from _attention import dense, inputs, leaf
 from _cuda import HOPPER as DEVICE
 from _cuda import marks, pool_with
 from _ops import assert_within_budget, finite_parts, randn
+from _pool import inputs, leaf
+from _pool import twin as dense
 
 pytestmark = marks(DEVICE)
 BF16, FP16 = torch.bfloat16, torch.float16

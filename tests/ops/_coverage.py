@@ -1,4 +1,4 @@
-"""--gpu-coverage: a run of the GPU tests fails that leaves a kernel of this GPU unlaunched. With xdist too."""
+"""--gpu-coverage: a run of the GPU tests fails if a kernel of this GPU was never launched, also with xdist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class GpuCoverage:
     def __init__(self):
         self.launches: dict[str, int] = {}
         self.counting = contextlib.ExitStack()
-        self.of_triton: Counter[str] = Counter()
+        self.triton_launches: Counter[str] = Counter()
         self.is_worker = self.failed = False
 
     def pytest_sessionstart(self, session):
@@ -24,12 +24,12 @@ class GpuCoverage:
         if not _distributes(session.config) and triton.unavailable() is None:
             from ercn import kernels
 
-            self.of_triton = self.counting.enter_context(kernels.counting_launches())
+            self.triton_launches = self.counting.enter_context(kernels.counting_launches())
 
     def pytest_sessionfinish(self, session):
         if not _distributes(session.config):
             self.counting.close()
-            self._add(_launches(self.of_triton))
+            self._add(_launches(self.triton_launches))
         if hasattr(session.config, "workeroutput"):
             session.config.workeroutput["launches"] = self.launches
         elif self.never() and session.exitstatus == pytest.ExitCode.OK:
@@ -40,7 +40,7 @@ class GpuCoverage:
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self):
-        """A worker whose GPU keeps an error ends, and xdist starts another: there every later test would fail."""
+        """End a worker whose GPU has a sticky error, so that xdist starts another: all later tests would fail in it."""
         if self.is_worker and self.failed and torch.cuda.is_initialized():
             try:
                 torch.cuda.synchronize()
@@ -70,12 +70,12 @@ class GpuCoverage:
 
 
 def _distributes(config) -> bool:
-    """Whether this process hands the tests to xdist's workers."""
+    """Whether this process distributes the tests to xdist's workers."""
     return config.pluginmanager.hasplugin("dsession")
 
 
-def _launches(of_triton: Counter[str]) -> dict[str, int]:
-    """Of every kernel that can run here, in this process."""
+def _launches(triton_launches: Counter[str]) -> dict[str, int]:
+    """The launches of every kernel that can run on this machine, in this process."""
     import _cuda_emulator
     from _gpu_backends import BACKENDS, EMULATED
 
@@ -83,7 +83,7 @@ def _launches(of_triton: Counter[str]) -> dict[str, int]:
     if "triton" in BACKENDS:
         from ercn import kernels
 
-        launches |= {f"triton {name}": of_triton[name] for name in kernels.kernels()}
+        launches |= {f"triton {name}": triton_launches[name] for name in kernels.kernels()}
     if "cuda" in BACKENDS and EMULATED:
         launches |= _cuda_emulator.launches()
     elif "cuda" in BACKENDS:

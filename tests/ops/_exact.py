@@ -1,4 +1,4 @@
-"""Checks of an operator on inputs whose results are exact."""
+"""Checks of the operators on inputs with exact results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ercn.ops import gated_attention_pool, relu_affinity
 
 
 def real_instances(*counts, of):
-    """A mask [B, of] with as many real instances in each bag, at every second place and from the end on."""
+    """A mask [B, of] with ``counts`` real instances in the bags, at every second place from the end."""
     order = [*range(of - 1, -1, -2), *range(of - 2, -1, -2)]
     mask = torch.zeros(len(counts), of, dtype=torch.bool)
     for row, count in zip(mask, counts):

@@ -1,4 +1,4 @@
-"""The GPU backends that this process can use, and where their tensors are.
+"""The GPU backends that this process can use, and the device of their tensors.
 
 ERCN_CUDA_EMULATED=1 emulates the CUDA backend, TRITON_INTERPRET=1 interprets the Triton backend, both on the CPU.
 """
@@ -22,5 +22,5 @@ BACKENDS = [row.name for row in backends() if row.name in ("triton", "cuda") and
 
 
 def here(x: torch.Tensor | None) -> torch.Tensor | None:
-    """x where the kernels run."""
+    """x on the device of the kernels."""
     return None if x is None else x.to(DEVICE)

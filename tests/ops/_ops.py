@@ -1,4 +1,4 @@
-"""What the operator tests share: backends under test, dense definitions in plain torch, error budgets, odd layouts."""
+"""Shared by the tests of all operators: backends under test, golden files, error budgets, memory layouts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 
 
 def backends_of(op: str, device: str = "cpu") -> list[str]:
-    """Backends on this machine that have the op at all."""
+    """Backends on this machine that have the op."""
     usable = {b.name for b in ercn.ops.backends() if b.reason is None}
     x, map_ = torch.ones(1, 1, 1, device=device), torch.ones(1, 1, 1, 1, device=device)
     probes = {
@@ -37,7 +37,7 @@ def backends_of(op: str, device: str = "cpu") -> list[str]:
 
 
 def require(backend: str, op: str, *args) -> None:
-    """Skip, in the backend's own words, where it does not take these arguments of the op (of the pool, h alone)."""
+    """Skip with the backend's reason if it does not take these arguments of the op (of the pool h suffices)."""
     if op == "gated_attention_pool" and len(args) == 1:
         args = (args[0], args[0], None, None, None, args[0], *PLAIN)
     if reason := _backends.named(backend, "backend").can_run(op, *args):
@@ -53,33 +53,12 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
 
 
 def assert_within_budget(actual, plain, exact, channels: bool = False) -> None:
-    """actual is as near to exact (float64) as plain torch in the same dtype, as the budget counts it."""
+    """The error of ``actual`` against ``exact`` (float64) is allowed, given that of plain torch in the same dtype."""
     assert error(actual, exact, channels) <= allowed(error(plain, exact, channels), actual.dtype)
 
 
-def dense_affinity(value, feat, grad) -> list[torch.Tensor]:
-    """[out, grad_value, grad_feat] of the affinity in plain torch."""
-    leaves = [x.detach().clone().requires_grad_() for x in (value, feat)]
-    out = leaves[0] @ torch.relu(leaves[1].mT @ leaves[1])
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def least_lucky(value, feat, grad, exact) -> list[torch.Tensor]:
-    """``dense_affinity``, each result with its largest error of eight orders of the sums over C, D and N: a single
-    order may be near by chance, most of all where a sum cancels, and which one a BLAS takes is the processor's."""
-    results = []
-    for i in range(8):
-        c, d, n = (torch.randperm(size, generator=generator(i)) for size in (*value.shape[1:2], *feat.shape[1:]))
-        out, grad_value, grad_feat = dense_affinity(
-            *(x[:, rows][:, :, n] for x, rows in ((value, c), (feat, d), (grad, c)))
-        )
-        back = n.argsort()
-        results.append([x[:, rows.argsort()][:, :, back] for x, rows in ((out, c), (grad_value, c), (grad_feat, d))])
-    return [max(each, key=lambda x: error(x, truth, channels=True)) for each, truth in zip(zip(*results), exact)]
-
-
 def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same values of a 3-D tensor in the memory layouts that callers hand over."""
+    """The values of a 3-D tensor in several memory layouts."""
     padded = torch.full((x.shape[0], x.shape[1] + 1, 2 * x.shape[2] + 1), float("nan"), dtype=x.dtype)
     strided = padded[:, 1:, 1::2]
     strided.copy_(x)
@@ -95,7 +74,7 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def finite_parts(actual: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both, with 0 for what is not finite: NaN, Inf and -Inf must stand where exact has them."""
+    """Both with 0 for NaN, Inf and -Inf, which must be at the same places."""
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(kind(actual), kind(exact)), kind.__name__
     return tuple(x.nan_to_num(0, 0, 0) for x in (actual, exact))

@@ -1,4 +1,4 @@
-"""Attention pooling with every argument in plain torch, and the random bits of its dropout by NumPy."""
+"""Attention pooling in plain torch with the random bits of its dropout by NumPy, its inputs and its checks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import itertools
 
 import numpy as np
 import torch
-from _gpu_backends import BACKENDS, DEVICE, EMULATED
-from _ops import randn
+from _gpu_backends import BACKENDS, DEVICE, EMULATED, here
+from _ops import assert_within_budget, randn
 from torch.nn.functional import gelu, linear
 
-from ercn.ops import _backends, triton
+from ercn.ops import _backends, gated_attention_pool, triton
 
-ALONE = EMULATED or triton.INTERPRETED  # a process for one GPU backend on the CPU
+GPU_ON_CPU = EMULATED or triton.INTERPRETED  # this process tests one GPU backend on the CPU
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": gelu}
 
 
@@ -29,7 +29,7 @@ def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def kept(seed: int, p: float, instances: torch.Tensor, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which units of V's and of U's branch are kept: two of [*instances.shape, hidden], one counter for every unit."""
+    """Which units of V's and U's branch are kept, each [*instances.shape, hidden]; here every unit has a counter."""
     i, unit = np.broadcast_arrays(instances.numpy().astype(np.uint64)[..., None], np.arange(hidden, dtype=np.uint64))
     u64 = np.uint64
     column = unit // u64(64) * u64(16) + unit % u64(16)
@@ -41,23 +41,24 @@ def kept(seed: int, p: float, instances: torch.Tensor, hidden: int) -> tuple[tor
 
 
 def factors(seed: torch.Tensor | None, p: float, instances: torch.Tensor, hidden: int):
-    """What the branches are multiplied by, in float64, or None."""
+    """The factors of both branches in float64; None without dropout."""
     if seed is None:
         return None
     scale = 65536 / max(65536 - round(p * 65536), 1)
     return tuple(x.double() * scale for x in kept(int(seed), p, instances, hidden))
 
 
-def inputs(n, d, hidden, heads=1, batch=None, gated=True, bias=True):
-    """float64 h [B, N, D] or [N, D], and the weights, which leave no activation saturated."""
-    h = randn(*(() if batch is None else (batch,)), n, d, seed=1)
-    v, u = (randn(hidden, d, seed=s) / max(d, 1) ** 0.5 for s in (2, 3))
-    bv, bu, bw = (randn(k, seed=s) if bias else None for s, k in ((4, hidden), (5, hidden), (6, heads)))
-    return [h, v, bv, u if gated else None, bu if gated else None, randn(heads, hidden, seed=7), bw]
+def inputs(b, n, d, hidden, heads=1, gated=True, bias=True, dtype=torch.float64):
+    """h [B, N, D] (b=None: [N, D]) and the weights, scaled so that tanh and sigmoid are not saturated."""
+    h = randn(*(() if b is None else (b,)), n, d, seed=1, dtype=dtype)
+    v, u = (randn(hidden, d, seed=s, dtype=dtype) / max(d, 1) ** 0.5 for s in (2, 3))
+    bv, bu, bw = (randn(k, seed=s, dtype=dtype) if bias else None for s, k in ((4, hidden), (5, hidden), (6, heads)))
+    w = randn(heads, hidden, seed=7, dtype=dtype)
+    return [h, v, bv, u if gated else None, bu if gated else None, w, bw]
 
 
 def scores_of(h, v, bv, u, bu, w, bw, *, mask=None, activation="tanh", dropped=None):
-    """[B, K, N] of h [B, N, D]; dropped: ``factors`` of its instances."""
+    """h [B, N, D] -> [B, K, N]; dropped: the ``factors`` of dropout."""
     gate = ACTIVATIONS[activation](linear(h, v, bv))
     if dropped is not None:
         gate = gate * dropped[0].to(gate)
@@ -76,7 +77,7 @@ def pooled_of(scores, value, mask=None):
 
 
 def twin(h, *weights, mask=None, cu_seqlens=None, activation="tanh", seed=None, dropout_p=0.0):
-    """(pooled, scores) of every layout in plain torch, in the dtype of the arguments."""
+    """(pooled, scores) of any layout in the dtype of the arguments, as published code computes them."""
     hidden = len(weights[0])
     if cu_seqlens is None:
         bags = h if h.dim() == 3 else h[None]
@@ -95,11 +96,44 @@ def twin(h, *weights, mask=None, cu_seqlens=None, activation="tanh", seed=None, 
 
 
 def backends_for(op: str, *args) -> list[str]:
-    """Of this process the backends that take ``args``, whatever their device."""
-    names = [*BACKENDS] if ALONE else ["cpu", "reference", *BACKENDS]
+    """The backends of this process that take ``args``, on any device."""
+    names = [*BACKENDS] if GPU_ON_CPU else ["cpu", "reference", *BACKENDS]
     rows = [_backends.named(name, "backend") for name in names]
     return [row.name for row in rows if (row.launcher.unavailable() or row.launcher.can_run(op, *args)) is None]
 
 
 def device_of(backend: str) -> str:
     return "cpu" if backend in ("cpu", "reference") else DEVICE
+
+
+def leaf(x):
+    return None if x is None else x.detach().clone().requires_grad_()
+
+
+def gradients(outputs, leaves, grads):
+    return torch.autograd.grad(outputs, [x for x in leaves if x is not None], grads)
+
+
+def budget(ours, plain, exact, channels=False):
+    for mine, torchs, truth in zip(ours, plain, exact, strict=True):
+        assert_within_budget(mine.cpu(), torchs.cpu(), truth.cpu(), channels)
+
+
+def pool_results(function, arguments, cast, mask=None, **kwargs):
+    """(pooled, scores, gradients…), scores of masked instances as 0."""
+    leaves = [None if x is None else leaf(x.to(cast)) for x in arguments]
+    pooled, scores = function(*leaves, mask=mask, **kwargs)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], 0)
+    seeds = [here(randn(*t.shape, seed=s)).to(t.dtype) for s, t in ((8, pooled), (9, scores))]
+    return pooled, scores, *gradients((pooled, scores), leaves, seeds)
+
+
+def assert_pool(arguments, mask=None, dtype=None):
+    arguments = [here(x) for x in arguments]
+    mask, dtype = here(mask), dtype or arguments[0].dtype
+    ours = pool_results(gated_attention_pool, arguments, dtype, mask)
+    plain = pool_results(twin, arguments, dtype, mask)
+    exact = pool_results(twin, arguments, torch.float64, mask)
+    assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
+    budget(ours, plain, exact)

@@ -1,4 +1,4 @@
-"""Ranks of a test as torchrun would start them, forked from a process that has imported everything once."""
+"""Ranks of a test with torchrun's environment, forked from a process that has imported everything."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ import torch
 
 
 def start(world, function, *args):
-    """Processes that call ``function(rank, world, *args)``, a function of a module that can be imported."""
+    """Processes that call ``function(rank, world, *args)`` of an importable module."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ercn.training.fit", "ercn.training.pretraining", "timm"])
     with socket.socket() as one:
@@ -21,7 +21,7 @@ def start(world, function, *args):
 
 
 def run(world, function, *args, timeout=120):
-    """Exit codes of the ranks; those that are still running after ``timeout`` seconds are killed."""
+    """Exit codes of the ranks, which are killed after ``timeout`` seconds."""
     ranks = start(world, function, *args)
     for rank in ranks:
         rank.join(timeout)

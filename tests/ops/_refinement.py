@@ -1,4 +1,4 @@
-"""The refinements in plain torch, by index: every neighbour gathered, weights as the formulas are written."""
+"""The refinements in plain torch: neighbours are gathered by index, weights follow the formulas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def ring(dilations):
 
 
 def places(offsets, h, w):
-    """Which pixel lies at each offset from each, the edge repeated: [P, N]."""
+    """The index of the pixel at each offset from each pixel, with the edge repeated: [P, N]."""
     y, x = torch.arange(h), torch.arange(w)
     rows = [((y + dy).clamp(0, h - 1)[:, None] * w + (x + dx).clamp(0, w - 1)).flatten() for dy, dx in offsets]
     return torch.stack(rows)
@@ -34,7 +34,7 @@ def adaptive_weights(image, dilations, form):
 
 
 def refined(cam, image, dilations, steps, form="pamr"):
-    """Differentiable; a pixel that is not finite reaches the neighbours that look at it, and no others."""
+    """Differentiable; a pixel that is not finite only affects the pixels that have it as a neighbour."""
     at = places(ring(dilations), *image.shape[2:]).to(image.device)
     weights, m = adaptive_weights(image, dilations, form).unsqueeze(1), cam.flatten(2)
     for _ in range(steps):
@@ -43,13 +43,13 @@ def refined(cam, image, dilations, steps, form="pamr"):
 
 
 def half_disc(radius):
-    """(dy, dx) to the right and below, in the order of an affinity."""
+    """(dy, dx) of the neighbours to the right and below, in the order of an affinity."""
     square = [(dy, dx) for dy in range(radius) for dx in range(1 - radius, radius) if dy or dx > 0]
     return [(dy, dx) for dy, dx in square if dy * dy + dx * dx < radius * radius]
 
 
 def transition(affinity, radius, beta):
-    """T of the random walk as the dense matrix that the published code has: [B, N, N]."""
+    """T of the random walk as a dense matrix [B, N, N], as in the published code."""
     batch, _, h, w = affinity.shape
     matrix = torch.eye(h * w).to(affinity).repeat(batch, 1, 1)
     number = torch.arange(h * w).view(h, w)

@@ -1,4 +1,4 @@
-"""What each rank of test_sharding.py does: the ops on DTensors, against the same on whole tensors."""
+"""The test of each rank of test_sharding.py: the ops on DTensors against the ops on whole tensors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check(rank: int, world: int) -> None:
 
 
 def ragged_bags_and_dropout_are_whole(mesh, distribute_tensor, Replicate, Shard) -> None:
-    """Where h's first dimension is not bags, or instances are numbered across them, every rank has all."""
+    """Every rank has all bags if they are not h's first dimension, or if instances are numbered across them."""
     h, v, w = randn(8, 5, seed=1), randn(3, 5, seed=2), randn(2, 3, seed=3)
     bounds = torch.tensor([0, 3, 8])
     whole = [distribute_tensor(x, mesh, [Replicate()]) for x in (v, w, bounds)]

@@ -1,4 +1,4 @@
-"""Memory that ercn allocates without initialising holds what shows: NaN from torch, 3.4e38 from C's malloc."""
+"""Fills memory that ercn allocates without initialising: NaN from torch, 3.4e38 from C's malloc."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ M_PERTURB = -6  # of glibc's mallopt
 
 
 def from_python(allocate):
-    """torch's function, with NaN in what ercn gets from it."""
+    """torch's function, with NaN in the tensors that ercn allocates by it."""
 
     @functools.wraps(allocate)
     def wrapper(*args, **kwargs):
@@ -32,7 +32,7 @@ def from_python(allocate):
 
 
 def from_cpp(call):
-    """A call of an operator: for one of ours torch fills what it allocates, and malloc too."""
+    """A call of an operator. For one of ours, torch and malloc fill what they allocate."""
 
     @functools.wraps(call)
     def wrapper(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-// Operators that allocate as those of csrc do, and write nothing of it, for test_uninitialised.py.
+// Operators that allocate as those of csrc do and leave the memory unwritten, for test_uninitialised.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +11,7 @@ using torch::stable::Tensor;
 
 Tensor output(const Tensor& like) { return torch::stable::new_empty(like, {1000}); }
 
-// What memory of malloc's holds.
+// Returns what uninitialised memory from malloc holds.
 Tensor scratch(const Tensor& like) {
   Tensor out = torch::stable::new_empty(like, {1000});
   float* memory = static_cast<float*>(std::aligned_alloc(64, 64 * 1024));

@@ -1,4 +1,4 @@
-"""first_backward.py BACKEND DEVICE: this process's first call of the backend is the pool's backward, from autograd.
+"""first_backward.py BACKEND DEVICE: the first call of the backend in this process is the pool's backward, by autograd.
 
 On a GPU autograd runs it in a thread of its own, which has had no part in any CUDA call of ours. Prints what differs.
 """
@@ -18,7 +18,7 @@ def main(backend: str, device: str) -> None:
     expected = expected_pool(p)
 
     class Known(torch.autograd.Function):
-        """Outputs as they are known to be."""
+        """The known outputs."""
 
         @staticmethod
         def forward(ctx, *inputs):

@@ -9,19 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from _affinity import by_formula, dense, dense_propagate, gradients, off_kink
-from _ops import (
-    assert_within_budget,
-    backends_of,
-    dense_affinity,
-    error,
-    finite_parts,
-    golden,
-    layouts,
-    least_lucky,
-    randn,
-    require,
-)
+from _affinity import by_formula, dense, dense_affinity, dense_propagate, gradients, least_lucky, off_kink
+from _ops import assert_within_budget, backends_of, error, finite_parts, golden, layouts, randn, require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +21,7 @@ from ercn.ops import affinity_propagate, relu_affinity
 
 pytestmark = pytest.mark.parametrize("backend", backends_of("relu_affinity"))
 
-# B, C, D, N: ones, primes, one off every power of two, the model's own widths.
+# B, C, D, N: ones, primes, powers of two plus or minus one, the widths of the model.
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 6, 64, 127), (3, 1, 192, 129), (1, 22, 192, 196)]
 SHAPES += [(2, 5, 512, 33), (1, 2, 3, 257)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -193,7 +182,7 @@ def test_constant_stays_and_range_is_kept(backend, dtype):
     feat = randn(2, 16, 61, dtype=dtype)
     require(backend, "relu_affinity", feat.float(), feat)
     constant = torch.full((2, 3, 61), 0.7)
-    # The row of ones sees the same rounded affinities, so only eps / row sum <= 1e-5 and rounding are left.
+    # The row of ones has the same rounded affinities: the error is eps / row sum <= 1e-5 and rounding.
     assert error(affinity_propagate(constant, feat, backend=backend), constant.double()) < 2e-5
     cam = torch.rand(2, 3, 61, generator=torch.Generator().manual_seed(0))
     out = affinity_propagate(cam, feat, backend=backend)
@@ -299,7 +288,7 @@ from pathlib import Path
 import torch
 from ercn.ops import relu_affinity
 
-def high_water():  # of this program; ru_maxrss starts with that of the process which started it
+def high_water():  # of this program; ru_maxrss starts at that of the parent process
     return 1024 * int(re.search("VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 backend, n, backward, path = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True", sys.argv[4]
@@ -319,7 +308,7 @@ torch.save({"feat": feat.detach(), "out": out.detach(), "grad": feat.grad, "byte
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc for the memory of a process")
 @pytest.mark.parametrize("n, backward", [(256 * 256, False), (128 * 128, True)], ids=["forward", "backward"])
 def test_many_pixels_need_no_square_buffer(backend, n, backward, tmp_path):
-    """In a process of its own: the highest memory of a process hides everything below it that follows."""
+    """In its own process: a later peak below the highest of the process is not visible."""
     path = tmp_path / "result.pt"
     environment = os.environ | {"PYTHONPATH": str(Path(ercn.__file__).parents[1])}
     command = [sys.executable, "-c", PEAK, backend, str(n), str(backward), str(path)]
@@ -331,7 +320,7 @@ def test_many_pixels_need_no_square_buffer(backend, n, backward, tmp_path):
     assert error(result["out"][..., probe], torch.relu(f.mT @ f[..., probe]).sum(1).unsqueeze(1)) < 1e-5
     if backward:  # V = G = 1: W = 2·1[T>0]
         expected = 2 * f @ (f.mT @ f[..., probe] > 0).double()
-        assert error(result["grad"][..., probe], expected) < 1e-4  # pairs with T near 0 may fall on either side
+        assert error(result["grad"][..., probe], expected) < 1e-4  # T near 0 may round to either side
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -1,7 +1,10 @@
-"""Derivatives of the affinity ops beyond the first gradient, against a dense twin in plain torch, float64."""
+"""Derivatives of the affinity ops beyond the first gradient, against plain torch in float64."""
 
 from __future__ import annotations
 
+import functools
+
+import _affinity
 import pytest
 import torch
 from _ops import backends_of, error, randn, require
@@ -19,28 +22,17 @@ def float64(backend):
     require(backend, "relu_affinity", x, x)
 
 
-def dense_affinity(value, feat):
-    return value @ torch.relu(feat.mT @ feat)
-
-
-def dense_propagate(cam, feat, eps=1e-5, steps=2):
-    f = feat / (torch.linalg.vector_norm(feat, dim=1, keepdim=True) + eps)
-    affinity = torch.relu(f.mT @ f)
-    for _ in range(steps):
-        cam = cam @ affinity / (affinity.sum(dim=1, keepdim=True) + eps)
-    return cam
-
-
 def pairs(backend):
-    """(op, its dense twin)"""
+    """(op, the same in plain torch)"""
+    propagate, plain = (functools.partial(f, steps=2) for f in (affinity_propagate, _affinity.dense_propagate))
     return [
-        (lambda v, f: relu_affinity(v, f, backend=backend), dense_affinity),
-        (lambda v, f: affinity_propagate(v, f, steps=2, backend=backend), dense_propagate),
+        (lambda v, f: relu_affinity(v, f, backend=backend), _affinity.dense),
+        (lambda v, f: propagate(v, f, backend=backend), plain),
     ]
 
 
 def inputs(batch=2, n=7):
-    """Features none of whose products is near T = 0, which finite differences and rounding must not cross."""
+    """Features whose products stay away from T = 0, which finite differences and rounding must not cross."""
     drawn = (randn(batch, 4, n, seed=seed) for seed in range(100))
     feat = next(f for f in drawn if (f.mT @ f).abs().min() > 0.04)
     return randn(batch, 3, n, seed=1), feat
@@ -77,7 +69,7 @@ def test_double_backward_of_one_input(backend, need):
 
 @pytest.mark.parametrize("made", ["feat is cam", "feat of cam", "cam of feat"])
 def test_inputs_that_depend_on_each_other(backend, made):
-    """The gradient with a graph of its own counts each path once."""
+    """The gradient with create_graph counts each path once."""
 
     def loss(x):
         other = x * x + 1
@@ -108,7 +100,7 @@ def test_forward_mode(backend):
     tangents = [randn(*x.shape, seed=9 + i) for i, x in enumerate(leaves)]
     for ours, dense in pairs(backend):
         assert_equal(*(jvp(f, tuple(x.detach() for x in leaves), tuple(tangents)) for f in (ours, dense)))
-        for which in (0, 1):  # a tangent of one input alone
+        for which in (0, 1):  # a tangent of one input only
             found = []
             for function in (ours, dense):
                 with forward_ad.dual_level():
@@ -157,12 +149,12 @@ def test_second_derivatives_have_the_dtypes_of_the_inputs(backend):
             first = torch.autograd.grad(loss_of(function)(*x), x, create_graph=True)
             seconds.append(torch.autograd.grad(sum(g.double().square().sum() for g in first), x))
         assert [x.dtype for x in seconds[0]] == [torch.float32, torch.bfloat16]
-        # Gradients of feat are rounded to bfloat16, and so are features where they are normalised.
+        # Gradients of feat are rounded to bfloat16, and so are normalised features.
         assert all(error(a, e) < 4 * torch.finfo(torch.bfloat16).eps for a, e in zip(*seconds))
 
 
 def test_gradients_by_torch_func_under_autocast(backend):
-    """As autograd has them: the features are rounded once, and the same ones meet in both directions."""
+    """As in autograd: features are rounded once, and both directions use the rounded ones."""
     value, feat = (x.float() for x in inputs())
     require(backend, "relu_affinity", value, feat.bfloat16())
     leaves = [x.clone().requires_grad_() for x in (value, feat)]
@@ -194,7 +186,7 @@ def test_the_formula_in_blocks(backend, monkeypatch):
 
 
 def test_transforms_in_a_compiled_function(backend):
-    """They leave the graph, where a registered op would have no tangent; vmap stays in it."""
+    """They break the graph, in which a registered op would have no tangent; vmap does not."""
     value, feat = inputs()
     ours, _ = pairs(backend)[0]
     functions = {

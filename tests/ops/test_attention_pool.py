@@ -1,4 +1,4 @@
-"""Attention pooling against AMLab's and CLAM's published code, plain torch in float64, and the backends' properties."""
+"""Attention pooling against the published code of AMLab and CLAM and plain torch in float64, and its properties."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 
 import pytest
 import torch
-from _attention import dense, gradients, inputs, leaf
 from _ops import assert_within_budget, backends_of, error, finite_parts, golden, layouts, randn, require
+from _pool import gradients, inputs, leaf, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,7 +37,7 @@ def test_matches_published_code(backend, name):
         assert error(scores[0].softmax(-1), data["attention"]) < 1e-12
     expected = [data["grad_h"]] + [data[f"grad.{k}"] for k in parameter_keys if k is not None]
     for ours, theirs in zip(gradients(pooled[0], leaves, data["grad_pooled"]), expected):
-        # The bias of w shifts every score alike: its gradient is 0 up to rounding.
+        # The bias of w shifts all scores equally: its gradient is 0 up to rounding.
         assert error(ours, theirs) < 1e-11 or (ours - theirs).abs().max() < 1e-13
 
 
@@ -52,7 +52,7 @@ def test_forward_and_gradients_within_budget(backend, case, gated, dtype):
     require(backend, "gated_attention_pool", arguments[0])
     results = []
     op = functools.partial(gated_attention_pool, backend=backend)
-    for function, cast in ((op, dtype), (dense, dtype), (dense, torch.float64)):
+    for function, cast in ((op, dtype), (twin, dtype), (twin, torch.float64)):
         leaves = [None if x is None else leaf(x.to(cast)) for x in arguments]
         pooled, scores = function(*leaves)
         seeds = [randn(*t.shape, seed=s).to(t.dtype) for s, t in ((8, pooled), (9, scores))]
@@ -71,7 +71,7 @@ def test_any_strides(backend, layout):
     arguments[1] = arguments[1].mT.contiguous().mT
     leaves = [x.requires_grad_() for x in arguments]
     pooled, scores = gated_attention_pool(*leaves, backend=backend)
-    expected, expected_scores = dense(*leaves)
+    expected, expected_scores = twin(*leaves)
     assert error(pooled, expected) < 1e-13 and error(scores, expected_scores) < 1e-13
     pairs = (pooled, scores), (expected, expected_scores)
     ours, theirs = (gradients(p.sum() + s.square().sum(), leaves, None) for p, s in pairs)
@@ -83,7 +83,7 @@ def test_feature_map_view(backend):
     weights = inputs(2, 1, 6, 3)[1:]
     pooled, scores = gated_attention_pool(fmap.flatten(2).transpose(1, 2), *weights, backend=backend)
     assert pooled.shape == (2, 1, 6) and scores.shape == (2, 1, 20)
-    expected = dense(fmap.flatten(2).mT, *weights)[0]
+    expected = twin(fmap.flatten(2).mT, *weights)[0]
     assert error(pooled, expected) < 1e-13
     assert error(*(torch.autograd.grad(x.square().sum(), fmap)[0] for x in (pooled, expected))) < 1e-12
 
@@ -93,7 +93,7 @@ def test_only_gradients_asked_for(backend, index):
     arguments = inputs(2, 9, 4, 3, heads=2)
     arguments[index] = arguments[index].requires_grad_()
     pooled, _ = gated_attention_pool(*arguments, backend=backend)
-    expected = dense(*arguments)[0]
+    expected = twin(*arguments)[0]
     grad = randn(2, 2, 4, seed=9)
     with FlopCounterMode(display=False) as flops:
         (ours,) = torch.autograd.grad(pooled, arguments[index], grad)
@@ -105,8 +105,8 @@ def test_only_gradients_asked_for(backend, index):
 
 @pytest.mark.parametrize("gated, forward, backward", [(True, 1368, 3600), (False, 936, 2304)], ids=["gated", "plain"])
 def test_flops(backend, gated, forward, backward):
-    """Projections 2·18·4·3 = 432 each, scores and pooling 2·18·2·(3 + 4) = 504. Backward: thrice the projections
-    (formed again, for the weights, for h), twice the others."""
+    """Projections 2·18·4·3 = 432 each, scores and pooling 2·18·2·(3 + 4) = 504. Backward: three times the
+    projections (again, for the weights, for h), twice the others."""
     arguments = [x if x is None else x.requires_grad_() for x in inputs(2, 9, 4, 3, heads=2, gated=gated)]
     with FlopCounterMode(display=False) as flops:
         pooled, _ = gated_attention_pool(*arguments, backend=backend)
@@ -119,9 +119,9 @@ def test_flops(backend, gated, forward, backward):
 def test_gradient_through_either_output_alone(backend):
     leaves = [x.requires_grad_() for x in inputs(1, 8, 4, 3)]
     for pick in (0, 1):
-        ours, theirs = (f(*leaves)[pick] for f in (lambda *a: gated_attention_pool(*a, backend=backend), dense))
+        ours, theirs = (f(*leaves)[pick] for f in (lambda *a: gated_attention_pool(*a, backend=backend), twin))
         for a, e in zip(gradients(ours.square().sum(), leaves, None), gradients(theirs.square().sum(), leaves, None)):
-            assert error(a, e) < 1e-12 or (a - e).abs().max() < 1e-13  # w_bias moves pooled by rounding only
+            assert error(a, e) < 1e-12 or (a - e).abs().max() < 1e-13  # w_bias changes pooled by rounding only
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
@@ -246,9 +246,9 @@ def test_masked_instances_never_leak(backend, leak):
     assert (scores.masked_select(~mask[:, None].expand_as(scores)) == float("-inf")).all()
     grads = gradients(pooled.square().sum() + scores.masked_fill(~mask[:, None], 0).sum(), leaves, None)
     assert (grads[0][~mask] == 0).all()
-    for b in range(2):  # as if the bag held its real instances only
-        alone = [arguments[0][b : b + 1, mask[b]], *arguments[1:]]
-        assert error(pooled[b : b + 1], dense(*alone)[0]) < 1e-13
+    for b in range(2):  # equal to a bag of its real instances only
+        real = [arguments[0][b : b + 1, mask[b]], *arguments[1:]]
+        assert error(pooled[b : b + 1], twin(*real)[0]) < 1e-13
     clean = [leaf(x) for x in arguments]
     expected, expected_scores = gated_attention_pool(*clean, mask=mask, backend=backend)
     loss = expected.square().sum() + expected_scores.masked_fill(~mask[:, None], 0).sum()
@@ -282,8 +282,8 @@ def test_ragged_equals_bag_by_bag(backend, index_dtype):
     arguments = [leaf(x) for x in inputs(None, 60, 6, 5, heads=3)]
     pooled, scores = gated_attention_pool(*arguments, cu_seqlens=bounds, backend=backend)
     bags = [slice(a, b) for a, b in zip(bounds.tolist(), bounds.tolist()[1:])]
-    alone = [gated_attention_pool(arguments[0][None, bag], *arguments[1:], backend=backend) for bag in bags]
-    expected = torch.cat([p for p, _ in alone]), torch.cat([s[0] for _, s in alone], dim=-1)
+    each = [gated_attention_pool(arguments[0][None, bag], *arguments[1:], backend=backend) for bag in bags]
+    expected = torch.cat([p for p, _ in each]), torch.cat([s[0] for _, s in each], dim=-1)
     assert error(pooled, expected[0]) < 1e-13 and error(scores, expected[1]) < 1e-13
     pairs = (pooled, scores), expected
     ours, theirs = (gradients(p.square().sum() + s.square().sum(), arguments, None) for p, s in pairs)
@@ -303,8 +303,8 @@ def test_large_scores_do_not_overflow(backend):
     arguments[5] = arguments[5] * 1e4
     assert_within_budget(
         gated_attention_pool(*arguments, backend=backend)[0],
-        dense(*arguments)[0],
-        dense(*(x.double() for x in arguments))[0],
+        twin(*arguments)[0],
+        twin(*(x.double() for x in arguments))[0],
     )
 
 
@@ -312,7 +312,7 @@ def test_large_scores_do_not_overflow(backend):
 def test_nan_and_inf_propagate_as_in_torch(backend, bad):
     arguments = inputs(2, 6, 4, 3)
     arguments[0][1, 2, 3] = bad
-    for ours, theirs in zip(gated_attention_pool(*arguments, backend=backend), dense(*arguments)):
+    for ours, theirs in zip(gated_attention_pool(*arguments, backend=backend), twin(*arguments)):
         assert torch.allclose(*finite_parts(ours, theirs), rtol=1e-12, atol=1e-12)
 
 
@@ -339,8 +339,8 @@ def test_any_shape_and_stride_property(backend, data):
     mask = torch.rand(b, n, generator=torch.Generator().manual_seed(n)) < 0.7
     mask[:, 0] = True
     mask = data.draw(st.sampled_from([None, mask]), label="mask")
-    exact = dense(*(None if x is None else x.double() for x in arguments), mask=mask)
-    plain = dense(*arguments, mask=mask)
+    exact = twin(*(None if x is None else x.double() for x in arguments), mask=mask)
+    plain = twin(*arguments, mask=mask)
     ours = gated_attention_pool(*arguments, mask=mask, backend=backend)
     real = torch.ones(b, n, dtype=torch.bool) if mask is None else mask
     assert_within_budget(ours[0], plain[0], exact[0])

@@ -1,4 +1,4 @@
-"""The backend table: choice, override, and the sentences it answers with."""
+"""The table of backends: choice, override and error sentences."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ import torch
 import ercn.ops
 from ercn.ops import (
     _backends,
+    _library,
     affinity,
     affinity_propagate,
     attention_pool,
     backends,
+    cpu,
     gated_attention_pool,
     relu_affinity,
     use_backend,
 )
+
+
+def test_the_cpu_backend_has_every_op():
+    assert all(cpu.can_run(op._opname) is None and callable(getattr(cpu, op._opname)) for op in _library.DEFINED)
+    assert cpu.can_run("another") == "it has no kernel for another"
 
 
 def test_table_lists_reasons_and_ends_in_the_reference():
@@ -41,7 +48,7 @@ def test_unknown_names_list_the_choices(monkeypatch):
 
 
 class Recorder:
-    """A launcher that counts its calls and answers through the reference."""
+    """A launcher that counts its calls and runs the reference."""
 
     def __init__(self, reason=None):
         self.calls, self.reason = [], reason
@@ -123,7 +130,7 @@ def leaves(*tensors):
 
 
 def in_a_thread(function):
-    """Run it to its end on another thread, as autograd does with the backward of a GPU's ops."""
+    """Run and join it on another thread, as autograd runs the backward of GPU ops."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(function).result()
 
@@ -217,7 +224,7 @@ def test_an_error_in_the_block_ends_the_override(recorders):
 @pytest.mark.skipif("cpu" not in [row.name for row in backends() if row.reason is None], reason="libercn is not built")
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_a_compiled_backward_runs_on_the_named_backend(monkeypatch, name):
-    """The table as it is: each launcher is counted, none replaced."""
+    """The real table, with the calls of each launcher counted."""
     counts = {row.name: [] for row in _backends.TABLE}
 
     def counted(row, op):

@@ -1,4 +1,4 @@
-"""The error budget itself: what it counts, what it allows, and that everything that judges results uses it."""
+"""The error budget: what it counts, what it allows."""
 
 from __future__ import annotations
 

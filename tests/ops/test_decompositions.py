@@ -1,4 +1,4 @@
-"""The operators' plain forms: the same results, no operator of ours left, any number of pictures."""
+"""The decompositions of the operators: the same results, only operators of torch, any number of pictures."""
 
 import doctest
 
@@ -76,7 +76,7 @@ def test_ragged_bags_are_refused():
 def test_refinement():
     layer = PixelAdaptiveRefinement((1, 30), steps=4)
     image = torch.randn(2, 3, 8, 11)
-    image[:, :, :4, :6] = 0.25  # flat: every neighbour weighs the same
+    image[:, :, :4, :6] = 0.25  # flat: all neighbours have the same weight
     cam = torch.rand(2, 2, 8, 11, dtype=torch.float64)
     batch = torch.export.Dim("batch")
     program = torch.export.export(layer, (cam, image), dynamic_shapes=({0: batch}, {0: batch}))

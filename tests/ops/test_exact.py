@@ -1,4 +1,4 @@
-"""The CPU kernels, and the reference, on inputs whose results are exact: every bit of every output and gradient."""
+"""The CPU kernels and the reference on inputs with exact results: all outputs and gradients are bit-equal."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from _affinity import dense as dense_affinity
-from _attention import dense as dense_pool
+from _affinity import dense
 from _exact import BAGS, check_affinity, check_pool
-from _pool import scores_of
+from _pool import scores_of, twin
 
 from ercn.benchmarks.exact import (
     POOL_INPUTS,
@@ -91,10 +90,10 @@ def test_pool_of_many_instances(backend, dtype):
 
 def test_expected_results_are_those_of_plain_torch():
     arguments = affinity(2, 5, 20, 70, torch.float64, value_dtype=torch.float64)
-    assert differences(found_affinity(dense_affinity, *arguments), expected_affinity(*arguments)) is None
+    assert differences(found_affinity(dense, *arguments), expected_affinity(*arguments)) is None
     for kinds in ({"attention": "one_hot"}, {"attention": "uniform"}, {"gated": False, "bias": False}):
         p = pool(64, 33, 20, 2, torch.float64, bags=2, **kinds)
-        found = found_pool(lambda *inputs, mask, cu_seqlens: dense_pool(*inputs), p)
+        found = found_pool(lambda *inputs, mask, cu_seqlens: twin(*inputs), p)
         assert differences(found, expected_pool(p)) is None
 
 
@@ -152,7 +151,7 @@ def test_inputs_that_would_not_be_exact_are_refused():
 
 
 def test_a_backward_from_known_outputs():
-    """What test_gpu_hardware.py runs in a process of its own."""
+    """The script that test_gpu_hardware.py runs in its own process."""
     for backend in {name.split()[0] for name in BACKENDS}:
         command = [sys.executable, Path(__file__).with_name("first_backward.py"), backend, "cpu"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)

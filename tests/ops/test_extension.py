@@ -1,4 +1,4 @@
-"""The compiled library: what it says of itself, its ABI, its schemas, and why it is absent where it is."""
+"""The compiled library: its build information, ABI and schemas, and the reason if it is absent."""
 
 import ast
 import multiprocessing
@@ -58,7 +58,7 @@ def test_multiply_add_rate(dtype):
 
 
 def multiply_adds(function: str, machine_code: str) -> tuple[int, int]:
-    """How many vector multiply-adds the longest loop of a function has, and how many registers they add to."""
+    """The number of vector multiply-adds in the longest loop of a function, and of the registers they accumulate in."""
     listing, _, _ = machine_code.partition(f"{function}(long)>:\n")[2].partition("\n\n")
     lines = [line.split(None, 1) for line in listing.splitlines()]
     at = {address: i for i, (address, _) in enumerate(lines)}
@@ -72,8 +72,8 @@ def multiply_adds(function: str, machine_code: str) -> tuple[int, int]:
 @built
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="it reads x86 machine code")
 def test_multiply_add_rates_are_those_of_independent_operations():
-    """The rate counts so many multiply-adds a step: as many instructions are there, each with a sum of its own. Where
-    a compiler merges the equal chains of a dtype, its rate would be several times the truth.
+    """The rate counts a number of multiply-adds for each step; the loop has as many instructions with different sums.
+    If a compiler merged equal chains of a dtype, the rate would be several times too high.
     """
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
@@ -112,7 +112,7 @@ class Maps(torch.utils.data.Dataset):
 def test_workers_of_a_data_loader(method):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system has no {method}")
-    here = [Maps()[index] for index in range(4)]  # this process's threads have run before the fork
+    here = [Maps()[index] for index in range(4)]  # the threads of this process have run before the fork
     loader = DataLoader(Maps(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=120)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(here, loader, strict=True))
 
@@ -156,7 +156,7 @@ assert torch.equal(x.grad, torch.full((1, 1, 2), 6.0)), x.grad
 
 @built
 def test_schemas_in_python_are_those_of_the_library():
-    """What Python defines where the library is absent, and the operators run then."""
+    """Python defines the schemas without the library, and the operators run."""
     command = [sys.executable, "-c", WITHOUT_THE_LIBRARY]
     told = subprocess.run(command, capture_output=True, text=True, check=True)
     in_python = ast.literal_eval(told.stdout)
@@ -190,7 +190,7 @@ def test_every_device_has_the_operators():
 
 
 def test_the_dispatcher_sees_what_runs_at_once():
-    """Modes and the profiler are told of the op although its kernel can be called past the dispatcher."""
+    """Modes and the profiler see the op although its kernel can be called without the dispatcher."""
     x = torch.ones(1, 1, 2)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
         relu_affinity(x, x)
@@ -202,7 +202,7 @@ def test_the_dispatcher_sees_what_runs_at_once():
 
 @pytest.mark.parametrize("need", [False, True])
 def test_traces_hold_the_operators(need, tmp_path):
-    """torch.jit.trace and make_fx record a call, whose result is that of another call for other inputs."""
+    """torch.jit.trace and make_fx record the op: for other inputs the trace returns what a call returns."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     weights = (torch.randn(3, 4), None, torch.randn(3, 4), None, torch.randn(1, 3), None)
@@ -214,7 +214,7 @@ def test_traces_hold_the_operators(need, tmp_path):
 
     x, other = torch.randn(1, 5, 4, requires_grad=need), torch.randn(1, 5, 4)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it takes sizes for constants, and is deprecated
+        warnings.simplefilter("ignore")  # it makes sizes constants, and is deprecated
         trace = torch.jit.trace(calls, (x,))
     torch.jit.save(trace, str(tmp_path / "trace.pt"))
     for traced in (trace, torch.jit.load(str(tmp_path / "trace.pt")), make_fx(calls)(x)):
@@ -223,13 +223,13 @@ def test_traces_hold_the_operators(need, tmp_path):
 
 
 def test_a_library_of_other_sources_is_refused():
-    """As a stale one in an editable checkout would be."""
+    """As with a stale library in an editable checkout."""
     with pytest.raises(ImportError, match=r"libercn was built from other sources, where ercn::relu_affinity\(Tensor v"):
-        _library.define('relu_affinity(Tensor value, str backend="") -> Tensor')
+        _library.define('relu_affinity(Tensor value, str backend="") -> Tensor', fake=torch.clone)
 
 
 def test_tensors_that_stand_for_others():
-    """A lazy negation, and what old-style vmap wraps, must not reach a kernel as they lie in memory."""
+    """A kernel must not read the memory of a lazy negation or of a tensor that old-style vmap wraps."""
     x = torch.arange(1.0, 4.0).view(1, 1, 3)
     negated = torch._neg_view(x)
     assert torch.equal(relu_affinity(negated, x), -relu_affinity(x, x))

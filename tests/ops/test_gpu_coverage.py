@@ -1,4 +1,4 @@
-"""--gpu-coverage in a run of its own: a kernel that no test launches makes it fail and is named."""
+"""--gpu-coverage in a separate run: it fails if no test launches a kernel, and names the kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 
 
 def gpu_coverage(*arguments, **environment):
-    """A run with two workers: (exit code, what it prints)."""
+    """A run with two workers: (exit code, output)."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--gpu-coverage", *arguments]
     result = subprocess.run(
         command,

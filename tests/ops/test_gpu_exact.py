@@ -1,4 +1,4 @@
-"""The GPU backends on inputs whose results are exact: every bit of every output and gradient.
+"""The GPU backends on inputs with exact results: all outputs and gradients are bit-equal.
 
 On a GPU at sizes of use; interpreted and emulated (see test_gpu_ops.py) at the edges of tiles.
 """
@@ -24,11 +24,11 @@ HOPPER = "cuda" in BACKENDS and (not GPU or torch.cuda.get_device_capability() =
 VARIANTS = [*(["triton"] if "triton" in BACKENDS else []), *(["cuda generic"] if "cuda" in BACKENDS else [])]
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
-# 64 to 256 channels have kernels or tables of their own; 100 and 300 go by the general ones.
+# 64 to 256 channels have special kernels or tile tables; 100 and 300 use the general ones.
 AFFINITY = list(itertools.product([64, 100, 128, 192, 256, 300], DTYPES, [131]))
 TF32 = [64, 128, 192, 256]
 POOL = list(itertools.product(BAGS, DTYPES))
-if triton.INTERPRETED:  # minutes for all of them
+if triton.INTERPRETED:  # all would take minutes
     AFFINITY = list(zip([192, 64, 300], DTYPES, [67, 131, 67]))
     TF32 = TF32[:1]
     POOL = [("ragged", torch.float16), ("both", torch.bfloat16)]

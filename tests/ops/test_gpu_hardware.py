@@ -1,4 +1,4 @@
-"""What only a GPU can show of a backend: streams, graphs, devices, repeats, maps beyond 2³¹ affinities."""
+"""Tests of the backends that need a GPU: streams, graphs, devices, repeats, more than 2³¹ affinities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _affinity import off_kink
+from _affinity import dense, off_kink
 from _gpu_backends import BACKENDS, DEVICE
 from _ops import assert_within_budget, randn, require
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-# On Hopper the kernels that other GPUs run, too.
+# On Hopper also the kernels of other GPUs.
 VARIANTS = [*BACKENDS]
 if "cuda" in BACKENDS and torch.cuda.get_device_capability() == (9, 0):
     VARIANTS.append("cuda generic")
@@ -68,7 +68,7 @@ def pool_run(*arguments):
 def test_affinity_at_real_sizes_within_budget(backend, n, dim, dtype):
     value, feat = affinity_inputs(n, dim, dtype=dtype)
     require(backend, "relu_affinity", value, feat)
-    plain = value.to(dtype) @ torch.relu(feat.mT @ feat)
+    plain = dense(value.to(dtype), feat)
     exact = torch.cat([value.double() @ torch.relu(feat.double().mT @ x.double()) for x in feat.split(2048, -1)], -1)
     assert_within_budget(relu_affinity(value, feat).cpu(), plain.cpu(), exact.cpu(), channels=True)
 
@@ -81,8 +81,8 @@ def test_affinity_gradients_at_real_sizes_within_budget(dim, dtype):
     results = []
     for cast, function in (
         (dtype, lambda v, f: relu_affinity(v.float(), f)),
-        (dtype, lambda v, f: v @ torch.relu(f.mT @ f)),
-        (torch.float64, lambda v, f: v @ torch.relu(f.mT @ f)),
+        (dtype, dense),
+        (torch.float64, dense),
     ):
         leaves = [x.to(cast).requires_grad_() for x in (value, feat)]
         out = function(*leaves)
@@ -153,7 +153,7 @@ def test_forward_and_backward_in_a_graph():
 
 
 def test_ragged_bags_in_a_graph():
-    """No length is read on the host, so other bags of the same total replay."""
+    """The host reads no length, so the graph replays with other bags of the same total."""
     h, *weights = pool_inputs()
     bounds = torch.tensor([0, 10, 2000, 5003], device="cuda")
 
@@ -172,7 +172,7 @@ def test_ragged_bags_in_a_graph():
 
 
 def test_compiled_with_reduced_overhead():
-    """Only the division may round differently: the sums are exact."""
+    """The sums are exact; only the division may round differently."""
     cam, feat, _ = affinity(1, 22, 192, 32**2, torch.bfloat16, "cuda")
     compiled = torch.compile(
         lambda c, f: affinity_propagate(c, f, normalize=False), fullgraph=True, mode="reduce-overhead"

@@ -1,7 +1,7 @@
 """The operators on every GPU backend against plain torch in float64.
 
-On a GPU, or on the CPU in processes of their own: Triton interpreted (test_triton_interpreter.py), CUDA C++ emulated
-(test_cuda_emulated.py).
+On a GPU, or on the CPU in separate processes: Triton interpreted (tests/triton/test_interpreter.py), CUDA C++ emulated
+(tests/cuda/test_emulated.py).
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ import itertools
 
 import pytest
 import torch
-from _affinity import by_formula, dense, dense_propagate, off_kink
-from _affinity import gradients as affinity_gradients
-from _attention import assert_pool, budget, gradients, inputs, leaf, pool_results
-from _attention import dense as dense_pool
+from _affinity import by_formula, dense, dense_propagate, off_kink, with_gradients
 from _gpu_backends import BACKENDS, DEVICE, here
 from _ops import assert_within_budget, error, finite_parts, golden, layouts, randn
+from _pool import assert_pool, budget, gradients, inputs, leaf, pool_results, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +25,7 @@ if not BACKENDS:
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# B, C, D, N: ones, primes, one off the tiles, more channels than one block, deep and shallow features.
+# B, C, D, N: ones, primes, tile sizes plus or minus one, more channels than a block, many and few features.
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 22, 64, 63), (1, 6, 33, 65), (3, 1, 8, 31), (1, 70, 16, 33), (2, 4, 100, 34)]
 SHAPES += [(1, 5, 20, 131), (1, 2, 150, 121)]
 
@@ -41,14 +39,10 @@ def backend(request):
 def affinity_results(value, feat, grad, dtype, value_dtype=torch.float32):
     """(out, grad_value, grad_feat) of the kernels, of plain torch in the dtype, and in float64."""
     tensors = (here(grad.float()), here(value.to(value_dtype)), here(feat.to(dtype)))
-    ours = affinity_gradients_with_output(relu_affinity, *tensors)
-    plain = affinity_gradients_with_output(dense, *(here(x.to(dtype)) for x in (grad, value, feat)))
-    exact = affinity_gradients_with_output(dense, grad, value.to(value_dtype).double(), feat.to(dtype).double())
+    ours = with_gradients(relu_affinity, *tensors)
+    plain = with_gradients(dense, *(here(x.to(dtype)) for x in (grad, value, feat)))
+    exact = with_gradients(dense, grad, value.to(value_dtype).double(), feat.to(dtype).double())
     return ours, plain, exact
-
-
-def affinity_gradients_with_output(function, grad, *tensors):
-    return function(*tensors), *affinity_gradients(function, grad, *tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +76,7 @@ def test_affinity_in_tf32():
         ours, _, exact = affinity_results(value, feat, grad, torch.float32)
     finally:
         torch.set_float32_matmul_precision(before)
-    budget(ours, affinity_gradients_with_output(dense, *(tf32(x) for x in (grad, value, feat))), exact, channels=True)
+    budget(ours, with_gradients(dense, *(tf32(x) for x in (grad, value, feat))), exact, channels=True)
 
 
 @pytest.mark.parametrize("name", ["pcm_small", "pcm_seam_width", "pcm_relu_features"])
@@ -102,9 +96,9 @@ def test_affinity_matches_published_seam(name):
 def test_affinity_of_any_strides(layout, finite_products):
     value, feat, grad = (here(layouts(randn(2, k, 35, seed=k, dtype=torch.float32))[layout]) for k in (3, 5, 4))
     grad = grad[:, :3]
-    ours = affinity_gradients_with_output(relu_affinity, grad, value, feat)
-    plain = affinity_gradients_with_output(dense, grad, value, feat)
-    exact = affinity_gradients_with_output(dense, *(x.double() for x in (grad, value, feat)))
+    ours = with_gradients(relu_affinity, grad, value, feat)
+    plain = with_gradients(dense, grad, value, feat)
+    exact = with_gradients(dense, *(x.double() for x in (grad, value, feat)))
     budget(ours, plain, exact, channels=True)
 
 
@@ -114,8 +108,9 @@ def test_affinity_gradients_asked_for(need):
     grad = here(randn(2, 3, 40, seed=3).float())
     leaves = [x.detach().requires_grad_(n) for x, n in zip((value, feat), need)]
     relu_affinity(*leaves).backward(grad)
-    plain = affinity_gradients(dense, grad, value, feat)
-    exact = affinity_gradients(dense, grad.double(), value.double(), feat.double())
+    (_, *plain), (_, *exact) = (
+        with_gradients(dense, *(x.to(cast) for x in (grad, value, feat))) for cast in (torch.float32, torch.float64)
+    )
     for mine, n, torchs, truth in zip(leaves, need, plain, exact):
         assert (mine.grad is not None) == n
         if n:
@@ -160,7 +155,7 @@ def test_affinity_propagates_nan_and_inf(where, bad, n):
     grad = grad[:, :2]
     {"value": value, "feat": feat}[where][0, 1, 7] = bad
     single = [here(x.float()) for x in (grad, value, feat)]
-    ours = affinity_gradients_with_output(relu_affinity, *single)
+    ours = with_gradients(relu_affinity, *single)
     for a, e in zip(ours, by_formula(grad, value, feat)):
         a = a.cpu().double()
         assert torch.allclose(*finite_parts(a, e), rtol=1e-4, atol=1e-4)
@@ -170,7 +165,7 @@ def test_affinity_propagates_nan_and_inf(where, bad, n):
 def test_affinity_runs_are_bit_equal(dtype):
     value, feat, grad = (here(randn(2, k, 123, seed=k, dtype=torch.float32)) for k in (4, 33, 4))
     runs = [
-        affinity_gradients_with_output(
+        with_gradients(
             relu_affinity, grad, value, feat.to(dtype)
         )
         for _ in range(2)
@@ -200,8 +195,8 @@ def test_affinity_opcheck(backend):
 
 pool = gated_attention_pool
 
-# Ours, plain torch and the judge.
-RUNS = [(pool, torch.float32), (dense_pool, torch.float32), (dense_pool, torch.float64)]
+# Ours, plain torch, and plain torch in float64.
+RUNS = [(pool, torch.float32), (twin, torch.float32), (twin, torch.float64)]
 
 
 # B, N, D, L, K
@@ -229,13 +224,13 @@ def test_pool_matches_published_code(name):
     leaves = [leaf(x) for x in arguments]
     pooled, scores = pool(*leaves)
     plain_leaves = [leaf(x) for x in arguments]
-    plain = dense_pool(*plain_leaves)
+    plain = twin(*plain_leaves)
     budget((pooled[0], scores[0]), [x[0] for x in plain], (data["pooled"], data["scores"]))
     grad = here(data["grad_pooled"].float())
     ours, theirs = (gradients(p[0], x, grad) for p, x in ((pooled, leaves), (plain[0], plain_leaves)))
     names = [f"grad.{k}.{kind}" for k in keys if k is not None for kind in ("weight", "bias")]
     exact = [data["grad_h"].unsqueeze(0)] + [data[k] for k in names]
-    # The last one, the bias of w, shifts every score alike: its gradient is 0 up to rounding.
+    # The last one, the bias of w, shifts all scores equally: its gradient is 0 up to rounding.
     budget(ours[:-1], theirs[:-1], exact[:-1])
     assert ours[-1].abs().max() < 1e-6 * max(g.abs().max() for g in exact)
 
@@ -255,7 +250,7 @@ def test_pool_of_a_feature_map_view():
     assert pooled.shape == (2, 1, 20) and scores.shape == (2, 1, 20)
     (ours,) = torch.autograd.grad(pooled.square().sum(), fmap)
     exact, double = fmap.detach().double().requires_grad_(), [x.double() for x in weights]
-    (truth,) = torch.autograd.grad(dense_pool(exact.flatten(2).mT, *double)[0].square().sum(), exact)
+    (truth,) = torch.autograd.grad(twin(exact.flatten(2).mT, *double)[0].square().sum(), exact)
     assert error(ours, truth) < 1e-5
 
 
@@ -280,7 +275,7 @@ def test_pool_gradient_through_one_output(pick):
         leaves = [leaf(x.to(cast)) for x in arguments]
         results.append(gradients(function(*leaves)[pick].square().sum(), leaves, None))
     for index, (ours, plain, exact) in enumerate(zip(*results)):
-        if index == 6 and pick == 0:  # w_bias moves pooled by rounding only
+        if index == 6 and pick == 0:  # w_bias changes pooled by rounding only
             assert ours.abs().max() < 1e-6
         else:
             budget([ours], [plain], [exact])
@@ -302,10 +297,10 @@ def test_pool_masked_instances_never_leak(leak, finite_products):
     assert (ours[2][~mask] == 0).all() and (ours[0][1] == 0).all()
     _, scores = pool(*dirty, mask=mask)
     assert (scores.masked_select(~mask[:, None].expand_as(scores)) == float("-inf")).all()
-    for bag in (0, 2):  # as if the bag held its real instances only
-        alone = [arguments[0][bag : bag + 1, mask[bag]], *arguments[1:]]
-        exact = dense_pool(*(x.double() for x in alone))[0]
-        budget([ours[0][bag : bag + 1]], [dense_pool(*alone)[0]], [exact])
+    for bag in (0, 2):  # equal to a bag of its real instances only
+        real = [arguments[0][bag : bag + 1, mask[bag]], *arguments[1:]]
+        exact = twin(*(x.double() for x in real))[0]
+        budget([ours[0][bag : bag + 1]], [twin(*real)[0]], [exact])
 
 
 def test_pool_empty_and_fully_masked_bags():
@@ -333,8 +328,8 @@ def test_pool_ragged(index_dtype, finite_products):
     cu_seqlens = here(torch.tensor(bounds, dtype=index_dtype))
 
     def by_bag(h, *weights, mask=None):
-        alone = [dense_pool(h[None, a:b], *weights) for a, b in itertools.pairwise(bounds)]
-        return torch.cat([p.nan_to_num(0) for p, _ in alone]), torch.cat([s[0] for _, s in alone], dim=-1)
+        each = [twin(h[None, a:b], *weights) for a, b in itertools.pairwise(bounds)]
+        return torch.cat([p.nan_to_num(0) for p, _ in each]), torch.cat([s[0] for _, s in each], dim=-1)
 
     ours = pool_results(pool, arguments, torch.float32, cu_seqlens=cu_seqlens)
     budget(ours, *(pool_results(by_bag, arguments, cast) for cast in (torch.float32, torch.float64)))
@@ -346,7 +341,7 @@ def test_pool_permutation(backend):
     pooled, scores = pool(*arguments)
     shuffled = pool(arguments[0][:, order], *arguments[1:])
     assert error(shuffled[0], pooled.double()) < 1e-6
-    if backend == "triton" and DEVICE == "cpu":  # NumPy's products, whose rounding depends on a row's place
+    if backend == "triton" and DEVICE == "cpu":  # the rounding of NumPy's products depends on the position of a row
         assert error(shuffled[1], scores[..., order].double()) < 1e-6
     else:
         assert torch.equal(shuffled[1], scores[..., order])
@@ -356,7 +351,7 @@ def test_pool_large_scores_do_not_overflow():
     arguments = inputs(1, 70, 4, 3, dtype=torch.float32)
     arguments[5] = arguments[5] * 1e4
     ours = pool(*(here(x) for x in arguments))[0]
-    budget([ours], [dense_pool(*arguments)[0]], [dense_pool(*(x.double() for x in arguments))[0]])
+    budget([ours], [twin(*arguments)[0]], [twin(*(x.double() for x in arguments))[0]])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -366,7 +361,7 @@ def test_pool_propagates_nan_and_inf(bad):
     arguments[0][1, 2, 3] = bad
     arguments = [here(x) for x in arguments]
     ours = pool(*arguments)
-    for mine, theirs in zip(ours, dense_pool(*arguments)):
+    for mine, theirs in zip(ours, twin(*arguments)):
         assert torch.allclose(*finite_parts(mine, theirs), rtol=1e-4, atol=1e-4)
 
 
@@ -417,7 +412,7 @@ def test_float64_is_refused_in_a_sentence():
 
 @pytest.fixture
 def far_apart():
-    """A function that spreads x [B, D, N] in bfloat16 over more than 2³¹ elements, its channels 2³⁰ apart."""
+    """A function that copies x [B, D, N] in bfloat16 to channel strides of 2³⁰, over more than 2³¹ elements."""
     storage = torch.empty((1 << 31) + 4096, dtype=torch.bfloat16, device=DEVICE)  # 4 GB of addresses
 
     def spread(x):
@@ -432,7 +427,7 @@ def far_apart():
 def test_affinity_of_offsets_beyond_int32(far_apart):
     value, grad, feat = randn(1, 2, 45, seed=1), randn(1, 2, 45, seed=3), off_kink(1, 3, 45).bfloat16()
     near, far = (
-        affinity_gradients_with_output(
+        with_gradients(
             relu_affinity, here(grad.float()), here(value.float()), x
         )
         for x in (here(feat), far_apart(feat))

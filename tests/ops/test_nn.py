@@ -1,4 +1,4 @@
-"""The layers: published weights through their conversions, every kind of input, and frozen parameter names."""
+"""The layers: conversions of published weights, every kind of input, and fixed parameter names."""
 
 import doctest
 import itertools
@@ -92,11 +92,11 @@ def test_pixel_correlation_keeps_constants_and_range():
 
 
 def test_centred_pixel_correlation_does_not_see_what_all_pixels_share():
-    """With a large common part all cosines are near 1: the plain layer averages, the centred one does not notice."""
+    """With a large common part all cosines are near 1: the layer averages, except with ``center``."""
     torch.manual_seed(0)
     plain, centred = (PixelCorrelation((4,), 8, proj_channels=(8,), center=c).double() for c in (False, True))
     centred.load_state_dict(plain.state_dict())
-    with torch.no_grad():  # projections stay positive, so that the ReLU passes them on
+    with torch.no_grad():  # positive projections, which the ReLU does not change
         for layer in (plain, centred):
             layer.projections[0].weight.abs_()
     cam, image = torch.rand(1, 2, 5, 6, dtype=torch.float64), torch.rand(1, 3, 5, 6, dtype=torch.float64)
@@ -316,7 +316,7 @@ def test_attention_rejects_other_weights():
     two = {f"{p}.{key}": value for p in "ab" for key, value in plain.items()}
     with pytest.raises(ValueError, match=r"found AMLab plain at 'a\.', AMLab plain at 'b\.'"):
         GatedAttentionPool.from_state_dict(two)
-    for name in ("AMLab gated", "torchmil gated", "TRIDENT gated"):  # no half of a gated layer is taken for a plain one
+    for name in ("AMLab gated", "torchmil gated", "TRIDENT gated"):  # a part of a gated layer is not a plain layer
         half = PUBLISHED[name][1]().state_dict()
         del half[next(key for key in half if re.match("attention_U|fc_gated|gating", key) and key.endswith("weight"))]
         with pytest.raises(ValueError, match="found none"):
@@ -392,7 +392,7 @@ def test_attention_names_and_initialisation(gated, letters, bias):
         f"{letter}_{kind}": value for letter, linear in linears.items() for kind, value in linear.named_parameters()
     }
     assert list(pool.state_dict()) == list(expected)
-    for key, value in expected.items():  # the bound is rounded in another order
+    for key, value in expected.items():  # the bound is computed in another order
         torch.testing.assert_close(pool.state_dict()[key], value.detach(), rtol=1e-5, atol=0)
     there = tuple(biases[x] and x in letters for x in "vuw")
     told = bias if isinstance(bias, bool) else there
@@ -640,7 +640,7 @@ def test_adaptive_refinement_draws_a_blurred_step_to_the_edge_of_the_picture():
     x = torch.arange(64.0)
     side = (x >= 32).float()
     image = side.expand(1, 3, 24, 64) + 0.05 * torch.randn(1, 3, 24, 64)
-    cam = ((x - 37) / 12 + 0.5).clamp(0, 1).expand(1, 1, 24, 64)  # its middle lies 5.5 px beside the edge
+    cam = ((x - 37) / 12 + 0.5).clamp(0, 1).expand(1, 1, 24, 64)  # its middle is 5.5 px from the edge
 
     def wrong(m):
         low, high = m.amin(), m.amax()
@@ -651,7 +651,7 @@ def test_adaptive_refinement_draws_a_blurred_step_to_the_edge_of_the_picture():
     assert wrong(refined) < 0.1
     gap = refined[..., 33] - refined[..., 30]
     assert gap.min() > 0.25 > (cam[..., 33] - cam[..., 30]).max()
-    assert wrong(PixelAdaptiveRefinement()(cam, torch.rand_like(image))) > 3  # the edge is what does it
+    assert wrong(PixelAdaptiveRefinement()(cam, torch.rand_like(image))) > 3  # not without the edge
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -661,9 +661,9 @@ def test_adaptive_refinement_dtypes(dtype):
     out = refine(cam, image)
     assert out.dtype == dtype
     grad, nothing = torch.autograd.grad(out.sum(), (cam, image), allow_unused=True)
-    assert grad.dtype == dtype and grad.abs().sum() > 0 and nothing is None  # of the map, not of the picture
+    assert grad.dtype == dtype and grad.abs().sum() > 0 and nothing is None  # for the map, not for the picture
     full = torch.promote_types(dtype, torch.float32)
-    assert torch.equal(out, refine(cam.to(full), image.to(full)).to(dtype))  # halves are rounded once, at the end
+    assert torch.equal(out, refine(cam.to(full), image.to(full)).to(dtype))  # half precision: rounded once, at the end
     assert refine(cam, image.double()).dtype == dtype
 
 

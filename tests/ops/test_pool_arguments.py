@@ -1,11 +1,12 @@
-"""Dropout, activations, dtypes, and scores apart from pooling: every backend that takes them against plain torch.
+"""Dropout, activations, dtypes, and scores and pooling as two ops: every backend against plain torch.
 
-GPU backends are interpreted or emulated in processes of their own, as test_gpu_ops.py is.
+GPU backends are interpreted or emulated in separate processes, as for test_gpu_ops.py.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import warnings
 
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from _ops import assert_within_budget, error, layouts, randn
-from _pool import ALONE, backends_for, device_of, inputs, kept, philox, pooled_of, twin
+from _pool import GPU_ON_CPU, backends_for, device_of, inputs, kept, philox, pooled_of, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from ercn.ops import _backends, attention_scores, gated_attention_pool, pool_by_scores, reference
+from ercn.ops._arguments import DIFFERENTIABLE, PoolArguments
 
 X = torch.ones(1, 1, 1)
 SEED = torch.tensor([0x0123456789ABCDEF])
@@ -43,14 +45,14 @@ def on(backend, *tensors):
 
 
 def takes(backend, dtype):
-    """Skip, in the backend's own words, where it has no such dtype."""
+    """Skip with the backend's reason if it does not take the dtype."""
     h = X.to(dtype)
     if reason := _backends.named(backend, "backend").launcher.can_run("gated_attention_pool", *pool_arguments(h, h[0])):
         pytest.skip(f"{backend}: {reason}")
 
 
 def gradients(outputs, leaves):
-    """Of every leaf, for fixed upstream gradients of all outputs."""
+    """The gradients of the leaves for fixed upstream gradients of all outputs."""
     seeds = [randn(*x.shape, seed=9 + i).to(x) for i, x in enumerate(outputs)]
     return torch.autograd.grad(outputs, [x for x in leaves if isinstance(x, torch.Tensor)], seeds)
 
@@ -64,11 +66,11 @@ def results(function, arguments, cast, **kwargs):
 
 
 def op(backend, seed, dropout_p, h, *weights, mask=None, cu_seqlens=None, activation="tanh"):
-    """The op itself, under a seed of our own."""
-    alone = h.dim() == 2 and cu_seqlens is None
-    h, mask = (x if x is None or not alone else x[None] for x in (h, mask))
+    """The op with a given seed."""
+    one_bag = h.dim() == 2 and cu_seqlens is None
+    h, mask = (x if x is None or not one_bag else x[None] for x in (h, mask))
     found = FORWARD(h, *weights, mask, cu_seqlens, seed, dropout_p, activation, backend)
-    return tuple(x[0] for x in found) if alone else found
+    return tuple(x[0] for x in found) if one_bag else found
 
 
 def assert_twin(backend, arguments, dtype, seed=None, dropout_p=0.0, **kwargs):
@@ -91,7 +93,7 @@ KNOWN = [  # Random123's known answers: counter, key, output
 ]
 
 
-@pytest.mark.skipif(ALONE, reason="it is the reference's")
+@pytest.mark.skipif(GPU_ON_CPU, reason="tests the reference")
 @pytest.mark.parametrize("counter, key, output", KNOWN)
 def test_philox_gives_the_published_answers(counter, key, output):
     counter, key, output = ([int(word, 16) for word in x.split()] for x in (counter, key, output))
@@ -100,7 +102,7 @@ def test_philox_gives_the_published_answers(counter, key, output):
     assert [int(word) for word in words] == output
 
 
-@pytest.mark.skipif(ALONE, reason="it is the reference's")
+@pytest.mark.skipif(GPU_ON_CPU, reason="tests the reference")
 @pytest.mark.parametrize("seed", [0, 1, 0x0123456789ABCDEF, (1 << 63) - 1, -1])
 def test_dropout_of_the_reference_beyond_2_to_the_32_instances(seed):
     instances = torch.tensor([0, 1, 5, (1 << 32) - 1, 1 << 32, (1 << 40) + 3])
@@ -110,7 +112,7 @@ def test_dropout_of_the_reference_beyond_2_to_the_32_instances(seed):
         assert torch.equal(ours, expected.double() * (65536 / (65536 - threshold)))
 
 
-# n, D, L, K: less and more than a group of 64 units, of 16, and off both; more instances than a chunk.
+# n, D, L, K: fewer and more than 64 and 16 units, multiples of them and not; more instances than a block.
 CASES = [(7, 5, 3, 2), (131, 33, 65, 1), (20, 40, 145, 3)]
 
 
@@ -120,18 +122,18 @@ CASES = [(7, 5, 3, 2), (131, 33, 65, 1), (20, 40, 145, 3)]
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_dropout_equals_the_twin_with_the_same_mask(backend, case, gated, dtype):
     takes(backend, dtype)
-    assert_twin(backend, inputs(*case, batch=2, gated=gated), dtype, SEED, 0.25)
+    assert_twin(backend, inputs(2, *case, gated=gated), dtype, SEED, 0.25)
 
 
 @of_dropout
 @pytest.mark.parametrize("p", [1e-6, 0.9, 1.0])
-@pytest.mark.parametrize("layout", ["mask", "ragged", "alone"])
+@pytest.mark.parametrize("layout", ["mask", "ragged", "one bag"])
 def test_dropout_of_every_layout(backend, layout, p):
-    arguments = inputs(41, 6, 21, 2, batch=2 if layout == "mask" else None)
+    arguments = inputs(2 if layout == "mask" else None, 41, 6, 21, 2)
     kwargs = {
         "mask": {"mask": torch.rand(2, 41, generator=torch.Generator().manual_seed(0)) < 0.5},
         "ragged": {"cu_seqlens": torch.tensor([0, 3, 20, 41])},
-        "alone": {},
+        "one bag": {},
     }[layout]
     assert_twin(backend, arguments, torch.float32, SEED, p, **kwargs)
 
@@ -142,7 +144,7 @@ def test_dropout_of_every_layout(backend, layout, p):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_activations(backend, activation, gated, dtype):
     takes(backend, dtype)
-    arguments = inputs(37, 12, 21, 2, batch=2, gated=gated)
+    arguments = inputs(2, 37, 12, 21, 2, gated=gated)
     mask = torch.rand(2, 37, generator=torch.Generator().manual_seed(0)) < 0.5
     assert_twin(backend, arguments, dtype, activation=activation, mask=mask)
     assert_twin(backend, arguments, dtype, SEED, 0.4, activation=activation)
@@ -150,8 +152,8 @@ def test_activations(backend, activation, gated, dtype):
 
 @having("gated_attention_pool", *pool_arguments(activation="relu"))
 def test_relu_has_no_slope_at_0(backend):
-    """Half of the units are at 0 exactly, where torch's gradient is 0."""
-    h, v, _, u, _, w, _ = inputs(9, 4, 8, 1, batch=1)
+    """Half of the units are exactly 0, where torch's gradient is 0."""
+    h, v, _, u, _, w, _ = inputs(1, 9, 4, 8)
     v[::2] = 0
     assert_twin(backend, [h, v, None, u, None, w, None], torch.float32, activation="relu")
 
@@ -164,9 +166,9 @@ MIXED += [(torch.bfloat16, torch.float16), (torch.float32, torch.float64)]
 @pytest.mark.parametrize("layout", ["dense", "ragged"])
 @having("gated_attention_pool", *pool_arguments(X.bfloat16()))
 def test_weights_in_another_dtype(backend, dtypes, layout):
-    """As with everything cast to the dtype that both promote to, bit for bit where sums are of that dtype."""
+    """Equal to all arguments in the promoted dtype, bit-equal if that is the dtype of the sums."""
     of_h, of_weights = dtypes
-    arguments = inputs(33, 10, 21, 2, batch=2 if layout == "dense" else None)
+    arguments = inputs(2 if layout == "dense" else None, 33, 10, 21, 2)
     arguments = on(backend, *(x.to(of_weights if i else of_h) for i, x in enumerate(arguments)))
     options = {"seed": None, "dropout_p": 0.0}
     if reason := _backends.named(backend, "backend").launcher.can_run(
@@ -195,11 +197,11 @@ def test_weights_in_another_dtype(backend, dtypes, layout):
 
 @of_scores
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["dense", "mask", "ragged", "alone"])
+@pytest.mark.parametrize("layout", ["dense", "mask", "ragged", "one bag"])
 def test_scores_alone_are_those_of_the_pool(backend, layout, dtype):
     takes(backend, dtype)
     batch = 2 if layout in ("dense", "mask") else None
-    arguments = on(backend, *(x.to(dtype) for x in inputs(70, 9, 20, 3, batch)))
+    arguments = on(backend, *(x.to(dtype) for x in inputs(batch, 70, 9, 20, 3)))
     kwargs = {"backend": backend, "dropout_p": 0.3 if backend in DROPPING else 0.0}
     if layout == "mask":
         kwargs["mask"] = on(backend, torch.rand(2, 70, generator=torch.Generator().manual_seed(0)) < 0.5)[0]
@@ -218,7 +220,7 @@ DROPPING = backends_for("gated_attention_pool", *pool_arguments(seed=SEED, dropo
 
 
 def value_results(function, scores, value, cast, **kwargs):
-    """(pooled, grad_scores, grad_value), the scores in the dtype of sums."""
+    """(pooled, grad_scores, grad_value), the scores in the accumulation dtype."""
     leaves = [x.detach().to(c).requires_grad_() for x, c in ((scores, sums_of(cast)), (value, cast))]
     pooled = function(*leaves, **kwargs)
     return pooled, *gradients([pooled], leaves)
@@ -252,7 +254,7 @@ def test_pool_by_scores(backend, kind, dtype):
 
 @of_values
 def test_pool_by_scores_where_masked_ragged_or_minus_infinity(backend):
-    """Masked scores and values may be anything; a score of -inf weighs 0, as one of a gate or of top-k."""
+    """Masked scores and values have no effect; a score of -inf, as of a gate or top-k, has weight 0."""
     scores, value = randn(2, 3, 40, seed=1), randn(2, 40, 11, seed=2)
     mask = torch.rand(2, 40, generator=torch.Generator().manual_seed(0)) < 0.5
     scores[:, :, 7] = float("-inf")
@@ -272,8 +274,8 @@ def test_pool_by_scores_where_masked_ragged_or_minus_infinity(backend):
         )
         for mine, torchs, truth in zip(ours, plain, exact, strict=True):
             assert_within_budget(mine.cpu(), torchs.nan_to_num(0), truth.nan_to_num(0))
-    alone = pool(*on(backend, scores[0].float(), value[0].float()))
-    assert torch.equal(alone, pool(*on(backend, scores[:1].float(), value[:1].float()))[0])
+    one_bag = pool(*on(backend, scores[0].float(), value[0].float()))
+    assert torch.equal(one_bag, pool(*on(backend, scores[:1].float(), value[:1].float()))[0])
 
 
 @of_values
@@ -297,7 +299,7 @@ def test_pool_by_scores_of_nothing(backend):
 @pytest.mark.parametrize("activation", ["tanh", "gelu"])
 def test_gradcheck(backend, activation):
     takes(backend, torch.float64)
-    arguments = inputs(5, 4, 18, 2, batch=2)
+    arguments = inputs(2, 5, 4, 18, 2)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
 
     def call(*leaves, **kwargs):
@@ -325,7 +327,7 @@ def test_gradcheck_of_pool_by_scores(backend):
 
 
 def revealed(backend, p, n=512, hidden=128, **kwargs):
-    """The mask of V's branch, [N, L]: every unit is tanh(20) = 1 and a head of its own."""
+    """The mask of V's branch, [N, L]: every unit is tanh(20) = 1 and one head reads it."""
     h, v = torch.zeros(1, n, 1), torch.zeros(hidden, 1)
     tensors = on(backend, h, v, torch.full((hidden,), 20.0), None, None, torch.eye(hidden), None)
     return gated_attention_pool(*tensors, dropout_p=p, backend=backend, **kwargs)[1][0].mT.cpu()
@@ -338,7 +340,7 @@ def test_rate_and_independence_of_what_is_dropped(backend, p):
     mask = revealed(backend, p)
     assert set(mask.unique().tolist()) == {0.0, float(np.float32(65536 / (65536 - round(p * 65536))))}
     dropped = (mask == 0).double()
-    bound = 5 * (p * (1 - p)) ** 0.5  # of a mean of n trials, over sqrt(n)
+    bound = 5 * (p * (1 - p)) ** 0.5  # 5 standard deviations of the mean of n trials, times sqrt(n)
     assert abs(dropped.mean() - p) < bound / mask.numel() ** 0.5
     assert (dropped.mean(0) - p).abs().max() < bound / len(mask) ** 0.5
     assert (dropped.mean(1) - p).abs().max() < bound / mask.shape[1] ** 0.5
@@ -365,8 +367,8 @@ def test_seeds_are_torchs(backend):
 
 @of_dropout
 def test_two_runs_of_one_seed_are_bit_equal(backend):
-    """With any number of threads on ``cpu``; the reference sums as torch's products do."""
-    arguments = on(backend, *(x.float() for x in inputs(301, 33, 70, 2, batch=3)))
+    """``cpu`` with any number of threads; the sums of the reference are those of torch's products."""
+    arguments = on(backend, *(x.float() for x in inputs(3, 301, 33, 70, 2)))
     run = functools.partial(op, backend, *on(backend, SEED), 0.3)
     threads = torch.get_num_threads()
     runs = []
@@ -383,7 +385,7 @@ def test_two_runs_of_one_seed_are_bit_equal(backend):
 def test_checkpoint_computes_the_same_mask_again(backend):
     from torch.utils.checkpoint import checkpoint
 
-    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(20, 5, 30, 1, batch=2))]
+    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(2, 20, 5, 30))]
     runs = []
     for run in (lambda f, *x: f(*x), functools.partial(checkpoint, use_reentrant=False)):
         torch.manual_seed(5)
@@ -393,7 +395,7 @@ def test_checkpoint_computes_the_same_mask_again(backend):
 
 
 def drawn_by(step, *tensors):
-    """Outputs and gradients of two calls under one seed."""
+    """Outputs and gradients of two calls with the same seed."""
     torch.manual_seed(0)
     return [(*outputs, *gradients(outputs, tensors)) for outputs in (step(*tensors), step(*tensors))]
 
@@ -401,7 +403,7 @@ def drawn_by(step, *tensors):
 @of_dropout
 def test_compiled_calls_draw_a_new_mask_each(backend):
     torch._dynamo.reset()
-    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(20, 5, 30, 1, batch=2))]
+    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(2, 20, 5, 30))]
     mask = on(backend, torch.rand(2, 20, generator=torch.Generator().manual_seed(0)) < 0.7)[0]
     step = functools.partial(gated_attention_pool, mask=mask, dropout_p=0.5, masked_score=-1.0, backend=backend)
     eager, compiled = (drawn_by(x, *leaves) for x in (step, torch.compile(step, fullgraph=True, backend="aot_eager")))
@@ -412,7 +414,7 @@ def test_compiled_calls_draw_a_new_mask_each(backend):
 @pytest.mark.slow
 @of_dropout
 def test_inductor_draws_a_new_mask_each_call(backend):
-    """With its own generator, in the graph; the backward has the forward's mask, seen where all of h are 0."""
+    """With a generator in the graph; the backward has the mask of the forward, visible with h = 0."""
     torch._dynamo.reset()
     h, v, u = torch.zeros(1, 20, 1), torch.zeros(30, 1), torch.full((30,), 20.0)
     h, v, bv, w = on(backend, h, v, u, torch.eye(30))
@@ -433,7 +435,7 @@ def test_inductor_draws_a_new_mask_each_call(backend):
 
 @of_dropout
 def test_opcheck(backend):
-    arguments = on(backend, *(x.float() for x in inputs(3, 4, 5, 2, batch=2)))
+    arguments = on(backend, *(x.float() for x in inputs(2, 3, 4, 5, 2)))
     h, *weights = arguments
     mask, bounds, seed = on(backend, torch.tensor([[True, False, True]] * 2), torch.tensor([0, 1, 1, 3]), SEED)
     rest = (seed, 0.5, "gelu") if backend in ("cpu", "reference") else (seed, 0.5, "tanh")
@@ -473,7 +475,7 @@ def test_any_shape_layout_mask_and_option_property(backend, data):
         data.draw(st.integers(1, high), label=k) for k, high in (("N", 120), ("D", 50), ("L", 140), ("K", 4))
     )
     gated, bias = (data.draw(st.booleans(), label=k) for k in ("gated", "bias"))
-    arguments = inputs(n, d, hidden, heads, 2, gated, bias)
+    arguments = inputs(2, n, d, hidden, heads, gated, bias)
     kind = data.draw(st.sampled_from(["contiguous", "channels_last", "strided", "offset"]), label="layout")
     arguments[0] = layouts(arguments[0].float())[kind]
     mask = torch.rand(2, n, generator=torch.Generator().manual_seed(n)) < 0.7
@@ -486,7 +488,7 @@ def test_any_shape_layout_mask_and_option_property(backend, data):
 
 
 def small(backend):
-    return on(backend, *(x.float() for x in inputs(5, 4, 3, 1, 2)))
+    return on(backend, *(x.float() for x in inputs(2, 5, 4, 3)))
 
 
 @of_scores
@@ -500,8 +502,8 @@ def test_masks_of_either_polarity_and_any_dtype(backend):
             assert all(torch.equal(a, b) for a, b in zip(ours, expected))
     pooled = pool_by_scores(expected[1], arguments[0], key_padding_mask=~mask, backend=backend)
     assert torch.equal(pooled, pool_by_scores(expected[1].nan_to_num(0), arguments[0], mask=mask, backend=backend))
-    alone = gated_attention_pool(arguments[0][0], *arguments[1:], mask=mask[0], backend=backend)
-    assert all(torch.equal(a, b[0]) for a, b in zip(alone, expected))
+    one_bag = gated_attention_pool(arguments[0][0], *arguments[1:], mask=mask[0], backend=backend)
+    assert all(torch.equal(a, b[0]) for a, b in zip(one_bag, expected))
     first = {"mask": mask[0], "backend": backend}
     assert torch.equal(attention_scores(arguments[0][0], *arguments[1:], **first), expected[1][0])
     assert torch.equal(pool_by_scores(expected[1][0], arguments[0][0], **first), pooled[0])
@@ -509,7 +511,7 @@ def test_masks_of_either_polarity_and_any_dtype(backend):
 
 @of_scores
 def test_masked_scores_are_finite_where_asked_for(backend):
-    """Then 0 times such a score is 0 in a loss of each instance, and its gradient is 0."""
+    """In a loss of each instance 0 times such a score is 0, and its gradient is 0."""
     arguments = [x.requires_grad_() for x in small(backend)]
     (mask,) = on(backend, torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 1, 1]]).bool())
     kwargs = {"mask": mask, "backend": backend}
@@ -539,10 +541,19 @@ def test_masked_instances_are_never_read_by_the_scores(backend, leak):
     assert (runs[0][1][~real] == 0).all()
 
 
-reference_alone = pytest.mark.skipif(ALONE, reason="what is checked before any backend is asked")
+before_backends = pytest.mark.skipif(GPU_ON_CPU, reason="checked before a backend is chosen")
 
 
-@reference_alone
+@before_backends
+def test_public_functions_take_the_arguments_in_the_order_of_the_ops():
+    for function in (gated_attention_pool, attention_scores):
+        parameters = inspect.signature(function).parameters
+        assert tuple(parameters)[: len(DIFFERENTIABLE)] == DIFFERENTIABLE
+        assert {"mask", "cu_seqlens", "dropout_p", "activation"} == parameters.keys() & set(PoolArguments._fields[7:])
+    assert [argument.name for argument in FORWARD._schema.arguments] == [*PoolArguments._fields, "backend"]
+
+
+@before_backends
 def test_a_mask_that_leaves_nothing_warns_once_for_each_line():
     arguments, mask = small("cpu"), torch.zeros(2, 5)
 
@@ -565,7 +576,7 @@ def test_a_mask_that_leaves_nothing_warns_once_for_each_line():
         torch.vmap(lambda m: attention_scores(*arguments, mask=m))(mask[None])
 
 
-@reference_alone
+@before_backends
 def test_errors_say_what_was_given():
     mask = torch.ones(2, 5)
     additive = mask.masked_fill(torch.rand(2, 5) < 2, 0.0)
@@ -613,7 +624,7 @@ def test_errors_say_what_was_given():
             pool_by_scores(*arguments, **kwargs)
 
 
-@reference_alone
+@before_backends
 def test_an_error_draws_nothing():
     state = torch.get_rng_state()
     with pytest.raises(ValueError, match="mask must be bool or 0/1"):
@@ -621,7 +632,7 @@ def test_an_error_draws_nothing():
     assert torch.equal(state, torch.get_rng_state())
 
 
-@reference_alone
+@before_backends
 def test_weights_that_autocast_leaves_apart_are_refused():
     h, v, bv, u, bu, w, bw = small("cpu")
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="u_weight must have v_weight's dtype"):
@@ -633,11 +644,11 @@ on_the_host = pytest.mark.parametrize("backend", [
 ])
 
 
-@reference_alone
+@before_backends
 @on_the_host
 @pytest.mark.parametrize("bounds", [[0, 3], [0], [1, 5], [0, 4, 3, 5], [0, 6]])
 def test_bounds_that_do_not_fit_raise_where_python_reads_nothing(backend, bounds):
-    """In compiled graphs and direct calls the kernels themselves look."""
+    """In compiled graphs and direct calls the kernels check the bounds."""
     h, *weights = small("cpu")
     with pytest.raises((RuntimeError, ValueError), match="cu_seqlens must rise from 0 to T = 5 without falling"):
         torch.ops.ercn.gated_attention_pool(
@@ -645,7 +656,7 @@ def test_bounds_that_do_not_fit_raise_where_python_reads_nothing(backend, bounds
         )
 
 
-@reference_alone
+@before_backends
 @on_the_host
 def test_an_operator_without_a_seed_drops_nothing_in_silence(backend):
     with pytest.raises((RuntimeError, ValueError), match="dropout needs a seed"):
@@ -699,7 +710,7 @@ def test_vmap_of_scores_and_values(backend):
 @of_values
 def test_flops(backend):
     """18 instances, D 4, L 3, K 2: two projections of 432, narrow products 216 (L) and 288 (D)."""
-    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(9, 4, 3, 2, 2))]
+    leaves = [x.float().requires_grad_() for x in on(backend, *inputs(2, 9, 4, 3, 2))]
     with FlopCounterMode(display=False) as flops:
         scores = attention_scores(*leaves, backend=backend)
     assert flops.get_total_flops() == 2 * 432 + 216
@@ -715,7 +726,7 @@ def test_flops(backend):
     assert flops.get_total_flops() == 2 * 288
 
 
-@reference_alone
+@before_backends
 def test_shapes_without_data():
     arguments = [x.to("meta") for x in small("cpu")]
     pooled, scores = gated_attention_pool(*arguments, dropout_p=0.5, mask=torch.ones(2, 5, device="meta"))

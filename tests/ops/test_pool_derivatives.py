@@ -30,7 +30,7 @@ def float64(backend):
 
 
 def arguments(kwargs, **options):
-    h, *weights = inputs(5, 4, 3, heads=2, batch=2, **options)
+    h, *weights = inputs(2, 5, 4, 3, heads=2, **options)
     return [h.flatten(0, 1) if "cu_seqlens" in kwargs else h, *weights]
 
 
@@ -41,7 +41,7 @@ def finite(outputs):
 
 
 def pair(backend, given, **kwargs):
-    """The op and its twin as functions of the arguments that there are."""
+    """The op and its twin as functions of the arguments that are not None."""
 
     def function_of(op):
         def function(*tensors):
@@ -61,7 +61,7 @@ def loss_of(function):
 def assert_equal(ours, exact, limit=1e-11):
     ours, exact = (torch.utils._pytree.tree_leaves(x) for x in (ours, exact))
     assert len(ours) == len(exact)
-    largest = max(e.abs().max().item() for e in exact)  # some are 0 in exact arithmetic, as b_w's of pooled
+    largest = max(e.abs().max().item() for e in exact)  # some are exactly 0, such as that of b_w through pooled
     for a, e in zip(ours, exact):
         assert a.shape == e.shape and error(a, e, largest=largest) < limit
 
@@ -103,7 +103,7 @@ def test_forward_mode(backend, kwargs):
     functions = pair(backend, given, **kwargs)
     assert_equal(*(jvp(f, primals, tangents) for f in functions))
     found = []
-    for function in functions:  # a tangent of one input alone
+    for function in functions:  # a tangent of one input only
         with forward_ad.dual_level():
             outputs = function(*primals[:1], forward_ad.make_dual(primals[1], tangents[1]), *primals[2:])
             found.append([forward_ad.unpack_dual(x).tangent for x in outputs])
@@ -125,7 +125,7 @@ def test_gradients_by_torch_func(backend):
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["dense", "masked"])
 def test_gradients_per_bag(backend, mask):
-    """As per-sample gradients are computed: vmap over bags, the weights shared."""
+    """Per-sample gradients: vmap over bags with shared weights."""
     h, *weights = arguments({})
 
     def loss(function):
@@ -144,7 +144,7 @@ def test_gradients_per_bag(backend, mask):
 
 @pytest.mark.parametrize("kwargs", [{}, {"mask": MASK}], ids=["dense", "masked"])
 def test_scores_and_values_apart(backend, kwargs):
-    h, *weights = inputs(5, 4, 3, heads=2, batch=2)
+    h, *weights = inputs(2, 5, 4, 3, heads=2)
     scores, value = randn(2, 2, 5, seed=1), randn(2, 5, 3, seed=2)
     mask = kwargs.get("mask")
 
@@ -163,8 +163,8 @@ def test_scores_and_values_apart(backend, kwargs):
 
 
 def test_dropout_is_the_same_in_every_derivative(backend):
-    """The seed fixes the mask, so second derivatives are those of the function that the forward was."""
-    h, *weights = (x.requires_grad_() for x in inputs(3, 2, 17, batch=1))
+    """The seed fixes the mask, so the second derivatives are those of the function that the forward computed."""
+    h, *weights = (x.requires_grad_() for x in inputs(1, 3, 2, 17))
 
     def step(*args):
         generator = torch.Generator().manual_seed(3)
@@ -174,7 +174,7 @@ def test_dropout_is_the_same_in_every_derivative(backend):
 
 
 def test_an_empty_bag_has_finite_second_derivatives(backend):
-    h, *weights = (x.requires_grad_() for x in inputs(5, 4, 3, batch=2))
+    h, *weights = (x.requires_grad_() for x in inputs(2, 5, 4, 3))
     mask = torch.tensor([[True] * 5, [False] * 5])
     pooled, _ = gated_attention_pool(h, *weights, mask=mask, backend=backend)
     first = torch.autograd.grad(pooled.square().sum(), (h, *weights), create_graph=True)

@@ -74,7 +74,7 @@ def test_forward_and_gradient_within_budget(backend, sizes, radius, dtype):
 
 @backends
 def test_constants_stay_and_neighbours_beyond_the_border_are_not_read(backend):
-    """Columns of T sum to 1; what is said of pairs beyond the border may be anything."""
+    """Columns of T sum to 1; the affinities of pairs beyond the border have no effect."""
     value, affinity, grad = drawn_walk(1, 2, 6, 5, 3)
     outside = affinity.clone()
     for p, (dy, dx) in enumerate(half_disc(3)):
@@ -98,7 +98,7 @@ def test_any_strides(backend):
     for layout in (lambda x: x.mT.contiguous().mT, lambda x: x.to(memory_format=torch.channels_last)):
         leaf = layout(value).requires_grad_()
         out = random_walk(leaf, layout(affinity), **options)
-        assert error(out, expected[0]) < 1e-14 and out.is_contiguous()  # torch's pow rounds by the layout
+        assert error(out, expected[0]) < 1e-14 and out.is_contiguous()  # torch's pow rounds depending on the layout
         assert error(torch.autograd.grad(out, leaf, layout(grad))[0], expected[1]) < 1e-14
     assert torch.equal(random_walk(value, affinity, radius=3, steps=0, backend=backend), value)
 
@@ -207,7 +207,7 @@ def test_what_is_refused(backend):
 def test_affinities_by_hand_and_their_gradients():
     feat = randn(1, 3, 6, 9, seed=1)
     order = torch.randperm(54, generator=torch.Generator().manual_seed(2))
-    edge = (order.double() / 54).view(1, 1, 6, 9)  # no two alike: a maximum has a gradient
+    edge = (order.double() / 54).view(1, 1, 6, 9)  # all different, so that the maximum has a gradient
     pairs, lines = feature_affinity(feat, 3), edge_affinity(edge, 3)
     p = half_disc(3).index((2, -1))
     expected = torch.exp(-(feat[0, :, 1, 4] - feat[0, :, 3, 3]).abs().mean())

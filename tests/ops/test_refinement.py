@@ -23,8 +23,8 @@ pytestmark = pytest.mark.parametrize("backend", backends_of("pixel_adaptive_refi
 
 FORMS = ["pamr", "par"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# B, C, K, H, W and dilations: ones, primes, one row, one column, more channels than one group of them, one off blocks
-# of pixels, neighbours farther than the map is wide.
+# B, C, K, H, W and dilations: ones, primes, one row, one column, more channels than a group, pixel blocks plus or minus
+# one, neighbours farther away than the width of the map.
 CASES = [
     ((1, 1, 1, 1, 1), (1,)),
     ((2, 3, 3, 7, 5), (1, 2, 4, 8, 12, 24)),
@@ -315,7 +315,7 @@ def test_neighbours_are_not_copied_nor_large_weights_kept(backend):
         [sys.executable, "-c", PEAK, backend], env=environment, check=True, capture_output=True, text=True
     )
     planes = int(run.stdout) / (4 * 768 * 768)
-    assert planes < (10 if backend == "cpu" else 80)  # 48 are the weights of all neighbours, 96 those and copies
+    assert planes < (10 if backend == "cpu" else 80)  # 48 are the weights of all neighbours, 96 with copies
 
 
 def test_docstring_examples(backend):

@@ -1,4 +1,4 @@
-"""The ops on DTensors of a mesh of two processes: sharded over the batch, nothing is communicated to compute them."""
+"""The ops on DTensors of a mesh of two processes: sharded over the batch, without communication."""
 
 import subprocess
 import sys

@@ -88,6 +88,11 @@ def test_every_package_of_the_tree_is_installed():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == in_tree | {"ercn.benchmarks", "ercn.kernels"}
 
 
+def test_type_checkers_read_the_annotations():
+    assert (ROOT / "ercn/py.typed").is_file()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["ercn"]
+
+
 def test_every_import_is_a_declared_requirement():
     runtime = {package_name(requirement) for requirement in PROJECT["project"]["dependencies"]} | EXTRAS["train"]
     undeclared = set()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from _affinity import dense, off_kink
 from _affinity import gradients as affinity_gradients
-from _attention import assert_pool, budget, inputs
 from _gpu_backends import BACKENDS, DEVICE, here
 from _ops import layouts, randn
+from _pool import assert_pool, budget, inputs
 
 if "triton" not in BACKENDS:
     pytest.skip("triton cannot be used in this process", allow_module_level=True)

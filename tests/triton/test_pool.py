@@ -193,7 +193,7 @@ def run(function, arguments, **options):
     ("tanh", 0.25, torch.bfloat16), ("relu", 0.1, torch.float32), ("gelu", 0.25, torch.float32),
 ], ids=str)  # fmt: skip
 def test_pool_with_dropout_against_the_twin(activation, p, dtype):
-    arguments = [x.to(dtype) for x in inputs(37, 20, 45, heads=2, batch=2)]
+    arguments = [x.to(dtype) for x in inputs(2, 37, 20, 45, heads=2)]
     options = {"activation": activation, "dropout_p": p}
     ours = run(call, [here(x) for x in arguments], seed=here(SEED), **options)
     again = run(call, [here(x) for x in arguments], seed=here(SEED), **options)
@@ -205,7 +205,7 @@ def test_pool_with_dropout_against_the_twin(activation, p, dtype):
 
 
 def test_pool_with_extreme_dropout():
-    arguments = [here(x.float()) for x in inputs(37, 20, 45, heads=2, batch=2)]
+    arguments = [here(x.float()) for x in inputs(2, 37, 20, 45, heads=2)]
     never, hardly = run(call, arguments), run(call, arguments, seed=here(SEED), dropout_p=2.0**-18)
     assert all(torch.equal(a, b) for a, b in zip(never, hardly))
     _, scores, *grads = run(call, arguments, seed=here(SEED), dropout_p=1.0)
@@ -215,7 +215,7 @@ def test_pool_with_extreme_dropout():
 
 def test_pool_dropout_numbers_instances_of_all_bags():
     """Ragged rows and dense bags that lie one after another have the same mask."""
-    h, *weights = (here(x.float()) for x in inputs(34, 20, 45, heads=2, batch=2))
+    h, *weights = (here(x.float()) for x in inputs(2, 34, 20, 45, heads=2))
     dense = call(h, *weights, seed=here(SEED), dropout_p=0.5)
     bounds = here(torch.tensor([0, 34, 68]))
     ragged = call(h.flatten(0, 1), *weights, seed=here(SEED), dropout_p=0.5, cu_seqlens=bounds)

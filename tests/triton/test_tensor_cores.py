@@ -14,9 +14,9 @@ import pytest
 import torch
 from _affinity import dense
 from _affinity import gradients as affinity_gradients
-from _attention import dense as dense_pool
-from _attention import gradients, leaf
 from _ops import randn
+from _pool import gradients, leaf
+from _pool import twin as dense_pool
 
 from ercn.ops import gated_attention_pool, relu_affinity, triton
 

@@ -178,7 +178,7 @@ def _grid_of(config: Mapping[str, Any]) -> str:
 
 
 def _reference(name: str, detail: str, own: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    values = {key: metrics.entry(own[f"{key}_{name}"]) for key in ("aupr", "froc")}
+    values = {key: vars(metrics.entry(own[f"{key}_{name}"])) for key in ("aupr", "froc")}
     return {"name": name, "title": TITLES[name], "detail": detail, "rows": [], **values}
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from ercn.maps import NAMES
+from ercn.report.evaluation import EvaluationResult, LocalizationResult
 from ercn.report.runs import Run
 from ercn.report.table import REFERENCES
 
@@ -50,7 +50,7 @@ def _styled(draw):
 
 @_styled
 def training_charts(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Loss and validation scores by epoch, a colour for each run; of a single run all parts of the loss."""
+    """Loss and validation scores by epoch, a colour for each run; a single run shows all parts of its loss."""
     histories = [(run, run.history) for run in runs if run.history]
     if not histories:
         return []
@@ -87,9 +87,9 @@ def training_charts(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 @_styled
-def confusion(result: dict[str, Any]) -> dict[str, str]:
+def confusion(result: EvaluationResult) -> dict[str, str]:
     """Counts, shaded by the share of the row."""
-    matrix, names = np.array(result["confusion"]), result["class_names"]
+    matrix, names = np.array(result.grading.confusion), result.class_names
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     figure = _figure(4.2, 3.7)
     axes = figure.add_subplot()
@@ -105,26 +105,26 @@ def confusion(result: dict[str, Any]) -> dict[str, str]:
         for j in ticks:
             color = "white" if share[i, j] > 0.55 else "#1b1f24"
             axes.text(j, i, str(matrix[i, j]), ha="center", va="center", color=color, fontsize=10.5)
-    rows = (f"{name}: {', '.join(map(str, row))}" for name, row in zip(names, result["confusion"]))
+    rows = (f"{name}: {', '.join(map(str, row))}" for name, row in zip(names, matrix))
     return {"image": _svg(figure), "text": f"Confusion matrix, rows are the truth: {'; '.join(rows)}"}
 
 
 @_styled
-def roc(graded: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
-    """ROC of referable DR, with the decision of the threshold from validation as a point."""
-    shown = [(run, result) for run, result in graded if result["roc"]]
+def roc(graded: Sequence[tuple[Run, EvaluationResult]]) -> dict[str, str] | None:
+    """ROC of referable DR, with a mark at the threshold from validation."""
+    shown = [(run, result.grading) for run, result in graded if result.grading.roc]
     if not shown:
         return None
     figure = _figure(4.2, 3.7)
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color=_FLOOR, linewidth=1, linestyle=(0, (4, 3)))
     texts = []
-    for run, result in shown:
-        metrics = result["metrics"]
-        axes.plot(result["roc"]["fpr"], result["roc"]["tpr"], color=run.color, linewidth=1.7)
-        place = 1 - metrics["referable_specificity"]["value"], metrics["referable_sensitivity"]["value"]
+    for run, grading in shown:
+        metrics = grading.metrics
+        axes.plot(grading.roc["fpr"], grading.roc["tpr"], color=run.color, linewidth=1.7)
+        place = 1 - metrics["referable_specificity"].value, metrics["referable_sensitivity"].value
         name = f"{run.label}: " if len(graded) > 1 else ""
-        area = f"AUC {metrics['referable_auc']['value']:.3f}"
+        area = f"AUC {metrics['referable_auc'].value:.3f}"
         axes.plot(*place, color=run.color, marker=run.marker, markersize=7, markeredgecolor="white", label=name + area)
         texts.append(f"{name}{area}, at the threshold sensitivity {place[1]:.3f}, specificity {1 - place[0]:.3f}")
     axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
@@ -134,18 +134,17 @@ def roc(graded: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
 
 
 @_styled
-def reliability(result: dict[str, Any]) -> dict[str, str]:
-    """Share of right answers against confidence, before and after calibration; the area of a point is its pictures."""
+def reliability(result: EvaluationResult) -> dict[str, str]:
+    """Accuracy against confidence, before and after calibration; a mark's area is its share of the pictures."""
     figure = _figure(4.2, 3.7)
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color=_FLOOR, linewidth=1, linestyle=(0, (4, 3)))
     texts = []
     for when, color, marker, key in (("before", "#d55e00", "s", "ece_uncalibrated"), ("after", "#0072b2", "o", "ece")):
-        bins = result["reliability"][when]
+        bins = result.grading.reliability[when]
         x, y, n = (np.array([one[name] for one in bins]) for name in ("confidence", "accuracy", "pictures"))
-        ece = result["metrics"][key]["value"]
-        label = f"{when} calibration, ECE {ece:.3f}"
-        if when == "before" and result["temperature"] == 1:
+        label = f"{when} calibration, ECE {result.grading.metrics[key].value:.3f}"
+        if when == "before" and result.temperature == 1:
             continue
         axes.plot(x, y, color=color, linewidth=1.2, alpha=0.6)
         size = 14 + 220 * n / n.sum()
@@ -160,12 +159,12 @@ def reliability(result: dict[str, Any]) -> dict[str, str]:
 
 
 @_styled
-def lesions(local: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
-    """Pixel AUPR of each map by lesion, with intervals, and what a constant map reaches."""
-    kinds = list(dict.fromkeys(kind for _, result in local for kind in result["lesions"]))
+def lesions(local: Sequence[tuple[Run, LocalizationResult]]) -> dict[str, str] | None:
+    """Pixel AUPR of each map by lesion, with intervals, and that of a constant map."""
+    kinds = list(dict.fromkeys(kind for _, result in local for kind in result.lesions))
     if not kinds:
         return None
-    maps = [name for name in NAMES if any(name in result["maps"] for _, result in local)]
+    maps = [name for name in NAMES if any(name in result.maps for _, result in local)]
     figure = _figure(2.3 * len(maps) + 1.6, 1.1 + (0.30 + 0.11 * len(local)) * len(kinds))
     panels = figure.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]
     texts = []
@@ -174,16 +173,16 @@ def lesions(local: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | Non
         for i, (run, result) in enumerate(local):
             offset = 0.16 * (i - (len(local) - 1) / 2)
             for row, kind in enumerate(kinds):
-                part = result["lesions"].get(kind, {"maps": {}})
-                entry = part["maps"].get(name, {}).get("aupr")
-                if entry is None or entry["value"] is None:
+                part = result.lesions.get(kind)
+                entry = part and part.maps.get(name, {}).get("aupr")
+                if entry is None or entry.value is None:
                     continue
-                if entry["low"] is not None:
-                    axes.plot([entry["low"], entry["high"]], [row + offset] * 2, color=run.color, linewidth=1.6)
-                axes.plot(entry["value"], row + offset, color=run.color, marker=run.marker, markersize=5)
-                floor = part["floor"]["aupr"]
+                if entry.low is not None:
+                    axes.plot([entry.low, entry.high], [row + offset] * 2, color=run.color, linewidth=1.6)
+                axes.plot(entry.value, row + offset, color=run.color, marker=run.marker, markersize=5)
+                floor = part.floor["aupr"]
                 axes.plot(floor, row + offset, color=_FLOOR, marker="|", markersize=9, markeredgewidth=1.6)
-                texts.append(f"{run.label}, {NAMES[name]}, {kind.replace('_', ' ')}: {entry['value']:.3f}")
+                texts.append(f"{run.label}, {NAMES[name]}, {kind.replace('_', ' ')}: {entry.value:.3f}")
         axes.grid(axis="x")
         axes.set_axisbelow(True)
         axes.set_xlabel("pixel AUPR")
@@ -194,29 +193,28 @@ def lesions(local: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | Non
 
 
 @_styled
-def froc(local: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
+def froc(local: Sequence[tuple[Run, LocalizationResult]]) -> dict[str, str] | None:
     """Lesions found against false marks per picture: a panel for each map, the first run's references in grey."""
     if not local:
         return None
-    maps = [name for name in NAMES if any(name in result["maps"] for _, result in local)]
+    maps = [name for name in NAMES if any(name in result.maps for _, result in local)]
     figure = _figure(2.3 * len(maps) + 1.2, 2.9)
     panels = figure.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]
-    texts = []
+    first, texts = local[0][1], []
     for name, axes in zip(maps, panels):
         axes.set_title(NAMES[name], fontsize=9.5)
-        references = local[0][1]["references"]
-        for style, (reference, values) in zip(("-", "--", ":"), references.items()):
+        for style, (reference, values) in zip(("-", "--", ":"), first.references.items()):
             at = {"color": _FLOOR, "linewidth": 1.2, "linestyle": style}
-            axes.plot(local[0][1]["froc"]["rates"], values["froc"]["sensitivity"], label=REFERENCES[reference], **at)
+            axes.plot(first.froc["rates"], values["froc"].sensitivity, label=REFERENCES[reference], **at)
         for run, result in local:
-            if name in result["maps"]:
-                values = result["maps"][name]["froc"]
+            if name in result.maps:
+                score = result.maps[name]["froc"]
                 style = {"color": run.color, "marker": run.marker, "markersize": 4, "linewidth": 1.6}
                 label = run.label if len(local) > 1 else NAMES[name]
-                axes.plot(result["froc"]["rates"], values["sensitivity"], label=label, **style)
-                texts.append(f"{run.label}, {NAMES[name]}: mean sensitivity {values['value']:.3f}")
+                axes.plot(result.froc["rates"], score.sensitivity, label=label, **style)
+                texts.append(f"{run.label}, {NAMES[name]}: mean sensitivity {score.value:.3f}")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(local[0][1]["froc"]["rates"], ["⅛", "¼", "½", "1", "2", "4", "8"])
+        axes.set_xticks(first.froc["rates"], ["⅛", "¼", "½", "1", "2", "4", "8"])
         axes.set_xlabel("false marks per picture")
         axes.grid()
     panels[0].set_ylim(-0.02, 1.02)

@@ -1,11 +1,19 @@
-"""Networks whose maps are known: how green the picture is, seen through a tent."""
+"""Networks whose maps are known (how green the picture is, seen through a tent), and what an export says of itself."""
 
 import torch
 import torch.nn.functional as F
 
-from ercn.config import ModelConfig
+from ercn.checkpoint import RunInfo
+from ercn.config import ModelConfig, TrainConfig
 from ercn.elements import exact_side, resize
 from ercn.models import ERCNOutput
+
+
+def info_of(config: TrainConfig, **changes) -> RunInfo:
+    """Of a network that was never trained, for pictures of 64 px."""
+    about = {"class_names": list("abcde"), "trained_classes": list("abcde"), "image_size": 64, "prepared_size": 64}
+    about |= {"mean": [0.5] * 3, "std": [0.2] * 3, "manifest": "0" * 64, "thresholds": {"referable": 0.5, "maps": {}}}
+    return RunInfo(config=config, **about | changes)
 
 
 class Tents(torch.nn.Module):

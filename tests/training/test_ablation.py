@@ -141,25 +141,25 @@ def test_values_are_those_of_evaluate(out):
     folder = planned(out)["gated", 1].folder
     result = evaluate(EvaluateConfig(run=str(folder), workers=0, bootstrap=100, seed=ablation_table.SEED))
     mine = ablation_table.draws_of(folder, 100, "test")
-    local = result["localization"]
-    gains = {f"gain_{entry['map']}": entry for entry in local["differences"]}
+    local = result.localization
+    gains = {f"gain_{entry['map']}": entry for entry in local.differences}
     assert mine.keys() == ablation_table.COLUMNS.keys() | {
         f"{key}_{name}" for key in ("aupr", "froc", "iou") for name in ("contrast", "stride_ceiling")
     }
     for name, entry in mine.items():
         key, _, map_name = name.partition("_")
-        theirs = result["metrics"]
+        theirs = result.grading.metrics
         if key in ("aupr", "iou", "froc"):
-            theirs = (local["maps"] | local["references"])[map_name]
+            theirs = (local.maps | local.references)[map_name]
         elif key == "heat":
-            theirs = result["healthy"]["maps"][map_name]
+            theirs = result.healthy.maps[map_name]
         elif key == "gain":
             theirs, key = gains[name], "aupr"
         else:
             key = name
-        assert entry[0] == pytest.approx(theirs[key]["value"], rel=1e-9, abs=1e-12)
+        assert entry[0] == pytest.approx(theirs[key].value, rel=1e-9, abs=1e-12)
         np.testing.assert_allclose(
-            np.nanpercentile(entry[1:], [2.5, 97.5]), [theirs[key]["low"], theirs[key]["high"]], rtol=0.15, atol=0.02
+            np.nanpercentile(entry[1:], [2.5, 97.5]), [theirs[key].low, theirs[key].high], rtol=0.15, atol=0.02
         )
     assert table(out)["gated"]["values"]["kappa"]["each"][1] == mine["kappa"][0]
 
@@ -240,7 +240,7 @@ def test_references_are_told_once_with_the_rows_that_they_are_beside(out):
             draws["aupr_contrast"][0],
             draws["aupr_stride_ceiling"][0],
         ]
-        assert found[0]["detail"] == load_model(cell.folder)[1]["contrast"]
+        assert found[0]["detail"] == load_model(cell.folder)[1].contrast
 
 
 def test_the_supervised_ceiling_is_that_of_evaluate(out):
@@ -250,10 +250,10 @@ def test_the_supervised_ceiling_is_that_of_evaluate(out):
     assert ceiling.width == 2 and ceiling.data.image_size == 64 and ceiling.data.batch_size == 4
     run = planned(out)["CAM", 0].folder
     result = evaluate(EvaluateConfig(run=str(run), workers=0, bootstrap=1, ceiling=ceiling.run.out))
-    theirs = result["localization"]["references"]["supervised"]
+    theirs = result.localization.references["supervised"]
     mine = json.loads((out / "ablation.json").read_text())["references"][2]
     for key in ("aupr", "froc"):
-        assert mine[key]["value"] == pytest.approx(theirs[key]["value"], rel=1e-6)
+        assert mine[key]["value"] == pytest.approx(theirs[key].value, rel=1e-6)
     given = ablation._ceiling_of(replace(grid, ceiling=ceiling.run.out), out, Manifest.load(root))
     assert given.config is None and given.folder != given.run == Path(ceiling.run.out)
     with pytest.raises(FileNotFoundError, match="ceiling.safetensors is missing; ercn ceiling writes it"):

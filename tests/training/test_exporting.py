@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from _pictures import FRAMES, framed
+from _stubs import info_of
 from PIL import Image
 from scipy import ndimage
 from torch import nn
@@ -34,17 +35,16 @@ from ercn.training import export, predict
 ROOT = Path(__file__).parents[2]
 SITE = Path(sysconfig.get_path("platlib"))
 MODEL = ModelConfig(backbone="test_resnet", embed_dim=8, pool_dim=8, pamr_reach=0.03, pamr_steps=4)
-INFO = {
-    "class_names": list("abcde"),
-    "image_size": 65,
-    "prepared_size": 96,
-    "mean": [0.4, 0.3, 0.2],
-    "std": [0.2, 0.25, 0.3],
-    "manifest": "0" * 64,
-    "thresholds": {"referable": 0.4, "maps": {"cam": 0.3}},
-    "normalize": "local",
-    "temperature": 1.7,
-}
+INFO = info_of(
+    TrainConfig(model=MODEL),
+    image_size=65,
+    prepared_size=96,
+    mean=[0.4, 0.3, 0.2],
+    std=[0.2, 0.25, 0.3],
+    thresholds={"referable": 0.4, "maps": {"cam": 0.3}},
+    normalize="local",
+    temperature=1.7,
+)
 # To be turned, and with a resolution that is a signed byte of 200
 DAMAGED = b"Exif\0\0II*\0" + struct.pack("<LH HHLL HHLL L", 8, 2, 0x112, 3, 1, 6, 0x11A, 6, 1, 200, 0)
 
@@ -70,7 +70,7 @@ def picture(number):
 def run(tmp_path_factory):
     """A run of a network that was never trained, pictures, and what ``ercn predict`` makes of them."""
     root = tmp_path_factory.mktemp("run")
-    save_model(root / "run", random_network(MODEL), TrainConfig(model=MODEL), INFO)
+    save_model(root / "run", random_network(MODEL), INFO)
     (root / "run" / "export" / "model_card.md").write_text("A card.\n")
     for number in range(6):
         path = root / "pictures" / ("b" if number % 2 else ".") / f"{number}.png"
@@ -160,9 +160,9 @@ def test_onnx_predicts_with_onnxruntime_numpy_and_pillow_alone(run, program, tmp
 
     about = json.loads((folder / "export.json").read_text())
     for name in ("temperature", "thresholds", "class_names", "manifest"):
-        assert about[name] == INFO[name]
+        assert about[name] == getattr(INFO, name)
     assert about["preprocessing"] == {"max_pixels": 200_000_000} | {
-        name: INFO[name] for name in ("prepared_size", "normalize", "image_size", "mean", "std")
+        name: getattr(INFO, name) for name in ("prepared_size", "normalize", "image_size", "mean", "std")
     }
     assert about["network"]["outputs"]["probability"] == ["batch", 5] and about["model_card"] == "model_card.md"
     assert "medical device" in about["notice"] and about["maps"]["corners"] == 65
@@ -255,11 +255,11 @@ def test_attention_is_written_as_onnx(tmp_path):
     kwargs = {"img_size": 64, "block_type": ["C", "C", "C", "M"]}
     config = replace(MODEL, backbone="test_maxvit", backbone_kwargs=kwargs, output_stride=32, refinement=())
     network = random_network(config)
-    save_model(tmp_path / "run", network, TrainConfig(model=config), INFO | {"image_size": 64})
+    save_model(tmp_path / "run", network, replace(INFO, config=TrainConfig(model=config), image_size=64))
     folder = export(ExportConfig(str(tmp_path / "run"), "onnx", str(tmp_path / "exported")))
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        expected = exporting.Predicting(network, config, INFO["temperature"])(image)
+        expected = exporting.Predicting(network, config, INFO.temperature)(image)
     found = session_of(folder).run(list(expected), {"image": image.numpy()})
     for (name, value), output in zip(expected.items(), found):
         np.testing.assert_allclose(output, value.numpy(), rtol=1e-5, atol=1e-5, err_msg=name)

@@ -156,6 +156,8 @@ def _run(cell: Cell, manifest: Manifest, split: str) -> None:
                 train(cell.config)
                 write_json(cell.folder / "cost.json", cost.seconds())
             model, info = load_model(cell.folder)
+        if info.flat_cam is None:
+            raise ValueError(f"{cell.folder} was trained by an older version of ercn; remove it to train it again")
         collected = collect(model, info, manifest.split(split))
     cell.folder.mkdir(exist_ok=True)
     arrays = {

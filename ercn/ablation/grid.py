@@ -141,8 +141,7 @@ def grid_config(grid: Grid) -> TrainConfig:
 
 
 def ceiling_config(grid: Grid, out: Path, root: str, manifest: str) -> CeilingConfig | None:
-    """How to train the grid's U-Net below ``out``; None where there is none to train. ValueError names a wrong option.
-    """
+    """How to train the grid's U-Net below ``out``, if there is one to train. ValueError names a wrong option."""
     if not isinstance(grid.ceiling, dict):
         return None
     own = grid_config(grid)

@@ -1,5 +1,4 @@
-"""Lightning callbacks of a run: metrics.csv, one row an epoch; weight averaging; checkpoints that a kill leaves whole.
-"""
+"""Lightning callbacks of a run: metrics.csv, weight averaging, checkpoints that survive a kill."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def reports(monkeypatch):
-    """Counts the reports instead of drawing them, each of all evaluations so far."""
+    """Lists the runs whose reports would be written."""
     written = []
     monkeypatch.setattr(evaluation, "write_report", written.append)
     return written
@@ -130,13 +130,13 @@ def test_an_export_that_knows_no_filter_gets_none_on_the_test_pictures(root, tmp
     del exported["contrast"], exported["thresholds"]["specificity"]
     path.write_text(json.dumps(exported))
     result = evaluated(tmp_path)
-    assert list(result.localization.references) == ["stride_ceiling"]  # which needs none
+    assert list(result.localization.references) == ["stride_ceiling"]  # which needs no filter
     assert result.localization.contrast == ""
     assert result.grading.fixed_specificity["0.95"].keys() == {"threshold", "roc_sensitivity"}
 
 
 def test_a_ceiling_is_measured_beside_the_maps_with_its_own_threshold(root, monkeypatch):
-    """A stub of what masks teach: the green channel of the pictures as its own training had them."""
+    """A stub of the U-Net: the green channel of pictures normalised as for its own training."""
     own = {"image_size": 64, "normalize": "none", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
     seen = []
 
@@ -153,7 +153,7 @@ def test_a_ceiling_is_measured_beside_the_maps_with_its_own_threshold(root, monk
     assert set(local.references) == {"contrast", "stride_ceiling", "supervised"} and local.maps == plain.maps
     assert local.references["contrast"] == plain.references["contrast"]
     assert 0 < local.references["supervised"]["iou"].threshold < 1
-    assert all(0 <= image.min() + 1e-5 and image.max() < 1 + 1e-5 for image in seen)  # 0 to 1 again, in its own scale
+    assert all(0 <= image.min() + 1e-5 and image.max() < 1 + 1e-5 for image in seen)  # 0 to 1 once the U-Net's normalisation is undone
     own["image_size"] = 96
     with pytest.raises(ValueError, match="ceiling unet was trained with image_size 96, the model with 64"):
         evaluated(root, ceiling="unet")
@@ -309,7 +309,7 @@ def test_several_views_have_their_own_name_and_thresholds(root):
 
 
 def test_thresholds_of_several_views_need_the_validation_pictures(root, tmp_path):
-    """Where the training's data are gone, the tested set's own validation serves, and on other splits none."""
+    """Without the training's data, the tested set's val split serves, and only for its test split."""
     write_run(tmp_path / "run", root / "phantom")
     path = tmp_path / "run" / "export" / "model.json"
     info = json.loads(path.read_text())

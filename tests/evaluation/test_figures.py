@@ -1,7 +1,7 @@
 """A lesion planted at known pixels of the photograph is hot at these pixels, whatever the frame around the fundus.
 
-The network is a stub whose maps are how green the picture is, at full resolution or on either kind of coarse grid:
-what remains is the way from the photograph to the network and back, and that of the lesion masks.
+The network is a stub whose maps are how green the picture is, at full resolution or on either kind of coarse grid, so
+the tests see only the geometry from the photograph to the network and back, and that of the lesion masks.
 """
 
 import numpy as np
@@ -79,7 +79,7 @@ def predicted(request, tmp_path_factory):
     for name in FRAMES:
         picture, _, _ = photograph(name)
         options = {}
-        if name == "turned":  # stored lying, with the note that it is to be turned
+        if name == "turned":  # stored lying, with the EXIF orientation that turns it
             exif = Image.Exif()
             exif[0x0112] = 6
             picture, options = picture.transpose(Image.Transpose.ROTATE_90), {"exif": exif}

@@ -1,3 +1,5 @@
+"""Grading metrics against scikit-learn, the calibration error, and the patient bootstrap."""
+
 import time
 
 import numpy as np

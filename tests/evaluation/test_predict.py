@@ -1,4 +1,4 @@
-"""Prediction keeps what it has graded, whatever ends the process."""
+"""Prediction writes its table after every batch, and refuses unknown devices."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""The page: everything inside of one file, runs side by side on the same pictures, and well-formed."""
+"""The HTML page is one well-formed file that needs no other, with runs side by side on the same pictures."""
 
 import base64
 import html

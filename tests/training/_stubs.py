@@ -17,10 +17,10 @@ def info_of(config: TrainConfig, **changes) -> RunInfo:
 
 
 class Tents(torch.nn.Module):
-    """Element i of the maps weighs the pixels around its place by a tent that ends at its neighbours' places.
+    """Each element of the maps is a weighted sum of pixels around it; the weights fall linearly to 0 at its neighbours.
 
-    So each pixel's share goes to the elements around it as bilinear interpolation would take it from there: whatever
-    is green keeps its sum and its centre of mass, to rounding, at any place. stride 1 is the picture itself.
+    This is the transpose of bilinear interpolation: a green spot keeps its sum and its centre of mass, to rounding, at
+    any place. stride 1 is the picture itself.
     """
 
     config = ModelConfig(refinement=())

@@ -69,7 +69,7 @@ FAILED = "4 of 10 cells failed; .*: no such backbone, seed 0; other shapes, seed
 
 @pytest.fixture(scope="module", autouse=True)
 def no_reports():
-    """What takes most of the time and no one looks at here: reports, draws of a run's own validation, collections."""
+    """Turns off slow parts that are not tested here: reports, bootstrap draws of a run's validation, collections."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "BOOTSTRAP", 10)
         for module in (fit, pretraining, evaluation):
@@ -82,7 +82,7 @@ def no_reports():
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """The grid above, chosen from while there is no test picture, then run; two of its rows cannot be."""
+    """Results of ``select`` on the grid above, without test pictures, then of ``ablate``; two of its rows fail."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
     out = folder / "out"

@@ -1,4 +1,4 @@
-"""Exported weights: they come back as they were, and everything that does not fit is named."""
+"""Exported weights are read back unchanged, and errors name everything that does not fit."""
 
 import json
 from dataclasses import asdict, replace
@@ -114,7 +114,7 @@ def test_damaged_or_newer_description_is_named(run):
 
 
 def filled(state):
-    """Values by the order of the keys alone, so that they do not depend on how a network draws its first weights."""
+    """Random values by the order of the keys, independent of the network's own initialisation."""
     generator = torch.Generator().manual_seed(0)
     for key, value in sorted(state.items()):
         if value.ndim > 1:

@@ -178,7 +178,7 @@ def test_prediction_of_a_prepared_picture_equals_its_evaluation(root):
 
 
 def test_weights_trained_in_half_precision_are_exported_in_float32(root, monkeypatch, capsys):
-    """And a CAM that points at nothing is told at the end."""
+    """At the end, a warning says that the CAM is flat."""
     monkeypatch.setattr(module, "flat", lambda cam, config: torch.ones(len(cam), dtype=torch.bool))
     config = TrainConfig(
         data=DataConfig(root=str(root / "data"), image_size=64, batch_size=6, workers=0),

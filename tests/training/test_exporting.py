@@ -1,4 +1,4 @@
-"""What leaves the package predicts as it did inside, in processes that have neither ercn nor, for ONNX, torch."""
+"""Exported networks predict as ercn does, in processes without ercn and, for ONNX, without torch."""
 
 import csv
 import json
@@ -45,12 +45,12 @@ INFO = info_of(
     normalize="local",
     temperature=1.7,
 )
-# To be turned, and with a resolution that is a signed byte of 200
+# EXIF data of a picture that must be turned, with an invalid resolution: a signed byte of 200
 DAMAGED = b"Exif\0\0II*\0" + struct.pack("<LH HHLL HHLL L", 8, 2, 0x112, 3, 1, 6, 0x11A, 6, 1, 200, 0)
 
 
 def random_network(config):
-    """Grades and maps that differ from picture to picture."""
+    """A network whose grades and maps differ between pictures."""
     torch.manual_seed(0)
     model = ERCN(config).eval()
     with torch.no_grad():
@@ -125,7 +125,7 @@ def same_predictions(found, expected):
     with open(found / "predictions.csv") as ours, open(expected / "predictions.csv") as theirs:
         rows, wanted = list(csv.DictReader(ours)), list(csv.DictReader(theirs))
     assert [row["id"] for row in rows] == [row["id"] for row in wanted]
-    assert len({row["p4"] for row in wanted}) > 5  # they differ, or nothing is shown
+    assert len({row["p4"] for row in wanted}) > 5  # equal predictions would show nothing
     for row, right in zip(rows, wanted):
         assert list(row) == list(right) and (row["file"], row["grade"]) == (right["file"], right["grade"])
         values = [[float(value) for name, value in r.items() if re.fullmatch(r"p\d", name)] for r in (row, right)]
@@ -194,7 +194,7 @@ def code_blocks(language):
 
 @pytest.mark.slow
 def test_aoti_predicts_in_a_process_without_python(run, program, tmp_path):
-    """The program and the command are those of docs/export.md. Without vectors, the compiler has half the work."""
+    """Runs the program and command of docs/export.md. Without vectors, compiling takes half the time."""
     with torch._inductor.config.patch({"compile_threads": 1, "cpp.simdlen": 1}):
         folder = export(ExportConfig(str(run / "run"), "aoti", str(tmp_path / "exported")))
     (tmp_path / "main.cpp").write_text(code_blocks("cpp")[0])
@@ -251,7 +251,7 @@ def test_other_networks_are_exported(changes, side):
 
 
 def test_attention_is_written_as_onnx(tmp_path):
-    """Views of what fused attention returns cannot be; MaxViT holds such."""
+    """MaxViT takes views of the output of attention, which fail on that of fused attention."""
     kwargs = {"img_size": 64, "block_type": ["C", "C", "C", "M"]}
     config = replace(MODEL, backbone="test_maxvit", backbone_kwargs=kwargs, output_stride=32, refinement=())
     network = random_network(config)

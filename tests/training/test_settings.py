@@ -1,4 +1,4 @@
-"""Settings that go together, and sentences for those that do not."""
+"""Combinations of settings that work, and error sentences for those that do not."""
 
 from dataclasses import replace
 

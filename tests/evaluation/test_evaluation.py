@@ -153,7 +153,7 @@ def test_a_ceiling_is_measured_beside_the_maps_with_its_own_threshold(root, monk
     assert set(local.references) == {"contrast", "stride_ceiling", "supervised"} and local.maps == plain.maps
     assert local.references["contrast"] == plain.references["contrast"]
     assert 0 < local.references["supervised"]["iou"].threshold < 1
-    assert all(0 <= image.min() + 1e-5 and image.max() < 1 + 1e-5 for image in seen)  # 0 to 1 once the U-Net's normalisation is undone
+    assert all(0 <= image.min() + 1e-5 and image.max() < 1 + 1e-5 for image in seen)  # normalised for the U-Net
     own["image_size"] = 96
     with pytest.raises(ValueError, match="ceiling unet was trained with image_size 96, the model with 64"):
         evaluated(root, ceiling="unet")

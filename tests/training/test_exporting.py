@@ -334,14 +334,14 @@ def test_the_probabilities_are_those_of_predict(targets, temperature):
 @pytest.mark.parametrize("normalize", ["none", "graham", "local"])
 @pytest.mark.parametrize("prepared, side", [(64, 64), (96, 65), (64, 97), (130, 65)])
 def test_the_script_makes_the_same_input_of_a_picture(normalize, prepared, side, tmp_path):
-    info = INFO | {"normalize": normalize, "prepared_size": prepared, "image_size": side}
+    info = replace(INFO, normalize=normalize, prepared_size=prepared, image_size=side)
     paths = []
     for number in range(2 * len(FRAMES)):
         paths.append(tmp_path / f"{number}.jpg")
         picture(number).save(paths[-1])
     about = {
         "network": {"file": "model.onnx", "format": "onnx", "outputs": {"probability": []}},
-        "preprocessing": {"max_pixels": 10**8, **info},
+        "preprocessing": {"max_pixels": 10**8, **vars(info)},
         "maps": {"names": {}},
     }
     predictor = standalone.Predictor.__new__(standalone.Predictor)

@@ -18,7 +18,7 @@ out/chosen.yaml       the winner's configuration for ``ercn train --config``, wi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from ercn.ablation.table import (
 )
 from ercn.config import RunConfig, SelectConfig
 from ercn.evaluation import metrics
+from ercn.training.run_folder import plain
 
 LEAST_SEEDS = 5
 SPLIT = "val"
@@ -186,12 +187,4 @@ def _yaml(grid: Grid, cells: Mapping[tuple[str, int], Cell], name: str) -> str:
     head = f"# {name}, chosen by ercn select\n"
     if cell.weights is not None:
         head += "# Its figures are of weights that another row trained, which it only evaluated with these options.\n"
-    plain = asdict(replace(cell.config, run=run))
-    return head + yaml.safe_dump(_lists(plain), sort_keys=False)
-
-
-def _lists(values: Any) -> Any:
-    """``values`` with lists for tuples."""
-    if isinstance(values, dict):
-        return {key: _lists(value) for key, value in values.items()}
-    return [_lists(value) for value in values] if isinstance(values, tuple) else values
+    return head + yaml.safe_dump(plain(replace(cell.config, run=run)), sort_keys=False)

@@ -22,7 +22,7 @@ from ercn.evaluation.collecting import Collected, collect
 from ercn.evaluation.infer import ONE_VIEW, Views, pick_device
 from ercn.evaluation.unet import load_ceiling
 from ercn.models import ERCN
-from ercn.report.evaluation import EvaluationResult, Grading
+from ercn.report.evaluation import EvaluationResult
 from ercn.report.gallery import key_of, write_gallery
 from ercn.report.model_card import write_model_card
 from ercn.report.page import write_report
@@ -79,12 +79,29 @@ def write_evaluation(
         raise DataError(f"no picture could be read, of {len(collected.unreadable)}; there is nothing to evaluate")
     ground = ground_of(info, manifest)
     probability = temper(collected.probability, info.temperature)
-    if ground is None:
-        truth, names, grading = None, info.class_names, None
-    else:
+    truth, names, scale, grading = None, info.class_names, None, None
+    if ground is not None:
         truth, names = ground.truth(collected.grade), list(ground.scale.names)
         probability = ground.probability(probability)
-        grading = _grading(probability, truth, collected, ground, info.thresholds, draws, seed)
+        positive = metrics.first_referable(len(names))
+        cut = ground.scale.cuts[positive - 1]
+        scale = {
+            "model": list(ground.model.names),
+            "data": list(ground.data.names),
+            "referable": names[positive:],
+            "referable_from": ground.scale.levels[cut],
+        }
+        begins = ground.model.names[ground.model.cuts.index(cut) + 1]  # the model's class where referable DR begins
+        grading = metrics.grading(
+            probability,
+            truth,
+            collected.patients,
+            threshold=info.thresholds["grades"][begins],
+            draws=draws,
+            seed=seed,
+            uncalibrated=ground.probability(collected.probability),
+            specificity=info.thresholds.get("specificity", {}).get(begins),  # older exports have none
+        )
     local, folder = collected.localization, run / "evaluation"
     result = EvaluationResult(
         name=name,
@@ -102,7 +119,7 @@ def write_evaluation(
         pictures=len(collected.records),
         patients=len(set(collected.patients)),
         class_names=names,
-        scale=None if ground is None else _scale(ground),
+        scale=scale,
         grading=grading,
         localization=local.summary(map_thresholds, draws=draws, seed=seed),
         healthy=local.healthy_summary(map_thresholds, draws=draws, seed=seed),
@@ -119,40 +136,6 @@ def write_evaluation(
     write_csv(folder / f"{name}_predictions.csv", rows)
     write_json(folder / f"{name}.json", result.as_dict())
     return result
-
-
-def _grading(
-    probability: np.ndarray,
-    truth: np.ndarray,
-    collected: Collected,
-    ground: CommonGround,
-    thresholds: Mapping[str, Any],
-    draws: int,
-    seed: int,
-) -> Grading:
-    """Metrics on the common scale, at the thresholds of the model's class that begins where referable DR does."""
-    positive = metrics.first_referable(len(ground.scale.names))
-    begins = ground.model.names[ground.model.cuts.index(ground.scale.cuts[positive - 1]) + 1]
-    return metrics.grading(
-        probability,
-        truth,
-        collected.patients,
-        threshold=thresholds["grades"][begins],
-        draws=draws,
-        seed=seed,
-        uncalibrated=ground.probability(collected.probability),
-        specificity=thresholds.get("specificity", {}).get(begins),  # older exports have none
-    )
-
-
-def _scale(ground: CommonGround) -> dict[str, Any]:
-    positive = metrics.first_referable(len(ground.scale.names))
-    return {
-        "model": list(ground.model.names),
-        "data": list(ground.data.names),
-        "referable": list(ground.scale.names[positive:]),
-        "referable_from": ground.scale.levels[ground.scale.cuts[positive - 1]],
-    }
 
 
 def _write_gallery(

@@ -89,15 +89,9 @@ def _std(x: np.ndarray, n: float) -> np.ndarray:
 
 
 _CONTRASTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "box_9": partial(_box, n=9),
-    "box_17": partial(_box, n=17),
-    "box_33": partial(_box, n=33),
-    "dark_9": partial(_dark, n=9),
-    "dark_17": partial(_dark, n=17),
-    "dark_33": partial(_dark, n=33),
-    "bright_9": partial(_bright, n=9),
-    "bright_17": partial(_bright, n=17),
-    "bright_33": partial(_bright, n=33),
+    **{f"box_{n}": partial(_box, n=n) for n in (9, 17, 33)},
+    **{f"dark_{n}": partial(_dark, n=n) for n in (9, 17, 33)},
+    **{f"bright_{n}": partial(_bright, n=n) for n in (9, 17, 33)},
     "black_hat": partial(_black_hat, n=17),
     "white_hat": partial(_white_hat, n=17),
     "dog_1": partial(_dog, s=1),

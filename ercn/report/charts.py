@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -31,6 +32,24 @@ _FLOOR = "#8a929a"
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _square(diagonal: bool) -> tuple[Figure, Any]:
+    figure = _figure(4.2, 3.7)
+    axes = figure.add_subplot()
+    if diagonal:
+        axes.plot([0, 1], [0, 1], color=_FLOOR, linewidth=1, linestyle=(0, (4, 3)))
+    return figure, axes
+
+
+def _panels(local: Sequence[tuple[Run, LocalizationResult]], margin: float, height: float) -> tuple[Figure, dict]:
+    """A figure, and by name of each map that any run has its axes."""
+    maps = [name for name in NAMES if any(name in result.maps for _, result in local)]
+    figure = _figure(2.3 * len(maps) + margin, height)
+    axes = figure.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]
+    for name, own in zip(maps, axes):
+        own.set_title(NAMES[name], fontsize=9.5)
+    return figure, dict(zip(maps, axes))
 
 
 def _svg(figure: Figure) -> str:
@@ -91,8 +110,7 @@ def confusion(result: EvaluationResult) -> dict[str, str]:
     """Counts, shaded by the share of the row."""
     matrix, names = np.array(result.grading.confusion), result.class_names
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    figure = _figure(4.2, 3.7)
-    axes = figure.add_subplot()
+    figure, axes = _square(diagonal=False)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(names))
     axes.set_xticks(ticks, names, rotation=30, ha="right", rotation_mode="anchor")
@@ -115,9 +133,7 @@ def roc(graded: Sequence[tuple[Run, EvaluationResult]]) -> dict[str, str] | None
     shown = [(run, result.grading) for run, result in graded if result.grading.roc]
     if not shown:
         return None
-    figure = _figure(4.2, 3.7)
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color=_FLOOR, linewidth=1, linestyle=(0, (4, 3)))
+    figure, axes = _square(diagonal=True)
     texts = []
     for run, grading in shown:
         metrics = grading.metrics
@@ -136,9 +152,7 @@ def roc(graded: Sequence[tuple[Run, EvaluationResult]]) -> dict[str, str] | None
 @_styled
 def reliability(result: EvaluationResult) -> dict[str, str]:
     """Accuracy against confidence, before and after calibration; a mark's area is its share of the pictures."""
-    figure = _figure(4.2, 3.7)
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color=_FLOOR, linewidth=1, linestyle=(0, (4, 3)))
+    figure, axes = _square(diagonal=True)
     texts = []
     for when, color, marker, key in (("before", "#d55e00", "s", "ece_uncalibrated"), ("after", "#0072b2", "o", "ece")):
         bins = result.grading.reliability[when]
@@ -164,12 +178,9 @@ def lesions(local: Sequence[tuple[Run, LocalizationResult]]) -> dict[str, str] |
     kinds = list(dict.fromkeys(kind for _, result in local for kind in result.lesions))
     if not kinds:
         return None
-    maps = [name for name in NAMES if any(name in result.maps for _, result in local)]
-    figure = _figure(2.3 * len(maps) + 1.6, 1.1 + (0.30 + 0.11 * len(local)) * len(kinds))
-    panels = figure.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]
+    figure, panels = _panels(local, 1.6, 1.1 + (0.30 + 0.11 * len(local)) * len(kinds))
     texts = []
-    for name, axes in zip(maps, panels):
-        axes.set_title(NAMES[name], fontsize=9.5)
+    for name, axes in panels.items():
         for i, (run, result) in enumerate(local):
             offset = 0.16 * (i - (len(local) - 1) / 2)
             for row, kind in enumerate(kinds):
@@ -186,9 +197,10 @@ def lesions(local: Sequence[tuple[Run, LocalizationResult]]) -> dict[str, str] |
         axes.grid(axis="x")
         axes.set_axisbelow(True)
         axes.set_xlabel("pixel AUPR")
-    panels[0].set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
-    panels[0].set_ylim(len(kinds) - 0.5, -0.5)
-    panels[0].set_xlim(left=0)
+    first = next(iter(panels.values()))
+    first.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
+    first.set_ylim(len(kinds) - 0.5, -0.5)
+    first.set_xlim(left=0)
     return {"image": _svg(figure), "text": f"Pixel AUPR by lesion. {'; '.join(texts)}"}
 
 
@@ -197,12 +209,9 @@ def froc(local: Sequence[tuple[Run, LocalizationResult]]) -> dict[str, str] | No
     """Lesions found against false marks per picture: a panel for each map, the first run's references in grey."""
     if not local:
         return None
-    maps = [name for name in NAMES if any(name in result.maps for _, result in local)]
-    figure = _figure(2.3 * len(maps) + 1.2, 2.9)
-    panels = figure.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]
+    figure, panels = _panels(local, 1.2, 2.9)
     first, texts = local[0][1], []
-    for name, axes in zip(maps, panels):
-        axes.set_title(NAMES[name], fontsize=9.5)
+    for name, axes in panels.items():
         for style, (reference, values) in zip(("-", "--", ":"), first.references.items()):
             at = {"color": _FLOOR, "linewidth": 1.2, "linestyle": style}
             axes.plot(first.froc["rates"], values["froc"].sensitivity, label=REFERENCES[reference], **at)
@@ -217,7 +226,7 @@ def froc(local: Sequence[tuple[Run, LocalizationResult]]) -> dict[str, str] | No
         axes.set_xticks(first.froc["rates"], ["⅛", "¼", "½", "1", "2", "4", "8"])
         axes.set_xlabel("false marks per picture")
         axes.grid()
-    panels[0].set_ylim(-0.02, 1.02)
-    panels[0].set_ylabel("lesions found")
-    panels[0].legend(fontsize=8)
+    left = next(iter(panels.values()))
+    left.set(ylim=(-0.02, 1.02), ylabel="lesions found")
+    left.legend(fontsize=8)
     return {"image": _svg(figure), "text": f"FROC by lesion. {'; '.join(texts)}"}

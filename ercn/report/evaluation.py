@@ -19,16 +19,12 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class IntervalAt(Interval):
-    """A metric of {map >= threshold}."""
-
+class IntervalAt(Interval):  # of {map >= threshold}
     threshold: float
 
 
 @dataclass(frozen=True)
-class Froc(Interval):
-    """The FROC score, the mean of ``sensitivity`` at ``froc.RATES`` false marks per picture."""
-
+class Froc(Interval):  # sensitivity at each of froc.RATES
     sensitivity: list[float | None]
 
 
@@ -37,10 +33,7 @@ Metrics = dict[str, Interval]  # by name
 
 @dataclass(frozen=True)
 class Grading:
-    """Grading metrics of one split; ``ercn.evaluation.metrics.grading`` explains them.
-
-    threshold: of referable DR. fixed_specificity: by specificity, intervals and the threshold (a number or None).
-    """
+    """Of one split, as ``ercn.evaluation.metrics.grading`` explains; threshold: of referable DR."""
 
     threshold: float
     metrics: Metrics
@@ -55,10 +48,7 @@ class Grading:
 
 @dataclass(frozen=True)
 class LesionMaps:
-    """Metrics of the maps, and of references, by their names, against one kind of lesion or all together.
-
-    pictures, patients: that have such a lesion. count: of lesions. floor: what a constant map reaches.
-    """
+    """Metrics by map, on ``pictures`` with ``count`` lesions of one kind or of all; floor: those of a constant map."""
 
     pictures: int
     patients: int
@@ -70,10 +60,9 @@ class LesionMaps:
 
 @dataclass(frozen=True)
 class LocalizationResult(LesionMaps):
-    """All lesions together, and ``lesions`` by kind; ``Localization.summary`` explains the metrics.
+    """All lesions together, and ``lesions`` by kind, as ``Localization.summary`` explains.
 
-    froc: rates, tolerance, and how many pictures there were. differences: "map", "minus" and intervals by metric.
-    contrast: the unlearned filter among the references, "" for none.
+    differences: "map", "minus" and intervals by metric. contrast: the filter among the references, "" for none.
     """
 
     optic_disc: dict[str, int]
@@ -85,7 +74,7 @@ class LocalizationResult(LesionMaps):
 
 @dataclass(frozen=True)
 class HealthyResult:
-    """Heat of the maps on healthy pictures: intervals, and the threshold (a number or None), by map."""
+    """By map the intervals of its heat on healthy pictures, and its threshold, a number or None."""
 
     pictures: int
     patients: int
@@ -97,9 +86,8 @@ class HealthyResult:
 class EvaluationResult:
     """What ``evaluation/<name>.json`` holds.
 
-    bootstrap: draws, seed, unit and kind of the intervals. views: scales and flip of the maps. class_names: those that
-    model and data have in common. scale: names of both scales, and where referable DR begins. map_thresholds: the data
-    and split that chose the maps' thresholds. unreadable: ids. gallery: entries of ``write_gallery``.
+    class_names: those that model and data have in common. scale: names of both scales, and where referable DR begins.
+    map_thresholds: the data and split that chose the maps' thresholds. gallery: entries of ``write_gallery``.
     None: scale and grading without grades, localization without lesion masks, healthy without healthy pictures.
     """
 
@@ -144,15 +132,10 @@ def _result(values: dict[str, Any]) -> EvaluationResult:
     local, healthy = values["localization"], values["healthy"]
     if local is not None:
         local["lesions"] = {kind: _made(LesionMaps, part) for kind, part in local["lesions"].items()}
-    return _made(
-        EvaluationResult,
-        values
-        | {
-            "grading": None if values["metrics"] is None else _made(Grading, values),
-            "localization": None if local is None else _made(LocalizationResult, local),
-            "healthy": None if healthy is None else _made(HealthyResult, healthy),
-        },
-    )
+    values["grading"] = None if values["metrics"] is None else _made(Grading, values)
+    values["localization"] = None if local is None else _made(LocalizationResult, local)
+    values["healthy"] = None if healthy is None else _made(HealthyResult, healthy)
+    return _made(EvaluationResult, values)
 
 
 def _made(cls: type, values: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,8 @@ from ercn.config import flatten
 from ercn.report.evaluation import EvaluationResult, read_evaluations
 
 # Okabe and Ito's colours, for colour-blind readers too; a marker each for readers without colour.
-STYLES = (
-    ("#0072b2", "o"),
-    ("#d55e00", "s"),
-    ("#009e73", "^"),
-    ("#cc79a7", "D"),
-    ("#e69f00", "v"),
-    ("#56b4e9", "P"),
-    ("#000000", "X"),
-)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "os^DvPX"
 
 
 @dataclass
@@ -54,8 +48,7 @@ class Run:
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """FileNotFoundError where a folder is no run of ercn."""
-    labels = _labels(folders)
-    return [_read(folder, label, *STYLES[i % len(STYLES)]) for i, (folder, label) in enumerate(zip(folders, labels))]
+    return [_read(*run) for run in zip(folders, _labels(folders), cycle(COLORS), cycle(MARKERS))]
 
 
 def _read(folder: Path, label: str, color: str, marker: str) -> Run:

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ercn.maps import NAMES
-from ercn.report.evaluation import (
-    EvaluationResult,
-    Grading,
-    HealthyResult,
-    Interval,
-    LesionMaps,
-    LocalizationResult,
-    Metrics,
-)
+from ercn.report.evaluation import EvaluationResult, Grading, HealthyResult, Interval, LesionMaps, LocalizationResult
 
 METRICS = {
     "accuracy": "Accuracy",
@@ -94,7 +86,7 @@ def specificity_rows(gradings: Sequence[Grading]) -> list[list[str]]:
     return rows
 
 
-def measured(local: LesionMaps | HealthyResult) -> dict[str, Metrics]:
+def measured(local: LesionMaps | HealthyResult) -> dict[str, dict]:
     """The maps, then the references."""
     return local.maps | local.references
 

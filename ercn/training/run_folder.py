@@ -51,7 +51,7 @@ def open_run(config: Any) -> Path | None:
         if run.resume and not last.exists():
             print(f"nothing to resume: {out} has no finished epoch; starting from the beginning", flush=True)
         remove_temporary(out)
-        write_text(out / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+        write_text(out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
         write_json(out / "environment.json", environment())
     return last if run.resume and last.exists() else None
 
@@ -69,14 +69,14 @@ def _check_same(config: Any, out: Path) -> None:
         old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
     except (yaml.YAMLError, AttributeError) as error:
         raise ValueError(f"run.resume: {saved} is damaged: {error}") from error
-    new = flatten(_plain(config))
+    new = flatten(plain(config))
     differing = [name for name in sorted((old.keys() | new.keys()) - FREE) if old.get(name) != new.get(name)]
     if differing:
         changes = ", ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differing)
         raise ValueError(f"run.resume: {out} was started with another configuration: {changes}")
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, Any]:
     """Nested dicts with lists for tuples, as YAML gives them back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

@@ -24,7 +24,7 @@ from ercn.pretrained import Loaded
 from ercn.report.model_card import write_model_card
 from ercn.report.page import write_report
 from ercn.report.table import print_metrics
-from ercn.training import run_folder
+from ercn.training import run_folder, steps
 from ercn.training.callbacks import SafeCheckpointIO
 from ercn.training.loaders import GradedData
 from ercn.training.module import MONITOR, ERCNModule
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Path:
     if loaded is not None and rank_zero_only.rank == 0:
         print(loaded, flush=True)
     module = ERCNModule(model, config, class_weights(config, manifest))
-    run_folder.set_up(module, model, config.run)
+    steps.set_up(module, model, config.run)
     trainer = run_folder.make_trainer(config.run, monitor=MONITOR)
     checkpoint = run_folder.open_run(config)
     data = GradedData(manifest, config.data, seed=config.run.seed)

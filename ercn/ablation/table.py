@@ -164,12 +164,12 @@ def _references(
                 detail = cell["contrast"] if name == "contrast" else _grid_of(cell["config"])
                 place = result.setdefault((name, detail, float(own[f"aupr_{name}"][0])), _reference(name, detail, own))
                 place["rows"] += [row.name] if row.name not in place["rows"] else []
-    found = sorted(result.values(), key=lambda entry: list(TITLES).index(entry["name"]))
+    references = sorted(result.values(), key=lambda entry: list(TITLES).index(entry["name"]))
     folder = Path(about["ceiling"] or "")
     if about["ceiling"] and (folder / f"{split}.json").is_file():
         size = read_json(folder / f"{split}.json")["image_size"]
-        found.append(_reference("supervised", f"U-Net at {size} px", draws_of(folder, draws, split)))
-    return found
+        references.append(_reference("supervised", f"U-Net at {size} px", draws_of(folder, draws, split)))
+    return references
 
 
 def _grid_of(config: Mapping[str, Any]) -> str:

@@ -113,17 +113,17 @@ def field(picture: np.ndarray) -> np.ndarray:
     corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]].astype(np.float32)
     value = np.abs(picture - np.median(corners, axis=0)).max(2).astype(np.float32)
     even = np.median(corners) > 64  # gray, which is the same everywhere
-    found = _mean(value, 5) > (4 if even else max(8, 0.12 * np.percentile(value, 95)))
-    if np.ptp(corners, axis=0).max() > 16 or not found.any():
+    inside = _mean(value, 5) > (4 if even else max(8, 0.12 * np.percentile(value, 95)))
+    if np.ptp(corners, axis=0).max() > 16 or not inside.any():
         return np.ones(value.shape, bool)
-    within = _between(found, 0) & _between(found, 1)
+    within = _between(inside, 0) & _between(inside, 1)
     return ndimage.minimum_filter(within, 2 * round(MARGIN * len(value) / 256) + 1, mode="nearest")
 
 
-def _between(found: np.ndarray, axis: int) -> np.ndarray:
+def _between(inside: np.ndarray, axis: int) -> np.ndarray:
     """Between the first and the last True along the axis."""
-    after = np.flip(np.maximum.accumulate(np.flip(found, axis), axis), axis)
-    return np.maximum.accumulate(found, axis) & after
+    after = np.flip(np.maximum.accumulate(np.flip(inside, axis), axis), axis)
+    return np.maximum.accumulate(inside, axis) & after
 
 
 def contrasts(picture: np.ndarray, names: Sequence[str] = tuple(_CONTRASTS)) -> dict[str, np.ndarray]:

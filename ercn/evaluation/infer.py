@@ -21,10 +21,10 @@ def pick_device(accelerator: str) -> torch.device:
     """The device of "cpu", "gpu" or "cuda", or "auto" (CUDA if available, else the CPU); ValueError for others."""
     if accelerator not in ACCELERATORS:
         raise ValueError(f"accelerator must be one of {', '.join(ACCELERATORS)}; got {accelerator!r}")
-    found = torch.cuda.is_available()
-    if accelerator in ("gpu", "cuda") and not found:
+    available = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not available:
         raise ValueError(f"accelerator {accelerator!r} was asked for, but torch finds none here")
-    return torch.device("cuda" if found and accelerator != "cpu" else "cpu")
+    return torch.device("cuda" if available and accelerator != "cpu" else "cpu")
 
 
 class Views(NamedTuple):

@@ -59,12 +59,12 @@ def write_gallery(folder: Path, shown: Sequence[Shown], texts: Sequence[Mapping[
         for name, heat in item.maps.items():
             files[name] = f"{number:02d}_{name}.png"
             Image.fromarray(np.round(heat * 255).astype(np.uint8)).save(folder / files[name])
-        found = {kind: mask for kind, mask in item.masks.items() if mask.any()}
-        if found:
+        present = {kind: mask for kind, mask in item.masks.items() if mask.any()}
+        if present:
             files["lesions"] = f"{number:02d}_lesions.png"
-            Image.fromarray(outlines(found)).save(folder / files["lesions"])
+            Image.fromarray(outlines(present)).save(folder / files["lesions"])
         panels = {name: f"{folder.name}/{file}" for name, file in files.items()}
-        entries.append({**text, "lesions": [kind for kind in found if kind != OPTIC_DISC], "panels": panels})
+        entries.append({**text, "lesions": [kind for kind in present if kind != OPTIC_DISC], "panels": panels})
     return entries
 
 

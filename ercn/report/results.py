@@ -35,16 +35,16 @@ def results(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _result(name: str, every: Sequence[Run]) -> dict[str, Any]:
     runs = [run for run in every if name in run.evaluations]
-    found = [run.evaluations[name] for run in runs]
-    graded = [(run, result) for run, result in zip(runs, found) if result.grading]
+    evaluations = [run.evaluations[name] for run in runs]
+    graded = [(run, result) for run, result in zip(runs, evaluations) if result.grading]
     gradings = [result.grading for _, result in graded]
-    local = [(run, result.localization) for run, result in zip(runs, found) if result.localization]
+    local = [(run, result.localization) for run, result in zip(runs, evaluations) if result.localization]
     return {
         "name": name,
         "runs": runs,
         "absent": [run for run in every if run not in runs],
-        "found": found,
-        "same_pictures": len({(result.manifest, result.pictures) for result in found}) == 1,
+        "evaluations": evaluations,
+        "same_pictures": len({(result.manifest, result.pictures) for result in evaluations}) == 1,
         "graded": [run for run, _ in graded],
         "metrics": table.metric_rows(gradings),
         "specificity": table.specificity_rows(gradings),
@@ -64,14 +64,14 @@ def _result(name: str, every: Sequence[Run]) -> dict[str, Any]:
         "lesion_tables": _lesion_tables(local),
         "healthy": [
             (run, result.healthy.pictures, row)
-            for run, result in zip(runs, found)
+            for run, result in zip(runs, evaluations)
             if result.healthy
             for row in table.healthy_rows(result.healthy)
         ],
         "healthy_columns": list(table.HEALTHY.values()),
-        "disclosures": list(dict.fromkeys(result.disclosure for result in found)),
+        "disclosures": list(dict.fromkeys(result.disclosure for result in evaluations)),
         "discs": sorted({(result.optic_disc["excluded"], result.pictures) for _, result in local}),
-        "gallery": _gallery(runs, found),
+        "gallery": _gallery(runs, evaluations),
     }
 
 
@@ -88,14 +88,13 @@ def _scales(graded: Sequence[tuple[Run, EvaluationResult]]) -> list[tuple[dict[s
     return result
 
 
-def _recall(found: Sequence[EvaluationResult]) -> list[tuple[str, int, list[str]]]:
+def _recall(evaluations: Sequence[EvaluationResult]) -> list[tuple[str, int, list[str]]]:
     """Class, its pictures in the first run, and each run's recall; nothing where the runs' classes differ."""
-    if not found or any(result.class_names != found[0].class_names for result in found):
+    if len({tuple(result.class_names) for result in evaluations}) != 1:
         return []
-    return [
-        (name, sum(found[0].grading.confusion[k]), [table.number(result.grading.recall[k]) for result in found])
-        for k, name in enumerate(found[0].class_names)
-    ]
+    pictures = map(sum, evaluations[0].grading.confusion)
+    recalls = zip(*(map(table.number, result.grading.recall) for result in evaluations))
+    return list(zip(evaluations[0].class_names, pictures, map(list, recalls)))
 
 
 def _map_tables(local: Sequence[tuple[Run, LocalizationResult]]) -> dict[str, Any] | None:
@@ -149,10 +148,10 @@ def _lesion_tables(local: Sequence[tuple[Run, LocalizationResult]]) -> list[dict
     ]
 
 
-def _gallery(runs: Sequence[Run], found: Sequence[EvaluationResult]) -> dict[str, Any]:
+def _gallery(runs: Sequence[Run], evaluations: Sequence[EvaluationResult]) -> dict[str, Any]:
     """cases: one for each picture, with the views of the runs that show it. maps, lesions: those that any case has."""
     cases: dict[str, dict[str, Any]] = {}
-    for run, result in zip(runs, found):
+    for run, result in zip(runs, evaluations):
         for entry in result.gallery:
             key = f"{result.manifest}/{entry['key']}"
             case = cases.setdefault(key, {"truth": entry["truth"], "lesions": entry["lesions"], "views": []})

@@ -151,7 +151,7 @@ def changes(config: TrainConfig, fits: Callable[[Footprint], bool]) -> list[Chan
     Gradient checkpointing; half the batch and twice the steps per update, down to one picture; bfloat16; output stride
     16; smaller pictures. Ends with the first that fits, or when no change saves memory.
     """
-    found: list[Change] = []
+    made: list[Change] = []
     now = footprint(config)
     for smaller in (_checkpointing, _smaller_batch, _half_precision, _coarser_map, _smaller_picture):
         while options := smaller(config):
@@ -163,10 +163,10 @@ def changes(config: TrainConfig, fits: Callable[[Footprint], bool]) -> list[Chan
             if then.peak >= now.peak:
                 break
             config, now = changed, then
-            found.append(Change(options, config, now))
+            made.append(Change(options, config, now))
             if fits(now):
-                return found
-    return found
+                return made
+    return made
 
 
 def _changed(config: TrainConfig, options: dict[str, object]) -> TrainConfig:
@@ -211,11 +211,11 @@ def advice(config: TrainConfig) -> str:
     text = f"a training step needs about {_gb(now.peak)} by prediction, and {_gb(memory)} are there"
     if now.peak <= RESERVE * memory:
         return f"{text}; something else takes it or limits it (ulimit, a container)"
-    found = changes(config, lambda one: one.peak <= RESERVE * memory)
-    if not found or found[-1].footprint.peak > RESERVE * memory:
+    made = changes(config, lambda one: one.peak <= RESERVE * memory)
+    if not made or made[-1].footprint.peak > RESERVE * memory:
         return f"{text}; no smaller batch, picture or precision fits: take a smaller model.backbone or a larger device"
-    options = {name: value for change in found for name, value in change.options.items()}
-    return f"{text}; {_gb(found[-1].footprint.peak)} with {_spelled(options)}"
+    options = {name: value for change in made for name, value in change.options.items()}
+    return f"{text}; {_gb(made[-1].footprint.peak)} with {_spelled(options)}"
 
 
 def _spelled(options: dict[str, object]) -> str:

@@ -183,7 +183,7 @@ def test_the_export_is_the_best_epoch_and_gives_its_maps(data, trained):
         assert heat.shape == (1, 97, 97) and 0 <= heat.min() and heat.max() <= 1
         masks = dict(zip(pictures.mask_kinds, item["masks"].numpy()))
         found.add({"ceiling": heat[0].numpy()}, masks, str(item["index"]), masks.pop("optic_disc"))
-    aupr = found.summary({}, draws=0, seed=0)["maps"]["ceiling"]["aupr"]["value"]
+    aupr = found.summary({}, draws=0, seed=0).maps["ceiling"]["aupr"].value
     assert aupr == pytest.approx(ceiling.info["val_aupr"], rel=1e-3)  # single pictures round differently from batches
 
 

@@ -213,7 +213,7 @@ def _ceiling_of(grid: Grid, out: Path, manifest: Manifest) -> _Ceiling | None:
     if config is not None:
         return _Ceiling(Path(config.run.out), config, Path(config.run.out))
     info = load_ceiling(grid.ceiling).info
-    check_normalization(info, manifest)
+    check_normalization(info["normalize"], manifest)
     return _Ceiling(Path(grid.ceiling), None, out / "ceiling" / digest([info, manifest.hash]))
 
 

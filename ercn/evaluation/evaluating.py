@@ -198,7 +198,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     records = need_split(manifest, config.split, root)
     if ground_of(info, manifest) is None and not any(record.masks for record in records):
         raise ValueError(f"data set {manifest.dataset} has neither grades nor lesion masks in the {config.split} split")
-    check_normalization(info, manifest)
+    check_normalization(info.normalize, manifest)
     if not own:
         check_patients(info, manifest.dataset, records)
     views = Views(config.scales, config.flip)
@@ -306,10 +306,10 @@ def check_patients(info: RunInfo, dataset: str, records: Sequence[Record]) -> No
         )
 
 
-def check_normalization(info: RunInfo, manifest: Manifest) -> None:
-    """Raises ValueError where the pictures were not prepared like those of the training."""
-    if manifest.normalize != info.normalize:
+def check_normalization(normalize: str, manifest: Manifest) -> None:
+    """Raises ValueError where the pictures were not prepared like those of the training, with ``normalize``."""
+    if manifest.normalize != normalize:
         raise ValueError(
-            f"the model was trained on pictures of `ercn prepare --normalize {info.normalize}`, but {manifest.root} "
+            f"the model was trained on pictures of `ercn prepare --normalize {normalize}`, but {manifest.root} "
             f"was prepared with {manifest.normalize}; prepare it again in a new folder"
         )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,6 +180,18 @@ def test_a_row_that_is_not_trained_has_the_weights_of_its_base(out):
     np.testing.assert_array_equal(a["probability"], b["probability"])
     np.testing.assert_array_equal(a["counts_cam"], b["counts_cam"])
     assert (a["counts_refined_cam"] != b["counts_refined_cam"]).any()
+
+
+def test_a_cell_that_an_older_version_trained_is_named(out, tmp_path):
+    cell = planned(out)["CAM", 0]
+    shutil.copytree(cell.folder, tmp_path / "cell")
+    path = tmp_path / "cell" / "export" / "model.json"
+    about = json.loads(path.read_text())
+    del about["flat_cam"]
+    path.write_text(json.dumps(about))
+    own = replace(cell, config=replace(cell.config, run=replace(cell.config.run, out=str(tmp_path / "cell"))))
+    with pytest.raises(ValueError, match="cell was trained by an older version of ercn; remove it"):
+        ablation._run(own, Manifest.load(cell.config.data.root), "test")
 
 
 def test_finished_cells_are_kept_and_failed_ones_tried_again(out, monkeypatch):

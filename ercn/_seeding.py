@@ -1,6 +1,6 @@
-"""One root seed; every draw of a training step is a function of (seed, purpose or place), never of what ran before.
+"""Seeds: every draw of a training step is a function of (root seed, purpose, place), never of earlier draws.
 
-This is what makes a run that was killed and resumed at an epoch's start repeat the uninterrupted run bit for bit.
+So a run that was killed and resumed at an epoch's start repeats the uninterrupted run bit for bit.
 """
 
 from __future__ import annotations

@@ -1,13 +1,9 @@
-"""Exported weights: ``export/model.safetensors`` beside ``export/model.json``. Nothing is pickled.
-
-``model.json`` holds all that inference must repeat: the configuration, class names, channel statistics, picture size,
-temperature, decision thresholds, and what the weights came from (hashes of manifest and split, package versions).
-"""
+"""Exported weights: ``export/model.safetensors`` beside ``export/model.json``. Nothing is pickled."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,7 @@ from ercn.elements import GEOMETRY
 from ercn.models import ERCN
 
 FORMAT = 1
-# Of models with geometry 1, which had no choice of these.
+# Options that models of geometry 1 did not have yet, as those models behave.
 _MODEL_1 = {
     "cam_scale": 1.0,
     "evidence": "separate",
@@ -31,6 +27,48 @@ _MODEL_1 = {
     "refine_stride": 0,
 }
 _NEEDED = ("config", "class_names", "image_size", "prepared_size", "mean", "std", "manifest", "thresholds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What a run says of its exported network: the fields of ``model.json``, in the file's order.
+
+    config: of the training. geometry: version of the network's geometry (``ercn.elements.GEOMETRY``).
+    class_names: classes of the model. trained_classes: grades of the training's data set.
+    image_size, prepared_size: side of the network's pictures and of the prepared ones, pixels.
+    mean, std: of the channels. normalize: of ``ercn prepare``. dataset, manifest: name and hash of the training's data.
+    data: label column, and pictures, patients and grades of each split.
+    pretrained: which weights the backbone started from (``ercn.pretrained``), None without a file of weights.
+    unreadable: ``{"id", "reason"}`` of the training pictures that were skipped.
+    epoch: of the weights. temperature, thresholds, contrast: what the validation split chose
+        (``ercn.evaluation.evaluating.choose_on_validation``); contrast is None where no filter was tried yet.
+    parameters: how many. flat_cam: share of the validation pictures with disease whose CAM is flat (``maps.flat``).
+    packages: versions that wrote the file.
+
+    A field that is None is not in the file.
+    """
+
+    config: TrainConfig
+    geometry: int = GEOMETRY
+    class_names: list[str]
+    trained_classes: list[str]
+    image_size: int
+    prepared_size: int
+    mean: list[float]
+    std: list[float]
+    normalize: str = "none"
+    dataset: str = ""
+    manifest: str
+    data: dict[str, Any] | None = None
+    pretrained: dict[str, Any] | None = None
+    unreadable: list[dict[str, str]] = field(default_factory=list)
+    epoch: int | None = None
+    temperature: float = 1.0
+    thresholds: dict[str, Any] = field(default_factory=dict)
+    contrast: str | None = None
+    parameters: int | None = None
+    flat_cam: float | None = None
+    packages: dict[str, str] = field(default_factory=package_versions)
 
 
 def save_weights(folder: Path, name: str, state: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
@@ -55,17 +93,22 @@ def load_weights(
     for path in (weights, description):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; {made_by} writes it at its end")
-    info = read_json(description)
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        found = info.get("format") if isinstance(info, dict) else type(info).__name__
-        raise ValueError(f"{description} has format {found!r}; this version of ercn reads format {FORMAT}")
-    if missing := [key for key in needed if key not in info]:
-        raise ValueError(f"{description} is damaged: it lacks {', '.join(missing)}")
+    info = _description(description, needed)
     try:
         with safe_open(weights, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118  not a dict
     except SafetensorError as error:
         raise ValueError(f"{weights} is damaged: {error}") from error
+
+
+def _description(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+    info = read_json(path)
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        found = info.get("format") if isinstance(info, dict) else type(info).__name__
+        raise ValueError(f"{path} has format {found!r}; this version of ercn reads format {FORMAT}")
+    if missing := [key for key in needed if key not in info]:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return info
 
 
 def check_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str, target: str) -> None:
@@ -86,37 +129,47 @@ def check_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], sour
         raise ValueError(f"{source} holds the weights of another model than {target}: {'; '.join(parts)}")
 
 
-def save_model(run: Path, model: ERCN, config: TrainConfig, info: Mapping[str, Any]) -> None:
-    """Writes ``run/export/model.safetensors`` and ``.json``. info: what ``load_model`` shall give back, JSON-ready."""
-    about = {"config": asdict(config), "geometry": model.geometry}
-    save_weights(run / "export", "model", model.state_dict(), about | info)
+def save_model(run: Path, model: ERCN, info: RunInfo) -> None:
+    """Writes ``run/export/model.safetensors`` and ``.json``; the geometry is that of ``model``."""
+    about = asdict(replace(info, geometry=model.geometry))
+    about = {key: value for key, value in about.items() if value is not None}
+    save_weights(run / "export", "model", model.state_dict(), about)
 
 
-def load_model(run: str | Path) -> tuple[ERCN, dict[str, Any]]:
+def load_model(run: str | Path) -> tuple[ERCN, RunInfo]:
     """The trained model of a run folder, in eval mode on the CPU, and its ``model.json``.
 
-    ``info["config"]`` is a ``TrainConfig``. Loading is strict: ValueError says which keys or shapes differ, and names
-    the file where it is damaged; FileNotFoundError names a missing file.
+    Loading is strict: ValueError says which keys or shapes differ, and names the file where it is damaged;
+    FileNotFoundError names a missing file.
     """
     folder = Path(run) / "export"
-    state, info = load_weights(folder, "model", "ercn train", _NEEDED)
-    # exports from before there was a choice
-    info = {"normalize": "none", "temperature": 1.0, "trained_classes": info["class_names"], "geometry": 1} | info
-    if info["geometry"] not in range(1, GEOMETRY + 1):
-        raise ValueError(
-            f"{folder / 'model.json'} has geometry {info['geometry']!r}; this version of ercn reads 1 to {GEOMETRY}"
-        )
-    saved = info["config"]
-    if info["geometry"] == 1 and isinstance(saved, Mapping) and isinstance(saved.get("model"), Mapping):
+    state, description = load_weights(folder, "model", "ercn train", _NEEDED)
+    info = _info(description, folder / "model.json")
+    model = ERCN(without_pretrained(info.config).model, geometry=info.geometry)
+    check_state(model, state, str(folder / "model.safetensors"), f"{info.config.model.backbone} of model.json")
+    model.load_state_dict(state, strict=True)
+    return model.eval(), info
+
+
+def read_info(run: Path) -> RunInfo:
+    """``model.json`` of a run folder without its weights; errors as of ``load_model``."""
+    path = run / "export" / "model.json"
+    return _info(_description(path, _NEEDED), path)
+
+
+def _info(values: dict[str, Any], path: Path) -> RunInfo:
+    """Fields that older files of the format lack get the values that their models behave by."""
+    values = {"packages": {}, "trained_classes": values["class_names"], "geometry": 1} | values
+    if values["geometry"] not in range(1, GEOMETRY + 1):
+        raise ValueError(f"{path} has geometry {values['geometry']!r}; this version of ercn reads 1 to {GEOMETRY}")
+    saved = values["config"]
+    if values["geometry"] == 1 and isinstance(saved, Mapping) and isinstance(saved.get("model"), Mapping):
         old = _MODEL_1 | saved["model"]
         if old.get("steps") == 0:
             old |= {"steps": 1, "refinement": []}
         saved = saved | {"model": old}
-    info["config"] = from_dict(TrainConfig, saved, f"{folder / 'model.json'}: config")
-    model = ERCN(without_pretrained(info["config"]).model, geometry=info["geometry"])
-    check_state(model, state, str(folder / "model.safetensors"), f"{info['config'].model.backbone} of model.json")
-    model.load_state_dict(state, strict=True)
-    return model.eval(), info
+    values["config"] = from_dict(TrainConfig, saved, f"{path}: config")
+    return RunInfo(**{f.name: values[f.name] for f in fields(RunInfo) if f.name in values})
 
 
 def without_pretrained(config: TrainConfig) -> TrainConfig:

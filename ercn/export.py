@@ -1,4 +1,4 @@
-"""A trained network that leaves the package: one program, what is done to a picture, and a script that predicts."""
+"""Export of a trained network for use without ercn: the program, its preprocessing, and a script that predicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ercn import standalone
 from ercn._environment import package_versions
 from ercn._files import DISCLAIMER, check_empty, write_json
-from ercn.checkpoint import load_model
+from ercn.checkpoint import RunInfo, load_model
 from ercn.config import ExportConfig, ModelConfig, PredictConfig
 from ercn.evaluation.calibration import FLOOR
 from ercn.maps import NAMES, heat_maps, maps_of
@@ -34,7 +34,7 @@ LEFT_OUT = (
 
 
 class Predicting(nn.Module):
-    """What ``ercn predict`` computes of pictures, as the network wants them, in one view.
+    """What ``ercn predict`` computes of prepared pictures, in one view.
 
     image float32 [B, 3, S, S] -> {"logits": float32 [B, F], "probability": float64 [B, K], calibrated, and, of each
     heat map of ``ercn.maps.heat_maps``, "map_<name>": float32 [B, h, w]}.
@@ -57,10 +57,9 @@ class Predicting(nn.Module):
 def export(config: ExportConfig) -> Path:
     """Writes the network of ``config.run`` for use without ``ercn`` into ``config.out``, and returns that folder.
 
-    It then holds the network (``FILES``), export.json (what is done to a picture, temperature, thresholds, class names,
-    shapes, what is left out; written last), predict.py, which predicts from picture files, and the run's model card if
-    there is one. The network is ``Predicting`` in operators of torch or ONNX alone; the number of pictures is free,
-    their side the run's.
+    It then holds the network (``FILES``), export.json (preprocessing, temperature, thresholds, class names, shapes,
+    what is left out; written last), predict.py, which predicts from picture files, and the run's model card if there is
+    one. The network is ``Predicting`` in operators of torch or ONNX alone, for any number of pictures of that size.
 
     Raises:
         ValueError: ``out`` is not an empty folder; a network that cannot be exported; no compiler for "aoti".
@@ -71,10 +70,10 @@ def export(config: ExportConfig) -> Path:
     check_empty(out)
     _check_tools(config.format)
     model, info = load_model(config.run)
-    network = Predicting(model, info["config"].model, info["temperature"]).eval()
+    network = Predicting(model, info.config.model, info.temperature).eval()
     if config.format == "onnx":
         split_attention(network)
-    program = exported_program(network, info["image_size"])
+    program = exported_program(network, info.image_size)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as temporary:
         try:
@@ -92,26 +91,26 @@ def export(config: ExportConfig) -> Path:
 
 
 def split_attention(network: nn.Module) -> None:
-    """Makes timm's attention of single products: ONNX has no fused one, and how that lays out memory, views expect."""
+    """Turns off timm's fused attention: ONNX has none, and later views expect its memory layout."""
     for module in network.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
 
 
 def exported_program(network: Predicting, side: int) -> torch.export.ExportedProgram:
-    """``network`` for pictures of this side, any number of them, in torch's own operators; else a ValueError."""
+    """``network`` in torch's own operators, for any number of pictures of this side; ValueError where that fails."""
     image = torch.zeros(2, 3, side, side)
     table = decompositions() | {torch.ops.aten.cummin.default: _running_minimum}
     try:
         with torch.no_grad():
             program = torch.export.export(network, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))
             return program.run_decompositions(table)
-    except Exception as error:  # a backbone may do anything that a graph cannot hold
+    except Exception as error:  # a backbone may run code that no graph can hold
         raise ValueError(f"backbone {network.config.backbone} cannot be exported: {_line(error)}") from error
 
 
-def _describe(network: Predicting, info: dict[str, Any], format: str, card: str | None) -> dict[str, Any]:
-    side = info["image_size"]
+def _describe(network: Predicting, info: RunInfo, format: str, card: str | None) -> dict[str, Any]:
+    side = info.image_size
     with torch.no_grad():
         outputs = network(torch.zeros(1, 3, side, side))
     return {
@@ -119,7 +118,7 @@ def _describe(network: Predicting, info: dict[str, Any], format: str, card: str 
         "notice": DISCLAIMER,
         "packages": package_versions(("onnx", "onnxscript", "onnx-ir") if format == "onnx" else ()),
         "model_card": card,
-        "class_names": info["class_names"],
+        "class_names": info.class_names,
         "network": {
             "file": FILES[format],
             "format": format,
@@ -129,16 +128,16 @@ def _describe(network: Predicting, info: dict[str, Any], format: str, card: str 
         },
         "preprocessing": {
             "max_pixels": PredictConfig().max_pixels,
-            **{name: info[name] for name in ("prepared_size", "normalize", "image_size", "mean", "std")},
+            **{name: getattr(info, name) for name in ("prepared_size", "normalize", "image_size", "mean", "std")},
         },
-        "temperature": info["temperature"],
-        "thresholds": info["thresholds"],
+        "temperature": info.temperature,
+        "thresholds": info.thresholds,
         "maps": {
             "names": {name: NAMES[name] for name in maps_of(network.config)},
             "scale": [0, 1],
             "corners": side if network.model.align_corners else 0,
         },
-        "manifest": info["manifest"],
+        "manifest": info.manifest,
         "left_out": LEFT_OUT,
     }
 
@@ -154,7 +153,7 @@ def _check_tools(format: str) -> None:
 
 
 def _running_minimum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """aten.cummin along a short dimension, which ONNX does not have; nobody asks for the indices."""
+    """aten.cummin along a short dimension, which ONNX does not have; the indices are not used."""
     lowest = list(x.unbind(dim))
     for i in range(1, len(lowest)):
         lowest[i] = torch.minimum(lowest[i - 1], lowest[i])
@@ -164,7 +163,7 @@ def _running_minimum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     names = list(program.call_spec.out_spec.context)
-    # optimize drops + 1e-8, which it takes for 0, and with it what keeps a division finite; ONNX Runtime has its own
+    # optimize would drop + 1e-8, without which a division is not finite; ONNX Runtime optimizes on its own
     options = {"opset_version": OPSET, "dynamo": True, "optimize": False, "verbose": False}
     torch.onnx.export(program, input_names=["image"], output_names=names, **options).save(path, external_data=False)
 
@@ -177,7 +176,7 @@ _WRITERS = {"onnx": _write_onnx, "pt2": torch.export.save, "aoti": _write_aoti}
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error, without colours; of torch's, which are pages long, of what caused them."""
+    """The first line of an error without colours; for an error of torch, which is pages long, that of its cause."""
     while type(error).__module__.startswith("torch.") and error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()

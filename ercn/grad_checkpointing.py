@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a backbone: its blocks are computed again in the backward pass instead of being kept."""
+"""Gradient checkpointing of a backbone: the backward pass recomputes its blocks instead of keeping activations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_blocks(backbone: nn.Module) -> int:
-    """Keep only the inputs of ``backbone``'s blocks for the backward pass; returns how many blocks there are.
+    """Keeps only the inputs of ``backbone``'s blocks for the backward pass; returns the number of blocks.
 
-    Memory falls from all activations to the blocks' inputs and one block's activations; the blocks are computed once
-    more. Outputs, gradients and running statistics are those without it, to the bit where the kernels are
-    deterministic. Names and state dict stay.
+    Memory falls from all activations to the blocks' inputs and one block's activations, for a second forward pass of
+    each block. Outputs, gradients and running statistics do not change, to the bit where the kernels are deterministic.
+    Names and state dict stay.
 
     timm's ``set_grad_checkpointing`` of a feature extractor would keep the whole last stage, the largest one at output
     stride 8, recompute the others a stage at a time, and let BatchNorm count every batch twice.
@@ -48,7 +48,7 @@ def _checkpointed(block: nn.Module, forward, *args, **kwargs):
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """BatchNorm must save its running statistics for the backward pass again, so it updates them, but by nothing."""
+    """Recomputes BatchNorm with momentum 0: the running statistics are saved for the backward pass but do not move."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -61,7 +61,7 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The innermost modules that a parent lines up, all of one class and made of others: residual blocks, mostly."""
+    """The innermost modules that are siblings of one class and have children: residual blocks, mostly."""
     children = list(module.children())
     within = [block for child in children for block in _blocks(child)]
     if within:

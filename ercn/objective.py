@@ -14,7 +14,7 @@ from ercn.transforms import Identity, Transform
 
 
 def reads_refined(loss: LossConfig, one_view: bool) -> bool:
-    """Whether a term compares the refined CAM, so that a step has to make it."""
+    """Whether a loss term needs the refined CAM."""
     return bool(loss.ecr or loss.consistency or loss.min_pool or loss.er and one_view)
 
 
@@ -31,21 +31,21 @@ def ercn_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = cls·L_cls + weight_scale · (er·L_ER + ecr·L_ECR + consistency·H + min_pool·L_min) on views x and A(x).
 
-    - cls: classification of the picture, averaged over the views and over the CAM's and the MIL head's logits, so that
-      both heads learn.
-    - er: max-normed CAM of x, moved by A, against that of A(x). With one view: CAM against refined CAM (Chikontwe).
+    - cls: classification of the picture, mean over the views and over the logits of CAM and MIL head.
+    - er: max-normed CAM of x, transformed by A, against that of A(x). With one view: CAM against refined CAM
+      (Chikontwe).
     - ecr: refined CAM of each view against the max-normed CAM of the other, hardest values.
     - consistency: cross entropy of CAM and refined CAM in each view, weighted by the spatial mask; mean of the views.
     - min_pool: SEAM's min-pooling of the refined CAM; mean of the views.
 
-    The refined CAM is brought to the grid of the CAM, and max-normed too where ``scale_refined`` says so. The maps are
+    The refined CAM is resized to the grid of the CAM, and max-normed too with ``scale_refined``. The maps are
     multiplied by the picture's targets (multi-hot where targets are ordinal; 1 for the background), so a picture of
-    grade 0 has an empty foreground. They are compared on view 2's grid of feature-map elements; where moving the map
-    and moving the picture round to different sizes, the moved map is resized once more. What view 2 shows from outside
-    the picture does not count in er and ecr.
+    grade 0 has an empty foreground. They are compared on view 2's grid of feature-map elements; where transforming the
+    map and transforming the picture round to different sizes, the transformed map is resized once more. Elements of
+    view 2 from outside the picture do not count in er and ecr.
 
     Args:
-        model: gives ``ERCNOutput``; called once per view, with ``refine``, whether a term reads the refined CAM.
+        model: gives ``ERCNOutput``; called once per view, with ``refine`` true where a term needs the refined CAM.
         image: [B, 3, H, W]. grade: [B] integers.
         transform: A, from ``sample_transform`` with the model's ``align_corners``; ``Identity`` means one view.
         weight_scale: multiplies every weight but that of cls (warm-up).

@@ -1,9 +1,9 @@
 """Grades and heat maps of photographs with an exported network:  python predict.py PICTURES OUT
 
 PICTURES is a picture or a folder of pictures. OUT, a new folder, gets predictions.csv (id, file, grade, p0, p1, …) and
-maps/<id>.npz (float32 maps [h, w] in [0, 1], and where they lie in the photograph), as ``ercn predict`` writes them.
-export.json beside this script says what is done to a picture. Needs numpy, pillow and, for model.onnx, onnxruntime; for
-the other formats torch. Not ercn.
+maps/<id>.npz (float32 maps [h, w] in [0, 1], and their place in the photograph), as ``ercn predict`` writes them.
+export.json beside this script has the preprocessing. Needs numpy, pillow and, for model.onnx, onnxruntime; for the
+other formats torch. Does not need ercn.
 
 For research only. Not a medical device; not for diagnosis.
 """
@@ -51,7 +51,7 @@ class Predictor:
         self.run = run
 
     def __call__(self, path):
-        """Probabilities [K] after calibration, {map: [h, w]} and {where the crop lies: pixels}."""
+        """Probabilities [K] after calibration, {map: [h, w]} and the geometry of the crop in pixels."""
         how = self.about["preprocessing"]
         picture = read_picture(path, how["max_pixels"])
         left, top, side = locate_disc(picture)
@@ -69,7 +69,7 @@ class Predictor:
 
 
 def read_picture(path, max_pixels):
-    """RGB, upright; OSError where the file cannot be opened, ValueError where it is no such picture."""
+    """RGB, upright; OSError where the file cannot be opened, ValueError where it is no picture that can be read."""
     with open(path, "rb") as file:
         try:
             picture = open_picture(file)
@@ -86,7 +86,7 @@ def read_picture(path, max_pixels):
 
 
 def open_picture(file):
-    """The header; meanwhile Pillow's own limit of the size, a global, is off: max_pixels is the limit."""
+    """Reads the header, with Pillow's own size limit, a global, turned off: max_pixels is the limit."""
     with PILLOW_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -116,7 +116,7 @@ def locate_disc(picture):
 
 
 def median(x):
-    """Of 3 x 3 pixels, the edge repeated."""
+    """Median of 3 x 3 pixels, the edge repeated."""
     h, w = x.shape
     padded = np.pad(x, 1, mode="edge")
     nine = [padded[i : i + h, j : j + w] for i in range(3) for j in range(3)]
@@ -155,7 +155,7 @@ def label(mask):
 
 
 def resize(x, size):
-    """uint8 [S, S, 3] to [size, size, 3]: triangles as wide as what a pixel stands for, in integers as torch has it."""
+    """uint8 [S, S, 3] to [size, size, 3]: antialiased bilinear in torch's fixed-point arithmetic."""
     for axis in (1, 0):
         n = x.shape[axis]
         if n == size:
@@ -184,7 +184,7 @@ def graham(pixels):
 
 
 def local(pixels):
-    """The same with a wider mean, of the field alone."""
+    """As ``graham``, with a wider mean over the field alone."""
     x = pixels.astype(np.float32)
     field = within(len(x), 0.97) & (x.max(2) > 8)
     weight = field.astype(np.float32)[..., None]

@@ -16,8 +16,8 @@
 Options have the names of the command line. A row's configuration is the preset, then the grid's options, then those of
 its ``base`` and of the row itself; later ones win. Two rows of one configuration share their cells.
 
-What ``ercn select`` chose is measured where nothing was chosen by a second grid with another ``prepare.seed``: that is
-another phantom, with other patients in every split, on which ``ercn ablate`` trains anew and measures the test split.
+The choice of ``ercn select`` is measured by a second grid with another ``prepare.seed``: another phantom, with other
+patients in every split, on which ``ercn ablate`` trains anew and measures the test split.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ import yaml
 from ercn.config import CeilingConfig, PrepareConfig, PretrainConfig, TrainConfig, from_dict, preset
 
 T = TypeVar("T")
-# Where and how a cell runs does not change what it is.
+# Options of where and how a cell runs; they are not part of its identity.
 _PLACE = (("run", "out"), ("run", "resume"), ("run", "progress"), ("data", "root"), ("data", "workers"))
 
 
 @dataclass(frozen=True)
 class Row:
-    """name: of the row, unique. group: heading of the table. base: an earlier row that this one builds on and is
-    compared with. preset: instead of the grid's. options: dotted. pretrain: a name among the grid's, "" for none;
-    without it, that of the base. train: false takes the base's weights and only evaluates them with the row's options,
-    for those that change what is made of a network (its mask, confidence, refinement and their settings), neither how
-    it learns nor the shapes of its weights.
+    """name: unique. group: heading in the table. base: an earlier row that this one builds on and is compared with.
+    preset: instead of the grid's. options: dotted names. pretrain: one of the grid's names, "" for none; by default
+    that of the base. train: false evaluates the base's weights with the row's options, for options that change neither
+    training nor the shapes of weights (mask, confidence, refinement and their settings).
     """
 
     name: str
@@ -61,9 +60,9 @@ class Row:
 class Grid:
     """What the YAML file says; ``Row`` explains the rows.
 
-    choose: weights of the columns (``ablation_table.COLUMNS``) whose sum ``ercn select`` makes as large as it can; what
-    should be small has a negative one. ceiling: options of ``ercn ceiling`` for a U-Net that is trained once on the
-    data, or the run folder of one; the picture size is that of the grid's options.
+    choose: weights of the columns (``ercn.ablation.table.COLUMNS``) whose sum ``ercn select`` maximises; negative for
+    columns that should be small. ceiling: options of ``ercn ceiling`` for a U-Net that is trained once on the data, or
+    the run folder of one; the picture size is that of the grid's options.
     """
 
     rows: tuple[Row, ...]
@@ -95,7 +94,7 @@ class Grid:
             seen.add(row.name)
 
     def chain(self, row: Row) -> list[Row]:
-        """The row after all that it builds on, the first one first."""
+        """All rows that this one builds on, the first one first, then the row."""
         by_name = {other.name: other for other in self.rows}
         return [*(self.chain(by_name[row.base]) if row.base else []), row]
 
@@ -103,7 +102,7 @@ class Grid:
 @dataclass(frozen=True)
 class Cell:
     """One run of the grid: a configuration with its seed, the pre-training that it starts from, and the folder of the
-    run whose weights it takes where it is not trained itself.
+    run whose weights it takes if it is not trained.
     """
 
     config: TrainConfig
@@ -129,7 +128,7 @@ def load_grid(name: str) -> Grid:
 
 
 def prepare_config(grid: Grid, out: Path) -> PrepareConfig | None:
-    """How to make the grid's data below ``out``; None where it names a folder that exists."""
+    """How to prepare the grid's data below ``out``; None where the grid names a prepared folder."""
     if not grid.prepare:
         return None
     config = with_options(PrepareConfig(), grid.prepare, "prepare")
@@ -137,15 +136,12 @@ def prepare_config(grid: Grid, out: Path) -> PrepareConfig | None:
 
 
 def grid_config(grid: Grid) -> TrainConfig:
-    """What rows without options have in common: the grid's preset and options."""
+    """The configuration of a row without options: the grid's preset and options."""
     return with_options(preset(grid.preset), grid.options, "options")
 
 
 def ceiling_config(grid: Grid, out: Path, root: str, manifest: str) -> CeilingConfig | None:
-    """How to train the grid's U-Net below ``out``, on the pictures of its options; None where there is none to train.
-
-    ValueError names the option that is wrong.
-    """
+    """How to train the grid's U-Net below ``out``, if there is one to train. ValueError names a wrong option."""
     if not isinstance(grid.ceiling, dict):
         return None
     own = grid_config(grid)
@@ -158,8 +154,8 @@ def ceiling_config(grid: Grid, out: Path, root: str, manifest: str) -> CeilingCo
 def cells(grid: Grid, out: Path, root: str, manifest: str) -> dict[tuple[str, int], Cell]:
     """Every row and seed with its cell, seeds outermost, all checked: ValueError names the row and the option.
 
-    root: the prepared folder. manifest: its hash. Folders are named by a hash of all that matters, so a changed row is
-    another cell and an unchanged one is found again.
+    root: the prepared folder. manifest: its hash. Folders are named by a hash of configuration and data, so a changed
+    row is a new cell and an unchanged one is found again.
     """
     result: dict[tuple[str, int], Cell] = {}
     for seed in grid.seeds:
@@ -219,5 +215,5 @@ def _digest(config: Any, *origin: str) -> str:
 
 
 def digest(values: Any) -> str:
-    """The name of a folder for what these JSON-ready values describe."""
+    """A folder name from a hash of JSON-ready values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

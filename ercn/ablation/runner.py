@@ -4,10 +4,10 @@ out/data/<hash>/      the prepared pictures, where the grid makes them
 out/pretrain/<hash>/  pre-training runs, shared by the cells that start from them
 out/cells/<hash>/     one training run each; test.npz and test.json are its results on the test split
 out/ceiling/<hash>/   the U-Net that is trained on masks, where the grid wants one, and its results
-out/*/<hash>.txt      what the run printed, and why it failed
-out/ablation.*        the table as JSON, CSV and Markdown, and the figure, of the cells that are finished
+out/*/<hash>.txt      the output of the run, and the traceback where it failed
+out/ablation.*        the table of the finished cells as JSON, CSV and Markdown, and the figure
 
-``ercn select`` (``selection``) runs the same cells and has its results in val.npz and val.json beside those.
+``ercn select`` (``selection``) runs the same cells and writes val.npz and val.json beside these.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ercn._environment import package_versions
 from ercn._files import read_json, write_atomic, write_json
 from ercn.ablation import table as ablation_table
 from ercn.ablation.grid import Cell, Grid, ceiling_config, cells, digest, grid_config, load_grid, prepare_config
-from ercn.checkpoint import check_state, load_model, without_pretrained
+from ercn.checkpoint import RunInfo, check_state, load_model, without_pretrained
 from ercn.config import AblateConfig, CeilingConfig, PretrainConfig, TrainConfig
 from ercn.data import DataError, Manifest, prepare
-from ercn.data.entries import OPTIC_DISC
-from ercn.data.loading import load_manifest, make_loader, need_split, picture_dataset
+from ercn.data.loading import load_manifest, make_loader, need_split
 from ercn.evaluation.calibration import temper
-from ercn.evaluation.evaluating import Collected, check_normalization, choose_on_validation, collect, ground_of
+from ercn.evaluation.collecting import add_picture, collect, masks_of, with_masks
+from ercn.evaluation.evaluating import check_normalization, choose_on_validation, ground_of
 from ercn.evaluation.infer import pick_device
 from ercn.evaluation.localization import ALL, Localization, level_counts
 from ercn.evaluation.unet import load_ceiling
@@ -47,12 +47,11 @@ from ercn.training.pretraining import pretrain
 
 
 def ablate(config: AblateConfig) -> Path:
-    """Runs what is not finished of the grid, seeds outermost, and writes the table; returns its Markdown file.
+    """Runs the unfinished cells of the grid, seeds outermost, and writes the table; returns its Markdown file.
 
-    A cell that fails is told by name, the others go on, and the table leaves it out; started again, failed cells are
-    tried again and finished ones kept. Interrupted or killed, it loses no more than the epoch it was in. Raises
-    ValueError for a grid that does not fit together, before anything runs, and at the end where cells failed, naming
-    them.
+    A cell that fails is printed by name, the others go on, and the table leaves it out. A second start keeps finished
+    cells and tries failed ones again. A kill loses no more than the current epoch. Raises ValueError for an
+    inconsistent grid, before anything runs, and at the end where cells failed, naming them.
     """
     grid, out = load_grid(config.grid), Path(config.out)
     write = partial(ablation_table.write, grid, out=out, draws=config.bootstrap)
@@ -65,22 +64,22 @@ def run_cells(
     split: str,
     write: Callable[[Mapping[tuple[str, int], Cell], dict[str, Any]], Path],
 ) -> Path:
-    """Runs what is not finished of the grid, with results on ``split``, then ``write``, whose file it returns.
+    """Runs the unfinished cells of the grid, with results on ``split``, then ``write``, whose file it returns.
 
-    write: gets the cells and what the results are about (``ablation_table.write``). Of pictures, only those of train,
-    val and ``split`` are read. Interrupted and failed cells and errors are as ``ablate`` says.
+    write: gets the cells and a description of the data (``ablation_table.write``). Only pictures of train, val and
+    ``split`` are read. Interruptions, failed cells and errors are handled as ``ablate`` says.
     """
     manifest = _data(grid, out, split)
     planned = cells(grid, out, str(manifest.root), manifest.hash)
     ceiling = _ceiling_of(grid, out, manifest)
     about = _about(manifest, split) | {"ceiling": ceiling and str(ceiling.folder)}
-    names: dict[Path, str] = {}  # of each cell, after the first row that has it
+    names: dict[Path, str] = {}  # by cell, after the first row that has it
     for (row, seed), cell in planned.items():
         names.setdefault(cell.folder, f"{row}, seed {seed}")
     todo = list({cell.folder: cell for cell in planned.values()}.values())
     failed: dict[str, str] = {}
     try:
-        for waiting in (False, True):  # what another process is at is waited for in the end, in case it dies
+        for waiting in (False, True):  # the second pass waits for the cells of other processes, in case one dies
             for number, cell in enumerate(todo, 1):
                 name = names[cell.folder]
                 with _claimed(cell.folder, waiting) as mine:
@@ -103,7 +102,7 @@ def run_cells(
 
 
 def _about(manifest: Manifest, split: str) -> dict[str, Any]:
-    """Which pictures; of the phantom also how they are drawn."""
+    """Data set, hash and numbers of the pictures; of the phantom also how they are drawn."""
     settings = read_json(manifest.root / "prepare.json")["settings"]
     keys = ("size", *(("seed", "patients", "difficulty") if manifest.dataset == "phantom" else ()))
     return {
@@ -132,10 +131,10 @@ def _data(grid: Grid, out: Path, split: str) -> Manifest:
 
 
 def _attempt(folder: Path, run: Callable[[], None]) -> str | None:
-    """Runs what goes into a folder; returns what went wrong, if something did."""
+    """Calls ``run``, which fills the folder; returns its error as a sentence, or None."""
     try:
         run()
-    except Exception as error:  # noqa: BLE001  whatever it is, the other cells go on
+    except Exception as error:  # noqa: BLE001  the other cells go on
         with _log(folder):
             print(traceback.format_exc())
         return f"{type(error).__name__}: {error}"
@@ -145,7 +144,7 @@ def _attempt(folder: Path, run: Callable[[], None]) -> str | None:
 
 
 def _run(cell: Cell, manifest: Manifest, split: str) -> None:
-    """Pre-trains and trains where nobody has, evaluates; the split's JSON comes last and says that all is there."""
+    """Pre-trains and trains where that is not done, then evaluates; the split's JSON, written last, marks the end."""
     if cell.pretrain is not None:
         _pretrain(cell.pretrain)
     with _log(cell.folder):
@@ -157,20 +156,22 @@ def _run(cell: Cell, manifest: Manifest, split: str) -> None:
                 train(cell.config)
                 write_json(cell.folder / "cost.json", cost.seconds())
             model, info = load_model(cell.folder)
-        collected = _collect(model, info, manifest, split)
+        if info.flat_cam is None:
+            raise ValueError(f"{cell.folder} was trained by an older version of ercn; remove it to train it again")
+        collected = collect(model, info, manifest.split(split))
     cell.folder.mkdir(exist_ok=True)
     arrays = {
-        "probability": temper(collected.probability, info["temperature"]),
+        "probability": temper(collected.probability, info.temperature),
         "truth": ground_of(info, manifest).truth(collected.grade),
         **_measured(collected.localization, collected.patients, manifest, split),
     }
     about = {"config": asdict(cell.config)}
-    about |= {key: info[key] for key in ("thresholds", "contrast", "flat_cam")}
+    about |= {key: getattr(info, key) for key in ("thresholds", "contrast", "flat_cam")}
     _write_results(cell.folder, split, arrays, about | {"unreadable": collected.unreadable})
 
 
 def _measured(local: Localization, patients: list[str], manifest: Manifest, split: str) -> dict[str, np.ndarray]:
-    """What the table needs of the maps: histograms of all lesions together, of the levels of marks, and mean heat."""
+    """What the table needs of the maps: histograms for all lesions together, levels of the marks, and mean heat."""
     if not local.patients:
         raise ValueError(f"{manifest.root} has no lesion masks in its {split} split, and the table is about them too")
     lesions = local.counts[ALL]
@@ -196,8 +197,8 @@ def _write_results(folder: Path, split: str, arrays: dict[str, np.ndarray], abou
 
 @dataclass(frozen=True)
 class _Ceiling:
-    """The U-Net that is trained on masks: the folder of its run, the configuration where the grid has it trained, and
-    the folder of its results."""
+    """The U-Net that is trained on masks: the folder of its run, its configuration where the grid trains it, and the
+    folder of its results."""
 
     run: Path
     config: CeilingConfig | None
@@ -205,19 +206,19 @@ class _Ceiling:
 
 
 def _ceiling_of(grid: Grid, out: Path, manifest: Manifest) -> _Ceiling | None:
-    """None where the grid names none; raises where it names a folder or options that are wrong."""
+    """None where the grid has none; raises where its folder or options are wrong."""
     if grid.ceiling is None:
         return None
     config = ceiling_config(grid, out, str(manifest.root), manifest.hash)
     if config is not None:
         return _Ceiling(Path(config.run.out), config, Path(config.run.out))
     info = load_ceiling(grid.ceiling).info
-    check_normalization(info, manifest)
+    check_normalization(info["normalize"], manifest)
     return _Ceiling(Path(grid.ceiling), None, out / "ceiling" / digest([info, manifest.hash]))
 
 
 def _run_ceiling(ceiling: _Ceiling, manifest: Manifest, split: str, base: TrainConfig) -> None:
-    """Trains it where nobody has, and measures its maps as those of the cells are."""
+    """Trains it where that is not done, and measures its maps like those of the cells."""
     with _log(ceiling.folder):
         if ceiling.config is not None and not (ceiling.run / "export" / "ceiling.json").is_file():
             train_ceiling(ceiling.config)
@@ -225,46 +226,28 @@ def _run_ceiling(ceiling: _Ceiling, manifest: Manifest, split: str, base: TrainC
     network = load_ceiling(ceiling.run, device)
     mean, std, size = (network.info[key] for key in ("mean", "std", "image_size"))
     records, config = manifest.split(split), replace(base.data, image_size=size)
-    pictures = picture_dataset(records, mean, std, config, seed=0, augment=False, with_masks=True)
+    pictures = with_masks(records, mean, std, config)
     local, read = Localization(), []
-    for batch in make_loader(pictures, config.batch_size, config.workers):
-        if batch is None:  # every picture was unreadable
-            continue
+    for batch in filter(None, make_loader(pictures, config.batch_size, config.workers)):  # None: all are unreadable
         heat = network(batch["image"].to(device)).cpu().numpy()
-        for own, masks, index in zip(heat, batch["masks"].numpy(), batch["index"].tolist()):
-            lesions, patient = dict(zip(pictures.mask_kinds, masks)), records[index].patient
-            disc, healthy = lesions.pop(OPTIC_DISC), records[index].grade == 0
-            local.add({"supervised": own}, lesions, patient, disc, healthy=healthy)
-            read.append(patient)
+        for own, (index, masks) in zip(heat, masks_of(batch, pictures)):
+            add_picture(local, {"supervised": own}, masks, records[index])
+            read.append(records[index].patient)
     ceiling.folder.mkdir(exist_ok=True)
     about = {"run": str(ceiling.run), "image_size": size, "thresholds": {"maps": {}}}
     _write_results(ceiling.folder, split, _measured(local, read, manifest, split), about)
 
 
-def _reuse(cell: Cell, manifest: Manifest) -> tuple[ERCN, dict[str, Any]]:
-    """The weights of another cell in this one's model, with thresholds of their own."""
-    with _claimed(cell.weights, wait=True):  # another process may be training it
+def _reuse(cell: Cell, manifest: Manifest) -> tuple[ERCN, RunInfo]:
+    """This cell's model with the weights of another one, and thresholds of its own."""
+    with _claimed(cell.weights, wait=True):  # another process may be training that cell
         trained, info = load_model(cell.weights)
     model = ERCN(without_pretrained(cell.config).model)
     state = trained.state_dict()
     check_state(model, state, str(cell.weights), "the options of this row describe, which has train: false")
     model.load_state_dict(state, strict=True)
-    info |= {"config": cell.config}
-    return model, info | choose_on_validation(_collect(model, info, manifest, "val"), ground_of(info, manifest))
-
-
-def _collect(model: ERCN, info: dict[str, Any], manifest: Manifest, split: str) -> Collected:
-    config = info["config"]
-    return collect(
-        model,
-        info,
-        manifest.split(split),
-        batch_size=config.data.batch_size,
-        workers=config.data.workers,
-        device=pick_device(config.run.accelerator),
-        progress=False,
-        title="",
-    )
+    info = replace(info, config=cell.config)
+    return model, choose_on_validation(info, collect(model, info, manifest.split("val")), manifest)
 
 
 def _pretrain(config: PretrainConfig) -> None:
@@ -280,7 +263,7 @@ def _pretrain(config: PretrainConfig) -> None:
 
 
 class _Cost:
-    """Seconds since it was made, of the processors (this process and the loaders that ended) and by the clock."""
+    """Seconds since its creation: CPU time (of this process and the loaders that ended) and wall time."""
 
     def __init__(self) -> None:
         self.cpu, self.wall = sum(os.times()[:4]), time.perf_counter()
@@ -292,14 +275,14 @@ class _Cost:
 
 @contextlib.contextmanager
 def _log(folder: Path) -> Iterator[None]:
-    """What is printed goes to a file beside the run's folder."""
+    """Appends standard output to a file beside the run's folder."""
     with open(f"{folder}.txt", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         yield
 
 
 @contextlib.contextmanager
 def _claimed(folder: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process alone holds ``folder``; the lock beside it goes with the process, even when it is killed."""
+    """Whether this process alone holds ``folder``, by a lock file that even a killed process releases."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as file:
         try:

@@ -3,23 +3,22 @@
     score = sum over the grid's ``choose`` of weight · mean over seeds of the column
 
 The row of the highest score wins, in its group and of all. A row is eligible where all its seeds are finished, it has
-every column that counts, and no seed lost its CAM (``maps.LOST``); where each such row lost some, that is no
-hindrance. The second, against which the margin is told, is the best eligible row with other cells; the difference is
-taken draw by draw of the same validation patients. Its interval says nothing about the seeds: for them, in how many of
-them the winner is ahead.
+every column of ``choose``, and no seed lost its CAM (``maps.LOST``); the last condition is dropped where no row meets
+it. The margin is that to the second, the best eligible row with other cells, taken draw by draw of the same validation
+patients. Its interval says nothing about the seeds; in how many of them the winner is ahead is given beside it.
 
-The score of the winner is the largest of many, and so too good; the test split of pictures that had no part in the
-choice has the figure to report (``grid``).
+The winner's score is the largest of many, and so too good; report the test split of pictures that had no part in the
+choice (``grid``).
 
-out/selection.json    every row with every column of the table, each seed's value and score; what was chosen
-out/selection.csv     the columns and scores of each row, one a line; .md to be read
+out/selection.json    every row with every column of the table, each seed's value and score; the choice
+out/selection.csv     the columns and scores of each row, one a line; .md for readers
 out/chosen.yaml       the winner's configuration for ``ercn train --config``, with the grid's first seed
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,17 +43,17 @@ from ercn.ablation.table import (
 )
 from ercn.config import RunConfig, SelectConfig
 from ercn.evaluation import metrics
+from ercn.training.run_folder import plain
 
 LEAST_SEEDS = 5
 SPLIT = "val"
 
 
 def select(config: SelectConfig) -> Path:
-    """Runs what is not finished of the grid and chooses; returns ``selection.md``. It goes on as ``ablate`` does.
+    """Runs the unfinished cells of the grid and chooses; returns ``selection.md``. It resumes as ``ablate`` does.
 
-    Cells that failed are told, and their rows cannot be chosen. Raises ValueError for a grid that does not fit
-    together, has fewer than ``LEAST_SEEDS`` seeds or nothing to choose by, before anything runs; and at the end where
-    cells failed, naming them.
+    Rows with failed cells cannot be chosen. Raises ValueError for a grid that is inconsistent, has fewer than
+    ``LEAST_SEEDS`` seeds or nothing to choose by, before anything runs; and at the end where cells failed, naming them.
     """
     grid, out = load_grid(config.grid), Path(config.out)
     seeds = len(set(grid.seeds))
@@ -75,7 +74,7 @@ def _check(grid: Grid, where: str) -> None:
 
 
 def _write(grid: Grid, out: Path, draws: int, cells: Mapping[tuple[str, int], Cell], about: Mapping[str, Any]) -> Path:
-    """The four files, of the cells that are finished; ``chosen.yaml`` only where a row can be chosen."""
+    """Writes the four files for the finished cells; ``chosen.yaml`` only where a row can be chosen."""
     result = results(grid, cells, draws=draws, about=about)
     scores = {row["name"]: _score(grid, cells, row, draws) for row in result["rows"]}  # [seeds, 1 + draws]
     for row in result["rows"]:
@@ -92,12 +91,12 @@ def _write(grid: Grid, out: Path, draws: int, cells: Mapping[tuple[str, int], Ce
     best = {entry["row"]: "best of its group" for entry in result["groups"]}
     best |= {result["chosen"]["row"]: "chosen"} if fit else {}
     for row in result["rows"]:
-        told = [
+        notes = [
             row["hindrance"],
             best.get(row["name"]),
             f"CAM lost in {flat_reading(row)} seeds" if lost(row) else None,
         ]
-        row["place"] = "; ".join(filter(None, told))
+        row["place"] = "; ".join(filter(None, notes))
     write_json(out / "selection.json", result)
     write_csv(out / "selection.csv", (line for row in result["rows"] for line in _lines(row)))
     write_text(out / "selection.md", "\n\n".join(_paragraphs(result)) + "\n")
@@ -120,7 +119,7 @@ def _entry(score: np.ndarray) -> dict[str, Any]:
 
 
 def _hindrance(grid: Grid, row: Mapping[str, Any]) -> str | None:
-    """Why the row cannot be chosen, its CAM apart."""
+    """Why the row cannot be chosen, apart from a lost CAM."""
     if missing := len(set(grid.seeds)) - len(row["seeds"]):
         return f"{missing} seeds are missing"
     if absent := sorted(grid.choose.keys() - row["values"].keys()):
@@ -129,7 +128,7 @@ def _hindrance(grid: Grid, row: Mapping[str, Any]) -> str | None:
 
 
 def _best(rows: list[dict[str, Any]], scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The row of the highest score, the first of equals, and how far it is before the second."""
+    """The row of the highest score, the first among equals, and its margin to the second."""
     rows = [row for row in rows if not lost(row)] or rows
     ranked = sorted(rows, key=lambda row: -row["score"]["value"])
     first, second = ranked[0], next((row for row in ranked if row["cells"] != ranked[0]["cells"]), None)
@@ -146,7 +145,7 @@ def _best(rows: list[dict[str, Any]], scores: Mapping[str, np.ndarray]) -> dict[
 
 
 def _lines(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """CSV: those of the table, and one more for the score."""
+    """Lines of the CSV: those of the table, and one more for the score."""
     lines = lines_of(row)
     if row["score"] is not None:
         lines += lines_of(row | {"values": {"score": row["score"] | {"sd": None}}})
@@ -181,19 +180,11 @@ def _margin(entry: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 
 def _yaml(grid: Grid, cells: Mapping[tuple[str, int], Cell], name: str) -> str:
-    """The winner's ``TrainConfig``, its own folder and ways of running at their defaults."""
+    """The winner's ``TrainConfig`` with out, resume and progress at their defaults."""
     cell = cells[name, grid.seeds[0]]
     default = RunConfig()
     run = replace(cell.config.run, out=default.out, resume=default.resume, progress=default.progress)
     head = f"# {name}, chosen by ercn select\n"
     if cell.weights is not None:
         head += "# Its figures are of weights that another row trained, which it only evaluated with these options.\n"
-    plain = asdict(replace(cell.config, run=run))
-    return head + yaml.safe_dump(_lists(plain), sort_keys=False)
-
-
-def _lists(values: Any) -> Any:
-    """Lists for tuples."""
-    if isinstance(values, dict):
-        return {key: _lists(value) for key, value in values.items()}
-    return [_lists(value) for value in values] if isinstance(values, tuple) else values
+    return head + yaml.safe_dump(plain(replace(cell.config, run=run)), sort_keys=False)

@@ -1,8 +1,8 @@
 """The table of an ablation: means over seeds with patient-bootstrap intervals, as JSON, CSV, Markdown and a figure.
 
 One bootstrap draw takes patients of the split with replacement, the same ones for every row and seed; a row's value in
-a draw is the mean over its seeds. So an interval is about which patients were tested, ``sd`` about the seed (initial
-weights, order and augmentation), and the difference of two rows, or of two maps of one row, is compared draw by draw.
+a draw is the mean over its seeds. So an interval covers the choice of patients, ``sd`` that of the seed (initial
+weights, order and augmentation), and differences of two rows, or of two maps of one row, are taken draw by draw.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ SEED = 0  # of the bootstrap
 def write(
     grid: Grid, cells: Mapping[tuple[str, int], Cell], out: Path, *, draws: int, about: Mapping[str, Any]
 ) -> Path:
-    """Writes ``ablation.json``, ``.csv``, ``.md`` and ``.png`` of the cells that are finished; returns the third.
+    """Writes ``ablation.json``, ``.csv``, ``.md`` and ``.png`` of the finished cells; returns the third.
 
-    about: the pictures: "dataset", "prepare", "split", "pictures", and "ceiling", the folder of its results or None.
+    about: "dataset", "prepare", "split" and "pictures" of the data, and "ceiling", the folder of its results or None.
     """
     result = results(grid, cells, draws=draws, about=about)
     rows = result["rows"]
@@ -53,7 +53,7 @@ def write(
 def results(
     grid: Grid, cells: Mapping[tuple[str, int], Cell], *, draws: int, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that the table says, JSON-ready."""
+    """The content of the table, JSON-ready."""
     split = about["split"]
     iou = "at the threshold of the highest pooled IoU on validation"
     return {
@@ -73,7 +73,7 @@ def results(
 def draws_of(folder: Path, draws: int, split: str) -> dict[str, np.ndarray]:
     """Every column of a finished cell as [1 + draws]: its value, then its value in each draw.
 
-    Also "aupr" and "froc" of the references that it has.
+    Also "aupr", "froc" and "iou" of its references.
     """
     thresholds = read_json(folder / f"{split}.json")["thresholds"]["maps"]
     with np.load(folder / f"{split}.npz") as file:
@@ -137,7 +137,7 @@ def _row(grid: Grid, row: Row, cells: Mapping[tuple[str, int], Cell], draws: int
 
 
 def lost(row: Mapping[str, Any]) -> int:
-    """Of how many of the row's seeds the CAM is lost."""
+    """Number of the row's seeds whose CAM is lost."""
     return sum(share > LOST for share in row["flat_cam"])
 
 
@@ -153,23 +153,23 @@ def finished(
 def _references(
     grid: Grid, cells: Mapping[tuple[str, int], Cell], draws: int, about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Each once, with the rows beside which it is this: they have its picture size, and of the ceiling the stride."""
+    """Each reference once, with the rows that share it: rows of one picture size and, for its ceiling, stride."""
     split, result = about["split"], {}
     for row in grid.rows:
         for seed, own in finished(grid, row.name, cells, draws, split).items():
-            told = read_json(cells[row.name, seed].folder / f"{split}.json")
+            cell = read_json(cells[row.name, seed].folder / f"{split}.json")
             for name in ("contrast", "stride_ceiling"):
                 if f"aupr_{name}" not in own:
                     continue
-                detail = told["contrast"] if name == "contrast" else _grid_of(told["config"])
+                detail = cell["contrast"] if name == "contrast" else _grid_of(cell["config"])
                 place = result.setdefault((name, detail, float(own[f"aupr_{name}"][0])), _reference(name, detail, own))
                 place["rows"] += [row.name] if row.name not in place["rows"] else []
-    found = sorted(result.values(), key=lambda entry: list(TITLES).index(entry["name"]))
+    references = sorted(result.values(), key=lambda entry: list(TITLES).index(entry["name"]))
     folder = Path(about["ceiling"] or "")
     if about["ceiling"] and (folder / f"{split}.json").is_file():
         size = read_json(folder / f"{split}.json")["image_size"]
-        found.append(_reference("supervised", f"U-Net at {size} px", draws_of(folder, draws, split)))
-    return found
+        references.append(_reference("supervised", f"U-Net at {size} px", draws_of(folder, draws, split)))
+    return references
 
 
 def _grid_of(config: Mapping[str, Any]) -> str:
@@ -178,14 +178,14 @@ def _grid_of(config: Mapping[str, Any]) -> str:
 
 
 def _reference(name: str, detail: str, own: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    values = {key: metrics.entry(own[f"{key}_{name}"]) for key in ("aupr", "froc")}
+    values = {key: vars(metrics.entry(own[f"{key}_{name}"])) for key in ("aupr", "froc")}
     return {"name": name, "title": TITLES[name], "detail": detail, "rows": [], **values}
 
 
 def summary(seeds: list[dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
     """Per column: the mean over seeds with its interval, the standard deviation over seeds, and each seed's value.
 
-    A column that a seed does not have, or in which it is undefined, is left out.
+    A column that is missing or undefined for a seed is left out.
     """
     result = {}
     for name in COLUMNS:
@@ -200,7 +200,7 @@ def summary(seeds: list[dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
 
 
 def _pretraining(grid: Grid, cells: Mapping[tuple[str, int], Cell]) -> list[dict[str, Any]]:
-    """What kNN and linear probe said before and after each pre-training, by its name in the grid."""
+    """Results of kNN and linear probe before and after each pre-training of the grid."""
     runs: dict[str, dict[str, None]] = {name: {} for name in grid.pretrain}
     for row in grid.rows:
         name = next((r.pretrain for r in reversed(grid.chain(row)) if r.pretrain is not None), "")
@@ -221,7 +221,7 @@ def _pretraining(grid: Grid, cells: Mapping[tuple[str, int], Cell]) -> list[dict
 
 
 def lines_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """CSV: one line for each row and column."""
+    """Lines of the CSV, one for each column of a row."""
     lines = []
     for name, value in row["values"].items():
         line = {"group": row["group"], "row": row["name"], "column": name, "seeds": len(row["seeds"])}
@@ -238,51 +238,62 @@ def paragraphs(result: dict[str, Any]) -> list[str]:
     """The table in Markdown."""
     seeds = ", ".join(map(str, result["seeds"]))
     parts = [pictures_of(result["data"]), f"Mean over seeds {seeds} ({result['interval']}). IoU is {result['iou']}."]
-    titles = {"values": "", "difference": "Difference from the row that each one builds on, draw by draw:"}
-    for part, title in titles.items():
-        rows = [row for row in result["rows"] if row[part] or part == "values"]
-        if not rows:
-            continue
-        parts += [title] if title else []
-        flat = {"flat CAM": flat_reading} if part == "values" else {}
-        groups = [[*GRADING, *GAINS, *HEATS], *([f"{key}_{name}" for name in NAMES] for key in LESIONS)]
-        for i, columns in enumerate(groups):
-            signed = [part == "difference" or name in GAINS for name in columns]
-            lines = [["", "row", *(["builds on"] if part == "difference" else []), *(COLUMNS[n] for n in columns)]]
-            lines[0] += flat if i == 0 else []
-            group = None
-            for row in rows:
-                line = ["" if row["group"] == group else row["group"], name_of(row, result)]
-                line += [row["base"]] if part == "difference" else []
-                line += [reading(row[part].get(name), signed=sign) for name, sign in zip(columns, signed)]
-                lines.append([*line, *(tell(row) for tell in (flat.values() if i == 0 else ()))])
-                group = row["group"]
-            parts.append(markdown_table(lines))
+    parts += _row_tables(result, "values")
+    if any(row["difference"] for row in result["rows"]):
+        parts.append("Difference from the row that each one builds on, draw by draw:")
+        parts += _row_tables(result, "difference")
     if result["references"]:
-        parts.append("Maps beside those of the rows, which no model of grades made:")
-        lines = [["reference", "", *(LESIONS[key] for key in ("aupr", "froc")), "rows"]]
-        for entry in result["references"]:
-            done = [row["name"] for row in result["rows"] if row["seeds"]]
-            rows = "" if entry["rows"] in ([], done) else ", ".join(entry["rows"])
-            values = [reading(entry[key], signed=False) for key in ("aupr", "froc")]
-            lines.append([entry["title"], entry["detail"], *values, rows or "all"])
-        parts.append(markdown_table(lines))
+        parts += ["Maps beside those of the rows, which no model of grades made:", _reference_table(result)]
     if any(entry["probes"] for entry in result["pretraining"]):
-        parts.append("Validation kappa of frozen features, mean over seeds (smallest to largest):")
-        lines = [["pre-training", *(f"{t}, {when}" for t in PROBES.values() for when in ("untrained", "pre-trained"))]]
-        for entry in result["pretraining"]:
-            line = [entry["name"]]
-            for name in PROBES:
-                for when in ("before", "after"):
-                    values = [probe[when][name] for probe in entry["probes"]]
-                    line.append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "n/a")
-            lines.append(line)
-        parts.append(markdown_table(lines))
+        parts += ["Validation kappa of frozen features, mean over seeds (smallest to largest):", _probe_table(result)]
     return parts
 
 
+def _row_tables(result: dict[str, Any], part: str) -> list[str]:
+    """Tables of "values" or "difference" of the rows, a table for each group of columns."""
+    difference = part == "difference"
+    rows = [row for row in result["rows"] if row[part] or not difference]
+    groups = [[*GRADING, *GAINS, *HEATS], *([f"{key}_{name}" for name in NAMES] for key in LESIONS)]
+    tables = []
+    for columns in groups:
+        flat = columns == groups[0] and not difference
+        lines = [["", "row", *(["builds on"] if difference else []), *(COLUMNS[name] for name in columns)]]
+        lines[0] += ["flat CAM"] if flat else []
+        group = None
+        for row in rows:
+            line = ["" if row["group"] == group else row["group"], name_of(row, result)]
+            line += [row["base"]] if difference else []
+            line += [reading(row[part].get(name), signed=difference or name in GAINS) for name in columns]
+            lines.append(line + ([flat_reading(row)] if flat else []))
+            group = row["group"]
+        tables.append(markdown_table(lines))
+    return tables
+
+
+def _reference_table(result: dict[str, Any]) -> str:
+    done = [row["name"] for row in result["rows"] if row["seeds"]]
+    lines = [["reference", "", *(LESIONS[key] for key in ("aupr", "froc")), "rows"]]
+    for entry in result["references"]:
+        rows = "" if entry["rows"] in ([], done) else ", ".join(entry["rows"])
+        values = [reading(entry[key], signed=False) for key in ("aupr", "froc")]
+        lines.append([entry["title"], entry["detail"], *values, rows or "all"])
+    return markdown_table(lines)
+
+
+def _probe_table(result: dict[str, Any]) -> str:
+    lines = [["pre-training", *(f"{t}, {when}" for t in PROBES.values() for when in ("untrained", "pre-trained"))]]
+    for entry in result["pretraining"]:
+        line = [entry["name"]]
+        for name in PROBES:
+            for when in ("before", "after"):
+                values = [probe[when][name] for probe in entry["probes"]]
+                line.append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "n/a")
+        lines.append(line)
+    return markdown_table(lines)
+
+
 def pictures_of(data: Mapping[str, Any]) -> str:
-    """Which pictures the figures are of."""
+    """A sentence on the pictures that the figures are of."""
     drawn = ", ".join(f"{key} {value}" for key, value in data["prepare"].items())
     count = ", ".join(f"{value} {key}" for key, value in data["pictures"].items())
     return f"{data['dataset']} ({drawn}); pictures: {count}. The figures are of the {data['split']} split."
@@ -294,7 +305,7 @@ def markdown_table(lines: list[list[str]]) -> str:
 
 
 def name_of(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """Of the row, with how many seeds it has where some are missing."""
+    """The row's name, with its number of seeds where some are missing."""
     done, wanted = len(row["seeds"]), len(result["seeds"])
     return row["name"] + ("" if done == wanted else f" ({done} of {wanted} seeds)")
 
@@ -317,7 +328,7 @@ def reading(entry: dict[str, Any] | None, *, signed: bool) -> str:
 
 
 def _figure(rows: list[dict[str, Any]]) -> Figure:
-    """One panel for each metric, the rows below each other, a dot and its interval for each map."""
+    """A panel for each metric, the rows below each other, a dot and an interval for each map."""
     one, other = GAINS["gain_refined_cam"]
     panels = {
         GRADING["kappa"]: {"": "kappa"},

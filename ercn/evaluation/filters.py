@@ -1,7 +1,7 @@
-"""The floor of every heat map: contrasts of the picture itself, with nothing learned.
+"""Unlearned filters, the floor of every heat map: contrasts of the picture itself.
 
-What such a filter finds needs no network. A map from grades alone says something where it is better than the best of
-these, and a phantom on which one of them is good cannot show that a network has learned to see.
+Lesions that such a filter finds need no network. A map from grades alone must be better than the best filter, and a
+phantom on which a filter is good cannot show that a network has learned.
 
 With x [3, S, S] the picture in 0 … 1, g its green channel, B_n the mean over a square of side n S / 256 (in pixels, to
 the nearest odd number) and G_s the Gaussian of sigma s S / 256, every map is min(1, 2 f), the same scale in all
@@ -16,7 +16,7 @@ pictures and at all sizes:
     log_s      f = (s S / 256)² |Laplacian of G_s g|
     std_n      f = sqrt(B_n g² - (B_n g)²)
 
-Outside of the camera's round field, and near to its edge, every map is 0.
+Outside the camera's round field, and near its edge, every map is 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from scipy import ndimage
 
 GAIN = 2
 MARGIN = 4  # of 256: width of the ring within the field's edge that is left out
-_NEAR = 65  # of 256: side of the mean that continues the field beyond its edge
+_NEAR = 65  # of 256: side of the mean that extends the field beyond its edge
 
 
 def _odd(n: float, size: int) -> int:
@@ -84,20 +84,14 @@ def _log(x: np.ndarray, s: float) -> np.ndarray:
 
 
 def _std(x: np.ndarray, n: float) -> np.ndarray:
-    small = x[1] - _mean(x[1], 33)  # its squares lose nothing in float32
+    small = x[1] - _mean(x[1], 33)  # small values, whose squares are exact enough in float32
     return np.sqrt(np.maximum(_mean(small**2, n) - _mean(small, n) ** 2, 0))
 
 
 _CONTRASTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "box_9": partial(_box, n=9),
-    "box_17": partial(_box, n=17),
-    "box_33": partial(_box, n=33),
-    "dark_9": partial(_dark, n=9),
-    "dark_17": partial(_dark, n=17),
-    "dark_33": partial(_dark, n=33),
-    "bright_9": partial(_bright, n=9),
-    "bright_17": partial(_bright, n=17),
-    "bright_33": partial(_bright, n=33),
+    **{f"box_{n}": partial(_box, n=n) for n in (9, 17, 33)},
+    **{f"dark_{n}": partial(_dark, n=n) for n in (9, 17, 33)},
+    **{f"bright_{n}": partial(_bright, n=n) for n in (9, 17, 33)},
     "black_hat": partial(_black_hat, n=17),
     "white_hat": partial(_white_hat, n=17),
     "dog_1": partial(_dog, s=1),
@@ -110,32 +104,32 @@ _CONTRASTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def field(picture: np.ndarray) -> np.ndarray:
-    """Where the camera's round field is in a picture uint8 [S, S, 3], without its edge: bool [S, S].
+    """The camera's round field in a picture uint8 [S, S, 3], without its edge: bool [S, S].
 
-    The border has one color, that of the corners: black, or the gray of ``ercn.data.normalization``. Pixels that differ
-    from black by 12 % of the picture's range, or from gray at all, and what lies between such pixels in its row and in
-    its column, are the field, of which a ring of ``MARGIN`` is left out. Without such a border, all is field.
+    The border has one color, that of the corners: black, or the gray of ``ercn.data.normalization``. The field are
+    pixels that differ from black by 12 % of the picture's range, or from gray at all, and pixels that lie between such
+    ones in their row and in their column; a ring of ``MARGIN`` is left out. Without a border, all is field.
     """
     corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]].astype(np.float32)
     value = np.abs(picture - np.median(corners, axis=0)).max(2).astype(np.float32)
-    even = np.median(corners) > 64  # gray, and so the same everywhere
-    found = _mean(value, 5) > (4 if even else max(8, 0.12 * np.percentile(value, 95)))
-    if np.ptp(corners, axis=0).max() > 16 or not found.any():
+    even = np.median(corners) > 64  # gray, which is the same everywhere
+    inside = _mean(value, 5) > (4 if even else max(8, 0.12 * np.percentile(value, 95)))
+    if np.ptp(corners, axis=0).max() > 16 or not inside.any():
         return np.ones(value.shape, bool)
-    within = _between(found, 0) & _between(found, 1)
+    within = _between(inside, 0) & _between(inside, 1)
     return ndimage.minimum_filter(within, 2 * round(MARGIN * len(value) / 256) + 1, mode="nearest")
 
 
-def _between(found: np.ndarray, axis: int) -> np.ndarray:
+def _between(inside: np.ndarray, axis: int) -> np.ndarray:
     """Between the first and the last True along the axis."""
-    after = np.flip(np.maximum.accumulate(np.flip(found, axis), axis), axis)
-    return np.maximum.accumulate(found, axis) & after
+    after = np.flip(np.maximum.accumulate(np.flip(inside, axis), axis), axis)
+    return np.maximum.accumulate(inside, axis) & after
 
 
 def contrasts(picture: np.ndarray, names: Sequence[str] = tuple(_CONTRASTS)) -> dict[str, np.ndarray]:
     """The maps of these names of a picture uint8 [S, S, 3], float32 [S, S] in [0, 1]; faster than one by one.
 
-    The field is continued beyond its edge by the mean of what is near, so that the edge itself is no contrast.
+    Beyond its edge the field continues as the mean of the pixels nearby, so that the edge itself is no contrast.
     ValueError for a picture of another shape or type.
     """
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or len(picture) != picture.shape[1]:

@@ -18,17 +18,17 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
 
 def pick_device(accelerator: str) -> torch.device:
-    """"cpu"; "gpu" or "cuda"; "auto" is CUDA where there is one, else the CPU. The operators have no other devices."""
+    """The device of "cpu", "gpu" or "cuda", or "auto" (CUDA if available, else the CPU); ValueError for others."""
     if accelerator not in ACCELERATORS:
         raise ValueError(f"accelerator must be one of {', '.join(ACCELERATORS)}; got {accelerator!r}")
-    found = torch.cuda.is_available()
-    if accelerator in ("gpu", "cuda") and not found:
+    available = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not available:
         raise ValueError(f"accelerator {accelerator!r} was asked for, but torch finds none here")
-    return torch.device("cuda" if found and accelerator != "cpu" else "cpu")
+    return torch.device("cuda" if available and accelerator != "cpu" else "cpu")
 
 
 class Views(NamedTuple):
-    """At which sizes, relative to the picture's, and whether also mirrored, the maps are computed and averaged."""
+    """Sizes relative to the picture's at which maps are computed and averaged, and whether each is also mirrored."""
 
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
@@ -47,7 +47,7 @@ def forward(
 ) -> Iterator[tuple[dict[str, Tensor], np.ndarray, dict[str, Tensor]]]:
     """Per batch: the batch, probabilities [B, K] (float64, rows sum to 1) and heat maps {name: [B, h, w] in [0, 1]}.
 
-    The probabilities are those of the picture as it is, before calibration, whatever ``views``.
+    The probabilities are those of the unchanged picture, before calibration, whatever ``views``.
     """
     model.to(device).eval()
     for batch in batches:
@@ -59,7 +59,7 @@ def forward(
 
 
 def see(model: ERCN, image: Tensor, views: Views) -> ERCNOutput:
-    """The model's output for pictures [B, 3, H, W], its maps those of all views; "pamr" refines what they merged."""
+    """The model's output for pictures [B, 3, H, W] with the maps of all views merged; "pamr" refines the merged CAM."""
     if views == ONE_VIEW:
         return model(image)
     outputs = [(model(image, pamr=False), False)]

@@ -1,32 +1,32 @@
 """Localisation of heat maps against lesion masks, and their heat on healthy eyes.
 
 A map is counted into a histogram of 1024 levels on its fixed [0, 1] scale, once for lesion pixels and once for the
-rest. Precision, recall and IoU at every threshold follow from sums of these histograms, so pixels of any number of
+rest. Precision, recall and IoU at every threshold follow from sums of these histograms: pixels of any number of
 pictures are pooled in constant memory, exactly for the quantised map, and the patient bootstrap is one matrix
 product.
 
-Pictures with lesions have pixel metrics; lesions are found or missed by the marks of ``froc``, whose false marks count
-on healthy pictures too. A picture is healthy where its label says grade 0 and it has no lesion mask; one without
-label or mask counts nowhere.
+Pixel metrics are of pictures with lesions. FROC counts which lesions the marks of ``froc`` find; false marks count on
+healthy pictures too. A picture is healthy where its grade is 0 and it has no lesion mask; a picture without grade and
+mask is not counted.
 
-References are maps that no model of image labels made (a filter, or what knows masks). They have every metric that the
-maps have, apart from them.
+References are maps that were not made from image labels: an unlearned filter, or what masks teach. They get the same
+metrics as the maps, and are kept apart from them.
 
-The optic disc is the brightest thing in a fundus and no lesion: where the data set has its mask, its pixels count
-neither as lesion nor as the rest, except those on which a lesion lies. Where there is none, all pixels count.
+The optic disc is bright and no lesion: where the data set has its mask, its pixels count neither as lesion nor as the
+rest, except where a lesion lies on it. Where there is no such mask, all pixels count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from ercn.evaluation import froc
 from ercn.evaluation.metrics import bootstrap, entry, samples
+from ercn.report.evaluation import Froc, HealthyResult, Interval, IntervalAt, LesionMaps, LocalizationResult, Metrics
 
 ALL = ""  # the union of the lesions, as a kind
 LEVELS = 1024
@@ -36,7 +36,7 @@ TOLERANCE = 15 / 448  # of the picture's side: the pointing game's 15 pixels, at
 
 
 def levels_of(heat: np.ndarray) -> np.ndarray:
-    """The histogram's level of each value of a map in [0, 1]."""
+    """The histogram level of each value of a map in [0, 1]."""
     return np.minimum((heat * LEVELS).astype(np.int16), LEVELS - 1)
 
 
@@ -53,12 +53,12 @@ def pointing(heat: np.ndarray, near: np.ndarray, counted: np.ndarray) -> float:
 
 
 def at_least(counts: np.ndarray) -> np.ndarray:
-    """How many are at each level or above, float [..., LEVELS], from how many are at it."""
+    """Counts at each level or above, float [..., LEVELS], from the counts at each level."""
     return np.cumsum(counts[..., ::-1], axis=-1, dtype=float)[..., ::-1]
 
 
 def level_counts(levels: Sequence[np.ndarray]) -> np.ndarray:
-    """How many of each picture's levels are each level: int [N, LEVELS]."""
+    """Histograms int [N, LEVELS] of the levels of each of N pictures."""
     return np.array([np.bincount(own, minlength=LEVELS) for own in levels])
 
 
@@ -81,9 +81,9 @@ def average_precision(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Counts:
-    """Of one kind of lesion, a row for each picture that has it.
+    """Counts of one kind of lesion, a row for each picture that has it.
 
-    rows: the picture's number. chance: share of pixels that are near one. lesions: how many. By map: histograms
+    rows: the picture's number. chance: share of pixels near a lesion. lesions: how many. By map: histograms
     [2, LEVELS], hits of the pointing game, and found, the level of the best mark of each lesion that has one.
     """
 
@@ -107,7 +107,7 @@ class _Counts:
 
 @dataclass
 class _Healthy:
-    """A row for each healthy picture: its number, and by map the histogram [LEVELS] and the mean of its heat."""
+    """A row for each healthy picture: its number, and by map the histogram [LEVELS] and the mean heat."""
 
     rows: list[int] = field(default_factory=list)
     histograms: dict[str, list[np.ndarray]] = field(default_factory=dict)
@@ -118,9 +118,9 @@ class _Healthy:
 class Localization:
     """Accumulates pictures with lesions, for all lesions together and for each kind, and healthy pictures.
 
-    owners: the patient of each. discs: in how many pictures with lesions the optic disc was left out. marks: by map,
-    of each picture the levels of the marks that find no lesion. references: names of the maps that are references.
-    marked: False looks for no marks, for a split without masks, where no lesion could be found.
+    owners: the patient of each picture. discs: pictures with lesions of which the optic disc was left out. marks: by
+    map, the levels of each picture's false marks. references: names of the maps that are references. contrast: the
+    filter that ``settle`` kept. marked: False looks for no marks, for a split without masks.
     """
 
     owners: list[str] = field(default_factory=list)
@@ -129,6 +129,7 @@ class Localization:
     healthy: _Healthy = field(default_factory=_Healthy)
     marks: dict[str, list[np.ndarray]] = field(default_factory=dict)
     references: set[str] = field(default_factory=set)
+    contrast: str = ""
     marked: bool = True
 
     def add(
@@ -141,10 +142,10 @@ class Localization:
         healthy: bool = False,
         references: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Counts a picture that has lesions, or is healthy by its label; every other one is passed over.
+        """Counts a picture that has lesions or is healthy by its label, and skips others.
 
-        maps, references: [S, S] in [0, 1] by name. lesions: masks [S, S] bool by kind. disc: the optic disc's mask, if
-        known.
+        maps, references: [S, S] in [0, 1] by name. lesions: masks [S, S] bool by kind. disc: mask of the optic disc,
+        if known.
         """
         present = {kind: mask for kind, mask in lesions.items() if mask.any()}
         if not present and not healthy:
@@ -161,7 +162,7 @@ class Localization:
         places = {}
         for name, level in levels.items() if self.marked else ():
             place = froc.peaks(heats[name], int(tolerance))
-            places[name] = place[(counted & (level > 0))[tuple(place.T)]]  # marks on the disc are none
+            places[name] = place[(counted & (level > 0))[tuple(place.T)]]  # peaks on the disc are no marks
         close = np.zeros_like(union)
         for kind, mask in ({ALL: union} | present).items() if present else ():
             near = distance_transform_edt(~mask) <= tolerance
@@ -188,17 +189,17 @@ class Localization:
 
     @property
     def patients(self) -> list[str]:
-        """Of the pictures with lesions, in the order of their histograms."""
+        """Patients of the pictures with lesions, in the order of their histograms."""
         return [self.owners[row] for row in self.counts[ALL].rows] if self.counts else []
 
     @property
     def kinds(self) -> list[str]:
         return sorted(self.counts.keys() - {ALL})
 
-    def settle(self, trials: Iterable[str], name: str) -> str:
-        """Keeps of the references ``trials`` that of the highest pooled AUPR, as ``name``; meant for validation.
+    def settle(self, trials: Iterable[str]) -> None:
+        """Keeps of the filters ``trials`` that of the highest pooled AUPR, as the reference "contrast".
 
-        Returns which it was, or "" where there is none or no lesion; then none is kept.
+        Meant for validation. ``contrast`` is then its name, "" where there is no filter or no lesion.
         """
         trials, best = list(trials), ""
         if self.counts and trials:
@@ -209,9 +210,9 @@ class Localization:
         for part in parts:
             kept = {trial: part.pop(trial) for trial in trials if trial in part}
             if best in kept:
-                part[name] = kept[best]
-        self.references = self.references - set(trials) | ({name} if best else set())
-        return best
+                part["contrast"] = kept[best]
+        self.references = self.references - set(trials) | ({"contrast"} if best else set())
+        self.contrast = best
 
     def best_thresholds(self, kind: str = ALL) -> dict[str, float]:
         """Threshold of the highest pooled IoU per map; meant for the validation split."""
@@ -224,21 +225,21 @@ class Localization:
         """``best_thresholds`` of all lesions together, as "maps", and of each kind, as "lesions"."""
         return {"maps": self.best_thresholds(), "lesions": {kind: self.best_thresholds(kind) for kind in self.kinds}}
 
-    def summary(self, thresholds: Mapping[str, dict], *, draws: int, seed: int) -> dict | None:
-        """JSON-ready metrics per map with patient-bootstrap intervals; None without any picture with lesions.
+    def summary(self, thresholds: Mapping[str, dict], *, draws: int, seed: int) -> LocalizationResult | None:
+        """Metrics of each map with patient-bootstrap intervals; None without any picture with lesions.
 
         thresholds: ``thresholds()`` of the validation split; a map without one gets no ``iou`` and no ``recall``.
-        ``iou_best`` picks its threshold on this very split and is optimistic. ``aupr_picture`` is the mean of the
-        pictures' own AUPR. ``recall``, of pixels, is at the map's threshold for all lesions together, also for a kind.
-        ``froc`` is the mean of its ``sensitivity`` at ``froc.RATES``. ``lesion_aupr`` and ``lesion_iou`` are means over
-        the kinds of lesions. ``lesions`` has the same for each kind, on the pictures that have it; pixels of other
-        lesions count as the rest there, but marks that find them are not false. ``floor``: what a constant map reaches.
-        ``differences``: of ``DIFFERENCES``, draw by draw of the same bootstrap, each map at its own threshold.
+        ``iou_best`` picks its threshold on this very split and is optimistic. ``aupr_picture`` is the mean AUPR of the
+        single pictures. ``recall``, of pixels, is at the map's threshold for all lesions together, also for a kind.
+        ``lesion_aupr`` and ``lesion_iou`` are means over the kinds of lesions. ``lesions`` has the same for each kind,
+        on the pictures that have it; pixels of other lesions count as the rest there, but marks that find them are not
+        false. ``differences``: of ``DIFFERENCES``, draw by draw of the same bootstrap, each map at its own threshold.
         """
         if not self.counts:
             return None
         chosen = {ALL: thresholds.get("maps", {})} | dict(thresholds.get("lesions", {}))
-        groups: dict[str, dict] = {kind: {"maps": {}, "references": {}} for kind in (ALL, *self.kinds)}
+        groups: dict[str, dict[str, dict[str, Metrics]]]
+        groups = {kind: {"maps": {}, "references": {}} for kind in (ALL, *self.kinds)}
         compared: dict[str, dict[str, np.ndarray]] = {}
         for name in self.counts[ALL].histograms:
             cuts = {kind: chosen.get(kind, {}).get(name) for kind in groups}
@@ -247,41 +248,43 @@ class Localization:
             part = "references" if name in self.references else "maps"
             for key, sample in drawn.items():
                 kind, _, metric = key.rpartition("/")
-                own = groups[kind][part].setdefault(name, {})
-                if metric.startswith("sensitivity "):
-                    own["froc"].setdefault("sensitivity", []).append(entry(sample)["value"])
-                    continue
-                own[metric] = entry(sample)
-                if metric in ("iou", "recall"):
-                    own[metric]["threshold"] = cuts[kind if metric == "iou" else ALL]
-        result = {kind: self._part(kind, group) for kind, group in groups.items()}
-        return result[ALL] | {
-            "optic_disc": {"excluded": self.discs},
-            "lesions": {kind: result[kind] for kind in self.kinds},
-            "froc": {
+                own, value = groups[kind][part].setdefault(name, {}), vars(entry(sample))
+                if metric == "froc":
+                    own[metric] = Froc(**value, sensitivity=[])
+                elif metric.startswith("sensitivity "):
+                    own["froc"].sensitivity.append(value["value"])
+                elif metric in ("iou", "recall"):
+                    own[metric] = IntervalAt(**value, threshold=cuts[kind if metric == "iou" else ALL])
+                else:
+                    own[metric] = Interval(**value)
+        return LocalizationResult(
+            **self._about(ALL, groups[ALL]),
+            optic_disc={"excluded": self.discs},
+            lesions={kind: LesionMaps(**self._about(kind, groups[kind])) for kind in self.kinds},
+            froc={
                 "rates": list(froc.RATES),
                 "tolerance": TOLERANCE,
                 "pictures": len(self.owners),
                 "healthy": len(self.healthy.rows),
             },
-            "differences": [
+            differences=[
                 {"map": one, "minus": other} | _difference(compared[one], compared[other])
                 for one, other in DIFFERENCES
                 if one in compared and other in compared
             ],
-        }
+            contrast=self.contrast,
+        )
 
-    def healthy_summary(self, thresholds: Mapping[str, dict], *, draws: int, seed: int) -> dict | None:
-        """JSON-ready heat of each map on healthy pictures, with patient-bootstrap intervals; None where there is none.
+    def healthy_summary(self, thresholds: Mapping[str, dict], *, draws: int, seed: int) -> HealthyResult | None:
+        """Heat of each map on healthy pictures, with patient-bootstrap intervals; None without such pictures.
 
-        ``heat`` is the mean of the map. With the map's threshold from validation, of all lesions together, also
-        ``area``, the mean share of pixels that reach it, and ``alarm``, the share of pictures of which any pixel does.
+        ``heat`` is the mean of the map. With the map's threshold from validation, for all lesions together, also
+        ``area``, the mean share of pixels that reach it, and ``alarm``, the share of pictures with such a pixel.
         """
         if not self.healthy.rows:
             return None
         patients = [self.owners[row] for row in self.healthy.rows]
-        result: dict[str, Any] = {"pictures": len(patients), "patients": len(set(patients))}
-        result |= {"maps": {}, "references": {}}
+        result = HealthyResult(len(patients), len(set(patients)), maps={}, references={})
         for name, spreads in self.healthy.histograms.items():
             columns = {"heat": np.array(self.healthy.heat[name])}
             cut = thresholds.get("maps", {}).get(name)
@@ -294,12 +297,12 @@ class Localization:
             def metric(weight: np.ndarray, names=tuple(columns), table=table) -> dict[str, np.ndarray]:
                 return dict(zip(names, (weight @ table / weight.sum(1, keepdims=True)).T))
 
-            part = "references" if name in self.references else "maps"
-            result[part][name] = bootstrap(metric, patients, draws, seed) | {"threshold": cut}
+            part = result.references if name in self.references else result.maps
+            part[name] = bootstrap(metric, patients, draws, seed) | {"threshold": cut}
         return result
 
     def _metric(self, name: str, cuts: Mapping[str, float | None]):
-        """weight [R, N] -> {"kind/metric": [R]} of one map, with the bare metric's name for all lesions together."""
+        """The function weight [R, N] -> {"kind/metric": [R]} of one map, "metric" for all lesions together."""
         counts = {kind: self.counts[kind] for kind in cuts}
         flat = {kind: np.array(c.histograms[name], float).reshape(-1, 2 * LEVELS) for kind, c in counts.items()}
         hits = {kind: np.array(c.hits[name]) for kind, c in counts.items()}
@@ -334,15 +337,16 @@ class Localization:
 
         return metric
 
-    def _part(self, kind: str, group: dict[str, dict]) -> dict:
+    def _about(self, kind: str, maps: dict[str, dict[str, Metrics]]) -> dict:
+        """The fields of ``LesionMaps``."""
         counts = self.counts[kind]
         patients = {self.owners[row] for row in counts.rows}
         about = {"pictures": len(counts.rows), "patients": len(patients), "count": sum(counts.lesions)}
-        return about | group | {"floor": counts.floor()}
+        return about | maps | {"floor": counts.floor()}
 
 
-def _difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, dict]:
-    """Of each metric that both have; samples are paired, draw by draw."""
+def _difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> Metrics:
+    """The difference of each metric that both have; samples are paired, draw by draw."""
     return {key: entry(one[key] - other[key]) for key in _COMPARED if key in one and key in other}
 
 

@@ -1,7 +1,7 @@
 """Metrics of grading, as sums with one weight per picture, so that a value and its bootstrap share the code.
 
-Every function takes ``weight`` [R, N], R rows of non-negative picture weights, and returns [R]. A row of ones is the
-plain metric; a row that says how often each picture was drawn is one bootstrap draw. Intervals resample *patients*,
+Every function takes ``weight`` [R, N], R rows of non-negative picture weights, and returns [R]. A row of ones gives the
+plain metric; a row that counts how often each picture was drawn is one bootstrap draw. Intervals resample *patients*,
 each with all their pictures, because two eyes of one patient are not independent. All arithmetic is float64; NaN
 means undefined (no picture of a class that is needed) and becomes ``null`` in JSON.
 """
@@ -14,8 +14,10 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.special import erf
 
+from ercn.report.evaluation import Grading, Interval
+
 ECE_BINS = 15
-SPECIFICITIES = ("0.90", "0.95", "0.98")  # at which the sensitivity is told
+SPECIFICITIES = ("0.90", "0.95", "0.98")  # at which the sensitivity is reported
 _CHUNK = 4_000_000  # weights held at once: 32 MB
 
 
@@ -72,7 +74,7 @@ def macro_auc(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) ->
 def expected_calibration_error(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """ECE (Guo et al. 2017) of the winning class in 15 equal bins (lower, upper]; confidence 1 is in the last bin.
 
-    Biased upwards: in a bin of few pictures the gap is far from 0 also where the probabilities are right.
+    It is biased upwards: in a bin of few pictures the gap is far from 0 even where the probabilities are right.
     """
     gap, bins = _gaps(probability, truth)
     return _divide(np.abs(weight @ (gap[:, None] * np.eye(ECE_BINS)[bins])).sum(1), weight.sum(1))
@@ -81,24 +83,24 @@ def expected_calibration_error(probability: np.ndarray, truth: np.ndarray, weigh
 def debiased_calibration_error(
     probability: np.ndarray, truth: np.ndarray, patients: Sequence[str], weight: np.ndarray
 ) -> np.ndarray:
-    """ECE in which each picture's gap has the sign that the *other* patients' gaps near its confidence have.
+    """ECE in which each picture's gap gets the sign of the *other* patients' gaps near its confidence.
 
         sum_i w_i s_i gap_i / sum_i w_i,   s_i = erf(sqrt(2) sum_p g_ip / sqrt(sum_p g_ip^2)),
         g_ip = sum_j w_j k(bin_i - bin_j) gap_j
 
     gap = confidence - [right]; p goes over the other patients, j over their pictures, k is a Gaussian of one bin's
-    width. A picture that chose its own sign would always raise the error; where others choose it, the mean is 0 if the
-    probabilities are right, whatever the number of pictures, and else a lower bound that closes as pictures are added.
-    The value can so be below 0, by chance. s_i is a sign where the others are sure of it, and smaller where they are
-    not, which is less noisy.
-    The variational estimator of Berta et al. 2026 (arXiv 2602.24230), left out by patient, with a smoothed histogram in
-    place of the isotonic regression.
+    width. A picture that chose its own sign would always raise the error. Where others choose it, the mean is 0 if the
+    probabilities are right, for any number of pictures, and else a lower bound that tightens as pictures are added; by
+    chance the value can be below 0. s_i is nearly ±1 where the others agree on the sign and smaller where they do not,
+    which lowers the variance.
+    This is the variational estimator of Berta et al. 2026 (arXiv 2602.24230), left out by patient, with a smoothed
+    histogram in place of the isotonic regression.
     """
     gap, bins = _gaps(probability, truth)
     near = np.exp(-((np.arange(ECE_BINS)[:, None] - np.arange(ECE_BINS)) ** 2) / 2)
     own = np.unique(np.asarray(patients), return_inverse=True)[1]
     member = csr_array((np.ones(len(own)), (np.arange(len(own)), own)))
-    i, j = (member @ member.T).nonzero()  # pictures of one patient, each with itself too
+    i, j = (member @ member.T).nonzero()  # pairs of pictures of one patient, each picture with itself too
     part = weight * gap
     mine = part @ csr_array((near[bins[i], bins[j]], (j, i)), shape=(len(own), len(own)))
     others = (part @ near[bins])[:, bins] - mine
@@ -115,7 +117,7 @@ def _gaps(probability: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def reliability(probability: np.ndarray, truth: np.ndarray) -> list[dict[str, float | int]]:
-    """The bins of the ECE that hold pictures: how many, their mean confidence, and the share that is right."""
+    """Pictures, mean confidence and accuracy of each bin of the ECE that holds pictures."""
     confidence, right = probability.max(1), probability.argmax(1) == truth
     bins = _bins(confidence)
     return [
@@ -135,7 +137,7 @@ def brier(probability: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> np.
 
 
 def roc_points(score: np.ndarray, positive: np.ndarray, most: int = 200) -> dict[str, list[float]] | None:
-    """The ROC curve from (0, 0) to (1, 1), at most so many of its points; None where a class is missing."""
+    """The ROC curve from (0, 0) to (1, 1), at most ``most`` of its points; None where a class is missing."""
     if positive.all() or not positive.any():
         return None
     cuts = np.unique(score)[::-1]
@@ -190,7 +192,7 @@ def youden_threshold(score: np.ndarray, positive: np.ndarray) -> float:
 
 
 def specificity_thresholds(score: np.ndarray, positive: np.ndarray) -> dict[str, float | None]:
-    """The lowest threshold half-way between two scores that has each of ``SPECIFICITIES``, or just above all scores.
+    """For each of ``SPECIFICITIES`` the lowest threshold, half-way between two scores or just above all, that has it.
 
     Meant for the validation split only. None where there is no negative.
     """
@@ -203,9 +205,9 @@ def specificity_thresholds(score: np.ndarray, positive: np.ndarray) -> dict[str,
 
 
 def sensitivity_at(score: np.ndarray, positive: np.ndarray, specificity: float, weight: np.ndarray) -> np.ndarray:
-    """The highest sensitivity [R] on the ROC curve whose specificity is no lower; not interpolated.
+    """The highest sensitivity [R] on the ROC curve at ``specificity`` or above; not interpolated.
 
-    Its threshold is chosen on these very pictures, which is optimistic. NaN where a class is missing.
+    The same pictures choose its threshold, which is optimistic. NaN where a class is missing.
     """
     values, group = np.unique(score, return_inverse=True)
     order = np.argsort(group, kind="stable")
@@ -223,43 +225,40 @@ def bootstrap(
     draws: int,
     seed: int,
     centred: Collection[str] = (),
-) -> dict[str, dict[str, float | None]]:
-    """Values with 95 % intervals over patients: ``entry`` of each of ``samples``.
-
-    Returns {name: {"value": v, "low": l, "high": h}}.
-    """
+) -> dict[str, Interval]:
+    """Values with 95 % intervals over patients: ``entry`` of each of ``samples``."""
     return {name: entry(s, name in centred) for name, s in samples(metric, patients, draws, seed).items()}
 
 
 def samples(
     metric: Callable[[np.ndarray], dict[str, np.ndarray]], patients: Sequence[str], draws: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Of each metric its value, then its value in each draw: {name: [1 + draws]}.
+    """The value of each metric, then its value in each draw: {name: [1 + draws]}.
 
-    metric: weight [R, N] -> {name: [R]}. patients: [N], whose picture each one is. draws: resamples of the patients,
-    with replacement, each drawn with all their pictures. The same seed gives the same draws.
+    metric: weight [R, N] -> {name: [R]}. patients: [N], the patient of each picture. draws: how often the patients are
+    resampled with replacement, each with all their pictures. The same seed gives the same draws.
     """
     parts = [metric(weight) for weight in (np.ones((1, len(patients))), *resamples(patients, draws, seed))]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def entry(sample: np.ndarray, centred: bool = False) -> dict[str, float | None]:
-    """Value and 95 % interval of a sample [1 + draws]: that of the draws' percentiles, without the undefined ones.
+def entry(sample: np.ndarray, centred: bool = False) -> Interval:
+    """Value and 95 % percentile interval of a sample [1 + draws]; undefined draws are left out.
 
-    centred: the draws are first moved so that their mean is the value, for a metric that resampling biases: a draw
-    repeats patients, and its calibration error is larger than that of as many other patients.
+    centred: shift the draws so that their mean is the value, for a metric that resampling biases: a draw repeats
+    patients, which raises its calibration error.
     """
     value, drawn = sample[0], sample[1:]
     if centred and not np.isnan(drawn).all():
         drawn = drawn - np.nanmean(drawn) + value
     low, high = interval(drawn)
-    return {"value": _number(value), "low": low, "high": high}
+    return Interval(_number(value), low, high)
 
 
 def resamples(patients: Sequence[str], draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Weights [R, N] of pictures, R summing to ``draws``: how often the patient of each was drawn.
+    """Chunks of weights [R, N] of pictures, ``draws`` rows in all: how often the patient of each was drawn.
 
-    The same for the same patients, in any order, draws and seed, so that two models can be compared draw by draw.
+    They depend on the patients (in any order), draws and seed alone, so two models can be compared draw by draw.
     """
     names, owner = np.unique(np.asarray(patients), return_inverse=True)
     rng = np.random.default_rng(seed)
@@ -287,16 +286,16 @@ def grading(
     seed: int,
     uncalibrated: np.ndarray | None = None,
     specificity: Mapping[str, float | None] | None = None,
-) -> dict:
+) -> Grading:
     """Every grading metric of one split with its interval.
 
     probability: [N, K], rows sum to 1. truth: [N] int classes. threshold: referable-DR decision, from validation.
     uncalibrated: the probabilities before calibration, where there was one. specificity: validation's
     ``specificity_thresholds``.
-    Returns a JSON-ready dict: metrics, fixed_specificity of referable DR (for each of ``SPECIFICITIES`` validation's
-    threshold with its sensitivity and specificity here, and "roc_sensitivity", read off the ROC of these pictures),
-    confusion, majority (the floor: always the most frequent class), recall per class, missing (classes without a
-    picture; they are left out of the macro AUC), reliability before and after calibration, roc of referable DR.
+    Of the result, fixed_specificity has for each of ``SPECIFICITIES`` validation's threshold with its sensitivity and
+    specificity here, and "roc_sensitivity", read off the ROC of these pictures; majority is the floor, always the most
+    frequent class; missing are classes without a picture, which the macro AUC leaves out; reliability is given before
+    and after calibration, roc for referable DR.
     """
     probability, truth = np.asarray(probability, dtype=float), np.asarray(truth, dtype=int)
     uncalibrated = probability if uncalibrated is None else np.asarray(uncalibrated, dtype=float)
@@ -336,22 +335,21 @@ def grading(
     plugin = expected_calibration_error(probability, truth, np.ones((1, count)))
     matrix = confusion(truth, predicted, classes, np.ones((1, count)))[0].astype(int)
     support = matrix.sum(1)
-    return {
-        "pictures": count,
-        "patients": len(set(patients)),
-        "metrics": bootstrap(metric, patients, draws, seed, centred=("ece", "ece_uncalibrated"))
+    return Grading(
+        threshold=threshold,
+        metrics=bootstrap(metric, patients, draws, seed, centred=("ece", "ece_uncalibrated"))
         | {"ece_plugin": entry(plugin)},
-        "fixed_specificity": {
+        fixed_specificity={
             name: {"threshold": cut} | {key.split()[1]: value for key, value in at.items() if key.startswith(name)}
             for name, cut in fixed.items()
         },
-        "confusion": matrix.tolist(),
-        "majority": {"class": int(support.argmax()), "accuracy": float(support.max() / count), "kappa": 0.0},
-        "recall": [_number(r) for r in _divide(np.diag(matrix), support)],
-        "missing": [k for k in range(classes) if support[k] == 0],
-        "reliability": {"before": reliability(uncalibrated, truth), "after": reliability(probability, truth)},
-        "roc": roc_points(score, positive),
-    }
+        confusion=matrix.tolist(),
+        majority={"class": int(support.argmax()), "accuracy": float(support.max() / count), "kappa": 0.0},
+        recall=[_number(r) for r in _divide(np.diag(matrix), support)],
+        missing=[k for k in range(classes) if support[k] == 0],
+        reliability={"before": reliability(uncalibrated, truth), "after": reliability(probability, truth)},
+        roc=roc_points(score, positive),
+    )
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ercn._files import DISCLAIMER, check_empty, write_atomic, write_csv, write_json
 from ercn._progress import with_progress
-from ercn.checkpoint import load_model
+from ercn.checkpoint import RunInfo, load_model
 from ercn.config import PredictConfig
 from ercn.data import DataError, Geometry, locate_disc, read_picture
 from ercn.data.dataset import to_tensor
@@ -29,10 +29,10 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 class RawPictures(Dataset):
     """Photographs as the network wants them: disc found, cropped, resized, normalised as in training.
 
-    An item is ``{"image": [3, S, S], "index": i, "geometry": Geometry}`` or, where the file cannot be read, a sentence.
+    An item is ``{"image": [3, S, S], "index": i, "geometry": Geometry}``, or a sentence where the file is unreadable.
     """
 
-    def __init__(self, paths: list[Path], info: dict[str, Any], max_pixels: int) -> None:
+    def __init__(self, paths: list[Path], info: RunInfo, max_pixels: int) -> None:
         self.paths, self.info, self.max_pixels = paths, info, max_pixels
 
     def __len__(self) -> int:
@@ -43,14 +43,14 @@ class RawPictures(Dataset):
             picture = read_picture(self.paths[index], max_pixels=self.max_pixels)
         except DataError as error:
             return str(error)
-        geometry = locate_disc(picture, self.info["prepared_size"])
-        square = prepared(picture, geometry, self.info["normalize"])
-        image = to_tensor(square, self.info["image_size"], self.info["mean"], self.info["std"])
+        geometry = locate_disc(picture, self.info.prepared_size)
+        square = prepared(picture, geometry, self.info.normalize)
+        image = to_tensor(square, self.info.image_size, self.info.mean, self.info.std)
         return {"image": image, "index": index, "geometry": geometry}
 
 
 def gather(items: list[dict[str, Any] | str]) -> dict[str, Any]:
-    """A batch of the readable items; ``unreadable`` has the sentences of the others."""
+    """A batch of the readable items, and the sentences of the unreadable ones."""
     good = [item for item in items if not isinstance(item, str)]
     return {
         "image": torch.stack([item["image"] for item in good]) if good else None,
@@ -67,7 +67,7 @@ def predict(config: PredictConfig) -> Path:
     the photograph's own resolution, maps/<id>.npz (float32 maps [h, w] on the fixed scale [0, 1], the crop's geometry
     and "corners", from which ``Geometry.to_original`` makes the full-resolution map) and predictions.json. Unreadable
     pictures are named and skipped; more than ``max_unreadable`` stop the run with a DataError that lists them.
-    predictions.csv is written whole after every batch, so what was graded stays even if the process is killed.
+    predictions.csv is written after every batch, so it keeps what was graded even if the process is killed.
     Raises ValueError when ``out`` is not empty: nothing is overwritten.
     """
     paths, ids = find_pictures(config.input)
@@ -78,11 +78,12 @@ def predict(config: PredictConfig) -> Path:
             raise ValueError(f"overlays must be of {', '.join(NAMES)}; {name!r} is none")
     device = pick_device(config.accelerator)
     model, info = load_model(config.run)
-    made = maps_of(info["config"].model)
+    own = info.config.model
+    made = maps_of(own)
     if absent := [name for name in config.overlays if name not in made]:
         raise ValueError(
-            f"overlays has {', '.join(absent)}, which the model of {config.run} does not make (model.pool "
-            f"{info['config'].model.pool}, model.evidence {info['config'].model.evidence}); it has {', '.join(made)}"
+            f"overlays has {', '.join(absent)}, which the model of {config.run} does not make (model.pool {own.pool}, "
+            f"model.evidence {own.evidence}); it has {', '.join(made)}"
         )
     dataset = RawPictures(paths, info, config.max_pixels)
     loader = DataLoader(dataset, config.batch_size, num_workers=config.workers, collate_fn=gather)
@@ -103,9 +104,9 @@ def predict(config: PredictConfig) -> Path:
 
     batches = readable(with_progress(loader, "predict", len(loader), config.progress))
     views = Views(config.scales, config.flip)
-    corners = info["image_size"] if model.align_corners else 0
-    for batch, probability, maps in forward(model, info["config"].model, batches, device, views):
-        probability = temper(probability, info["temperature"])
+    corners = info.image_size if model.align_corners else 0
+    for batch, probability, maps in forward(model, own, batches, device, views):
+        probability = temper(probability, info.temperature)
         for i, (index, geometry) in enumerate(zip(batch["index"], batch["geometry"])):
             heats = {name: heat[i].numpy() for name, heat in maps.items()}
             _save_maps(out / "maps" / f"{ids[index]}.npz", heats, geometry, corners)
@@ -122,9 +123,9 @@ def predict(config: PredictConfig) -> Path:
         {
             "notice": DISCLAIMER,
             "run": config.run,
-            "class_names": info["class_names"],
-            "manifest": info["manifest"],
-            "temperature": info["temperature"],
+            "class_names": info.class_names,
+            "manifest": info.manifest,
+            "temperature": info.temperature,
             "maps": {"scale": [0, 1], "names": NAMES, **views._asdict()},
             "unreadable": skipped,
         },
@@ -134,9 +135,9 @@ def predict(config: PredictConfig) -> Path:
 
 
 def find_pictures(source: str) -> tuple[list[Path], list[str]]:
-    """Pictures of a file or, by suffix, of a folder and its subfolders, sorted, and an id for each.
+    """The pictures (by suffix) of a folder and its subfolders, or the one file; sorted, with an id for each.
 
-    The id is the path inside the folder without suffix; with it where two pictures differ in the suffix only.
+    The id is the path inside the folder without suffix, or with it where two pictures differ in the suffix only.
     """
     root = Path(source)
     if not source or not root.exists():

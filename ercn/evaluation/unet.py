@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ercn.checkpoint import check_state, load_weights
 
 LEVELS_DOWN = 3  # halvings
-PRIOR = -4.0  # logit of the share of lesion pixels that training begins with, some 2 %
+PRIOR = -4.0  # initial bias: the logit of a share of lesion pixels of about 2 %
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
-    """Twice convolution, BatchNorm, ReLU."""
+    """Convolution, BatchNorm and ReLU, twice."""
     parts = []
     for channels in (inputs, outputs):
         parts += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -28,8 +28,8 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 class UNet(nn.Module):
     """Logits of a lesion at each pixel: [B, 3, H, W] -> [B, H, W], any size; at ``width`` 16 it has 0.49 M parameters.
 
-    width, doubled by each of three halvings, is the number of channels. Pictures are continued by their last row and
-    column to a multiple of 8.
+    width: channels at full resolution, doubled by each of three halvings. Pictures are padded to a multiple of 8 by
+    their last row and column.
     """
 
     def __init__(self, width: int) -> None:
@@ -66,7 +66,7 @@ class Ceiling:
 
 
 def load_ceiling(run: str | Path, device: torch.device | str = "cpu") -> Ceiling:
-    """What ``train_ceiling`` exported into the run folder, for inference on ``device``.
+    """The U-Net that ``train_ceiling`` exported into the run folder, for inference on ``device``.
 
     Raises FileNotFoundError naming a file that is missing, ValueError naming one that is damaged.
     """

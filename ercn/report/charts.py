@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ercn.maps import NAMES
+from ercn.report.evaluation import EvaluationResult, LocalizationResult
 from ercn.report.runs import Run
 from ercn.report.table import REFERENCES
 
@@ -33,6 +34,24 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _square(diagonal: bool) -> tuple[Figure, Any]:
+    figure = _figure(4.2, 3.7)
+    axes = figure.add_subplot()
+    if diagonal:
+        axes.plot([0, 1], [0, 1], color=_FLOOR, linewidth=1, linestyle=(0, (4, 3)))
+    return figure, axes
+
+
+def _panels(local: Sequence[tuple[Run, LocalizationResult]], margin: float, height: float) -> tuple[Figure, dict]:
+    """A figure, and by name of each map that any run has its axes."""
+    maps = [name for name in NAMES if any(name in result.maps for _, result in local)]
+    figure = _figure(2.3 * len(maps) + margin, height)
+    axes = figure.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]
+    for name, own in zip(maps, axes):
+        own.set_title(NAMES[name], fontsize=9.5)
+    return figure, dict(zip(maps, axes))
+
+
 def _svg(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -50,7 +69,7 @@ def _styled(draw):
 
 @_styled
 def training_charts(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Loss and validation scores by epoch, a colour for each run; of a single run all parts of the loss."""
+    """Loss and validation scores by epoch, a colour for each run; a single run shows all parts of its loss."""
     histories = [(run, run.history) for run in runs if run.history]
     if not histories:
         return []
@@ -87,12 +106,11 @@ def training_charts(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 @_styled
-def confusion(result: dict[str, Any]) -> dict[str, str]:
+def confusion(result: EvaluationResult) -> dict[str, str]:
     """Counts, shaded by the share of the row."""
-    matrix, names = np.array(result["confusion"]), result["class_names"]
+    matrix, names = np.array(result.grading.confusion), result.class_names
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    figure = _figure(4.2, 3.7)
-    axes = figure.add_subplot()
+    figure, axes = _square(diagonal=False)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(names))
     axes.set_xticks(ticks, names, rotation=30, ha="right", rotation_mode="anchor")
@@ -105,26 +123,24 @@ def confusion(result: dict[str, Any]) -> dict[str, str]:
         for j in ticks:
             color = "white" if share[i, j] > 0.55 else "#1b1f24"
             axes.text(j, i, str(matrix[i, j]), ha="center", va="center", color=color, fontsize=10.5)
-    rows = (f"{name}: {', '.join(map(str, row))}" for name, row in zip(names, result["confusion"]))
+    rows = (f"{name}: {', '.join(map(str, row))}" for name, row in zip(names, matrix))
     return {"image": _svg(figure), "text": f"Confusion matrix, rows are the truth: {'; '.join(rows)}"}
 
 
 @_styled
-def roc(graded: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
-    """ROC of referable DR, with the decision of the threshold from validation as a point."""
-    shown = [(run, result) for run, result in graded if result["roc"]]
+def roc(graded: Sequence[tuple[Run, EvaluationResult]]) -> dict[str, str] | None:
+    """ROC of referable DR, with a mark at the threshold from validation."""
+    shown = [(run, result.grading) for run, result in graded if result.grading.roc]
     if not shown:
         return None
-    figure = _figure(4.2, 3.7)
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color=_FLOOR, linewidth=1, linestyle=(0, (4, 3)))
+    figure, axes = _square(diagonal=True)
     texts = []
-    for run, result in shown:
-        metrics = result["metrics"]
-        axes.plot(result["roc"]["fpr"], result["roc"]["tpr"], color=run.color, linewidth=1.7)
-        place = 1 - metrics["referable_specificity"]["value"], metrics["referable_sensitivity"]["value"]
+    for run, grading in shown:
+        metrics = grading.metrics
+        axes.plot(grading.roc["fpr"], grading.roc["tpr"], color=run.color, linewidth=1.7)
+        place = 1 - metrics["referable_specificity"].value, metrics["referable_sensitivity"].value
         name = f"{run.label}: " if len(graded) > 1 else ""
-        area = f"AUC {metrics['referable_auc']['value']:.3f}"
+        area = f"AUC {metrics['referable_auc'].value:.3f}"
         axes.plot(*place, color=run.color, marker=run.marker, markersize=7, markeredgecolor="white", label=name + area)
         texts.append(f"{name}{area}, at the threshold sensitivity {place[1]:.3f}, specificity {1 - place[0]:.3f}")
     axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
@@ -134,18 +150,15 @@ def roc(graded: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
 
 
 @_styled
-def reliability(result: dict[str, Any]) -> dict[str, str]:
-    """Share of right answers against confidence, before and after calibration; the area of a point is its pictures."""
-    figure = _figure(4.2, 3.7)
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color=_FLOOR, linewidth=1, linestyle=(0, (4, 3)))
+def reliability(result: EvaluationResult) -> dict[str, str]:
+    """Accuracy against confidence, before and after calibration; a mark's area is its share of the pictures."""
+    figure, axes = _square(diagonal=True)
     texts = []
     for when, color, marker, key in (("before", "#d55e00", "s", "ece_uncalibrated"), ("after", "#0072b2", "o", "ece")):
-        bins = result["reliability"][when]
+        bins = result.grading.reliability[when]
         x, y, n = (np.array([one[name] for one in bins]) for name in ("confidence", "accuracy", "pictures"))
-        ece = result["metrics"][key]["value"]
-        label = f"{when} calibration, ECE {ece:.3f}"
-        if when == "before" and result["temperature"] == 1:
+        label = f"{when} calibration, ECE {result.grading.metrics[key].value:.3f}"
+        if when == "before" and result.temperature == 1:
             continue
         axes.plot(x, y, color=color, linewidth=1.2, alpha=0.6)
         size = 14 + 220 * n / n.sum()
@@ -160,66 +173,60 @@ def reliability(result: dict[str, Any]) -> dict[str, str]:
 
 
 @_styled
-def lesions(local: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
-    """Pixel AUPR of each map by lesion, with intervals, and what a constant map reaches."""
-    kinds = list(dict.fromkeys(kind for _, result in local for kind in result["lesions"]))
+def lesions(local: Sequence[tuple[Run, LocalizationResult]]) -> dict[str, str] | None:
+    """Pixel AUPR of each map by lesion, with intervals, and that of a constant map."""
+    kinds = list(dict.fromkeys(kind for _, result in local for kind in result.lesions))
     if not kinds:
         return None
-    maps = [name for name in NAMES if any(name in result["maps"] for _, result in local)]
-    figure = _figure(2.3 * len(maps) + 1.6, 1.1 + (0.30 + 0.11 * len(local)) * len(kinds))
-    panels = figure.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]
+    figure, panels = _panels(local, 1.6, 1.1 + (0.30 + 0.11 * len(local)) * len(kinds))
     texts = []
-    for name, axes in zip(maps, panels):
-        axes.set_title(NAMES[name], fontsize=9.5)
+    for name, axes in panels.items():
         for i, (run, result) in enumerate(local):
             offset = 0.16 * (i - (len(local) - 1) / 2)
             for row, kind in enumerate(kinds):
-                part = result["lesions"].get(kind, {"maps": {}})
-                entry = part["maps"].get(name, {}).get("aupr")
-                if entry is None or entry["value"] is None:
+                part = result.lesions.get(kind)
+                entry = part and part.maps.get(name, {}).get("aupr")
+                if entry is None or entry.value is None:
                     continue
-                if entry["low"] is not None:
-                    axes.plot([entry["low"], entry["high"]], [row + offset] * 2, color=run.color, linewidth=1.6)
-                axes.plot(entry["value"], row + offset, color=run.color, marker=run.marker, markersize=5)
-                floor = part["floor"]["aupr"]
+                if entry.low is not None:
+                    axes.plot([entry.low, entry.high], [row + offset] * 2, color=run.color, linewidth=1.6)
+                axes.plot(entry.value, row + offset, color=run.color, marker=run.marker, markersize=5)
+                floor = part.floor["aupr"]
                 axes.plot(floor, row + offset, color=_FLOOR, marker="|", markersize=9, markeredgewidth=1.6)
-                texts.append(f"{run.label}, {NAMES[name]}, {kind.replace('_', ' ')}: {entry['value']:.3f}")
+                texts.append(f"{run.label}, {NAMES[name]}, {kind.replace('_', ' ')}: {entry.value:.3f}")
         axes.grid(axis="x")
         axes.set_axisbelow(True)
         axes.set_xlabel("pixel AUPR")
-    panels[0].set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
-    panels[0].set_ylim(len(kinds) - 0.5, -0.5)
-    panels[0].set_xlim(left=0)
+    first = next(iter(panels.values()))
+    first.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
+    first.set_ylim(len(kinds) - 0.5, -0.5)
+    first.set_xlim(left=0)
     return {"image": _svg(figure), "text": f"Pixel AUPR by lesion. {'; '.join(texts)}"}
 
 
 @_styled
-def froc(local: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, str] | None:
+def froc(local: Sequence[tuple[Run, LocalizationResult]]) -> dict[str, str] | None:
     """Lesions found against false marks per picture: a panel for each map, the first run's references in grey."""
     if not local:
         return None
-    maps = [name for name in NAMES if any(name in result["maps"] for _, result in local)]
-    figure = _figure(2.3 * len(maps) + 1.2, 2.9)
-    panels = figure.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]
-    texts = []
-    for name, axes in zip(maps, panels):
-        axes.set_title(NAMES[name], fontsize=9.5)
-        references = local[0][1]["references"]
-        for style, (reference, values) in zip(("-", "--", ":"), references.items()):
+    figure, panels = _panels(local, 1.2, 2.9)
+    first, texts = local[0][1], []
+    for name, axes in panels.items():
+        for style, (reference, values) in zip(("-", "--", ":"), first.references.items()):
             at = {"color": _FLOOR, "linewidth": 1.2, "linestyle": style}
-            axes.plot(local[0][1]["froc"]["rates"], values["froc"]["sensitivity"], label=REFERENCES[reference], **at)
+            axes.plot(first.froc["rates"], values["froc"].sensitivity, label=REFERENCES[reference], **at)
         for run, result in local:
-            if name in result["maps"]:
-                values = result["maps"][name]["froc"]
+            if name in result.maps:
+                score = result.maps[name]["froc"]
                 style = {"color": run.color, "marker": run.marker, "markersize": 4, "linewidth": 1.6}
                 label = run.label if len(local) > 1 else NAMES[name]
-                axes.plot(result["froc"]["rates"], values["sensitivity"], label=label, **style)
-                texts.append(f"{run.label}, {NAMES[name]}: mean sensitivity {values['value']:.3f}")
+                axes.plot(result.froc["rates"], score.sensitivity, label=label, **style)
+                texts.append(f"{run.label}, {NAMES[name]}: mean sensitivity {score.value:.3f}")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(local[0][1]["froc"]["rates"], ["⅛", "¼", "½", "1", "2", "4", "8"])
+        axes.set_xticks(first.froc["rates"], ["⅛", "¼", "½", "1", "2", "4", "8"])
         axes.set_xlabel("false marks per picture")
         axes.grid()
-    panels[0].set_ylim(-0.02, 1.02)
-    panels[0].set_ylabel("lesions found")
-    panels[0].legend(fontsize=8)
+    left = next(iter(panels.values()))
+    left.set(ylim=(-0.02, 1.02), ylabel="lesions found")
+    left.legend(fontsize=8)
     return {"image": _svg(figure), "text": f"FROC by lesion. {'; '.join(texts)}"}

@@ -1,4 +1,4 @@
-// The pictures' overlays: which map, how opaque, with or without outlines; one state for the whole page.
+// Overlays of the pictures: map, opacity and outlines are one state for the whole page.
 (() => {
   "use strict";
   const bytes = atob(document.getElementById("lookup").textContent.trim());
@@ -28,7 +28,7 @@
     const { map, opacity } = state;
     const source = canvas.dataset[map];
     const grey = source ? await levels(source) : null;
-    if (map !== state.map || opacity !== state.opacity) return; // changed meanwhile
+    if (map !== state.map || opacity !== state.opacity) return; // changed while decoding
     canvas.width = grey ? grey.width : 1;
     canvas.height = grey ? grey.height : 1;
     if (!grey) return;

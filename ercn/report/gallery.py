@@ -1,4 +1,4 @@
-"""Pictures with their maps and lesion masks, as files beside the evaluation, from which reports are made."""
+"""Pictures with their maps and lesion masks, as files beside the evaluation for the reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST = 10  # pictures in a gallery
 
 @dataclass
 class Shown:
-    """row: of the collected pictures. picture: uint8 [S, S, 3]. maps: [S, S] in [0, 1]. masks: bool [S, S]."""
+    """row: index in the collected pictures. picture: uint8 [S, S, 3]. maps: [S, S] in [0, 1]. masks: bool [S, S]."""
 
     row: int
     picture: np.ndarray
@@ -30,7 +30,7 @@ class Shown:
 
 
 def gallery_choice(records: Sequence[Record]) -> list[int]:
-    """Indices of the first pictures of every grade in turn, those with lesion masks first, at most ``MOST``."""
+    """Indices of at most ``MOST`` pictures: of every grade in turn, those with lesion masks first."""
     queues: dict[int, list[int]] = {}
     for i in sorted(range(len(records)), key=lambda i: not records[i].masks):
         queues.setdefault(-1 if records[i].grade is None else records[i].grade, []).append(i)
@@ -47,8 +47,8 @@ def as_picture(image: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 def write_gallery(folder: Path, shown: Sequence[Shown], texts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Writes ``NN_picture.jpg``, ``NN_<map>.png`` (grey: 255 is heat 1) and ``NN_lesions.png`` (outlines).
 
-    Returns an entry for each picture: its text, "lesions" that it has, and "panels", its files. They have numbers, not
-    ids: a report is passed on more easily than a data set.
+    Returns an entry for each picture: its text, "lesions" that it has, and "panels", its files. The files have numbers,
+    not ids: reports are passed on more easily than data sets.
     """
     for old in (path for suffix in ("jpg", "png") for path in folder.glob(f"*.{suffix}")):
         old.unlink()
@@ -59,15 +59,15 @@ def write_gallery(folder: Path, shown: Sequence[Shown], texts: Sequence[Mapping[
         for name, heat in item.maps.items():
             files[name] = f"{number:02d}_{name}.png"
             Image.fromarray(np.round(heat * 255).astype(np.uint8)).save(folder / files[name])
-        found = {kind: mask for kind, mask in item.masks.items() if mask.any()}
-        if found:
+        present = {kind: mask for kind, mask in item.masks.items() if mask.any()}
+        if present:
             files["lesions"] = f"{number:02d}_lesions.png"
-            Image.fromarray(outlines(found)).save(folder / files["lesions"])
+            Image.fromarray(outlines(present)).save(folder / files["lesions"])
         panels = {name: f"{folder.name}/{file}" for name, file in files.items()}
-        entries.append({**text, "lesions": [kind for kind in found if kind != OPTIC_DISC], "panels": panels})
+        entries.append({**text, "lesions": [kind for kind in present if kind != OPTIC_DISC], "panels": panels})
     return entries
 
 
 def key_of(manifest: str, id: str) -> str:
-    """Tells pictures apart without telling their names."""
+    """A key that distinguishes pictures without revealing their names."""
     return hashlib.sha256(f"{manifest}/{id}".encode()).hexdigest()[:12]

@@ -1,22 +1,22 @@
-"""The model card, ``export/model_card.md``: what a run's own files say, by the items of CLAIM and TRIPOD+AI.
+"""The model card, ``export/model_card.md``: what a run's files say, by the items of CLAIM and TRIPOD+AI.
 
-Items that no file of a run can answer are named as not provided. Sources of the items: CLAIM, Mongan et al. 2020
+Items that no file of a run can answer are listed as not provided. Sources of the items: CLAIM, Mongan et al. 2020
 (doi 10.1148/ryai.2020200029); TRIPOD+AI, Collins et al. 2024 (doi 10.1136/bmj-2023-078378).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ercn._files import DISCLAIMER, read_json, write_text
+from ercn.checkpoint import read_info
 from ercn.config import flatten
 from ercn.maps import NAMES
 from ercn.report import table
-from ercn.report.runs import read_evaluations
+from ercn.report.evaluation import LocalizationResult, read_evaluations
 
 # What only people can say: (text, items of CLAIM, items of TRIPOD+AI).
 NOT_PROVIDED = (
@@ -43,7 +43,7 @@ NOT_PROVIDED = (
 
 def write_model_card(run: Path) -> Path:
     """Writes ``run/export/model_card.md`` from the export, the evaluations and the environment of the run."""
-    model = read_json(run / "export" / "model.json")
+    model = read_info(run)
     named, old = read_evaluations(run)
     evaluations = list(named.values())
     environment = Environment(
@@ -52,13 +52,13 @@ def write_model_card(run: Path) -> Path:
     text = environment.get_template("model_card.md.jinja").render(
         notice=DISCLAIMER,
         model=model,
-        settings=flatten(model["config"]),
+        settings=flatten(asdict(model.config)),
         environment=read_json(run / "environment.json"),
         evaluations=evaluations,
         old=old,
-        results=[(result, _rows(result)) for result in evaluations],
-        lesions=[(result, _lesions(result)) for result in evaluations if result["localization"]],
-        external=sorted({e["dataset"] for e in evaluations if e["manifest"] != model["manifest"]}),
+        results=[(result, table.metric_rows([result.grading]) if result.grading else []) for result in evaluations],
+        lesions=[(result, _lesions(result.localization)) for result in evaluations if result.localization],
+        external=sorted({e.dataset for e in evaluations if e.manifest != model.manifest}),
         not_provided=NOT_PROVIDED,
     )
     path = run / "export" / "model_card.md"
@@ -66,22 +66,16 @@ def write_model_card(run: Path) -> Path:
     return path
 
 
-def _rows(result: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """Metric, value with interval, floor."""
-    return table.metric_rows([result]) if result["metrics"] else []
-
-
-def _lesions(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The maps' names; of all lesions together and of each, pictures and each map's AUPR, and the floor."""
-    local = result["localization"]
-    parts = {"all lesions": local} | local["lesions"]
+def _lesions(local: LocalizationResult) -> tuple[list[str], list[list[str]]]:
+    """The maps' names; for all lesions together and for each, pictures, each map's AUPR, and the floor."""
+    parts = {"all lesions": local} | local.lesions
     rows = [
         [
             kind.replace("_", " "),
-            str(part["pictures"]),
-            *(table.reading(part["maps"][name]["aupr"]) for name in local["maps"]),
-            table.number(part["floor"]["aupr"]),
+            str(part.pictures),
+            *(table.reading(part.maps[name]["aupr"]) for name in local.maps),
+            table.number(part.floor["aupr"]),
         ]
         for kind, part in parts.items()
     ]
-    return [NAMES[name] for name in local["maps"]], rows
+    return [NAMES[name] for name in local.maps], rows

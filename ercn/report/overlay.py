@@ -14,7 +14,7 @@ from ercn.data.entries import OPTIC_DISC
 
 COLORMAP = "inferno"
 OPACITY = 0.7  # at heat 1
-# Okabe and Ito's, which colour-blind readers can tell apart; cold ones, unlike the heat, for the commonest lesions.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; cold ones, unlike the heat, for common lesions.
 COLORS = {
     "microaneurysms": "#56b4e9",
     "hemorrhages": "#009e73",
@@ -27,13 +27,13 @@ COLORS = {
 }
 OTHER = "#c9b3ff"
 _OUTLINES = 512  # least side of outlines, pixels
-_ROWS = 256  # blended at once, so that a 200-megapixel picture needs no second float copy
+_ROWS = 256  # blended at a time, so that a 200-megapixel picture needs no second float copy
 
 
 def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """[H, W, 3] uint8 and [H, W] in [0, 1] -> [H, W, 3] uint8: the picture in grey, coloured as far as it is hot.
+    """[H, W, 3] uint8 and [H, W] in [0, 1] -> [H, W, 3] uint8: the heat in colour over the picture in grey.
 
-    The opacity is 0.7 · heat and the colour inferno(heat): neither depends on the map's own range.
+    The opacity is 0.7 · heat and the colour inferno(heat); neither depends on the map's own range.
     """
     if picture.shape[:2] != heat.shape:
         raise ValueError(f"picture and heat map differ in size: {picture.shape[:2]} and {heat.shape}")
@@ -51,7 +51,7 @@ def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
 def outlines(masks: Mapping[str, np.ndarray]) -> np.ndarray:
     """The outlines of masks bool [S, S] by kind: uint8 RGBA [T, T, 4], T the first multiple of S from 512 on.
 
-    Each outline is in its kind's colour, outside of its mask, with a dark rim. Lesions lie over the optic disc.
+    Each outline has its kind's colour, lies outside its mask and has a dark rim. Lesions lie over the optic disc.
     """
     size = next(iter(masks.values())).shape[0]
     factor = -(-_OUTLINES // size)

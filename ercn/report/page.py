@@ -1,6 +1,6 @@
-"""One self-contained HTML page about a run, or comparing several, made from the files in their folders; works offline.
+"""One self-contained HTML page about a run, or comparing several, from the files in their folders; works offline.
 
-``page.html.jinja`` is the page, with ``style.css`` and ``gallery.js`` inside of it.
+``page.html.jinja`` is its template, which includes ``style.css`` and ``gallery.js``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def write_report(run: Path) -> Path:
 def report(config: ReportConfig) -> Path:
     """Writes one page that compares the runs and returns ``config.out``.
 
-    For every evaluation that any of them has: metrics with intervals side by side, confusion matrices, ROC and
-    reliability, localisation by lesion, and the same pictures with each run's maps; and the training curves, and the
+    It shows, for every evaluation of any run, metrics with intervals side by side, confusion matrices, ROC and
+    reliability, localisation by lesion, and the same pictures with each run's maps; then the training curves and the
     settings in which the runs differ. Raises ValueError where no run is named, FileNotFoundError where a folder is no
     run.
     """
@@ -52,7 +52,7 @@ def page(runs: Sequence[Run]) -> str:
         title=f"ERCN run “{runs[0].label}”" if len(runs) == 1 else f"{len(runs)} ERCN runs compared",
         notice=DISCLAIMER,
         runs=runs,
-        phantom=any(run.model.get("dataset") == "phantom" for run in runs),
+        phantom=any(run.dataset == "phantom" for run in runs),
         differing=differing_settings(runs),
         results=results(runs),
         training=training_charts(runs),

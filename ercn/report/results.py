@@ -1,4 +1,4 @@
-"""The evaluations of one or several runs, side by side, as the page's tables, charts and pictures."""
+"""The evaluations of one or several runs side by side, as the page's tables, charts and pictures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from ercn.maps import NAMES
 from ercn.report import charts, table
+from ercn.report.evaluation import EvaluationResult, LocalizationResult
 from ercn.report.runs import Run
 
 PICTURE, MAP = 512, 256  # largest side in the page, pixels
@@ -19,14 +20,14 @@ _LEFT_OUT = ("run.out", "run.resume", "run.progress", "data.workers", "data.root
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings in which the runs differ, with each run's."""
+    """Settings in which the runs differ, with the value of each run."""
     names = [name for run in runs for name in run.settings]
     rows = [(name, [str(run.settings.get(name, "–")) for run in runs]) for name in dict.fromkeys(names)]
     return [(name, values) for name, values in rows if len(set(values)) > 1 and name not in _LEFT_OUT]
 
 
 def results(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each evaluation that any run has, the test split first."""
+    """What the page shows of each evaluation that any run has, the test split first."""
     names = dict.fromkeys(name for run in runs for name in run.evaluations)
     order = sorted(names, key=lambda name: (name != "test", name == "val"))
     return [_result(name, runs) for name in order]
@@ -34,21 +35,22 @@ def results(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _result(name: str, every: Sequence[Run]) -> dict[str, Any]:
     runs = [run for run in every if name in run.evaluations]
-    found = [run.evaluations[name] for run in runs]
-    graded = [(run, result) for run, result in zip(runs, found) if result["metrics"]]
-    local = [(run, result["localization"]) for run, result in zip(runs, found) if result["localization"]]
+    evaluations = [run.evaluations[name] for run in runs]
+    graded = [(run, result) for run, result in zip(runs, evaluations) if result.grading]
+    gradings = [result.grading for _, result in graded]
+    local = [(run, result.localization) for run, result in zip(runs, evaluations) if result.localization]
     return {
         "name": name,
         "runs": runs,
         "absent": [run for run in every if run not in runs],
-        "found": found,
-        "same_pictures": len({(result["manifest"], result["pictures"]) for result in found}) == 1,
+        "evaluations": evaluations,
+        "same_pictures": len({(result.manifest, result.pictures) for result in evaluations}) == 1,
         "graded": [run for run, _ in graded],
-        "metrics": table.metric_rows([result for _, result in graded]),
-        "specificity": table.specificity_rows([result for _, result in graded]),
+        "metrics": table.metric_rows(gradings),
+        "specificity": table.specificity_rows(gradings),
         "recall": _recall([result for _, result in graded]),
         "scales": _scales(graded),
-        "missing": sorted({result["class_names"][k] for _, result in graded for k in result["missing"]}),
+        "missing": sorted({result.class_names[k] for _, result in graded for k in result.grading.missing}),
         "confusion": [(run, charts.confusion(result)) for run, result in graded],
         "roc": charts.roc(graded),
         "reliability": [(run, charts.reliability(result)) for run, result in graded],
@@ -61,23 +63,23 @@ def _result(name: str, every: Sequence[Run]) -> dict[str, Any]:
         "lesions": charts.lesions(local),
         "lesion_tables": _lesion_tables(local),
         "healthy": [
-            (run, result["healthy"]["pictures"], row)
-            for run, result in zip(runs, found)
-            if result["healthy"]
-            for row in table.healthy_rows(result["healthy"])
+            (run, result.healthy.pictures, row)
+            for run, result in zip(runs, evaluations)
+            if result.healthy
+            for row in table.healthy_rows(result.healthy)
         ],
         "healthy_columns": list(table.HEALTHY.values()),
-        "disclosures": list(dict.fromkeys(result["disclosure"] for result in found)),
-        "discs": sorted({(result["optic_disc"]["excluded"], result["pictures"]) for _, result in local}),
-        "gallery": _gallery(runs, found),
+        "disclosures": list(dict.fromkeys(result.disclosure for result in evaluations)),
+        "discs": sorted({(result.optic_disc["excluded"], result.pictures) for _, result in local}),
+        "gallery": _gallery(runs, evaluations),
     }
 
 
-def _scales(graded: Sequence[tuple[Run, dict[str, Any]]]) -> list[tuple[dict[str, Any], list[Run]]]:
+def _scales(graded: Sequence[tuple[Run, EvaluationResult]]) -> list[tuple[dict[str, Any], list[Run]]]:
     """The scales on which runs were compared with the data, each with its runs."""
     result: list[tuple[dict[str, Any], list[Run]]] = []
     for run, evaluation in graded:
-        scale = evaluation["scale"] | {"names": evaluation["class_names"]}
+        scale = evaluation.scale | {"names": evaluation.class_names}
         owners = next((owners for known, owners in result if known == scale), None)
         if owners is None:
             result.append((scale, [run]))
@@ -86,17 +88,16 @@ def _scales(graded: Sequence[tuple[Run, dict[str, Any]]]) -> list[tuple[dict[str
     return result
 
 
-def _recall(found: Sequence[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
-    """Class, its pictures in the first run's evaluation, and each run's recall; where all have the same classes."""
-    if not found or any(result["class_names"] != found[0]["class_names"] for result in found):
+def _recall(evaluations: Sequence[EvaluationResult]) -> list[tuple[str, int, list[str]]]:
+    """Class, its pictures in the first run, and each run's recall; nothing where the runs' classes differ."""
+    if len({tuple(result.class_names) for result in evaluations}) != 1:
         return []
-    return [
-        (class_name, sum(found[0]["confusion"][k]), [table.number(result["recall"][k]) for result in found])
-        for k, class_name in enumerate(found[0]["class_names"])
-    ]
+    pictures = map(sum, evaluations[0].grading.confusion)
+    recalls = zip(*(map(table.number, result.grading.recall) for result in evaluations))
+    return list(zip(evaluations[0].class_names, pictures, map(list, recalls)))
 
 
-def _map_tables(local: Sequence[tuple[Run, dict]]) -> dict[str, Any] | None:
+def _map_tables(local: Sequence[tuple[Run, LocalizationResult]]) -> dict[str, Any] | None:
     """One run: its maps side by side. Several: the runs side by side, a row for each metric and map."""
     if not local:
         return None
@@ -108,7 +109,7 @@ def _map_tables(local: Sequence[tuple[Run, dict]]) -> dict[str, Any] | None:
         }
     rows = []
     for key, title in table.LOCALIZATION.items():
-        floors = {table.number(result["floor"][table.FLOOR[key]]) for _, result in local if key in table.FLOOR}
+        floors = {table.number(result.floor[table.FLOOR[key]]) for _, result in local if key in table.FLOOR}
         floor = floors.pop() if len(floors) == 1 else ""
         for name in names:
             values = (table.reading(table.measured(result).get(name, {}).get(key)) for _, result in local)
@@ -117,25 +118,25 @@ def _map_tables(local: Sequence[tuple[Run, dict]]) -> dict[str, Any] | None:
     return {"columns": ["Map", *(run for run, _ in local)], "rows": rows}
 
 
-def _measured(local: Sequence[tuple[Run, dict]]) -> list[str]:
+def _measured(local: Sequence[tuple[Run, LocalizationResult]]) -> list[str]:
     """The maps and references that any of the runs has."""
     return [name for name in table.TITLES if any(name in table.measured(result) for _, result in local)]
 
 
-def _references(local: Sequence[tuple[Run, dict]]) -> list[str]:
-    """A sentence on each kind of reference that is there."""
+def _references(local: Sequence[tuple[Run, LocalizationResult]]) -> list[str]:
+    """A sentence on each kind of reference that any of the runs has."""
     names = set(_measured(local))
-    filters = sorted({result["contrast"] for _, result in local} - {""})
-    told = {
+    filters = sorted({result.contrast for _, result in local} - {""})
+    texts = {
         "contrast": f"the unlearned filter {', '.join(filters)}",
         "stride_ceiling": "the masks themselves on the grid of the maps",
         "supervised": "a U-Net that was trained on masks",
     }
-    return [f"{table.TITLES[name]}: {text}" for name, text in told.items() if name in names]
+    return [f"{table.TITLES[name]}: {text}" for name, text in texts.items() if name in names]
 
 
-def _lesion_tables(local: Sequence[tuple[Run, dict]]) -> list[dict[str, Any]]:
-    """By lesion a table of each of these metrics, with its rows of all runs."""
+def _lesion_tables(local: Sequence[tuple[Run, LocalizationResult]]) -> list[dict[str, Any]]:
+    """A table for each of three metrics, its rows the lesions of all runs."""
     names = _measured(local)
     return [
         {
@@ -147,12 +148,12 @@ def _lesion_tables(local: Sequence[tuple[Run, dict]]) -> list[dict[str, Any]]:
     ]
 
 
-def _gallery(runs: Sequence[Run], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """cases: a picture each, with the views of the runs that show it. maps, lesions: that any of them has."""
+def _gallery(runs: Sequence[Run], evaluations: Sequence[EvaluationResult]) -> dict[str, Any]:
+    """cases: one for each picture, with the views of the runs that show it. maps, lesions: those that any case has."""
     cases: dict[str, dict[str, Any]] = {}
-    for run, result in zip(runs, found):
-        for entry in result["gallery"]:
-            key = f"{result['manifest']}/{entry['key']}"
+    for run, result in zip(runs, evaluations):
+        for entry in result.gallery:
+            key = f"{result.manifest}/{entry['key']}"
             case = cases.setdefault(key, {"truth": entry["truth"], "lesions": entry["lesions"], "views": []})
             files = {name: run.folder / "evaluation" / file for name, file in entry["panels"].items()}
             view = {"run": run, "predicted": entry["predicted"], "probability": entry["probability"]}

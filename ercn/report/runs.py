@@ -1,77 +1,84 @@
-"""What a report needs of a run's folder."""
+"""What reports read from a run's folder."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ercn._files import read_json
+from ercn.checkpoint import read_info
 from ercn.config import flatten
+from ercn.report.evaluation import EvaluationResult, read_evaluations
 
 # Okabe and Ito's colours, for colour-blind readers too; a marker each for readers without colour.
-STYLES = (
-    ("#0072b2", "o"),
-    ("#d55e00", "s"),
-    ("#009e73", "^"),
-    ("#cc79a7", "D"),
-    ("#e69f00", "v"),
-    ("#56b4e9", "P"),
-    ("#000000", "X"),
-)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "os^DvPX"
 
 
 @dataclass
 class Run:
-    """label: shortest end of the folder's path that no other run of the page has. model: the export's description,
-    empty before there is one. history: series by epoch of metrics.csv. evaluations: by name.
+    """label: shortest end of the folder's path that no other run of the page has. settings: options by dotted name.
+    history: series by epoch of metrics.csv. evaluations: by name. config, environment: as text.
+
+    The other fields are those of the export, of a network (``RunInfo``) or of a pre-trained backbone; None before there
+    is one, and epoch and temperature of a backbone.
     """
 
     folder: Path
     label: str
     color: str
     marker: str
-    model: dict[str, Any]
     settings: dict[str, Any]
     history: dict[str, list[float]]
-    evaluations: dict[str, dict[str, Any]]
+    evaluations: dict[str, EvaluationResult]
     config: str
     environment: str
-    unreadable: list[dict[str, str]] = field(default_factory=list)
+    dataset: str | None
+    manifest: str | None
+    epoch: int | None
+    temperature: float | None
+    unreadable: list[dict[str, str]]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """FileNotFoundError where a folder is no run of ercn."""
-    labels = _labels(folders)
-    return [_read(folder, label, *STYLES[i % len(STYLES)]) for i, (folder, label) in enumerate(zip(folders, labels))]
+    return [_read(*run) for run in zip(folders, _labels(folders), cycle(COLORS), cycle(MARKERS))]
 
 
 def _read(folder: Path, label: str, color: str, marker: str) -> Run:
     config = folder / "config.yaml"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is no run of ercn: it has no config.yaml")
-    exported = [read_json(p) for name in ("model", "backbone") if (p := folder / "export" / f"{name}.json").is_file()]
-    model = exported[0] if exported else {}
+    exported: dict[str, Any] = {}
+    if (folder / "export" / "model.json").is_file():
+        exported = vars(read_info(folder))
+    elif (backbone := folder / "export" / "backbone.json").is_file():
+        exported = read_json(backbone)
     text = config.read_text(encoding="utf-8")
     evaluations, old = read_evaluations(folder)
     for name in old:
         print(f"{folder / name} was written by an older version of ercn and is left out; evaluate it again", flush=True)
     return Run(
-        folder,
-        label,
-        color,
-        marker,
-        model,
-        flatten(yaml.safe_load(text)),
-        _history(folder / "metrics.csv"),
-        evaluations,
-        text,
-        yaml.safe_dump(read_json(folder / "environment.json"), sort_keys=False),
-        model.get("unreadable", []),
+        folder=folder,
+        label=label,
+        color=color,
+        marker=marker,
+        settings=flatten(yaml.safe_load(text)),
+        history=_history(folder / "metrics.csv"),
+        evaluations=evaluations,
+        config=text,
+        environment=yaml.safe_dump(read_json(folder / "environment.json"), sort_keys=False),
+        dataset=exported.get("dataset"),
+        manifest=exported.get("manifest"),
+        epoch=exported.get("epoch"),
+        temperature=exported.get("temperature"),
+        unreadable=exported.get("unreadable", []),
     )
 
 
@@ -92,12 +99,3 @@ def _labels(folders: Sequence[Path]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     raise ValueError(f"the same run is named twice: {', '.join(map(str, folders))}")
-
-
-def read_evaluations(run: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The evaluations of a run by name, test first and val last; and the files left out, of an older version."""
-    paths = (run / "evaluation").glob("*.json")
-    paths = sorted(paths, key=lambda path: (path.stem != "test", path.stem == "val", path))
-    read = {path: read_json(path) for path in paths}
-    old = [str(path.relative_to(run)) for path, evaluation in read.items() if "disclosure" not in evaluation]
-    return {path.stem: evaluation for path, evaluation in read.items() if "disclosure" in evaluation}, old

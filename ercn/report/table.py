@@ -1,11 +1,11 @@
-"""Metrics as a table for the terminal, and the names and readings that the report shares."""
+"""Metrics as rows of text, for the terminal and the reports, and the names that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ercn.maps import NAMES
+from ercn.report.evaluation import EvaluationResult, Grading, HealthyResult, Interval, LesionMaps, LocalizationResult
 
 METRICS = {
     "accuracy": "Accuracy",
@@ -46,87 +46,90 @@ HEALTHY = {
 COMPARED = {key: LOCALIZATION[key] for key in ("aupr", "aupr_picture", "iou", "froc")}
 
 
-def reading(entry: dict[str, Any] | None) -> str:
+def reading(entry: Interval | None) -> str:
     """"0.812 (0.745 to 0.870)", "n/a" where undefined."""
-    if entry is None or entry["value"] is None:
+    if entry is None or entry.value is None:
         return "n/a"
-    interval = "" if entry["low"] is None else f" ({entry['low']:.3f} to {entry['high']:.3f})"
-    return f"{entry['value']:.3f}{interval}"
+    interval = "" if entry.low is None else f" ({entry.low:.3f} to {entry.high:.3f})"
+    return f"{entry.value:.3f}{interval}"
 
 
 def number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 
 
-def floors(result: dict[str, Any]) -> dict[str, str]:
+def floors(grading: Grading) -> dict[str, str]:
     """What needs no model: always the most frequent class, or chance."""
-    majority = result["majority"]
-    return {"accuracy": f"{majority['accuracy']:.3f}", "kappa": "0", "auc": "0.5", "referable_auc": "0.5"}
+    return {"accuracy": f"{grading.majority['accuracy']:.3f}", "kappa": "0", "auc": "0.5", "referable_auc": "0.5"}
 
 
-def metric_rows(found: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Metric, one column per evaluation, floor; that of the accuracy only where all have the same."""
+def metric_rows(gradings: Sequence[Grading]) -> list[list[str]]:
+    """Metric, one column per evaluation, floor; the accuracy's floor only where all evaluations share it."""
     rows = []
     for key, title in METRICS.items():
-        floor = {floors(result).get(key, "") for result in found}
-        values = (reading(result["metrics"][key]) for result in found)
+        floor = {floors(grading).get(key, "") for grading in gradings}
+        values = (reading(grading.metrics[key]) for grading in gradings)
         rows.append([title, *values, floor.pop() if len(floor) == 1 else ""])
     return rows
 
 
-def specificity_rows(found: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """What is fixed and what is told, one column per evaluation."""
+def specificity_rows(gradings: Sequence[Grading]) -> list[list[str]]:
+    """Sensitivity and specificity at each fixed specificity, one column per evaluation."""
     rows = []
-    for name in found[0]["fixed_specificity"] if found else ():
+    for name in gradings[0].fixed_specificity if gradings else ():
         for key, title in (
             ("sensitivity", f"Sensitivity at {name}"),
             ("specificity", "… specificity that this threshold has here"),
             ("roc_sensitivity", "… read off the ROC of these pictures"),
         ):
-            rows.append([title, *(reading(result["fixed_specificity"][name].get(key)) for result in found)])
+            rows.append([title, *(reading(grading.fixed_specificity[name].get(key)) for grading in gradings)])
     return rows
 
 
-def measured(local: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def measured(local: LesionMaps | HealthyResult) -> dict[str, dict]:
     """The maps, then the references."""
-    return local["maps"] | local["references"]
+    return local.maps | local.references
 
 
-def localization_rows(localization: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+def localization_rows(local: LesionMaps, names: Sequence[str]) -> list[list[str]]:
     """Metric, one column per map or reference, floor of a constant map."""
-    every, floor = measured(localization), localization["floor"]
+    every = measured(local)
     return [
-        [title, *(reading(every[name].get(key)) for name in names), number(floor[FLOOR[key]]) if key in FLOOR else ""]
+        [title, *(reading(every[name].get(key)) for name in names), _floor(local, key)]
         for key, title in LOCALIZATION.items()
     ]
 
 
-def lesion_rows(localization: dict[str, Any], names: Sequence[str], key: str) -> list[list[str]]:
-    """Lesion, its pictures and how many there are, the metric of each map or reference, floor of a constant map."""
+def lesion_rows(local: LocalizationResult, names: Sequence[str], key: str) -> list[list[str]]:
+    """Lesion, its pictures, number of lesions, the metric of each map or reference, floor of a constant map."""
     return [
-        [kind.replace("_", " "), str(part["pictures"]), str(part["count"])]
+        [kind.replace("_", " "), str(part.pictures), str(part.count)]
         + [reading(measured(part).get(name, {}).get(key)) for name in names]
-        + [number(part["floor"][FLOOR[key]]) if key in FLOOR else ""]
-        for kind, part in localization["lesions"].items()
+        + [_floor(part, key)]
+        for kind, part in local.lesions.items()
     ]
 
 
-def difference_rows(localization: dict[str, Any]) -> list[list[str]]:
-    """What is compared, and of each of ``COMPARED`` the difference."""
+def _floor(local: LesionMaps, key: str) -> str:
+    return number(local.floor[FLOOR[key]]) if key in FLOOR else ""
+
+
+def difference_rows(local: LocalizationResult) -> list[list[str]]:
+    """The two maps, and the difference of each of ``COMPARED``."""
     return [
         [f"{NAMES[one['map']]} − {NAMES[one['minus']]}", *(reading(one.get(key)) for key in COMPARED)]
-        for one in localization["differences"]
+        for one in local.differences
     ]
 
 
-def healthy_rows(healthy: dict[str, Any]) -> list[list[str]]:
+def healthy_rows(healthy: HealthyResult) -> list[list[str]]:
     """Map or reference, and each of ``HEALTHY``."""
     return [
         [TITLES[name], *(reading(values.get(key)) for key in HEALTHY)] for name, values in measured(healthy).items()
     ]
 
 
-def print_metrics(result: dict[str, Any]) -> None:
+def print_metrics(result: EvaluationResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -140,37 +143,36 @@ def print_metrics(result: dict[str, Any]) -> None:
             table.add_row(*row)
         console.print(table)
 
-    what = f"{result['name']}: {result['pictures']} pictures of {result['patients']} patients, {result['dataset']}"
-    if result["metrics"]:
-        show(what, ("metric", "value (95 % interval)", "floor"), metric_rows([result]))
-        show("referable DR at fixed specificity", ("metric", "value (95 % interval)"), specificity_rows([result]))
+    what = f"{result.name}: {result.pictures} pictures of {result.patients} patients, {result.dataset}"
+    if grading := result.grading:
+        show(what, ("metric", "value (95 % interval)", "floor"), metric_rows([grading]))
+        show("referable DR at fixed specificity", ("metric", "value (95 % interval)"), specificity_rows([grading]))
     else:
         console.print(f"{what}: no grades, so localisation only")
-    if result["localization"]:
-        local = result["localization"]
-        title = f"lesions: {local['pictures']} pictures that have some"
-        maps, references = list(local["maps"]), list(local["references"])
+    if local := result.localization:
+        title = f"lesions: {local.pictures} pictures that have some"
+        maps, references = list(local.maps), list(local.references)
         show(title, ("metric", *(NAMES[name] for name in maps), "floor"), localization_rows(local, maps))
         if references:
             rows = [row[:-1] for row in localization_rows(local, references)]
             title = "references: maps that no model of grades made"
             show(title, ("metric", *(TITLES[name] for name in references)), rows)
-        if local["differences"]:
+        if local.differences:
             show("paired differences", ("maps", *COMPARED.values()), difference_rows(local))
-        for key in ("aupr", "recall") if local["lesions"] else ():
+        for key in ("aupr", "recall") if local.lesions else ():
             title = f"{LOCALIZATION[key][0].lower()}{LOCALIZATION[key][1:]}, by lesion; intervals are in the report"
             columns = ("lesion", "pictures", "lesions", *(NAMES[name] for name in maps), "floor")
             count = len(columns) - (key not in FLOOR)
             rows = [[cell.partition(" (")[0] for cell in row[:count]] for row in lesion_rows(local, maps, key)]
             show(title, columns[:count], rows)
-    if result["healthy"]:
-        title = f"heat on healthy eyes: {result['healthy']['pictures']} pictures of grade 0"
-        show(title, ("map", *HEALTHY.values()), healthy_rows(result["healthy"]))
-    if result.get("missing"):
-        names = ", ".join(result["class_names"][k] for k in result["missing"])
+    if healthy := result.healthy:
+        title = f"heat on healthy eyes: {healthy.pictures} pictures of grade 0"
+        show(title, ("map", *HEALTHY.values()), healthy_rows(healthy))
+    if grading and grading.missing:
+        names = ", ".join(result.class_names[k] for k in grading.missing)
         console.print(f"no picture of: {names}; left out of the macro AUC")
-    for name in result["unreadable"]:
+    for name in result.unreadable:
         console.print(f"unreadable, skipped: {name}")
-    if result["localization"] or result["healthy"]:
-        console.print(result["disclosure"])
-    console.print(result["notice"])
+    if local or healthy:
+        console.print(result.disclosure)
+    console.print(result.notice)

@@ -2,6 +2,17 @@
 
 ``from ercn.training import pretrain, train, evaluate, predict, export, ablate, select``: each takes its configuration
 from ``ercn.config``. Evaluation and prediction do without Lightning.
+
+fit.py          ``train``: checks of the configuration, training, export of the best epoch
+pretraining.py  ``pretrain``: SimCLR and MoCo v2
+ceiling.py      ``train_ceiling``: the U-Net of lesion masks
+module.py       training and validation step of ERCN; the loss itself is ``ercn/objective.py``
+steps.py        for the steps of all three: memory layout, learning rate, several processes
+loaders.py      order of the pictures and loaders
+callbacks.py    metrics.csv, checkpoints, weight averaging
+probing.py      kNN and linear probe of frozen features
+run_folder.py   a run's folder, resuming, Lightning's trainer
+planning.py     ``plan``: peak memory of a configuration
 """
 
 from __future__ import annotations

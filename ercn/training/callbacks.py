@@ -1,4 +1,4 @@
-"""Lightning parts of a run: metrics.csv, one line an epoch, and checkpoints that a kill cannot tear."""
+"""Lightning callbacks of a run: metrics.csv, weight averaging, checkpoints that survive a kill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ercn._files import write_atomic, write_csv
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary file, flushes, renames; reads tensors and plain values only, never pickled code."""
+    """Writes atomically; reads tensors and plain values only, never pickled code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         write_atomic(Path(path), lambda temporary: torch.save(checkpoint, temporary))
@@ -32,13 +32,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
 class EpochLog(pl.Callback):
     """Writes metrics.csv, one row an epoch, and prints a line where there is no progress bar.
 
-    The rows are part of the checkpoint, so a resumed run goes on after its last finished epoch without a gap or a
-    double.
+    The rows are part of the checkpoint, so a resumed run continues them without a gap or a duplicate.
     """
 
     def __init__(self, path: Path, *, lines: bool) -> None:
         self.path, self.lines, self.rows = path, lines, []
-        self.extra: dict[str, float] = {}  # what an earlier callback adds to the row of this epoch
+        self.extra: dict[str, float] = {}  # added to this epoch's row by an earlier callback
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": [dict(row) for row in self.rows]}
@@ -65,18 +64,18 @@ class EpochLog(pl.Callback):
 
 
 class WeightAverage(EMAWeightAveraging):
-    """Moving average of all weights and statistics, kept where the model is; checkpoints hold both.
+    """Moving average of all weights and statistics, on the model's device; checkpoints hold both.
 
-    Their ``state_dict`` is the average: what validation saw is what is exported.
+    Their ``state_dict`` is the average, so that the export is what validation measured.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._device = trainer.strategy.root_device  # the model itself moves there later
+        self._device = trainer.strategy.root_device  # the model moves there later
         super().setup(trainer, pl_module, stage)
 
 
 def checkpoints(folder: Path, monitor: str | None) -> list[ModelCheckpoint]:
-    """best.ckpt by the highest ``monitor`` (none without one), then last.ckpt, each written once an epoch."""
+    """best.ckpt by the highest ``monitor`` (unless None), then last.ckpt, each written once an epoch."""
     shared = {"dirpath": folder, "save_on_train_epoch_end": True, "enable_version_counter": False, "save_top_k": 1}
     last = ModelCheckpoint(filename="last", every_n_epochs=1, **shared)
     return [ModelCheckpoint(filename="best", monitor=monitor, mode="max", **shared), last] if monitor else [last]

@@ -1,10 +1,7 @@
 """The supervised ceiling of every heat map: a small U-Net (Ronneberger et al. 2015) that is trained on lesion masks.
 
-What it reaches on a data set at a picture size can be seen in these pictures with as many examples, if a network is
-told where the lesions are; a map from grades alone is measured against it. It learns the union of all lesions, pixel by
-pixel, and its map is the probability of a lesion.
-
-A picture without masks is one without lesions (``annotated``).
+It shows what can be learned from the same pictures where the network is given the lesions; maps from grades alone are
+measured against it. It learns the union of all lesions, pixel by pixel, and its map is the probability of a lesion.
 """
 
 from __future__ import annotations
@@ -28,32 +25,31 @@ from ercn.data import Manifest, Record
 from ercn.data.loading import load_manifest, make_loader
 from ercn.evaluation.localization import LEVELS, average_precision, histograms, levels_of, precision_recall
 from ercn.evaluation.unet import UNet
-from ercn.training import run_folder
+from ercn.training import run_folder, steps
 from ercn.training.callbacks import SafeCheckpointIO
 from ercn.training.loaders import PictureData
-from ercn.training.schedule import adamw
 
 MONITOR = "val_aupr"
-JITTER = 0.1  # standard deviation of the change of contrast and of brightness of each channel, in the pictures' own
+JITTER = 0.1  # standard deviation of the change of each channel's contrast and brightness, in the pictures' own
 LESS_MEMORY = "less is needed with a smaller --data.batch_size or --data.image_size"
 
 
 def annotated(records: Sequence[Record]) -> list[Record]:
-    """The records of which is known where lesions are.
+    """The records whose lesions are known.
 
-    Data sets have a file for a lesion that is there, and none for a picture without: it counts as free of lesions, if
-    its grade is 0 or it has none. A picture of a higher grade without a mask was not looked at, and is left out.
+    Data sets have mask files only for lesions that are there. A picture without masks counts as free of lesions where
+    its grade is 0 or missing; with a higher grade its lesions were not annotated, and it is left out.
     """
     return [record for record in records if record.masks or not record.grade]
 
 
 def lesions_of(batch: dict[str, Tensor]) -> Tensor:
-    """Union of the lesions, bool [B, S, S]; the last mask of a data set is the optic disc's."""
+    """Union of the lesions, bool [B, S, S]; the last mask is the optic disc's."""
     return batch["masks"][:, :-1].any(1)
 
 
 class AnnotatedData(PictureData):
-    """Training and validation pictures with masks, whole and upright: ``squares`` moves both alike."""
+    """Training and validation pictures with masks, not augmented: ``squares`` moves picture and masks together."""
 
     def _records(self) -> list[Record]:
         return annotated(self.manifest.split("train"))
@@ -78,7 +74,7 @@ class Supervised(pl.LightningModule):
         self.counts = np.zeros((1, 2, LEVELS))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw(self, self.config.run)
+        return steps.adamw(self, self.config.run)
 
     def training_step(self, batch: dict[str, Tensor] | None, step: int) -> Tensor | None:
         if batch is None:  # every picture was unreadable
@@ -87,7 +83,7 @@ class Supervised(pl.LightningModule):
         if self.config.data.augment:
             torch.manual_seed(derive(self.config.run.seed, "step", self.current_epoch, step))
             image, lesion = squares(image, lesion)
-        logits = self.network(run_folder.laid_out(image, self.config.run)).float()
+        logits = self.network(steps.laid_out(image, self.config.run)).float()
         loss = F.binary_cross_entropy_with_logits(logits, lesion)
         self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image))
         return loss
@@ -95,7 +91,7 @@ class Supervised(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
         if batch is None:
             return
-        heat = self.network(run_folder.laid_out(batch["image"], self.config.run)).float().sigmoid().cpu().numpy()
+        heat = self.network(steps.laid_out(batch["image"], self.config.run)).float().sigmoid().cpu().numpy()
         disc = batch["masks"][:, -1].cpu().numpy()
         for own, lesion, left_out in zip(heat, lesions_of(batch).cpu().numpy(), disc):
             if lesion.any():
@@ -113,12 +109,11 @@ class Supervised(pl.LightningModule):
 
 
 def squares(image: Tensor, lesion: Tensor) -> tuple[Tensor, Tensor]:
-    """A part of each picture [B, 3, S, S] and of its lesions [B, S, S], in one of the eight positions of a square.
+    """Random squares of pictures [B, 3, S, S] and their lesions [B, S, S], turned and mirrored (eight positions).
 
-    Its side is half of S, and at least 64 px; it lies around a pixel of a lesion in one half of the pictures that have
-    any, and anywhere in the others: lesions are a small part of a picture, and most of what training would see of a
-    whole one it has seen before. Channel c of the picture is then x (1 + a_c) + b_c, with a and b normally distributed.
-    Draws from torch's generator.
+    The side is half of S, and at least 64 px. In half of the pictures with lesions the square lies around a pixel of
+    one, else anywhere: lesions are a small part of a picture. Channel c becomes x (1 + a_c) + b_c with a and b normally
+    distributed. Draws from torch's generator.
     """
     size = image.shape[-1]
     side = min(size, max(64, 8 * round(size / 16)))
@@ -161,7 +156,7 @@ def train_ceiling(config: CeilingConfig) -> Path:
     torch.manual_seed(derive(run.seed, "init"))
     network = UNet(config.width)
     module = Supervised(network, config)
-    run_folder.set_up(module, network, run)
+    steps.set_up(module, network, run)
     trainer = run_folder.make_trainer(run, monitor=MONITOR)
     checkpoint = run_folder.open_run(config)
     data = AnnotatedData(manifest, config.data, seed=run.seed)

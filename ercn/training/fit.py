@@ -5,26 +5,26 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from ercn._seeding import derive
-from ercn.checkpoint import save_model
+from ercn.checkpoint import RunInfo, save_model
 from ercn.config import TrainConfig
 from ercn.data import Manifest
 from ercn.data.loading import class_counts, labelled, load_manifest, need_split
 from ercn.data.scales import scale_of
 from ercn.data.splits import SPLITS
-from ercn.evaluation.evaluating import check_classes, choose_on_validation, collect, ground_of, write_evaluation
-from ercn.evaluation.infer import pick_device
+from ercn.evaluation.collecting import collect
+from ercn.evaluation.evaluating import choose_on_validation, write_evaluation
 from ercn.maps import LOST
 from ercn.models import ERCN, check_side
+from ercn.pretrained import Loaded
 from ercn.report.model_card import write_model_card
 from ercn.report.page import write_report
 from ercn.report.table import print_metrics
-from ercn.training import run_folder
+from ercn.training import run_folder, steps
 from ercn.training.callbacks import SafeCheckpointIO
 from ercn.training.loaders import GradedData
 from ercn.training.module import MONITOR, ERCNModule
@@ -37,9 +37,9 @@ def train(config: TrainConfig) -> Path:
     """Trains ERCN on a prepared folder and leaves a complete run in ``run.out``; returns that folder.
 
     The folder holds config.yaml, environment.json, metrics.csv (one row an epoch), checkpoints/last.ckpt and
-    best.ckpt (highest validation quadratic weighted kappa), export/model.safetensors and model.json (the best epoch,
-    and what the backbone had of a file of weights), evaluation/val.json, and report.html. Everything drawn is a
-    function of ``run.seed``: on the CPU a run that is killed and resumed (``run.resume``) ends with the same bits.
+    best.ckpt (highest validation quadratic weighted kappa), export/model.safetensors and model.json (the best epoch),
+    evaluation/val.json, and report.html. All random draws are functions of ``run.seed``: on the CPU a run that is
+    killed and resumed (``run.resume``) ends with the same bits.
     Raises ValueError, DataError or FileNotFoundError naming argument or file.
     """
     manifest = load_manifest(config.data.root)
@@ -50,63 +50,74 @@ def train(config: TrainConfig) -> Path:
     check_batchnorm(config)
     check_patches(config)
     check_start(config)
-    info = describe(config, manifest)
     torch.manual_seed(derive(config.run.seed, "init"))
     model = ERCN(config.model if config.init is None else replace(config.model, pretrained=config.init))
     check_size(model, config)
-    if (loaded := model.backbone.loaded) is not None:
-        info["pretrained"] = loaded.as_dict()
-        if rank_zero_only.rank == 0:
-            print(loaded, flush=True)
+    loaded = model.backbone.loaded
+    info = describe(config, manifest, loaded)
+    if loaded is not None and rank_zero_only.rank == 0:
+        print(loaded, flush=True)
     module = ERCNModule(model, config, class_weights(config, manifest))
-    run_folder.set_up(module, model, config.run)
+    steps.set_up(module, model, config.run)
     trainer = run_folder.make_trainer(config.run, monitor=MONITOR)
     checkpoint = run_folder.open_run(config)
-    out = Path(config.run.out)
     data = GradedData(manifest, config.data, seed=config.run.seed)
     if run_folder.fit(trainer, module, data, checkpoint, lambda: advice(config)):
-        finish(out, model, info | {"unreadable": data.unreadable}, config, manifest)
-    return out
+        finish(model, replace(info, unreadable=data.unreadable), manifest)
+    return Path(config.run.out)
 
 
-def finish(out: Path, model: ERCN, info: dict[str, Any], config: TrainConfig, manifest: Manifest) -> None:
+def finish(model: ERCN, info: RunInfo, manifest: Manifest) -> None:
     """Loads the best epoch, calibrates and chooses thresholds on validation, exports, and writes evaluation, report and
     model card.
 
     The weights are float32 from here on, whatever ``run.precision`` trained in.
     """
+    run = info.config.run
+    out = Path(run.out)
     best = SafeCheckpointIO().load_checkpoint(out / "checkpoints" / "best.ckpt")
     prefix = "model."
     state = {key[len(prefix) :]: value for key, value in best["state_dict"].items() if key.startswith(prefix)}
     model.float().load_state_dict(state, strict=True)
-    collected = collect(
-        model,
-        info,
-        manifest.split("val"),
-        batch_size=config.data.batch_size,
-        workers=config.data.workers,
-        device=pick_device(config.run.accelerator),
-        progress=config.run.progress,
-        title="evaluate val",
-    )
-    info |= {"epoch": best["epoch"] + 1, **choose_on_validation(collected, ground_of(info, manifest))}
-    info["parameters"] = sum(p.numel() for p in model.parameters())
     with open(out / "metrics.csv", encoding="utf-8") as file:
-        info["flat_cam"] = float(list(csv.DictReader(file))[best["epoch"]]["val_flat_cam"])
-    if info["flat_cam"] > LOST:
-        print(f"the CAM is flat in {info['flat_cam']:.0%} of the val pictures with disease: its maps point at nothing")
-    save_model(out, model, config, {key: value for key, value in info.items() if key != "config"})
-    chosen = info["thresholds"] | {"from": f"val of {manifest.dataset}"}
+        flat = float(list(csv.DictReader(file))[best["epoch"]]["val_flat_cam"])
+    if flat > LOST:
+        print(f"the CAM is flat in {flat:.0%} of the val pictures with disease: its maps point at nothing")
+    collected = collect(model, info, manifest.split("val"), title="evaluate val")
+    info = choose_on_validation(info, collected, manifest)
+    parameters = sum(p.numel() for p in model.parameters())
+    info = replace(info, epoch=best["epoch"] + 1, parameters=parameters, flat_cam=flat)
+    save_model(out, model, info)
     result = write_evaluation(
-        out, "val", collected, info, manifest, map_thresholds=chosen, draws=BOOTSTRAP, seed=config.run.seed
+        out,
+        "val",
+        collected,
+        info,
+        manifest,
+        map_thresholds=info.thresholds,
+        chosen_on=f"val of {manifest.dataset}",
+        draws=BOOTSTRAP,
+        seed=run.seed,
     )
     print_metrics(result)
     write_report(out)
     write_model_card(out)
 
 
+def check_classes(config: TrainConfig, manifest: Manifest) -> None:
+    """Raises ValueError where the data set has not the grades that ``model.num_grades`` says."""
+    grades = config.model.num_grades
+    if not manifest.class_names:
+        raise ValueError(f"data set {manifest.dataset} has no grades; training needs them")
+    if len(manifest.class_names) != grades:
+        raise ValueError(
+            f"the model grades {grades} classes (model.num_grades), but data set {manifest.dataset} has "
+            f"{len(manifest.class_names)}: {', '.join(manifest.class_names)}"
+        )
+
+
 def check_batchnorm(config: TrainConfig) -> None:
-    """Raises ValueError for BatchNorm that would stay as a new network has it, which normalises nothing."""
+    """Raises ValueError for BatchNorm that would be frozen at its first values, which normalise nothing."""
     if config.run.freeze_batchnorm and config.init is None and not config.model.pretrained:
         raise ValueError(
             "run.freeze_batchnorm keeps BatchNorm as the pre-training has it, and there is none: give --init (a run of "
@@ -115,7 +126,7 @@ def check_batchnorm(config: TrainConfig) -> None:
 
 
 def check_start(config: TrainConfig) -> None:
-    """Raises ValueError for two starts of the backbone."""
+    """Raises ValueError where two options say what the backbone starts from."""
     if config.init is not None and config.model.pretrained:
         raise ValueError(
             f"init {config.init} and model.pretrained {config.model.pretrained} both say what the backbone starts "
@@ -124,7 +135,7 @@ def check_start(config: TrainConfig) -> None:
 
 
 def check_size(model: ERCN, config: TrainConfig) -> None:
-    """Raises ValueError for pictures that a network of one picture size does not take, of either view."""
+    """Raises ValueError where a network of fixed picture size does not take the pictures of one of the views."""
     side, views = config.data.image_size, [1.0]
     if config.loss.transform == "rescale":
         views.append(config.loss.rescale)
@@ -138,7 +149,7 @@ def check_size(model: ERCN, config: TrainConfig) -> None:
 
 
 def check_patches(config: TrainConfig) -> None:
-    """Raises ValueError for pictures that patches do not fill."""
+    """Raises ValueError for pictures that are no multiple of the patch."""
     patch, size = config.model.patch, config.data.image_size
     if patch and size % patch:
         raise ValueError(
@@ -148,7 +159,7 @@ def check_patches(config: TrainConfig) -> None:
 
 
 def check_losses(config: TrainConfig) -> None:
-    """Raises ValueError for a loss that could teach nothing: all that it would train is the affinity's embedding."""
+    """Raises ValueError for losses that train the affinity's embedding alone where there is no affinity."""
     if config.model.detach and "affinity" not in config.model.refinement:
         for name in ("ecr", "min_pool"):
             if getattr(config.loss, name):
@@ -158,24 +169,25 @@ def check_losses(config: TrainConfig) -> None:
                 )
 
 
-def describe(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
-    """What inference has to know beside the weights."""
-    return {
-        "config": config,
-        "class_names": list(scale_of(manifest.class_names, config.model.targets).names),
-        "trained_classes": list(manifest.class_names),
-        "image_size": config.data.image_size,
-        "prepared_size": manifest.size,
-        "mean": list(manifest.mean),
-        "std": list(manifest.std),
-        "normalize": manifest.normalize,
-        "dataset": manifest.dataset,
-        "manifest": manifest.hash,
-        "data": {"label": manifest.label, "splits": {split: _counts(manifest, split) for split in SPLITS}},
-    }
+def describe(config: TrainConfig, manifest: Manifest, loaded: Loaded | None = None) -> RunInfo:
+    """What is known before the training; loaded: what the backbone took of a file of weights."""
+    return RunInfo(
+        config=config,
+        class_names=list(scale_of(manifest.class_names, config.model.targets).names),
+        trained_classes=list(manifest.class_names),
+        image_size=config.data.image_size,
+        prepared_size=manifest.size,
+        mean=list(manifest.mean),
+        std=list(manifest.std),
+        normalize=manifest.normalize,
+        dataset=manifest.dataset,
+        manifest=manifest.hash,
+        data={"label": manifest.label, "splits": {split: _counts(manifest, split) for split in SPLITS}},
+        pretrained=None if loaded is None else loaded.as_dict(),
+    )
 
 
-def _counts(manifest: Manifest, split: str) -> dict[str, Any]:
+def _counts(manifest: Manifest, split: str) -> dict[str, object]:
     records = manifest.split(split)
     grades = class_counts(records, len(manifest.class_names)).tolist()
     return {"pictures": len(records), "patients": len({r.patient for r in records}), "grades": grades}

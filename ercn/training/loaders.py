@@ -15,15 +15,16 @@ from ercn.config import DataConfig
 from ercn.data import Manifest, PictureDataset, Record
 from ercn.data.loading import labelled, make_loader, picture_dataset, sampling_weights
 from ercn.data.normalization import surround
+from ercn.training.steps import gather_objects
 
 
 class EpochSampler(Sampler[int]):
     """This rank's share of one epoch's order.
 
     weights: None visits every picture once, in a random order; [N] draws N pictures with these probabilities, with
-    replacement (balanced sampling). Up to world - 1 pictures are left out so that all ranks have as many, and with
-    ``drop_last`` as many batches, all of one size.
-    Lightning calls ``set_epoch``, which also tells the data set, before the workers start.
+    replacement (balanced sampling). Up to world - 1 pictures are left out, so that all ranks have the same number of
+    pictures and, with ``drop_last``, of batches of one size.
+    Lightning calls ``set_epoch``, which passes the epoch on to the data set, before the workers start.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class PictureData(pl.LightningDataModule):
     """The training pictures of a prepared folder in two views each, for contrastive learning.
 
     unreadable: after the fit, ``{"id", "reason"}`` of the training pictures that were skipped, on all ranks.
-    first_epoch: where a resumed run begins. Lightning starts the workers of that epoch before it calls ``set_epoch``.
+    first_epoch: where a resumed run begins; Lightning starts that epoch's workers before it calls ``set_epoch``.
     """
 
     first_epoch = 0
@@ -82,15 +83,12 @@ class PictureData(pl.LightningDataModule):
             self.config.workers,
             sampler=sampler,
             drop_last=True,
-            persistent_workers=self.config.workers > 0,  # with the decoded pictures they hold
+            persistent_workers=self.config.workers > 0,  # they keep decoded pictures
         )
 
     def teardown(self, stage: str) -> None:
         loader = self.trainer.train_dataloader  # None where no epoch was left
-        own = {} if loader is None else loader.dataset.faults()
-        faults = [own] * self.trainer.world_size
-        if len(faults) > 1:
-            torch.distributed.all_gather_object(faults, own)
+        faults = gather_objects({} if loader is None else loader.dataset.faults())
         named = {id: reason for rank in faults for id, reason in rank.items()}
         self.unreadable = [{"id": id, "reason": reason} for id, reason in sorted(named.items())]
 
@@ -124,5 +122,5 @@ class GradedData(PictureData):
     def val_dataloader(self) -> DataLoader:
         records = self.manifest.split("val")[self.trainer.global_rank :: self.trainer.world_size]
         if not records:
-            return DataLoader([None], batch_size=None)  # a rank without a batch leaves the others waiting for ever
+            return DataLoader([None], batch_size=None)  # without a batch on this rank, the others would wait for ever
         return make_loader(self._pictures(records, augment=False), self.config.batch_size, self.config.workers)

@@ -16,20 +16,19 @@ from ercn.losses import classification_loss
 from ercn.maps import extent, flat
 from ercn.models import ERCN, grade_probabilities, targets_from_grades
 from ercn.objective import ercn_loss
-from ercn.training import ranks
-from ercn.training.run_folder import laid_out
-from ercn.training.schedule import adamw
+from ercn.training import steps
 from ercn.transforms import sample_transform
 
 MONITOR = "val_kappa"
 
 
 class ERCNModule(pl.LightningModule):
-    """``ercn_loss`` under AdamW; once an epoch validation accuracy, quadratic weighted kappa and loss, and of pictures
-    with disease (0 without any) the share whose CAM is flat and how much of its map a CAM covers (``maps.flat``,
-    ``maps.extent``).
+    """``ercn_loss`` under AdamW.
 
-    The map A of a step is drawn from (seed, epoch, step) alone and the same on all ranks, dropout from the rank too.
+    Each validation logs accuracy, quadratic weighted kappa and loss, and for pictures with disease (0 without any) the
+    share whose CAM is flat and how much of its map a CAM covers (``maps.flat``, ``maps.extent``).
+
+    The map A of a step is drawn from (seed, epoch, step) and is the same on all ranks; dropout depends on the rank too.
     Loss and gradients of several ranks are those of all their pictures as one batch, however many each could read.
     class_weight: [num_grades] or None.
     """
@@ -41,7 +40,7 @@ class ERCNModule(pl.LightningModule):
         self.validated: list[tuple[Tensor, ...]] = []
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw(self, self.config.run)
+        return steps.adamw(self, self.config.run)
 
     def train(self, mode: bool = True) -> ERCNModule:
         super().train(mode)
@@ -61,14 +60,14 @@ class ERCNModule(pl.LightningModule):
         torch.manual_seed(derive(config.run.seed, "step", self.current_epoch, step, self.global_rank))
         transform = sample_transform(
             config.loss.transform,
-            generator(config.run.seed, "transform", self.current_epoch, step, 0),  # rank 0's on all
+            generator(config.run.seed, "transform", self.current_epoch, step, 0),  # the same on all ranks
             rescale=config.loss.rescale,
             size=config.data.image_size,
             align_corners=self.model.align_corners,
         )
         total, terms = ercn_loss(
             self.model,
-            laid_out(batch["image"], config.run),
+            steps.laid_out(batch["image"], config.run),
             batch["grade"],
             config.model,
             config.loss,
@@ -78,12 +77,12 @@ class ERCNModule(pl.LightningModule):
         )
         terms = {"loss": total.detach(), **{f"loss_{name}": term for name, term in terms.items()}}
         self._log(terms, read)
-        return ranks.mean_share(total, read)
+        return steps.mean_share(total, read)
 
     def validation_step(self, batch: dict[str, Tensor] | None, step: int) -> None:
         if batch is None:
             return
-        output = self.model(laid_out(batch["image"], self.config.run), refine=False)
+        output = self.model(steps.laid_out(batch["image"], self.config.run), refine=False)
         logits = output.logits.float()
         target = targets_from_grades(batch["grade"], self.config.model)
         loss = torch.stack([classification_loss(a[None], b[None]) for a, b in zip(logits, target)])
@@ -92,11 +91,7 @@ class ERCNModule(pl.LightningModule):
         self.validated.append(tuple(x.cpu() for x in (probability, batch["grade"], loss, dead, covered)))
 
     def on_validation_epoch_end(self) -> None:
-        parts, self.validated = self.validated, []
-        if self.trainer.world_size > 1:
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, parts)
-            parts = [part for rank in gathered for part in rank]
+        parts, self.validated = [part for rank in steps.gather_objects(self.validated) for part in rank], []
         if not parts:
             raise ValueError("no picture of the val split could be read, so the best epoch cannot be chosen")
         probability, grade, loss, dead, covered = (torch.cat(columns).double().numpy() for columns in zip(*parts))
@@ -113,7 +108,7 @@ class ERCNModule(pl.LightningModule):
         self.log_dict({name: float(v) for name, v in values.items()}, prog_bar=True)
 
     def _blank(self) -> dict[str, Tensor]:
-        """A picture for a rank without any, for whose gradients, which then count nothing, the others wait."""
+        """A picture for a rank without any: the others wait for its gradients, which get weight 0."""
         size = self.config.data.image_size
         image = torch.zeros(1, 3, size, size, dtype=self.dtype, device=self.device)
         return {"image": image, "grade": torch.zeros(1, dtype=torch.int64, device=self.device)}

@@ -35,7 +35,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one device in a training step. The rows add up to ``peak``, when most is alive."""
+    """Bytes on one device at the peak of a training step, by purpose."""
 
     weights: int
     gradients: int
@@ -64,12 +64,12 @@ EXPLAINED = {
 def footprint(config: TrainConfig) -> Footprint:
     """Runs one training step on tensors without data and counts the bytes that are alive at once.
 
-    Both views, the losses, autocast, gradient checkpointing and accumulation are the run's own code; what a kernel
-    allocates for itself is not seen, except for the affinity's workspace, which is added by formula. A compiled network
-    takes less, the libraries themselves and cuDNN's workspaces come on top. Takes seconds, and memory for no tensor.
+    Both views, the losses, autocast, gradient checkpointing and accumulation run as in training. Memory that a kernel
+    allocates for itself is not seen, except for the affinity's workspace, which a formula adds. A compiled network
+    takes less; libraries and cuDNN's workspaces come on top. Takes seconds, and memory for no tensor.
 
     Raises:
-        ValueError: ``run.precision`` is none of ``PRECISIONS``, or a configuration that ``ercn train`` refuses, too.
+        ValueError: ``run.precision`` is none of ``PRECISIONS``, or ``ercn train`` refuses the configuration, too.
     """
     run, data = config.run, config.data
     if run.precision not in PRECISIONS:
@@ -85,7 +85,7 @@ def footprint(config: TrainConfig) -> Footprint:
         weights = live.now
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients = sum(p.nbytes for p in parameters)
-        for p in parameters:  # Lightning forgets the gradients of the step before after the forward pass
+        for p in parameters:  # Lightning frees the last step's gradients after the forward pass
             p.grad = torch.zeros_like(p)
         image = torch.zeros(data.batch_size, 3, data.image_size, data.image_size)
         grade = torch.zeros(data.batch_size, dtype=torch.int64)
@@ -106,13 +106,13 @@ def footprint(config: TrainConfig) -> Footprint:
         optimizer=2 * gradients,
         average=weights if run.ema else 0,
         buckets=gradients if devices * nodes > 1 else 0,
-        activations=max(step - weights - gradients, gradients),  # the optimizer's step takes a copy of the gradients
+        activations=max(step - weights - gradients, gradients),  # the optimizer's step copies the gradients
         scratch=copies * 4 * elements * config.model.embed_dim,
     )
 
 
 def _largest(config: TrainConfig) -> Transform:
-    """Stands for the map A: of those that do not shrink the picture all take the same."""
+    """A map A of largest memory: all that do not shrink the picture take the same."""
     kind = config.loss.transform
     return {"none": Identity(), "rescale": Rescale(config.loss.rescale)}.get(kind, Flip(3))
 
@@ -128,7 +128,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _onto_the_cpu(model: nn.Module) -> None:
-    """In fake mode, in which timm's networks cannot be built: what ``model`` has on the meta device, as on the CPU."""
+    """Replaces tensors on the meta device by fake ones on the CPU: timm's networks cannot be built in fake mode."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad))
@@ -138,7 +138,7 @@ def _onto_the_cpu(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """Options that are changed, by name, and the configuration and its footprint with these and all changes before."""
+    """Changed options by name, and the configuration and its footprint after these and all earlier changes."""
 
     options: dict[str, object]
     config: TrainConfig
@@ -146,27 +146,27 @@ class Change:
 
 
 def changes(config: TrainConfig, fits: Callable[[Footprint], bool]) -> list[Change]:
-    """What makes a configuration fit: one change after the other, those that alter the training least first.
+    """Changes that make a configuration fit, one after the other, those that alter the training least first.
 
     Gradient checkpointing; half the batch and twice the steps per update, down to one picture; bfloat16; output stride
-    16; smaller pictures. Ends with the first that fits, or when nothing is left that saves memory.
+    16; smaller pictures. Ends with the first that fits, or when no change saves memory.
     """
-    found: list[Change] = []
+    made: list[Change] = []
     now = footprint(config)
     for smaller in (_checkpointing, _smaller_batch, _half_precision, _coarser_map, _smaller_picture):
         while options := smaller(config):
             changed = _changed(config, options)
             try:
                 then = footprint(changed)
-            except ValueError:  # what the backbone does not take
+            except ValueError:  # the backbone does not take it
                 break
             if then.peak >= now.peak:
                 break
             config, now = changed, then
-            found.append(Change(options, config, now))
+            made.append(Change(options, config, now))
             if fits(now):
-                return found
-    return found
+                return made
+    return made
 
 
 def _changed(config: TrainConfig, options: dict[str, object]) -> TrainConfig:
@@ -206,16 +206,16 @@ def _smaller_picture(config: TrainConfig) -> dict[str, object]:
 
 
 def advice(config: TrainConfig) -> str:
-    """What a run that found no memory needs, and which options make it fit into what the device has."""
+    """For a run that ran out of memory: how much a step needs, and which options make it fit the device."""
     now, memory = footprint(config), available(config) or 0.0
     text = f"a training step needs about {_gb(now.peak)} by prediction, and {_gb(memory)} are there"
     if now.peak <= RESERVE * memory:
         return f"{text}; something else takes it or limits it (ulimit, a container)"
-    found = changes(config, lambda one: one.peak <= RESERVE * memory)
-    if not found or found[-1].footprint.peak > RESERVE * memory:
+    made = changes(config, lambda one: one.peak <= RESERVE * memory)
+    if not made or made[-1].footprint.peak > RESERVE * memory:
         return f"{text}; no smaller batch, picture or precision fits: take a smaller model.backbone or a larger device"
-    options = {name: value for change in found for name, value in change.options.items()}
-    return f"{text}; {_gb(found[-1].footprint.peak)} with {_spelled(options)}"
+    options = {name: value for change in made for name, value in change.options.items()}
+    return f"{text}; {_gb(made[-1].footprint.peak)} with {_spelled(options)}"
 
 
 def _spelled(options: dict[str, object]) -> str:
@@ -226,7 +226,7 @@ def _spelled(options: dict[str, object]) -> str:
 
 
 def available(config: TrainConfig) -> float | None:
-    """Bytes for a run on its device: all that a GPU has; of a CPU's what is free and what this process holds."""
+    """Bytes for a run on its device: all of a GPU's; on the CPU those that are free or held by this process."""
     if pick_device(config.run.accelerator).type == "cuda":
         return float(torch.cuda.mem_get_info()[1])
     free = free_bytes("cpu")
@@ -234,9 +234,9 @@ def available(config: TrainConfig) -> float | None:
 
 
 def plan(config: PlanConfig) -> int:
-    """Prints the predicted peak memory of ``ercn train`` with these options, part by part, and what to change.
+    """Prints the predicted peak memory of ``ercn train`` with these options, part by part, and changes to make it fit.
 
-    Returns 0 where it fits into ``memory`` GB (else into what this machine has), 1 where it does not.
+    Returns 0 where it fits into ``memory`` GB (by default, those of this machine), 1 where it does not.
     """
     memory = config.memory * 1e9 if config.memory else available(config)
     now = footprint(config)

@@ -3,7 +3,7 @@
 SimCLR (Chen et al. 2020): both views through backbone and projection head, NT-Xent over the batch. MoCo v2 (He et al.
 2020, Chen et al. 2020): the second view through a momentum copy, InfoNCE against the keys of the batch and a queue of
 earlier ones (``KeyQueue``). NT-Xent, heads and the momentum update are lightly's. Several devices act as one with all
-their pictures, except that BatchNorm sees each device's own, if ``run.sync_batchnorm`` does not join them.
+their pictures, except for BatchNorm, which ``run.sync_batchnorm`` joins.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from ercn.data.loading import load_manifest, need_split
 from ercn.evaluation.infer import pick_device
 from ercn.models import check_side, create_backbone, embed
 from ercn.report.page import write_report
-from ercn.training import ranks, run_folder
+from ercn.training import run_folder, steps
 from ercn.training.loaders import PictureData
 from ercn.training.probing import Probe
-from ercn.training.schedule import adamw
 
 LESS_MEMORY = (
     "less is needed with --run.grad_checkpointing true, then --run.precision bf16-mixed, then a smaller "
@@ -41,7 +40,7 @@ LESS_MEMORY = (
 
 
 class Embedder(nn.Module):
-    """Backbone, mean over its last map at the exact side, head: [B, 3, S, S] -> [B, projection_dim], not in half."""
+    """Backbone, mean over its last map, head: [B, 3, S, S] -> [B, projection_dim], float32 or wider."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -53,16 +52,16 @@ class Embedder(nn.Module):
 
 
 class KeyQueue(nn.Module):
-    """InfoNCE with the keys of the batch and the latest earlier ones, of which none of a query's own picture.
+    """InfoNCE against the keys of the batch and of a queue of earlier ones, without keys of the query's own picture.
 
         L = mean_i -log exp(q_i·k_i / T) / (exp(q_i·k_i / T) + Σ_j exp(q_i·k_j / T))
 
-    with q and k normalised to length 1 and j over the keys, of batch and queue, whose picture is not that of q_i. MoCo
-    keeps no count of pictures: on a small set the queue holds the key of a query's own picture from the last epoch, and
-    takes it for a negative. Its negatives are those of the queue only; here also those of the batch, so that there are
-    some from the first step on, and normalisation over the batch tells a positive from a part of the negatives only.
+    with q and k normalised to length 1 and j over the keys, of batch and queue, of other pictures than that of q_i.
+    MoCo does not know the pictures: on a small set its queue holds a key of the query's own picture from the last
+    epoch, and takes it for a negative. MoCo's negatives are those of the queue alone; here the batch adds its own, so
+    that there are negatives from the first step on, and BatchNorm cannot tell the positive from all negatives.
 
-    size: keys that it keeps, the latest; 0 for none. dim: their width. temperature: T.
+    size: number of keys kept, the latest; 0 for none. dim: their width. temperature: T.
     keys [size, dim] and pictures [size], -1 where there is no key yet, are in the state dict.
     """
 
@@ -87,7 +86,7 @@ class KeyQueue(nn.Module):
 
 
 def momentum_of(steps: int) -> float:
-    """The momentum with which the momentum encoder follows within a tenth of a run of ``steps`` steps."""
+    """Momentum at which the momentum encoder follows within a tenth of a run of ``steps`` steps."""
     return min(0.999, max(0.0, 1 - 10 / steps))
 
 
@@ -110,20 +109,20 @@ class Contrastive(pl.LightningModule):
             self.loss = NTXentLoss(config.temperature)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw(self, self.config.run)
+        return steps.adamw(self, self.config.run)
 
     def training_step(self, batch: dict[str, Tensor] | None, step: int) -> Tensor | None:
         read, world = 0 if batch is None else len(batch["views"]), self.trainer.world_size
-        if world == 1 and read < 2:  # the others were unreadable: nothing to contrast with
+        if world == 1 and read < 2:  # the others are unreadable: nothing to contrast with
             return None
         torch.manual_seed(derive(self.config.run.seed, "step", self.current_epoch, step, self.global_rank))
-        first, second = (run_folder.laid_out(views, self.config.run) for views in self._views(batch).unbind(1))
-        z0 = ranks.gather(self.online(first)[:read])
+        first, second = (steps.laid_out(views, self.config.run) for views in self._views(batch).unbind(1))
+        z0 = steps.gather(self.online(first)[:read])
         if self.momentum is None:
-            z1 = ranks.gather(self.online(second)[:read])
+            z1 = steps.gather(self.online(second)[:read])
         else:
             z1 = self._keys(second[:read], step)
-            picture = ranks.gather(batch["index"] if batch else torch.zeros(0, dtype=torch.int64, device=self.device))
+            picture = steps.gather(batch["index"] if batch else torch.zeros(0, dtype=torch.int64, device=self.device))
         if len(z0) < 2:
             return 0 * z0.sum()
         loss = self.loss(z0, z1) if self.momentum is None else self.loss(z0, z1, picture)
@@ -135,26 +134,26 @@ class Contrastive(pl.LightningModule):
         return loss * world
 
     def _views(self, batch: dict[str, Tensor] | None) -> Tensor:
-        """[B, 2, 3, S, S]; blank pictures up to B = 2, which BatchNorm needs and whose embeddings are left out."""
+        """[B, 2, 3, S, S], padded to B = 2 by blank pictures, as BatchNorm needs; their embeddings are dropped."""
         size = self.config.data.image_size
         views = batch["views"] if batch else torch.zeros(0, 2, 3, size, size, dtype=self.dtype, device=self.device)
         return F.pad(views, (0, 0) * 4 + (0, max(0, 2 - len(views))))
 
     @torch.no_grad()
     def _keys(self, image: Tensor, step: int) -> Tensor:
-        """The momentum copy's embeddings of all ranks' pictures, exchanged before, so that BatchNorm leaks nothing."""
+        """The momentum copy's embeddings of all ranks' pictures, shuffled before so that BatchNorm leaks nothing."""
         momentum, world = self.config.momentum, self.trainer.world_size
         if momentum is None:
             momentum = momentum_of(self.trainer.num_training_batches * self.trainer.max_epochs)
         update_momentum(self.online, self.momentum, momentum)
         if world == 1:
             return self.momentum(image)
-        everyone = ranks.gather(image)
+        everyone = steps.gather(image)
         draw = generator(self.config.run.seed, "shuffle", self.current_epoch, step)
         order = torch.randperm(len(everyone), generator=draw)
         shares = [order[rank::world] for rank in range(world)]
         own = shares[self.global_rank]
-        keys = ranks.gather(self.momentum(everyone[own if len(own) else [0]])[: len(own)])
+        keys = steps.gather(self.momentum(everyone[own if len(own) else [0]])[: len(own)])
         return keys[torch.cat(shares).argsort()]
 
 
@@ -163,9 +162,9 @@ def pretrain(config: PretrainConfig) -> Path:
 
     metrics.csv has, per epoch, the contrastive loss; top1, the share of pictures whose nearest second view in the batch
     is their own; and, where the train and val split have grades, accuracy and kappa of k nearest neighbours and of a
-    linear probe on the frozen features (``ercn.training.probing``). backbone.json has the last of these beside those of
-    the untrained backbone, under "probe". Deterministic on the CPU: killed and resumed (``run.resume``), it ends with
-    the same weights. Returns the run folder. Raises ValueError or DataError naming the argument or file.
+    linear probe on the frozen features (``ercn.training.probing``). "probe" in backbone.json has these of the untrained
+    backbone and of the exported one. Deterministic on the CPU: killed and resumed (``run.resume``), it ends with the
+    same weights. Returns the run folder. Raises ValueError or DataError naming the argument or file.
     """
     manifest = load_manifest(config.data.root)
     pictures = len(need_split(manifest, "train", config.data.root))
@@ -177,7 +176,7 @@ def pretrain(config: PretrainConfig) -> Path:
     torch.manual_seed(derive(config.run.seed, "init"))
     module = Contrastive(config, min(config.queue_size, pictures // 8))
     check_side(module.online, config.data.image_size)
-    run_folder.set_up(module, module.online, config.run)
+    steps.set_up(module, module.online, config.run)
     trainer = run_folder.make_trainer(config.run, monitor=None)
     checkpoint = run_folder.open_run(config)
     data = PictureData(manifest, config.data, seed=config.run.seed)
@@ -187,7 +186,7 @@ def pretrain(config: PretrainConfig) -> Path:
     before = after = None
     if probe is not None:
         before = probe.measure(backbone, device) if rank_zero_only.rank == 0 else None
-        trainer.callbacks.insert(0, probe)  # before EpochLog, which writes what it logs
+        trainer.callbacks.insert(0, probe)  # before EpochLog, which writes the probe's values
     if not run_folder.fit(trainer, module, data, checkpoint, lambda: LESS_MEMORY):
         return out
     if before is not None:

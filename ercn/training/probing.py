@@ -1,9 +1,9 @@
-"""How good a backbone's features are for grading while nothing of it is trained: k nearest neighbours and a linear
-probe, fitted to the training split's grades and measured on the validation split.
+"""Quality of a frozen backbone's features for grading: k nearest neighbours and a linear probe, fitted to the training
+split's grades and measured on the validation split.
 
 The features are ``ercn.models.embed`` of pictures without augmentation. kNN: the k most similar training pictures by
-cosine, each with weight exp(cosine / 0.07), vote (Wu et al. 2018). Linear probe: multinomial logistic regression with
-an L2 penalty (C = 1) on standardised features. Both are deterministic.
+cosine vote with weight exp(cosine / 0.07) (Wu et al. 2018). Linear probe: multinomial logistic regression with an L2
+penalty (C = 1) on standardised features. Both are deterministic.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ercn.data.loading import make_loader, picture_dataset
 from ercn.evaluation import metrics
 from ercn.models import embed
 from ercn.training.callbacks import EpochLog
+from ercn.training.steps import gather_objects
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -40,7 +41,7 @@ def knn_predict(train: np.ndarray, grade: np.ndarray, test: np.ndarray, *, neigh
 
 
 def linear_predict(train: np.ndarray, grade: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Classes [M] by logistic regression, as ``knn_predict``; the one class where there is only one."""
+    """Classes [M] by logistic regression, shapes as of ``knn_predict``; a single class is predicted as it is."""
     if len(np.unique(grade)) == 1:
         return np.full(len(test), grade[0])
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, grade).predict(test)
@@ -50,7 +51,7 @@ class Probe(pl.Callback):
     """knn_accuracy, knn_kappa, linear_accuracy and linear_kappa in metrics.csv after every ``every``-th epoch and the
     last one.
 
-    latest: what was measured last, None before. With several devices each reads its share of the pictures.
+    latest: the last measurement, None before there is one. With several devices each reads its share of the pictures.
     """
 
     latest: dict[str, float] | None = None
@@ -62,7 +63,7 @@ class Probe(pl.Callback):
 
     @classmethod
     def of(cls, manifest: Manifest, config: DataConfig, every: int) -> Probe | None:
-        """None where ``every`` is 0, or there are no grades in the train or the val split."""
+        """None where ``every`` is 0, or where the train or val split has no grades."""
         graded = manifest.class_names and manifest.split("train") and manifest.split("val")
         return cls(manifest, config, every=every) if every and graded else None
 
@@ -100,8 +101,5 @@ class Probe(pl.Callback):
             if batch is not None
         ]
         backbone.train(training)
-        if world > 1:
-            gathered: list = [None] * world
-            torch.distributed.all_gather_object(gathered, parts)
-            parts = [part for own in gathered for part in own]
+        parts = [part for own in gather_objects(parts) for part in own] if world > 1 else parts
         return tuple(np.concatenate(column) for column in zip(*parts))

@@ -1,4 +1,4 @@
-"""A run's folder, new or resumed with the same configuration; and the trainer that both stages share."""
+"""A run's folder, new or resumed with the same configuration, and the trainer that fills it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
-from timm.layers import convert_sync_batchnorm
 
 from ercn._environment import environment
 from ercn._files import remove_temporary, write_json, write_text
 from ercn.checkpoint import check_state
 from ercn.config import RunConfig, flatten
 from ercn.evaluation.infer import pick_device
-from ercn.grad_checkpointing import checkpoint_blocks
 from ercn.training.callbacks import EpochLog, SafeCheckpointIO, WeightAverage, checkpoints
 from ercn.training.loaders import PictureData
 
-# What a resumed run may change: where and how fast it runs, and how long.
+# Options that a resumed run may change: where, how fast and how long it runs.
 FREE = {"data.workers"} | {
     f"run.{name}" for name in ("out", "resume", "epochs", "devices", "num_nodes", "grad_checkpointing", "progress")
 }
@@ -39,9 +37,8 @@ FREE = {"data.workers"} | {
 def open_run(config: Any) -> Path | None:
     """Makes ``config.run.out``, saves config.yaml and environment.json there, and finds the checkpoint to resume from.
 
-    Returns None to start from the beginning. Raises ValueError when the folder holds something and ``run.resume`` is
-    off, when it is no run of ercn, or when its configuration differs in more than ``FREE``; the sentence names the
-    fields.
+    Returns None to start from the beginning. Raises ValueError where the folder is not empty and ``run.resume`` is off,
+    where it is no run of ercn, or where its configuration differs in more than ``FREE``, naming the fields.
     """
     run = config.run
     out = Path(run.out)
@@ -54,7 +51,7 @@ def open_run(config: Any) -> Path | None:
         if run.resume and not last.exists():
             print(f"nothing to resume: {out} has no finished epoch; starting from the beginning", flush=True)
         remove_temporary(out)
-        write_text(out / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+        write_text(out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
         write_json(out / "environment.json", environment())
     return last if run.resume and last.exists() else None
 
@@ -72,22 +69,22 @@ def _check_same(config: Any, out: Path) -> None:
         old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
     except (yaml.YAMLError, AttributeError) as error:
         raise ValueError(f"run.resume: {saved} is damaged: {error}") from error
-    new = flatten(_plain(config))
+    new = flatten(plain(config))
     differing = [name for name in sorted((old.keys() | new.keys()) - FREE) if old.get(name) != new.get(name)]
     if differing:
         changes = ", ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differing)
         raise ValueError(f"run.resume: {out} was started with another configuration: {changes}")
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """Nested dicts with lists for tuples, as a file gives them back."""
+def plain(config: Any) -> dict[str, Any]:
+    """Nested dicts with lists for tuples, as YAML gives them back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
     """Lightning's trainer for a run folder: metrics.csv, checkpoints, a progress bar on terminals, lines elsewhere.
 
-    Raises ValueError naming the devices and the precision that were asked for where they cannot be had.
+    Raises ValueError naming devices and precision that are not available.
     """
     _quiet()
     out, bar = Path(run.out), run.progress and sys.stdout.isatty()
@@ -123,7 +120,7 @@ def make_trainer(run: RunConfig, *, monitor: str | None) -> pl.Trainer:
 
 
 def processes(run: RunConfig) -> tuple[int, int]:
-    """Devices of a node, and nodes: those of torchrun for a process that it started, else the configuration's."""
+    """Devices per node, and nodes: torchrun's in a process that it started, else the configuration's."""
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         return devices, int(os.environ["WORLD_SIZE"]) // devices
@@ -141,9 +138,9 @@ def fit(
     checkpoint: Path | None,
     advice: Callable[[], str],
 ) -> bool:
-    """Trains; returns whether this process is the one that goes on to export. KeyboardInterrupt passes through.
+    """Trains; returns whether this process exports the result. KeyboardInterrupt passes through.
 
-    Raises MemoryError with ``advice`` where there is no more memory; finished epochs are kept.
+    Raises MemoryError with ``advice`` where memory runs out; finished epochs are kept.
     """
     if checkpoint is not None:
         data.first_epoch = _finished_epochs(checkpoint, module)
@@ -160,24 +157,23 @@ def fit(
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that took the memory
         try:
-            told = advice()
-        except Exception as failed:  # noqa: BLE001  it must not hide what has happened
+            advised = advice()
+        except Exception as failed:  # noqa: BLE001  must not hide that memory ran out
             reason = ": ".join(filter(None, (type(failed).__name__, " ".join(str(failed).split()))))
-            told = f"what would fit could not be predicted ({reason})"
-        raise MemoryError(f"out of memory in epoch {trainer.current_epoch + 1}: {told}") from error
+            advised = f"what would fit could not be predicted ({reason})"
+        raise MemoryError(f"out of memory in epoch {trainer.current_epoch + 1}: {advised}") from error
     return trainer.is_global_zero
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """The allocator of the CPU and oneDNN have no exception of their own."""
-    said = str(error)
+    """Recognised by its words where the CPU allocator or oneDNN raised it: they have no exception of their own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        words in said for words in ("can't allocate memory", "not enough memory", "could not create a memory")
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "could not create a memory")
     )
 
 
 def _finished_epochs(checkpoint: Path, module: pl.LightningModule) -> int:
-    """ValueError naming the checkpoint where it is not one of ``module``."""
+    """Raises ValueError naming the checkpoint where it does not fit ``module``."""
     saved = SafeCheckpointIO().load_checkpoint(checkpoint)
     if not isinstance(saved, dict) or not {"epoch", "state_dict"} <= saved.keys():
         raise ValueError(f"{checkpoint} is no checkpoint of a training run")
@@ -185,34 +181,15 @@ def _finished_epochs(checkpoint: Path, module: pl.LightningModule) -> int:
     return int(saved["epoch"]) + 1
 
 
-def set_up(module: pl.LightningModule, network: torch.nn.Module, run: RunConfig) -> None:
-    """How ``run`` wants ``network``, a part of ``module`` with a ``backbone``, to be computed; weights keep names."""
-    if run.sync_batchnorm:
-        if pick_device(run.accelerator).type == "cpu":
-            raise ValueError("run.sync_batchnorm needs GPUs: torch has no such BatchNorm on the CPU")
-        convert_sync_batchnorm(module)
-    if run.grad_checkpointing:
-        checkpoint_blocks(network.backbone)
-    if run.channels_last:
-        module.to(memory_format=torch.channels_last)
-    if run.compile:
-        network.compile()
-
-
-def laid_out(image: torch.Tensor, run: RunConfig) -> torch.Tensor:
-    """Pictures [B, C, H, W] in the memory layout that ``set_up`` gives the weights."""
-    return image.contiguous(memory_format=torch.channels_last if run.channels_last else torch.contiguous_format)
-
-
 def _quiet() -> None:
-    """Lightning's advice about loggers, workers and devices is not the user's concern; real warnings stay."""
+    """Silences Lightning's advice about loggers, workers and devices; other warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
         ".*number of training batches.*",
-        ".*when logging on epoch level in distributed setting.*",  # what the ranks log is the same or already joined
+        ".*when logging on epoch level in distributed setting.*",  # equal on all ranks or already joined
         ".*available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
     ):

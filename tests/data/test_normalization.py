@@ -153,11 +153,11 @@ def test_prediction_sees_what_training_saw(folders, name):
 
 def test_a_model_is_not_evaluated_on_pictures_prepared_in_another_way(folders):
     plain, other = (Manifest.load(folders[1][name]) for name in ("none", "graham"))
-    check_normalization(describe(TrainConfig(), plain), plain)
+    check_normalization(describe(TrainConfig(), plain).normalize, plain)
     with pytest.raises(
         ValueError, match="trained on pictures of `ercn prepare --normalize graham`, but .*none was prep"
     ):
-        check_normalization(describe(TrainConfig(), other), plain)
+        check_normalization(describe(TrainConfig(), other).normalize, plain)
 
 
 @pytest.mark.parametrize("kind", [GradedData, PictureData])

@@ -1,4 +1,4 @@
-"""One temperature: found again where it was hidden, grades kept, and those of probability 0."""
+"""Calibration recovers a known temperature, keeps the grades, and takes grades of probability 0."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def softmax(logits):
 
 
 def drawn(temperature, count=4000):
-    """Probabilities that are too sure by ``temperature``, and classes drawn from the right ones."""
+    """Probabilities that are overconfident by ``temperature``, and classes drawn from the right ones."""
     rng = np.random.default_rng(0)
     logits = 2 * rng.normal(size=(count, 5))
     truth = (softmax(logits).cumsum(1) < rng.random((count, 1))).sum(1)

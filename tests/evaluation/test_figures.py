@@ -1,20 +1,19 @@
 """A lesion planted at known pixels of the photograph is hot at these pixels, whatever the frame around the fundus.
 
-The network is a stub whose maps are how green the picture is, at full resolution or on either kind of coarse grid:
-what remains is the way from the photograph to the network and back, and that of the lesion masks.
+The network is a stub whose maps are how green the picture is, at full resolution or on either kind of coarse grid, so
+the tests see only the geometry from the photograph to the network and back, and that of the lesion masks.
 """
 
 import numpy as np
 import pytest
-import torch
-from _stubs import Tents
+from _stubs import Tents, info_of
 from PIL import Image, ImageDraw
 
-from ercn.config import DataConfig, ModelConfig, PredictConfig, PrepareConfig, TrainConfig
+from ercn.config import DataConfig, ModelConfig, PredictConfig, PrepareConfig, RunConfig, TrainConfig
 from ercn.data import Geometry, Manifest, prepare
 from ercn.data.phantom import render_phantom
 from ercn.evaluation import predicting as prediction
-from ercn.evaluation.evaluating import collect
+from ercn.evaluation.collecting import collect
 from ercn.report.overlay import overlay
 from ercn.training import predict
 
@@ -36,18 +35,9 @@ def network(kind):
     """The stub, and what a run of it would have exported."""
     size, stride, align_corners = NETWORKS[kind]
     model = ModelConfig(confidence="relative", evidence="separate")  # a product of maps has a centroid of its own
-    info = {
-        "config": TrainConfig(data=DataConfig(image_size=size, workers=0), model=model),
-        "class_names": list("abcde"),
-        "image_size": size,
-        "prepared_size": 128,
-        "mean": [0.0] * 3,
-        "std": [1.0] * 3,
-        "normalize": "none",
-        "temperature": 1.0,
-        "manifest": "",
-    }
-    return Tents(stride, align_corners), info
+    data, run = DataConfig(image_size=size, batch_size=1, workers=0), RunConfig(accelerator="cpu", progress=False)
+    about = {"image_size": size, "prepared_size": 128, "mean": [0.0] * 3, "std": [1.0] * 3}
+    return Tents(stride, align_corners), info_of(TrainConfig(data=data, model=model, run=run), **about)
 
 
 def photograph(name):
@@ -89,7 +79,7 @@ def predicted(request, tmp_path_factory):
     for name in FRAMES:
         picture, _, _ = photograph(name)
         options = {}
-        if name == "turned":  # stored lying, with the note that it is to be turned
+        if name == "turned":  # stored lying, with the EXIF orientation that turns it
             exif = Image.Exif()
             exif[0x0112] = 6
             picture, options = picture.transpose(Image.Transpose.ROTATE_90), {"exif": exif}
@@ -137,9 +127,8 @@ def test_lesion_masks_lie_under_the_maps(tmp_path, name, kind):
                       fractions=(1, 0, 0), progress=False)
     )  # fmt: skip
     records = Manifest.load(out).records
-    device = torch.device("cpu")
     (size, stride, _), (stub, info) = NETWORKS[kind], network(kind)
-    collected = collect(stub, info, records, batch_size=1, workers=0, device=device, progress=False, title="")
+    collected = collect(stub, info, records)
     (shown,) = collected.gallery
     spot = shown.masks["spot"]
     for map_name, heat in shown.maps.items():
@@ -147,7 +136,7 @@ def test_lesion_masks_lie_under_the_maps(tmp_path, name, kind):
         assert centroid(seen) == pytest.approx(centroid(spot), abs=0.5), map_name
     if stride > 1:
         return
-    scores = collected.localization.summary(collected.localization.thresholds(), draws=0, seed=0)["maps"]
+    scores = collected.localization.summary(collected.localization.thresholds(), draws=0, seed=0).maps
     rim = size / records[0].geometry.side * RADIUS  # radius of the lesion in the prepared picture
     for map_name, score in scores.items():
-        assert score["pointing"]["value"] == 1 and score["iou"]["value"] > 1 - 2 / rim, map_name
+        assert score["pointing"].value == 1 and score["iou"].value > 1 - 2 / rim, map_name

@@ -19,6 +19,7 @@ from ercn.evaluation.localization import (
     pointing,
     precision_recall,
 )
+from ercn.report.evaluation import Interval
 
 SIZE = 64
 ALL = np.ones((SIZE, SIZE), bool)
@@ -56,10 +57,10 @@ def test_a_perfect_a_constant_and_an_all_ones_map():
     collected = Localization()
     collected.add({"perfect": lesion.astype(float), "flat": np.zeros(lesion.shape)}, {"spot": lesion}, "a")
     result = collected.summary(collected.thresholds(), draws=10, seed=0)
-    assert result["maps"]["perfect"]["aupr"]["value"] == result["maps"]["perfect"]["iou"]["value"] == 1
-    assert result["maps"]["perfect"]["pointing"]["value"] == 1
-    assert result["maps"]["flat"]["aupr"]["value"] == pytest.approx(result["floor"]["aupr"]) == lesion.mean()
-    assert result["maps"]["flat"]["pointing"]["value"] == pytest.approx(result["floor"]["pointing"])
+    assert result.maps["perfect"]["aupr"].value == result.maps["perfect"]["iou"].value == 1
+    assert result.maps["perfect"]["pointing"].value == 1
+    assert result.maps["flat"]["aupr"].value == pytest.approx(result.floor["aupr"]) == lesion.mean()
+    assert result.maps["flat"]["pointing"].value == pytest.approx(result.floor["pointing"])
     assert histograms(levels_of(np.ones(lesion.shape)), lesion, ALL)[1, -1] == lesion.sum()
 
 
@@ -94,21 +95,21 @@ def test_each_lesion_counts_on_its_pictures_against_all_other_pixels_but_the_dis
         union = masks["dots"] | masks["spots"]
         seen.append((heat, masks, union, ~disc | union))
     result = collected.summary(collected.thresholds(), draws=0, seed=0)
-    assert result["optic_disc"] == {"excluded": 6} and list(result["lesions"]) == ["dots", "spots"]
+    assert result.optic_disc == {"excluded": 6} and list(result.lesions) == ["dots", "spots"]
     for kind in ("dots", "spots"):
         own = [(heat[counted], masks[kind][counted]) for heat, masks, _, counted in seen if masks[kind].any()]
         heat, lesion = (np.concatenate(parts) for parts in zip(*own))
-        part = result["lesions"][kind]
-        assert part["pictures"] == len(own) == {"dots": 6, "spots": 3}[kind]
-        assert part["maps"]["cam"]["aupr"]["value"] == pytest.approx(average_precision_score(lesion, heat), abs=1e-12)
-        iou = part["maps"]["cam"]["iou"]
-        assert iou["value"] == pytest.approx(jaccard_score(lesion, heat >= iou["threshold"]), abs=1e-12)
-        assert part["floor"]["aupr"] == pytest.approx(lesion.mean())
+        part = result.lesions[kind]
+        assert part.pictures == len(own) == {"dots": 6, "spots": 3}[kind]
+        assert part.maps["cam"]["aupr"].value == pytest.approx(average_precision_score(lesion, heat), abs=1e-12)
+        iou = part.maps["cam"]["iou"]
+        assert iou.value == pytest.approx(jaccard_score(lesion, heat >= iou.threshold), abs=1e-12)
+        assert part.floor["aupr"] == pytest.approx(lesion.mean())
     heat, lesion = (np.concatenate(parts) for parts in zip(*((h[c], u[c]) for h, _, u, c in seen)))
-    cam = result["maps"]["cam"]
-    assert cam["aupr"]["value"] == pytest.approx(average_precision_score(lesion, heat), abs=1e-12)
-    each = [part["maps"]["cam"]["aupr"]["value"] for part in result["lesions"].values()]
-    assert cam["lesion_aupr"]["value"] == pytest.approx(np.mean(each))
+    cam = result.maps["cam"]
+    assert cam["aupr"].value == pytest.approx(average_precision_score(lesion, heat), abs=1e-12)
+    each = [part.maps["cam"]["aupr"].value for part in result.lesions.values()]
+    assert cam["lesion_aupr"].value == pytest.approx(np.mean(each))
 
 
 def test_a_map_that_is_hot_on_the_disc_alone_is_as_a_cold_one():
@@ -120,7 +121,7 @@ def test_a_map_that_is_hot_on_the_disc_alone_is_as_a_cold_one():
     for heat in (disc.astype(float), np.zeros((SIZE, SIZE))):
         collected = Localization()
         collected.add({"cam": heat}, {"spot": lesion}, "a", disc)
-        scores.append(collected.summary({}, draws=0, seed=0)["maps"]["cam"])
+        scores.append(collected.summary({}, draws=0, seed=0).maps["cam"])
     assert scores[0] == scores[1]
 
 
@@ -131,10 +132,10 @@ def test_intervals_go_without_the_draws_in_which_a_lesion_is_missing():
         heat, lesion = heat_and_lesion(i)
         masks = {"spots": lesion, "rare": square(rng, 2) if i == 0 else np.zeros((SIZE, SIZE), bool)}
         collected.add({"cam": heat}, masks, f"p{i}")
-    rare = collected.summary({}, draws=200, seed=0)["lesions"]["rare"]
-    aupr = rare["maps"]["cam"]["aupr"]
-    assert rare["pictures"] == 1 and aupr["low"] == pytest.approx(aupr["value"]) == pytest.approx(aupr["high"])
-    assert "iou" not in rare["maps"]["cam"]  # no threshold was given
+    rare = collected.summary({}, draws=200, seed=0).lesions["rare"]
+    aupr = rare.maps["cam"]["aupr"]
+    assert rare.pictures == 1 and aupr.low == pytest.approx(aupr.value) == pytest.approx(aupr.high)
+    assert "iou" not in rare.maps["cam"]  # no threshold was given
 
 
 def blank(*hot):
@@ -178,13 +179,13 @@ def test_froc_by_hand():
     collected.add({"cam": blank()}, {}, "d", healthy=True)
     collected.add({"cam": blank((5, 5, 1.0))}, {}, "e")  # neither healthy nor with lesions
     result = collected.summary({}, draws=0, seed=0)
-    assert result["froc"]["pictures"] == 4 and result["froc"]["healthy"] == 2 and result["count"] == 5
+    assert result.froc["pictures"] == 4 and result.froc["healthy"] == 2 and result.count == 5
     # at most 0, 0, 0 and 1/4 false marks a picture: t > 0.6 finds 1 of 5; 1/2: t = 0.2, four; 1 and more: all marks
-    assert result["maps"]["cam"]["froc"]["sensitivity"] == pytest.approx([0.2, 0.2, 0.8, 0.8, 0.8, 0.8, 0.8])
-    assert result["maps"]["cam"]["froc"]["value"] == pytest.approx((2 * 0.2 + 5 * 0.8) / 7)
+    assert result.maps["cam"]["froc"].sensitivity == pytest.approx([0.2, 0.2, 0.8, 0.8, 0.8, 0.8, 0.8])
+    assert result.maps["cam"]["froc"].value == pytest.approx((2 * 0.2 + 5 * 0.8) / 7)
     # the false marks are those of all kinds together
-    assert result["lesions"]["spot"]["maps"]["cam"]["froc"]["sensitivity"] == pytest.approx([0.25] * 2 + [1] * 5)
-    assert result["lesions"]["ring"]["maps"]["cam"]["froc"]["value"] == 0
+    assert result.lesions["spot"].maps["cam"]["froc"].sensitivity == pytest.approx([0.25] * 2 + [1] * 5)
+    assert result.lesions["ring"].maps["cam"]["froc"].value == 0
 
 
 def test_froc_of_a_map_that_floods_and_of_the_masks():
@@ -193,8 +194,8 @@ def test_froc_of_a_map_that_floods_and_of_the_masks():
     for i in range(4):
         mask = dots(*rng.integers(4, SIZE - 4, (6, 2)))
         collected.add({"flood": np.full((SIZE, SIZE), 0.9), "masks": mask.astype(float)}, {"spot": mask}, f"p{i}")
-    maps = collected.summary({}, draws=0, seed=0)["maps"]
-    assert maps["masks"]["froc"]["value"] == 1 and maps["flood"]["froc"]["value"] < 0.1
+    maps = collected.summary({}, draws=0, seed=0).maps
+    assert maps["masks"]["froc"].value == 1 and maps["flood"]["froc"].value < 0.1
 
 
 def test_marks_on_the_disc_are_neither_found_nor_false():
@@ -204,8 +205,8 @@ def test_marks_on_the_disc_are_neither_found_nor_false():
     for heat in (blank((5, 5, 1.0), (40, 40, 0.5)), blank((40, 40, 0.5))):
         collected.add({"cam": heat}, {"spot": dots((40, 40))}, "a", disc)
     collected.add({"cam": blank((5, 5, 1.0))}, {}, "b", disc, healthy=True)
-    assert collected.summary({}, draws=0, seed=0)["maps"]["cam"]["froc"]["value"] == 1
-    assert collected.healthy_summary({"maps": {"cam": 0.5}}, draws=0, seed=0)["maps"]["cam"]["alarm"]["value"] == 0
+    assert collected.summary({}, draws=0, seed=0).maps["cam"]["froc"].value == 1
+    assert collected.healthy_summary({"maps": {"cam": 0.5}}, draws=0, seed=0).maps["cam"]["alarm"].value == 0
 
 
 def test_heat_on_healthy_pictures_is_measured_at_validations_threshold():
@@ -218,14 +219,14 @@ def test_heat_on_healthy_pictures_is_measured_at_validations_threshold():
     collected.add({"cam": np.ones((SIZE, SIZE)), "bare": np.ones((SIZE, SIZE))}, {"spot": square(rng)}, "x",
                   healthy=True, references={"filter": np.ones((SIZE, SIZE))})  # fmt: skip
     result = collected.healthy_summary({"maps": {"cam": 0.5}}, draws=200, seed=0)
-    assert (result["pictures"], result["patients"]) == (24, 12)  # a mask says more than the label
+    assert (result.pictures, result.patients) == (24, 12)  # a mask says more than the label
     heats = np.array(heats)
-    cam = result["maps"]["cam"]
-    assert cam["heat"]["value"] == pytest.approx(heats.mean()) and cam["threshold"] == 0.5
-    assert cam["area"]["value"] == pytest.approx((heats >= 0.5).mean())
-    assert cam["alarm"]["value"] == pytest.approx((heats.max((1, 2)) >= 0.5).mean())
-    assert 0 < cam["alarm"]["low"] < cam["alarm"]["value"] < cam["alarm"]["high"] < 1
-    assert "area" not in result["maps"]["bare"] and list(result["references"]) == ["filter"]
+    cam = result.maps["cam"]
+    assert cam["heat"].value == pytest.approx(heats.mean()) and cam["threshold"] == 0.5
+    assert cam["area"].value == pytest.approx((heats >= 0.5).mean())
+    assert cam["alarm"].value == pytest.approx((heats.max((1, 2)) >= 0.5).mean())
+    assert 0 < cam["alarm"].low < cam["alarm"].value < cam["alarm"].high < 1
+    assert "area" not in result.maps["bare"] and list(result.references) == ["filter"]
 
 
 def cases(count=8):
@@ -250,32 +251,32 @@ def test_aupr_of_pictures_and_recall_at_one_threshold():
     for kind in ("", "dots"):
         counts = np.array(collected.counts[kind].histograms["cam"])
         each = [average_precision(*precision_recall(own[None])[:2])[0] for own in counts]
-        part = (result["lesions"][kind] if kind else result)["maps"]["cam"]
-        assert part["aupr_picture"]["value"] == pytest.approx(np.mean(each)) != part["aupr"]["value"]
+        part = (result.lesions[kind] if kind else result).maps["cam"]
+        assert part["aupr_picture"].value == pytest.approx(np.mean(each)) != part["aupr"].value
         level = round(thresholds["maps"]["cam"] * LEVELS)
         recall = counts[:, 1, level:].sum() / counts[:, 1].sum()
-        assert part["recall"]["value"] == pytest.approx(recall) and part["recall"]["threshold"] * LEVELS == level
+        assert part["recall"].value == pytest.approx(recall) and part["recall"].threshold * LEVELS == level
 
 
 def test_differences_are_paired():
     collected = cases()
     result = collected.summary(collected.thresholds(), draws=300, seed=0)
-    (difference,) = result["differences"]  # there is no attention
+    (difference,) = result.differences  # there is no attention
     assert (difference["map"], difference["minus"]) == ("refined_cam", "cam")
-    maps = result["maps"]
+    maps = result.maps
     for key in ("aupr", "aupr_picture", "iou", "froc"):
-        value = maps["refined_cam"][key]["value"] - maps["cam"][key]["value"]
-        assert difference[key]["value"] == pytest.approx(value)
-        assert difference[key]["low"] <= value <= difference[key]["high"]
-    assert difference["aupr"]["low"] > 0  # better in every draw, though the intervals of the two meet
+        value = maps["refined_cam"][key].value - maps["cam"][key].value
+        assert difference[key].value == pytest.approx(value)
+        assert difference[key].low <= value <= difference[key].high
+    assert difference["aupr"].low > 0  # better in every draw, though the intervals of the two meet
     equal = Localization()
     _, lesion = heat_and_lesion()
     for i in range(6):
         heat, lesion = heat_and_lesion(i)
         equal.add({"cam": heat, "attention": heat}, {"spot": lesion}, f"p{i}")
-    (none,) = equal.summary(equal.thresholds(), draws=50, seed=0)["differences"]
+    (none,) = equal.summary(equal.thresholds(), draws=50, seed=0).differences
     for key in ("aupr", "iou", "froc"):
-        assert none[key] == {"value": 0, "low": 0, "high": 0}  # not paired, the draws would differ
+        assert none[key] == Interval(0, 0, 0)  # not paired, the draws would differ
 
 
 def test_references_have_all_metrics_and_stay_apart():
@@ -285,18 +286,20 @@ def test_references_have_all_metrics_and_stay_apart():
     apart = Localization()
     apart.add({"cam": heat}, {"spot": lesion}, "a", references=trials | {"supervised": heat})
     apart.add({"cam": heat}, {}, "b", healthy=True, references=trials | {"supervised": heat})
-    assert apart.settle(trials, "contrast") == "good" and apart.references == {"contrast", "supervised"}
+    apart.settle(trials)
+    assert apart.contrast == "good" and apart.references == {"contrast", "supervised"}
     result = apart.summary(apart.thresholds(), draws=20, seed=0)
-    assert list(result["maps"]) == ["cam"] and set(result["references"]) == {"contrast", "supervised"}
-    assert result["references"]["supervised"] == result["maps"]["cam"]
-    assert result["references"]["contrast"]["aupr"]["value"] == 1
-    assert set(result["lesions"]["spot"]["references"]) == {"contrast", "supervised"}
-    assert set(apart.healthy_summary({}, draws=0, seed=0)["references"]) == {"contrast", "supervised"}
-    assert collected.summary({}, draws=0, seed=0)["references"] == {}
+    assert list(result.maps) == ["cam"] and set(result.references) == {"contrast", "supervised"}
+    assert result.references["supervised"] == result.maps["cam"]
+    assert result.references["contrast"]["aupr"].value == 1
+    assert set(result.lesions["spot"].references) == {"contrast", "supervised"}
+    assert set(apart.healthy_summary({}, draws=0, seed=0).references) == {"contrast", "supervised"}
+    assert collected.summary({}, draws=0, seed=0).references == {}
     blind = Localization()
     blind.add({"cam": heat}, {}, "b", healthy=True, references=trials)
-    assert blind.settle(trials, "contrast") == "" and not blind.references
-    assert set(blind.healthy_summary({}, draws=0, seed=0)["maps"]) == {"cam"}
+    blind.settle(trials)
+    assert blind.contrast == "" and not blind.references
+    assert set(blind.healthy_summary({}, draws=0, seed=0).maps) == {"cam"}
 
 
 def test_a_picture_of_257_px_costs_little():

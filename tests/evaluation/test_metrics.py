@@ -1,3 +1,5 @@
+"""Grading metrics against scikit-learn, the calibration error, and the patient bootstrap."""
+
 import time
 
 import numpy as np
@@ -53,7 +55,7 @@ def test_macro_auc_leaves_a_missing_class_out():
     expected = (roc_auc_score(truth == 0, probability[:, 0]) + roc_auc_score(truth == 1, probability[:, 1])) / 2
     assert m.macro_auc(probability, truth, np.ones((1, 4)))[0] == pytest.approx(expected)
     assert np.isnan(m.macro_auc(probability, np.zeros(4, int), np.ones((1, 4)))[0])
-    assert m.grading(probability, truth, list("abcd"), threshold=0.5, draws=5, seed=0)["missing"] == [2]
+    assert m.grading(probability, truth, list("abcd"), threshold=0.5, draws=5, seed=0).missing == [2]
 
 
 def test_calibration_error_counts_confidence_one_and_bin_edges():
@@ -111,9 +113,9 @@ def test_the_calibration_error_of_100_pictures_and_its_interval_that_covers_the_
             lambda w, p=probability, t=truth, o=owner: {"ece": m.debiased_calibration_error(p, t, o, w)},
             owner, 200, 0, centred=("ece",),
         )["ece"]  # fmt: skip
-        estimates.append(entry["value"])
+        estimates.append(entry.value)
         plugins.append(m.expected_calibration_error(probability, truth, np.ones((1, len(truth))))[0])
-        covered.append(entry["low"] <= shift <= entry["high"])
+        covered.append(entry.low <= shift <= entry.high)
     assert np.mean(covered) >= 0.9
     assert shift - 0.05 < np.mean(estimates) < shift + 0.02  # a lower bound
     if shift == 0:
@@ -158,11 +160,11 @@ def test_sensitivity_at_a_specificity_is_sklearns_and_its_threshold_has_it():
 
 
 def test_grading_tells_the_sensitivity_at_validations_threshold_and_that_of_the_roc(case):
-    fixed = m.grading(*case, threshold=0.5, draws=20, seed=0, specificity={"0.90": 0.3})["fixed_specificity"]
+    fixed = m.grading(*case, threshold=0.5, draws=20, seed=0, specificity={"0.90": 0.3}).fixed_specificity
     score, positive = m.referable(case[0]), m.is_referable(case[1], 5)
     expected = m.sensitivity_specificity(score, positive, 0.3, np.ones((1, 150)))
     assert fixed["0.90"]["threshold"] == 0.3
-    assert (fixed["0.90"]["sensitivity"]["value"], fixed["0.90"]["specificity"]["value"]) == expected
+    assert (fixed["0.90"]["sensitivity"].value, fixed["0.90"]["specificity"].value) == expected
     assert fixed["0.95"].keys() == {"threshold", "roc_sensitivity"} and fixed["0.95"]["threshold"] is None
 
 
@@ -170,8 +172,8 @@ def test_bootstrap_resamples_patients_not_pictures():
     # 20 patients with 10 equal pictures each: the interval must be that of 20 independent values, not of 200
     right = np.repeat(np.arange(20) % 2, 10).astype(float)
     interval = m.bootstrap(lambda w: {"x": w @ right / w.sum(1)}, np.repeat(np.arange(20), 10), 4000, 0)["x"]
-    assert interval["value"] == 0.5
-    assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(20), rel=0.12)
+    assert interval.value == 0.5
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(20), rel=0.12)
 
 
 def test_bootstrap_of_2000_draws_is_quick_and_repeats(case):
@@ -179,21 +181,21 @@ def test_bootstrap_of_2000_draws_is_quick_and_repeats(case):
     first = m.grading(*case, threshold=0.4, draws=2000, seed=5)
     assert time.perf_counter() - start < 10
     assert first == m.grading(*case, threshold=0.4, draws=2000, seed=5)
-    assert first["metrics"] != m.grading(*case, threshold=0.4, draws=2000, seed=6)["metrics"]
-    for name in set(first["metrics"]) - {"ece_plugin"}:
-        entry = first["metrics"][name]
-        assert entry["low"] < entry["value"] < entry["high"]
-    assert first["majority"]["accuracy"] == np.bincount(case[1]).max() / 150
-    assert np.sum(first["confusion"]) == 150 and first["patients"] == 75
+    assert first.metrics != m.grading(*case, threshold=0.4, draws=2000, seed=6).metrics
+    for name in set(first.metrics) - {"ece_plugin"}:
+        entry = first.metrics[name]
+        assert entry.low < entry.value < entry.high
+    assert first.majority["accuracy"] == np.bincount(case[1]).max() / 150
+    assert np.sum(first.confusion) == 150
 
 
 def test_draws_in_chunks_equal_draws_at_once(case, monkeypatch):
     whole = m.grading(*case, threshold=0.4, draws=60, seed=5)
     monkeypatch.setattr(m, "_CHUNK", 1000)
-    chunked = m.grading(*case, threshold=0.4, draws=60, seed=5)["metrics"]
+    chunked = m.grading(*case, threshold=0.4, draws=60, seed=5).metrics
     for name in set(chunked) - {"ece_plugin"}:
-        entry = whole["metrics"][name]
-        assert chunked[name] == pytest.approx(entry, rel=1e-12)  # the matrix product may round otherwise
+        entry = whole.metrics[name]
+        assert vars(chunked[name]) == pytest.approx(vars(entry), rel=1e-12)  # the matrix product may round otherwise
 
 
 def test_no_picture_is_an_error():

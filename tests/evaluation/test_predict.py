@@ -1,9 +1,10 @@
-"""Prediction keeps what it has graded, whatever ends the process."""
+"""Prediction writes its table after every batch, and refuses unknown devices."""
 
 import csv
 
 import pytest
 import torch
+from _stubs import info_of
 from PIL import Image
 
 from ercn.checkpoint import save_model
@@ -15,10 +16,8 @@ from ercn.training import predict
 
 def test_rows_are_on_disk_after_every_batch(tmp_path, monkeypatch):
     config = TrainConfig(model=ModelConfig(backbone="mobilenetv3_small_050", embed_dim=8, pool_dim=8))
-    info = {"class_names": list("abcde"), "image_size": 64, "prepared_size": 64, "mean": [0.5] * 3, "std": [0.2] * 3}
-    info |= {"manifest": "0" * 64, "thresholds": {"referable": 0.5, "maps": {}}}
     torch.manual_seed(0)
-    save_model(tmp_path / "run", ERCN(config.model), config, info)
+    save_model(tmp_path / "run", ERCN(config.model), info_of(config))
     (tmp_path / "pictures").mkdir()
     for i in range(5):
         Image.new("RGB", (70, 60), (40 * i, 30, 20)).save(tmp_path / "pictures" / f"{i}.png")

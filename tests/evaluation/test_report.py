@@ -1,4 +1,4 @@
-"""The page: everything inside of one file, runs side by side on the same pictures, and well-formed."""
+"""The HTML page is one well-formed file that needs no other, with runs side by side on the same pictures."""
 
 import base64
 import html
@@ -17,9 +17,9 @@ from ercn import cli
 from ercn.config import EvaluateConfig, PrepareConfig, ReportConfig
 from ercn.data import prepare
 from ercn.maps import NAMES
+from ercn.report.evaluation import read_evaluations
 from ercn.report.model_card import write_model_card
 from ercn.report.page import report, write_report
-from ercn.report.runs import read_evaluations
 from ercn.report.table import print_metrics, reading
 from ercn.training import evaluate
 
@@ -113,29 +113,29 @@ def test_values_are_those_of_the_evaluations(root, compared):
 
 
 def test_references_differences_and_healthy_eyes_are_told_with_what_masks_chose(root, compared):
-    gated = json.loads((root / "gated" / "run" / "evaluation" / "val.json").read_text())
-    local, healthy = gated["localization"], gated["healthy"]
-    shown = [local["references"]["contrast"]["aupr"], local["maps"]["cam"]["froc"], local["differences"][0]["froc"]]
-    shown += [local["lesions"]["hemorrhages"]["maps"]["attention"]["recall"], healthy["maps"]["mean"]["area"]]
-    shown += [gated["fixed_specificity"]["0.95"]["roc_sensitivity"], gated["fixed_specificity"]["0.95"]["sensitivity"]]
+    gated = read_evaluations(root / "gated" / "run")[0]["val"]
+    local, healthy, fixed = gated.localization, gated.healthy, gated.grading.fixed_specificity["0.95"]
+    shown = [local.references["contrast"]["aupr"], local.maps["cam"]["froc"], local.differences[0]["froc"]]
+    shown += [local.lesions["hemorrhages"].maps["attention"]["recall"], healthy.maps["mean"]["area"]]
+    shown += [fixed["roc_sensitivity"], fixed["sensitivity"]]
     one = write_report(root / "gated" / "run").read_text()
     Page(one)
     for page in (one, compared):
         for entry in shown:
             assert reading(entry) in page
-        assert gated["disclosure"] in html.unescape(page) and "masks of val of phantom chose" in html.unescape(page)
-        assert f"the unlearned filter {local['contrast']}" in page and "refined CAM − CAM" in page
+        assert gated.disclosure in html.unescape(page) and "masks of val of phantom chose" in html.unescape(page)
+        assert f"the unlearned filter {local.contrast}" in page and "refined CAM − CAM" in page
         assert 'alt="FROC by lesion. ' in page
-        assert f"Pictures of grade 0 without a lesion: {healthy['pictures']}." in page
+        assert f"Pictures of grade 0 without a lesion: {healthy.pictures}." in page
 
 
 def test_the_terminal_tells_the_same(root, capsys):
-    gated = json.loads((root / "gated" / "run" / "evaluation" / "val.json").read_text())
+    gated = read_evaluations(root / "gated" / "run")[0]["val"]
     print_metrics(gated)
     text = " ".join(capsys.readouterr().out.split())
     for part in ("heat on healthy eyes", "references: maps that no model", "paired differences", "FROC score"):
         assert part in text
-    assert gated["disclosure"] in text
+    assert gated.disclosure in text
 
 
 def test_the_same_picture_of_both_runs_is_one_case(root, compared):

@@ -10,6 +10,7 @@ import _ranks
 import _steps
 import pytest
 import torch
+from _stubs import info_of
 from torch import nn
 
 from ercn import cli
@@ -40,7 +41,6 @@ SWIN = {"embed_dim": 12, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8]}
 VIT = {"embed_dim": 32, "depth": 4, "num_heads": 2}
 MAXVIT = {"embed_dim": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "stem_width": 16}
 EDGENEXT = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "heads": [2, 2, 2, 2]}
-INFO = {"class_names": list("abcde"), "mean": [0.5] * 3, "std": [0.2] * 3, "manifest": "", "thresholds": {}}
 # name, output stride, arguments, an exact side of the picture, aligned corners
 FAMILIES = {
     "resnet": ("resnet18", 16, {}, 65, True),
@@ -230,9 +230,9 @@ def test_output_strides_that_a_patch_size_has():
 
 def test_a_trained_network_keeps_its_arguments(tmp_path):
     model = model_of("vit", refine_stages=(0, -1)).eval()
-    save_model(tmp_path, model, TrainConfig(model=model.config), INFO | {"image_size": 64, "prepared_size": 64})
+    save_model(tmp_path, model, info_of(TrainConfig(model=model.config)))
     loaded, info = load_model(tmp_path)
-    assert info["config"].model == model.config and loaded.backbone.img_size == (64, 64)
+    assert info.config.model == model.config and loaded.backbone.img_size == (64, 64)
     image = torch.randn(1, 3, 64, 64)
     assert torch.equal(loaded(image).logits, model(image).logits)
     saved = json.loads((tmp_path / "export/model.json").read_text())["config"]["model"]
@@ -245,9 +245,9 @@ def test_older_exports_are_read(family, geometry, tmp_path):
     name, stride, kwargs, side, corners = FAMILIES[family]
     config = replace(SMALL, backbone=name, output_stride=stride, backbone_kwargs=kwargs)
     model = ERCN(config, geometry=geometry).eval()
-    save_model(tmp_path, model, TrainConfig(model=config), INFO | {"image_size": side, "prepared_size": side})
+    save_model(tmp_path, model, info_of(TrainConfig(model=config), image_size=side, prepared_size=side))
     loaded, info = load_model(tmp_path)
-    assert loaded.geometry == info["geometry"] == geometry and loaded.align_corners is corners
+    assert loaded.geometry == info.geometry == geometry and loaded.align_corners is corners
     assert not any(isinstance(module, CentredConv2d) for module in loaded.modules())
     image = torch.randn(1, 3, side, side)
     assert torch.equal(loaded(image).logits, model(image).logits)

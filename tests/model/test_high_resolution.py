@@ -14,7 +14,7 @@ from ercn.grad_checkpointing import checkpoint_blocks
 from ercn.models import ERCN, create_backbone, stages
 from ercn.objective import ercn_loss
 from ercn.ops import use_backend
-from ercn.training import planning, run_folder
+from ercn.training import planning, run_folder, steps
 from ercn.training.module import ERCNModule
 from ercn.training.planning import changes, footprint
 from ercn.training.pretraining import Contrastive
@@ -86,14 +86,14 @@ def test_settings_of_a_run_reach_the_network():
     config = TrainConfig(model=SMALL, run=RunConfig(grad_checkpointing=True, compile=True, accelerator="cpu"))
     module = ERCNModule(ERCN(SMALL), config)
     keys = list(module.state_dict())
-    run_folder.set_up(module, module.model, config.run)
+    steps.set_up(module, module.model, config.run)
     assert module.model._compiled_call_impl is not None and list(module.state_dict()) == keys
     with pytest.raises(ValueError, match="no blocks|run.grad_checkpointing"):
         checkpoint_blocks(torch.nn.ReLU())
     pretraining = PretrainConfig(backbone="test_resnet", run=RunConfig(sync_batchnorm=True, accelerator="cpu"))
     contrastive = Contrastive(pretraining, 4)
     with pytest.raises(ValueError, match="run.sync_batchnorm needs GPUs"):
-        run_folder.set_up(contrastive, contrastive.online, pretraining.run)
+        steps.set_up(contrastive, contrastive.online, pretraining.run)
 
 
 BASE = TrainConfig(

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from _stubs import info_of
 from safetensors.torch import save_file
 from torchvision import models as torchvision
 from torchvision.models.convnext import CNBlockConfig
@@ -221,10 +222,9 @@ def test_what_stands_before_the_names_is_found(tmp_path, wrap, prefix, name, str
 def test_exports_of_ours(tmp_path):
     """Runs of pre-training and training, given as folder, export folder or file, load bit by bit."""
     torch.manual_seed(1)
-    config = TrainConfig(model=BACKBONE)
     model = ERCN(BACKBONE)
     save_weights(tmp_path / "pre/export", "backbone", model.backbone.state_dict(), {"backbone": BACKBONE.backbone})
-    save_model(tmp_path / "run", model, config, {})
+    save_model(tmp_path / "run", model, info_of(TrainConfig(model=BACKBONE)))
     places = [("pre", "pretrain"), ("pre/export", "pretrain"), ("pre/export/backbone.safetensors", "pretrain")]
     places += [("run", "train"), ("run/export", "train"), ("run/export/model.safetensors", "train")]
     for place, command in places:
@@ -471,7 +471,7 @@ def test_a_run_tells_what_it_started_from(tmp_path, capsys, monkeypatch):
     assert str(loaded) in capsys.readouterr().out.splitlines()
     (tmp_path / "published.pth").unlink()  # the run needs it no longer
     _, info = load_model(tmp_path / "run")
-    assert info["pretrained"] == loaded.as_dict() and info["config"] == config
+    assert info.pretrained == loaded.as_dict() and info.config == config
     card = (tmp_path / "run/export/model_card.md").read_text()
     assert f"- Start: the backbone's weights from `published.pth` (timm; {loaded.tensors} tensors" in card
     assert loaded.sha256 in card and str(tmp_path) not in card

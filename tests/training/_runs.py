@@ -10,13 +10,14 @@ import yaml
 from ercn._environment import environment
 from ercn._files import write_csv, write_json
 from ercn.checkpoint import save_model
-from ercn.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from ercn.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, TrainConfig
 from ercn.data import Manifest
-from ercn.evaluation.evaluating import choose_on_validation, collect, ground_of, write_evaluation
+from ercn.evaluation.collecting import collect
+from ercn.evaluation.evaluating import choose_on_validation, write_evaluation
 from ercn.models import ERCN
 from ercn.training.fit import describe
 
-OPTIONS = {"batch_size": 8, "workers": 0, "device": torch.device("cpu"), "progress": False, "title": ""}
+SETTINGS = EvaluateConfig(batch_size=8, workers=0, accelerator="cpu", progress=False)
 
 
 def write_run(out: Path, root: Path, seed: int = 0, draws: int = 20, **model) -> Path:
@@ -31,15 +32,15 @@ def write_run(out: Path, root: Path, seed: int = 0, draws: int = 20, **model) ->
     )
     torch.manual_seed(seed)
     network = ERCN(config.model)
-    info = describe(config, manifest) | {"normalize": "none", "temperature": 1.0, "unreadable": []}
-    collected = collect(network, info, manifest.split("val"), **OPTIONS)
-    info |= {"epoch": 2, "parameters": 1, **choose_on_validation(collected, ground_of(info, manifest))}
-    save_model(out, network, config, {key: value for key, value in info.items() if key != "config"})
+    info = replace(describe(config, manifest), normalize="none", epoch=2, parameters=1)
+    collected = collect(network, info, manifest.split("val"), SETTINGS)
+    info = choose_on_validation(info, collected, manifest)
+    save_model(out, network, info)
     plain = json.loads(json.dumps(asdict(config)))  # lists for tuples
     (out / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     write_json(out / "environment.json", environment())
     history = [{"epoch": e, "loss": 1 / e, "val_loss": 1 / e, "val_kappa": e / 9} for e in (1, 2, 3)]
     write_csv(out / "metrics.csv", history)
-    chosen = info["thresholds"] | {"from": f"val of {manifest.dataset}"}
-    write_evaluation(out, "val", collected, info, manifest, map_thresholds=chosen, draws=draws, seed=0)
+    chosen = {"map_thresholds": info.thresholds, "chosen_on": f"val of {manifest.dataset}"}
+    write_evaluation(out, "val", collected, info, manifest, **chosen, draws=draws, seed=0)
     return out

@@ -1,4 +1,4 @@
-"""What one rank of a test does: steps whose gradients are compared with those of one process, and training runs."""
+"""What one rank of a distributed test runs: single steps, for their gradients, and whole trainings; peak memory."""
 
 import ctypes
 import gc
@@ -59,7 +59,7 @@ def batches(kind):
     for _ in range(STEPS):
         pictures = torch.randn(shape, generator=generator, dtype=torch.float64)
         grades = torch.randint(5, (6,), generator=generator)
-        index = torch.randperm(8, generator=generator)[:6]  # some pictures of a step are those of the step before
+        index = torch.randperm(8, generator=generator)[:6]  # some pictures repeat from the step before
         yield {"image": pictures, "grade": grades} if kind == "train" else {"views": pictures, "index": index}
 
 
@@ -110,7 +110,7 @@ def train_until(rank, world, config, death):
 
 
 def save_peak(rank, world, config, path):
-    """What two real training steps take at most, beside what the libraries hold after a small one."""
+    """Writes the peak memory of two training steps, less what the libraries hold after small ones."""
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, as large tensors always do
     kwargs = config.model.backbone_kwargs
     small = replace(config.model, backbone_kwargs=kwargs | {"img_size": 64} if "img_size" in kwargs else kwargs)

@@ -1,18 +1,26 @@
-"""Networks whose maps are known: how green the picture is, seen through a tent."""
+"""Networks whose maps are known (how green the picture is, seen through a tent), and what an export says of itself."""
 
 import torch
 import torch.nn.functional as F
 
-from ercn.config import ModelConfig
+from ercn.checkpoint import RunInfo
+from ercn.config import ModelConfig, TrainConfig
 from ercn.elements import exact_side, resize
 from ercn.models import ERCNOutput
 
 
-class Tents(torch.nn.Module):
-    """Element i of the maps weighs the pixels around its place by a tent that ends at its neighbours' places.
+def info_of(config: TrainConfig, **changes) -> RunInfo:
+    """Of a network that was never trained, for pictures of 64 px."""
+    about = {"class_names": list("abcde"), "trained_classes": list("abcde"), "image_size": 64, "prepared_size": 64}
+    about |= {"mean": [0.5] * 3, "std": [0.2] * 3, "manifest": "0" * 64, "thresholds": {"referable": 0.5, "maps": {}}}
+    return RunInfo(config=config, **about | changes)
 
-    So each pixel's share goes to the elements around it as bilinear interpolation would take it from there: whatever
-    is green keeps its sum and its centre of mass, to rounding, at any place. stride 1 is the picture itself.
+
+class Tents(torch.nn.Module):
+    """Each element of the maps is a weighted sum of pixels around it; the weights fall linearly to 0 at its neighbours.
+
+    This is the transpose of bilinear interpolation: a green spot keeps its sum and its centre of mass, to rounding, at
+    any place. stride 1 is the picture itself.
     """
 
     config = ModelConfig(refinement=())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +70,7 @@ FAILED = "4 of 10 cells failed; .*: no such backbone, seed 0; other shapes, seed
 
 @pytest.fixture(scope="module", autouse=True)
 def no_reports():
-    """What takes most of the time and no one looks at here: reports, draws of a run's own validation, collections."""
+    """Turns off slow parts that are not tested here: reports, bootstrap draws of a run's validation, collections."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "BOOTSTRAP", 10)
         for module in (fit, pretraining, evaluation):
@@ -82,7 +83,7 @@ def no_reports():
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """The grid above, chosen from while there is no test picture, then run; two of its rows cannot be."""
+    """Results of ``select`` on the grid above, without test pictures, then of ``ablate``; two of its rows fail."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
     out = folder / "out"
@@ -141,25 +142,25 @@ def test_values_are_those_of_evaluate(out):
     folder = planned(out)["gated", 1].folder
     result = evaluate(EvaluateConfig(run=str(folder), workers=0, bootstrap=100, seed=ablation_table.SEED))
     mine = ablation_table.draws_of(folder, 100, "test")
-    local = result["localization"]
-    gains = {f"gain_{entry['map']}": entry for entry in local["differences"]}
+    local = result.localization
+    gains = {f"gain_{entry['map']}": entry for entry in local.differences}
     assert mine.keys() == ablation_table.COLUMNS.keys() | {
         f"{key}_{name}" for key in ("aupr", "froc", "iou") for name in ("contrast", "stride_ceiling")
     }
     for name, entry in mine.items():
         key, _, map_name = name.partition("_")
-        theirs = result["metrics"]
+        theirs = result.grading.metrics
         if key in ("aupr", "iou", "froc"):
-            theirs = (local["maps"] | local["references"])[map_name]
+            theirs = (local.maps | local.references)[map_name]
         elif key == "heat":
-            theirs = result["healthy"]["maps"][map_name]
+            theirs = result.healthy.maps[map_name]
         elif key == "gain":
             theirs, key = gains[name], "aupr"
         else:
             key = name
-        assert entry[0] == pytest.approx(theirs[key]["value"], rel=1e-9, abs=1e-12)
+        assert entry[0] == pytest.approx(theirs[key].value, rel=1e-9, abs=1e-12)
         np.testing.assert_allclose(
-            np.nanpercentile(entry[1:], [2.5, 97.5]), [theirs[key]["low"], theirs[key]["high"]], rtol=0.15, atol=0.02
+            np.nanpercentile(entry[1:], [2.5, 97.5]), [theirs[key].low, theirs[key].high], rtol=0.15, atol=0.02
         )
     assert table(out)["gated"]["values"]["kappa"]["each"][1] == mine["kappa"][0]
 
@@ -179,6 +180,18 @@ def test_a_row_that_is_not_trained_has_the_weights_of_its_base(out):
     np.testing.assert_array_equal(a["probability"], b["probability"])
     np.testing.assert_array_equal(a["counts_cam"], b["counts_cam"])
     assert (a["counts_refined_cam"] != b["counts_refined_cam"]).any()
+
+
+def test_a_cell_that_an_older_version_trained_is_named(out, tmp_path):
+    cell = planned(out)["CAM", 0]
+    shutil.copytree(cell.folder, tmp_path / "cell")
+    path = tmp_path / "cell" / "export" / "model.json"
+    about = json.loads(path.read_text())
+    del about["flat_cam"]
+    path.write_text(json.dumps(about))
+    own = replace(cell, config=replace(cell.config, run=replace(cell.config.run, out=str(tmp_path / "cell"))))
+    with pytest.raises(ValueError, match="cell was trained by an older version of ercn; remove it"):
+        ablation._run(own, Manifest.load(cell.config.data.root), "test")
 
 
 def test_finished_cells_are_kept_and_failed_ones_tried_again(out, monkeypatch):
@@ -240,7 +253,7 @@ def test_references_are_told_once_with_the_rows_that_they_are_beside(out):
             draws["aupr_contrast"][0],
             draws["aupr_stride_ceiling"][0],
         ]
-        assert found[0]["detail"] == load_model(cell.folder)[1]["contrast"]
+        assert found[0]["detail"] == load_model(cell.folder)[1].contrast
 
 
 def test_the_supervised_ceiling_is_that_of_evaluate(out):
@@ -250,10 +263,10 @@ def test_the_supervised_ceiling_is_that_of_evaluate(out):
     assert ceiling.width == 2 and ceiling.data.image_size == 64 and ceiling.data.batch_size == 4
     run = planned(out)["CAM", 0].folder
     result = evaluate(EvaluateConfig(run=str(run), workers=0, bootstrap=1, ceiling=ceiling.run.out))
-    theirs = result["localization"]["references"]["supervised"]
+    theirs = result.localization.references["supervised"]
     mine = json.loads((out / "ablation.json").read_text())["references"][2]
     for key in ("aupr", "froc"):
-        assert mine[key]["value"] == pytest.approx(theirs[key]["value"], rel=1e-6)
+        assert mine[key]["value"] == pytest.approx(theirs[key].value, rel=1e-6)
     given = ablation._ceiling_of(replace(grid, ceiling=ceiling.run.out), out, Manifest.load(root))
     assert given.config is None and given.folder != given.run == Path(ceiling.run.out)
     with pytest.raises(FileNotFoundError, match="ceiling.safetensors is missing; ercn ceiling writes it"):

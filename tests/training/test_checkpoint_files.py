@@ -1,14 +1,16 @@
-"""Exported weights: they come back as they were, and everything that does not fit is named."""
+"""Exported weights are read back unchanged, and errors name everything that does not fit."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from _stubs import info_of
 from safetensors.torch import load_file, save_file
 
-from ercn.checkpoint import load_model, save_model, save_weights
+from ercn.checkpoint import load_model, read_info, save_model, save_weights
 from ercn.config import ModelConfig, TrainConfig
 from ercn.elements import GEOMETRY
 from ercn.maps import enlarge, heat_maps
@@ -18,35 +20,42 @@ DATA = Path(__file__).parents[1] / "data" / "golden"
 
 SMALL = {"embed_dim": 8, "pool_dim": 8, "mask_thresholds": (0.1,)}
 CONFIG = TrainConfig(model=ModelConfig(backbone="mobilenetv3_small_050", **SMALL))
-INFO = {
-    "class_names": list("abcde"),
-    "image_size": 64,
-    "prepared_size": 64,
-    "mean": [0.5] * 3,
-    "std": [0.2] * 3,
-    "manifest": "0" * 64,
-    "thresholds": {"referable": 0.4, "maps": {}},
-}
+INFO = info_of(CONFIG, thresholds={"referable": 0.4, "maps": {}}, epoch=3, contrast="")
 
 
 @pytest.fixture
 def run(tmp_path):
     torch.manual_seed(0)
     model = ERCN(CONFIG.model).to(memory_format=torch.channels_last).eval()
-    save_model(tmp_path, model, CONFIG, INFO)
+    save_model(tmp_path, model, INFO)
     return tmp_path, model
 
 
 def test_what_is_saved_comes_back(run):
     folder, model = run
     loaded, info = load_model(folder)
-    assert info["config"] == CONFIG and info["thresholds"]["referable"] == 0.4
-    assert "medical device" in info["notice"] and info["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert info == read_info(folder) == INFO and info.packages["torch"] == torch.__version__.split("+")[0]
+    written = json.loads((folder / "export" / "model.json").read_text())
+    assert "medical device" in written["notice"] and written["contrast"] == ""
+    assert written["config"] == json.loads(json.dumps(asdict(CONFIG)))
+    fields = [name for name, value in vars(INFO).items() if value is not None and name != "packages"]
+    assert list(written) == ["format", "notice", "packages", *fields]
     image = torch.randn(1, 3, 64, 64)
-    assert not loaded.training and info["geometry"] == loaded.geometry == GEOMETRY == 4 and loaded.align_corners
+    assert not loaded.training and info.geometry == loaded.geometry == GEOMETRY == 4 and loaded.align_corners
     torch.testing.assert_close(loaded(image).logits, model(image).logits)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
     assert sorted(p.name for p in (folder / "export").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_fields_that_came_later_have_the_value_of_before(run):
+    folder, _ = run
+    path = folder / "export" / "model.json"
+    about = json.loads(path.read_text())
+    kept = ("format", "config", "geometry", "class_names", "image_size", "prepared_size", "mean", "std", "manifest")
+    path.write_text(json.dumps({name: about[name] for name in (*kept, "thresholds")} | {"from_a_later_version": 1}))
+    _, info = load_model(folder)
+    assert info == replace(INFO, packages={}, epoch=None, contrast=None)
+    assert (info.normalize, info.temperature, info.trained_classes, info.unreadable) == ("none", 1, list("abcde"), [])
 
 
 def test_weights_of_another_model_list_what_differs(run):
@@ -105,7 +114,7 @@ def test_damaged_or_newer_description_is_named(run):
 
 
 def filled(state):
-    """Values by the order of the keys alone, so that they do not depend on how a network draws its first weights."""
+    """Random values by the order of the keys, independent of the network's own initialisation."""
     generator = torch.Generator().manual_seed(0)
     for key, value in sorted(state.items()):
         if value.ndim > 1:
@@ -125,12 +134,12 @@ def test_exports_from_before_there_was_a_geometry_are_read_with_theirs(tmp_path)
     save_weights(tmp_path / "export", "model", state, about)
     assert "geometry" not in json.loads((tmp_path / "export" / "model.json").read_text())
     model, info = load_model(tmp_path)
-    assert model.geometry == info["geometry"] == 1 and model.align_corners is False
+    assert model.geometry == info.geometry == 1 and model.align_corners is False
     expected = {name: torch.from_numpy(value) for name, value in np.load(DATA / "geometry_1.npz").items()}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         square, odd = (model(torch.randn(1, 3, *size, generator=generator)) for size in ((64, 64), (71, 93)))
-    heats = heat_maps(square, info["config"].model, model.align_corners)
+    heats = heat_maps(square, info.config.model, model.align_corners)
     assert list(heats) == ["cam", "refined_cam", "attention", "mean"]
     found = {f"heat_{name}": heat for name, heat in heats.items()}
     found |= {f"square_{name}": getattr(square, name) for name in ("logits", "cam", "refined_cam", "attention")}
@@ -140,9 +149,9 @@ def test_exports_from_before_there_was_a_geometry_are_read_with_theirs(tmp_path)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
-    save_model(tmp_path / "again", model, info["config"], INFO)
+    save_model(tmp_path / "again", model, info)
     again, info = load_model(tmp_path / "again")
-    assert again.geometry == info["geometry"] == 1
+    assert again.geometry == info.geometry == 1
 
 
 def test_a_folder_without_export_says_which_command_writes_it(tmp_path):
@@ -160,6 +169,6 @@ def test_a_failed_write_leaves_the_old_file(run, monkeypatch):
 
     monkeypatch.setattr("ercn.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_model(folder, model, CONFIG, INFO)
+        save_model(folder, model, INFO)
     assert (folder / "export" / "model.safetensors").read_bytes() == before
     assert len(list((folder / "export").iterdir())) == 2

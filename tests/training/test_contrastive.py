@@ -1,4 +1,4 @@
-"""MoCo v2: its loss by the formula, what counts as a negative, what the queue keeps, how its encoder follows."""
+"""MoCo v2: the loss against its formula, negatives, the queue, and the momentum encoder."""
 
 import math
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ def test_the_loss_is_info_nce_without_own_keys(size):
         torch.testing.assert_close(stored, own)
 
 
-def test_old_keys_of_a_query_s_own_picture_have_no_say():
+def test_old_keys_of_a_query_s_own_picture_do_not_count():
     (_, old, _), (query, key, _) = steps([0, 1, 2], [0, 1, 2])
     for pictures, heard in (([0, 1, 2], False), ([7, 8, 9], True)):
         losses = []
@@ -59,7 +59,7 @@ def test_old_keys_of_a_query_s_own_picture_have_no_say():
 
 
 def test_slots_without_a_key_are_no_negatives():
-    """A query alone has nothing to be told from, and no gradient."""
+    """A single query has no negatives, so no gradient."""
     query, key, picture = steps([3])[0]
     query.requires_grad_()
     loss = KeyQueue(64, 5, 0.2).double()(query, key, picture)

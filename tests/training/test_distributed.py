@@ -1,4 +1,4 @@
-"""Several processes: the same loss and gradients as one with all pictures, and whole runs that end as one would."""
+"""Several processes have the loss and gradients of one process with all pictures, and resume to the same bits."""
 
 import csv
 import json
@@ -22,7 +22,6 @@ from ercn.data import Manifest, prepare
 @pytest.fixture(scope="module")
 def whole():
     return {kind: _steps.gradient(kind) for kind in _steps.KINDS}
-
 
 
 @pytest.mark.parametrize("counts", [(4, 2), (5, 0, 1)], ids=str)
@@ -74,21 +73,21 @@ def test_two_ranks_killed_at_a_random_step_resume_to_the_same_bits(data, tmp_pat
     assert _ranks.run(2, _steps.train_until, config_of(data, killed, resume=True), None) == [0, 0]
     assert rows(killed) == rows(whole) and len(rows(whole)) == 3, death
     states = [torch.load(out / "checkpoints" / "last.ckpt", weights_only=True) for out in (whole, killed)]
-    for part in ("state_dict", "current_model_state"):  # the average and what is averaged
+    for part in ("state_dict", "current_model_state"):  # the average and the current weights
         assert all(torch.equal(value, states[1][part][name]) for name, value in states[0][part].items()), death
     weights = [load_file(out / "export" / "model.safetensors") for out in (whole, killed)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()), death
 
     info = json.loads((whole / "export" / "model.json").read_text())
     result = json.loads((whole / "evaluation" / "val.json").read_text())
-    assert [one["id"] for one in info["unreadable"]] == [Manifest.load(data).split("train")[0].id]  # whoever met it
+    assert [one["id"] for one in info["unreadable"]] == [Manifest.load(data).split("train")[0].id]  # by any rank
     best = rows(whole)[info["epoch"] - 1]
-    for name in ("accuracy", "kappa"):  # of every picture once, by the ranks and by one process
+    for name in ("accuracy", "kappa"):  # each picture counts once, for the ranks and for one process
         assert float(best[f"val_{name}"]) == pytest.approx(result["metrics"][name]["value"], abs=1e-6)
 
 
 def test_more_ranks_than_validation_pictures(tmp_path):
-    """The rank without any does not leave the others waiting."""
+    """The others do not wait for a rank without pictures."""
     data, out = tmp_path / "data", tmp_path / "run"
     prepare(PrepareConfig(patients=10, size=64, fractions=(0.8, 0.1, 0.1), out=str(data), progress=False))
     pictures = len(Manifest.load(data).split("val"))
@@ -101,7 +100,7 @@ def test_more_ranks_than_validation_pictures(tmp_path):
 
 
 def test_a_rank_that_fails_ends_the_job_with_its_error(data, tmp_path):
-    """As a user starts it, with ``--run.devices 2``; one of the two ranks meets the unreadable picture."""
+    """Started on the command line with ``--run.devices 2``; one of the ranks reads the unreadable picture."""
     options = {
         "data.root": data,
         "data.image_size": 64,

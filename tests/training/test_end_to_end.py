@@ -25,8 +25,8 @@ from ercn.config import (
     TrainConfig,
 )
 from ercn.data import DataError, Geometry, Manifest, prepare
-from ercn.evaluation.evaluating import check_classes
 from ercn.training import evaluate, module, predict, train
+from ercn.training.fit import check_classes
 
 BACKBONE = "mobilenetv3_small_050"
 
@@ -178,7 +178,7 @@ def test_prediction_of_a_prepared_picture_equals_its_evaluation(root):
 
 
 def test_weights_trained_in_half_precision_are_exported_in_float32(root, monkeypatch, capsys):
-    """And a CAM that points at nothing is told at the end."""
+    """At the end, a warning says that the CAM is flat."""
     monkeypatch.setattr(module, "flat", lambda cam, config: torch.ones(len(cam), dtype=torch.bool))
     config = TrainConfig(
         data=DataConfig(root=str(root / "data"), image_size=64, batch_size=6, workers=0),
@@ -187,7 +187,7 @@ def test_weights_trained_in_half_precision_are_exported_in_float32(root, monkeyp
     )
     model, info = load_model(train(config))
     sentence = "the CAM is flat in 100% of the val pictures with disease: its maps point at nothing"
-    assert info["flat_cam"] == 1 and sentence in capsys.readouterr().out.splitlines()
+    assert info.flat_cam == 1 and sentence in capsys.readouterr().out.splitlines()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert (root / "half" / "evaluation" / "val.json").exists()
 

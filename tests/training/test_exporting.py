@@ -1,4 +1,4 @@
-"""What leaves the package predicts as it did inside, in processes that have neither ercn nor, for ONNX, torch."""
+"""Exported networks predict as ercn does, in processes without ercn and, for ONNX, without torch."""
 
 import csv
 import json
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from _pictures import FRAMES, framed
+from _stubs import info_of
 from PIL import Image
 from scipy import ndimage
 from torch import nn
@@ -34,23 +35,22 @@ from ercn.training import export, predict
 ROOT = Path(__file__).parents[2]
 SITE = Path(sysconfig.get_path("platlib"))
 MODEL = ModelConfig(backbone="test_resnet", embed_dim=8, pool_dim=8, pamr_reach=0.03, pamr_steps=4)
-INFO = {
-    "class_names": list("abcde"),
-    "image_size": 65,
-    "prepared_size": 96,
-    "mean": [0.4, 0.3, 0.2],
-    "std": [0.2, 0.25, 0.3],
-    "manifest": "0" * 64,
-    "thresholds": {"referable": 0.4, "maps": {"cam": 0.3}},
-    "normalize": "local",
-    "temperature": 1.7,
-}
-# To be turned, and with a resolution that is a signed byte of 200
+INFO = info_of(
+    TrainConfig(model=MODEL),
+    image_size=65,
+    prepared_size=96,
+    mean=[0.4, 0.3, 0.2],
+    std=[0.2, 0.25, 0.3],
+    thresholds={"referable": 0.4, "maps": {"cam": 0.3}},
+    normalize="local",
+    temperature=1.7,
+)
+# EXIF data of a picture that must be turned, with an invalid resolution: a signed byte of 200
 DAMAGED = b"Exif\0\0II*\0" + struct.pack("<LH HHLL HHLL L", 8, 2, 0x112, 3, 1, 6, 0x11A, 6, 1, 200, 0)
 
 
 def random_network(config):
-    """Grades and maps that differ from picture to picture."""
+    """A network whose grades and maps differ between pictures."""
     torch.manual_seed(0)
     model = ERCN(config).eval()
     with torch.no_grad():
@@ -70,7 +70,7 @@ def picture(number):
 def run(tmp_path_factory):
     """A run of a network that was never trained, pictures, and what ``ercn predict`` makes of them."""
     root = tmp_path_factory.mktemp("run")
-    save_model(root / "run", random_network(MODEL), TrainConfig(model=MODEL), INFO)
+    save_model(root / "run", random_network(MODEL), INFO)
     (root / "run" / "export" / "model_card.md").write_text("A card.\n")
     for number in range(6):
         path = root / "pictures" / ("b" if number % 2 else ".") / f"{number}.png"
@@ -125,7 +125,7 @@ def same_predictions(found, expected):
     with open(found / "predictions.csv") as ours, open(expected / "predictions.csv") as theirs:
         rows, wanted = list(csv.DictReader(ours)), list(csv.DictReader(theirs))
     assert [row["id"] for row in rows] == [row["id"] for row in wanted]
-    assert len({row["p4"] for row in wanted}) > 5  # they differ, or nothing is shown
+    assert len({row["p4"] for row in wanted}) > 5  # equal predictions would show nothing
     for row, right in zip(rows, wanted):
         assert list(row) == list(right) and (row["file"], row["grade"]) == (right["file"], right["grade"])
         values = [[float(value) for name, value in r.items() if re.fullmatch(r"p\d", name)] for r in (row, right)]
@@ -160,9 +160,9 @@ def test_onnx_predicts_with_onnxruntime_numpy_and_pillow_alone(run, program, tmp
 
     about = json.loads((folder / "export.json").read_text())
     for name in ("temperature", "thresholds", "class_names", "manifest"):
-        assert about[name] == INFO[name]
+        assert about[name] == getattr(INFO, name)
     assert about["preprocessing"] == {"max_pixels": 200_000_000} | {
-        name: INFO[name] for name in ("prepared_size", "normalize", "image_size", "mean", "std")
+        name: getattr(INFO, name) for name in ("prepared_size", "normalize", "image_size", "mean", "std")
     }
     assert about["network"]["outputs"]["probability"] == ["batch", 5] and about["model_card"] == "model_card.md"
     assert "medical device" in about["notice"] and about["maps"]["corners"] == 65
@@ -194,7 +194,7 @@ def code_blocks(language):
 
 @pytest.mark.slow
 def test_aoti_predicts_in_a_process_without_python(run, program, tmp_path):
-    """The program and the command are those of docs/export.md. Without vectors, the compiler has half the work."""
+    """Runs the program and command of docs/export.md. Without vectors, compiling takes half the time."""
     with torch._inductor.config.patch({"compile_threads": 1, "cpp.simdlen": 1}):
         folder = export(ExportConfig(str(run / "run"), "aoti", str(tmp_path / "exported")))
     (tmp_path / "main.cpp").write_text(code_blocks("cpp")[0])
@@ -251,15 +251,15 @@ def test_other_networks_are_exported(changes, side):
 
 
 def test_attention_is_written_as_onnx(tmp_path):
-    """Views of what fused attention returns cannot be; MaxViT holds such."""
+    """MaxViT takes views of the output of attention, which fail on that of fused attention."""
     kwargs = {"img_size": 64, "block_type": ["C", "C", "C", "M"]}
     config = replace(MODEL, backbone="test_maxvit", backbone_kwargs=kwargs, output_stride=32, refinement=())
     network = random_network(config)
-    save_model(tmp_path / "run", network, TrainConfig(model=config), INFO | {"image_size": 64})
+    save_model(tmp_path / "run", network, replace(INFO, config=TrainConfig(model=config), image_size=64))
     folder = export(ExportConfig(str(tmp_path / "run"), "onnx", str(tmp_path / "exported")))
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        expected = exporting.Predicting(network, config, INFO["temperature"])(image)
+        expected = exporting.Predicting(network, config, INFO.temperature)(image)
     found = session_of(folder).run(list(expected), {"image": image.numpy()})
     for (name, value), output in zip(expected.items(), found):
         np.testing.assert_allclose(output, value.numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
@@ -334,14 +334,14 @@ def test_the_probabilities_are_those_of_predict(targets, temperature):
 @pytest.mark.parametrize("normalize", ["none", "graham", "local"])
 @pytest.mark.parametrize("prepared, side", [(64, 64), (96, 65), (64, 97), (130, 65)])
 def test_the_script_makes_the_same_input_of_a_picture(normalize, prepared, side, tmp_path):
-    info = INFO | {"normalize": normalize, "prepared_size": prepared, "image_size": side}
+    info = replace(INFO, normalize=normalize, prepared_size=prepared, image_size=side)
     paths = []
     for number in range(2 * len(FRAMES)):
         paths.append(tmp_path / f"{number}.jpg")
         picture(number).save(paths[-1])
     about = {
         "network": {"file": "model.onnx", "format": "onnx", "outputs": {"probability": []}},
-        "preprocessing": {"max_pixels": 10**8, **info},
+        "preprocessing": {"max_pixels": 10**8, **vars(info)},
         "maps": {"names": {}},
     }
     predictor = standalone.Predictor.__new__(standalone.Predictor)

@@ -1,4 +1,4 @@
-"""What a training step changes, as the run's settings have it."""
+"""Training and validation steps: frozen BatchNorm, and what validation logs of the CAMs."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from ercn.training.module import ERCNModule
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_frozen_batchnorm_keeps_statistics_and_weights(freeze):
-    """As Lightning does: optimizers are made first, then the module is told to train, and again after validation."""
+    """Calls come in Lightning's order: optimizers first, then ``train()``, again after each validation."""
     config = _steps.module_of("train").config
     config = replace(config, run=replace(config.run, freeze_batchnorm=freeze, warmup_epochs=0))
     torch.manual_seed(0)
@@ -46,8 +46,8 @@ def test_frozen_batchnorm_keeps_statistics_and_weights(freeze):
     "grades, dead, extent",
     [([0, 1, 2, 4], 2 / 3, (1 + 0 + 1 / 36) / 3), ([0, 0, 3, 3], 0.5, 1 / 72), ([0, 0, 0, 0], 0.0, 0.0)],
 )
-def test_validation_tells_what_has_become_of_the_cams_of_the_diseased(grades, dead, extent):
-    """Of four pictures the first three have a CAM that points at nothing, the second all over; in batches of two."""
+def test_validation_logs_the_cams_of_pictures_with_disease(grades, dead, extent):
+    """Four pictures in batches of two: the first three have a flat CAM, of which the second is positive."""
     config = _steps.module_of("train").config
     cam = torch.full((4, 4, 6, 6), -1.0)
     cam[1], cam[3, 2, 1, 4] = 0.5, 2.0

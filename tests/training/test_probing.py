@@ -63,7 +63,7 @@ def test_pretraining_says_how_good_its_features_are(tmp_path):
     assert info["probe"].keys() == {"before", "after"} and info["probe"]["after"].keys() == names
     assert {name: float(rows[-1][name]) for name in names} == info["probe"]["after"]
 
-    # what was exported, measured again from outside; nothing is left to train, and the numbers stay
+    # measuring the export again, and resuming the finished run, give the same numbers
     backbone = create_backbone(BACKBONE, config.output_stride)
     backbone.load_state_dict(state)
     probe = Probe.of(Manifest.load(data.root), data, 1)

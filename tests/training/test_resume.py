@@ -1,4 +1,4 @@
-"""A run that is killed goes on to the same bits; a run's folder is never overwritten or mixed up."""
+"""A killed run resumes to the same bits; a run's folder is never overwritten or mixed with another run."""
 
 import csv
 import json
@@ -97,7 +97,7 @@ def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
     weights = [load_file(out / "export" / "model.safetensors") for out in (whole, killed)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     states = [torch.load(out / "checkpoints" / "last.ckpt", weights_only=True) for out in (whole, killed)]
-    for part in ("state_dict", "current_model_state"):  # the average and what is averaged
+    for part in ("state_dict", "current_model_state"):  # the average and the current weights
         assert all(torch.equal(a, states[1][part][key]) for key, a in states[0][part].items())
     results = [json.loads((out / "evaluation" / "val.json").read_text()) for out in (whole, killed)]
     assert results[0] == results[1]

@@ -1,9 +1,10 @@
-"""Settings that go together, and sentences for those that do not."""
+"""Combinations of settings that work, and error sentences for those that do not."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from _stubs import info_of
 
 from ercn.checkpoint import save_model
 from ercn.config import DataConfig, LossConfig, ModelConfig, PredictConfig, RunConfig, TrainConfig
@@ -71,9 +72,7 @@ def test_maps_of_a_model_without_pooling():
 )
 def test_overlays_that_a_model_does_not_make_are_refused(changes, name, tmp_path):
     model = build(**changes)
-    info = {"class_names": list("abcde"), "image_size": 65, "prepared_size": 65, "mean": [0.5] * 3, "std": [0.2] * 3}
-    info |= {"manifest": "0" * 64, "thresholds": {"referable": 0.5, "maps": {}}}
-    save_model(tmp_path / "run", model, TrainConfig(model=model.config), info)
+    save_model(tmp_path / "run", model, info_of(TrainConfig(model=model.config)))
     (tmp_path / "picture.png").touch()
     config = PredictConfig(run=str(tmp_path / "run"), input=str(tmp_path / "picture.png"), out=str(tmp_path / "out"))
     with pytest.raises(ValueError, match=f"overlays has {name}, which .* does not make .* it has cam, refined_cam"):

@@ -11,14 +11,3 @@ froc.py          FROC by lesion
 filters.py       unlearned filters, the floor of the maps
 unet.py          the U-Net of lesion masks, their ceiling
 """
-
-from __future__ import annotations
-
-from ercn import _lazy
-
-_MODULES = {
-    "evaluate": "ercn.evaluation.evaluating",
-    "predict": "ercn.evaluation.predicting",
-}
-__all__ = list(_MODULES)
-__getattr__ = _lazy.functions(__name__, _MODULES)

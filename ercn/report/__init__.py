@@ -10,13 +10,3 @@ gallery.py     pictures with maps and masks, as files
 overlay.py     heat maps over pictures, outlines; their colours
 model_card.py  the model card (model_card.md.jinja)
 """
-
-from __future__ import annotations
-
-from ercn import _lazy
-
-_MODULES = {
-    "report": "ercn.report.page",
-}
-__all__ = list(_MODULES)
-__getattr__ = _lazy.functions(__name__, _MODULES)

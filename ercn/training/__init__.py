@@ -17,7 +17,8 @@ planning.py     ``plan``: peak memory of a configuration
 
 from __future__ import annotations
 
-from ercn import _lazy
+from importlib import import_module
+from typing import Any
 
 _MODULES = {
     "plan": "ercn.training.planning",
@@ -31,4 +32,10 @@ _MODULES = {
     "select": "ercn.ablation.selection",
 }
 __all__ = list(_MODULES)
-__getattr__ = _lazy.functions(__name__, _MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a function's file when it is asked for: evaluation and prediction need no Lightning."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # From the ground up; rooms of one floor do not know each other.
 FLOORS = [
-    {"_environment", "_files", "_lazy", "_memory", "_progress", "_seeding", "config"},
+    {"_environment", "_files", "_memory", "_progress", "_seeding", "config"},
     {"ops kernels"},
     {"elements transforms losses nn pretrained grad_checkpointing models objective maps checkpoint", "data", "doctor"},
     {"benchmarks", "report"},

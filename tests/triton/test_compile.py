@@ -62,12 +62,11 @@ def run_affinity(arch: str, kernel: str, dtype: torch.dtype, dim: int, layout: s
     value = meta(1, CHANNELS, PIXELS, dtype=torch.float32)
     if kernel == "backward":
         row = configs.row(arch, kernel, configs.precision(dtype, arch).product_dtype, dim or STREAMED)
-        plan = configs.BackwardPlan(configs.BackwardConfig(*row), 1, PIXELS)
-        affinity.relu_affinity_backward(value, value, feat, True, plan)
+        affinity.relu_affinity_backward(value, value, feat, True, configs.BackwardPlan(row, 1, PIXELS))
     else:
         row = configs.row(arch, kernel, dtype, dim or STREAMED)
         band = PIXELS if kernel == "triangle" else 0
-        affinity.relu_affinity(value, feat, configs.ForwardPlan(configs.ForwardConfig(*row), 1, PIXELS, band))
+        affinity.relu_affinity(value, feat, configs.ForwardPlan(row, 1, PIXELS, band))
 
 
 def run_pool(dtype: torch.dtype, option: str) -> None:
@@ -238,7 +237,7 @@ def test_no_long_sum_is_left_to_tensor_cores():
 def test_sizes_of_one_which_triton_takes_as_constants(triangle):
     one, dtype = meta(1, 1, 1, dtype=torch.float32), torch.bfloat16
     row = configs.row("sm_90", "triangle" if triangle else "forward", dtype, 1)
-    plan = configs.ForwardPlan(configs.ForwardConfig(*row), 1, 1 << 10, int(triangle))
+    plan = configs.ForwardPlan(row, 1, 1 << 10, int(triangle))
 
     def run():
         affinity.relu_affinity(one, one.to(dtype), plan)

@@ -53,16 +53,14 @@ def unit_words(seed, r, first_unit, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr
 
 
 @triton.jit
-def dropout_factor(
-    seed, r, first_unit, threshold, scale, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr
-):
+def dropout_factor(dropout, r, first_unit, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr):
     """What multiplies the branches' product: 0 where one of the two is dropped, else scale: [BLOCK_M, BLOCK_L].
 
     A branch is dropped where its 16 bits are below the threshold, which lies in 1 … 65536.
     """
-    words = unit_words(tl.load(seed), r, first_unit, BLOCK_M, BLOCK_L)
-    last = (tl.cast(threshold, tl.uint32) << 16) - 1  # the last dropped word, by its high bits
+    words = unit_words(tl.load(dropout.seed), r, first_unit, BLOCK_M, BLOCK_L)
+    last = (tl.cast(dropout.threshold, tl.uint32) << 16) - 1  # the last dropped word, by its high bits
     lowest = words << 16
     if GATED:
         lowest = tl.minimum(lowest, words)
-    return tl.where(lowest <= last, 0.0, scale)
+    return tl.where(lowest <= last, 0.0, dropout.scale)

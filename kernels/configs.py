@@ -209,6 +209,13 @@ def pool_plan(dim: int, dtype: torch.dtype, arch: str, table: Table = TABLE) -> 
     )
 
 
+def weight_grad_splits(plan: PoolPlan, units: int, dim: int, rows: int) -> tuple[int, int]:
+    """How many splits of how many rows each the gradients of ``units`` rows of weights are summed in."""
+    config = plan.weight_grad
+    programs = max(1, cdiv(units, config.block_m) * cdiv(dim, config.block_n))
+    return slabs(max(rows, 1), config.block_k, programs, plan.programs)
+
+
 def workspace_tiles(block_m: int, width: int, dtype: torch.dtype) -> int:
     """Tiles of rows whose activation gradients the workspace holds."""
     return max(1, WORKSPACE_BYTES // (block_m * max(width, 1) * dtype.itemsize))

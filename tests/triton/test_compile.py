@@ -196,14 +196,13 @@ def test_plans_are_kept_by_all_that_they_depend_on(monkeypatch):
     call = functools.partial(configs.forward_plan, 1, 22, 192, dtype=torch.bfloat16, arch="sm_90")
     triangle, dense = call(n=128**2), call(n=64**2)
     assert call(n=128**2) is triangle and triangle.band > 0 and dense.band == 0
-    monkeypatch.setattr(configs, "use_triangle", lambda *_: False)
-    assert call(n=128**2).band == 0
-    monkeypatch.undo()
-    monkeypatch.setitem(TABLE["sm_90"], "programs", 4)
-    assert call(n=64**2) != dense
-    monkeypatch.undo()
-    monkeypatch.setitem(TABLE["sm_90"]["triangle"]["half"], 192, (4, 1, 64, 64, 64, 1, True))
-    assert call(n=128**2).config.num_warps == 4
+    assert call(n=128**2, triangle=False).band == 0 < call(n=64**2, triangle=True).band
+    few = TABLE | {"sm_90": TABLE["sm_90"] | {"programs": 4}}
+    assert call(n=64**2, table=few) != dense
+    other = tune.with_row(TABLE, "sm_90", "triangle", "half", 192, configs.ForwardConfig(64, 64, 64, 4, 1))
+    assert call(n=128**2, table=other).config.num_warps == 4
+    monkeypatch.setattr(configs, "MIRRORED_BYTES", 1 << 20)
+    assert call(n=128**2).band < triangle.band
     monkeypatch.undo()
     assert call(n=128**2) is triangle and call(n=64**2) is dense
     for n in range(2 * configs.KEPT):
@@ -288,8 +287,9 @@ def test_refinements_fit_on_chip(arch, form, dtype, dilations, tmp_path):
 def test_every_row_of_the_table_is_compiled():
     for arch in ARCHS:
         for kernel in tune.KERNELS:
-            dims = tune.DIMS if kernel in ("forward", "triangle", "backward") else dict.fromkeys(tune.DTYPES, (0,))
-            assert {kind: tuple(rows) for kind, rows in TABLE[arch][kernel].items()} == dims
+            for kind, dims in tune.DIMS.items():
+                rows = configs.rows(arch, kernel, tune.DTYPES[kind])
+                assert {0} <= set(rows) <= set(dims if kernel in ("forward", "triangle", "backward") else (0,))
         assert arch in SHARED_LIMIT
 
 
@@ -324,15 +324,12 @@ def test_the_table_is_as_the_tool_writes_it():
 
 @pytest.mark.parametrize("kernel", tune.KERNELS)
 def test_candidates_are_configs(kernel):
-    config = {
-        "forward": configs.ForwardConfig, "triangle": configs.ForwardConfig, "backward": configs.BackwardConfig,
-        "pool": configs.PoolConfig, "row_grad": configs.GemmConfig, "weight_grad": configs.GemmConfig,
-    }[kernel]  # fmt: skip
     rows = [row for dim in tune.DIMS["half"] for row in tune.candidates(kernel, "half", dim)]
-    assert rows and all(config(*row).num_warps in (4, 8) for row in rows)
+    assert rows and all(row.num_warps in (4, 8) for row in rows)
     for arch in ARCHS:
-        for shipped in TABLE[arch][kernel].values():
-            assert all(config(*row) for row in shipped.values())
+        for dtype in tune.DTYPES.values():
+            rows += configs.rows(arch, kernel, dtype).values()
+    assert {type(row) for row in rows} == {tune.KERNELS[kernel]}
 
 
 def test_family_of_an_unknown_architecture():

@@ -108,15 +108,17 @@ def test_affinity_gradients_over_many_columns(chunks):
 
 def test_affinity_of_deep_features():
     value, feat = positive(1, 1, 16, seed=1), positive(1, LONG, 16, seed=2) / LONG**0.5
-    config = configs.ForwardConfig(4, 1, block_m=16, block_n=16, block_d=BLOCK, row_tiles=1, resident=False)
+    config = configs.ForwardConfig(16, 16, BLOCK, num_warps=4, num_stages=1, resident=False)
     ours = affinity_kernels.relu_affinity(value, feat, configs.ForwardPlan(config, 1, 16, 0))
     assert_long_sum(ours, dense(value.double(), feat.double()), rest=4)
 
 
 @pytest.mark.parametrize("sizes", [(LONG, 16, 16), (16, LONG, 16), (16, 16, LONG)], ids=["rows", "features", "units"])
 def test_pool_sums(sizes, monkeypatch):
-    monkeypatch.setattr(configs, "pool_config", lambda *_: configs.PoolConfig(4, 1, 64, BLOCK, BLOCK))
-    monkeypatch.setattr(configs, "gemm_config", lambda *_: configs.GemmConfig(4, 1, 16, 16, BLOCK))
+    rows, gemm = configs.PoolConfig(64, BLOCK, BLOCK, 4, 1), configs.GemmConfig(16, 16, BLOCK, 4, 1)
+    plan = configs.pool_plan(sizes[1], torch.float32, "interpreter")
+    plan = plan._replace(forward=rows, backward=rows, row_grad=gemm, weight_grad=gemm)
+    monkeypatch.setattr(configs, "pool_plan", lambda *_: plan)
     arguments, grads = pool_inputs(*sizes)
     ours = pool_results(functools.partial(gated_attention_pool, backend="triton"), arguments, grads)
     exact = pool_results(

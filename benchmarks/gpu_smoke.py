@@ -22,7 +22,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -135,6 +134,11 @@ def make(group: Group, size: int, device: str) -> Case:
         names = ("grad_value", "grad_feat") if suffix else ("out",)
         arguments = [*there(grad, value, feat), True] if suffix else there(value, feat)
         op = "relu_affinity"
+        if group.backend == "triton" and not suffix:
+            from ercn.kernels import configs
+
+            sizes = 2, group.channels, group.dim, size, dtype, configs.arch(arguments[0].device)
+            arguments.append(configs.forward_plan(*sizes, triangle=group.kernels == "triton_triangle"))
     else:
         bags: Any = [0, size, 1, size // 2] if group.layout == "ragged" else size
         mask = (torch.arange(size) % 3 > 0).expand(2, size) if group.layout == "masked" else None
@@ -191,11 +195,6 @@ def settings(group: Group) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(variable("ERCN_CUDA_KERNELS", group.kernels if group.backend == "cuda" else ""))
         stack.enter_context(precision(group.dtype))
-        if group.backend == "triton" and group.op == "affinity":
-            from ercn.kernels import configs
-
-            triangle = group.kernels == "triton_triangle"
-            stack.enter_context(mock.patch.object(configs, "use_triangle", lambda *_: triangle))
         yield
 
 

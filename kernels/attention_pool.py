@@ -5,7 +5,7 @@ own tiles of rows whatever bags those belong to, so no bag is padded and nothing
 partial result for bag b goes to slot tile + b, which no other pair shares (both only rise along the list); a second
 kernel adds the slots of each bag in order.
 
-The backward forms activations again, tile by tile; their gradients dP = [dt | dσ] live in a workspace of bounded size.
+The backward forms activations again, tile by tile; their gradients dP = [dt | dσ] live in a workspace of bounded bags.
 Tile sizes are in ``table.py``. Triton 3.6 takes fields of compile-time tuples in products and calls only by way of
 constexpr locals.
 """
@@ -42,12 +42,11 @@ class Arguments(NamedTuple):
     activation: str
 
 
-class Bags(NamedTuple):
-    """Instances h [B, N, D], or [T, D] with cu_seqlens [B + 1] if ragged; mask [B, N]; strides of h and of the mask."""
+class Instances(NamedTuple):
+    """h [B, N, D], or [T, D] if ragged; mask [B, N]; strides of both."""
 
-    h: Tensor
+    data: Tensor
     mask: Tensor | None
-    cu_seqlens: Tensor | None
     stride_b: int
     stride_n: int
     stride_d: int
@@ -55,9 +54,10 @@ class Bags(NamedTuple):
     mask_stride_n: int
 
 
-class Size(NamedTuple):
-    """Rows of all bags, instances of a dense bag, bags, features, hidden units, heads."""
+class Bags(NamedTuple):
+    """cu_seqlens [B + 1] if ragged; rows of all bags, instances of a dense bag, bags, features, hidden units, heads."""
 
+    cu_seqlens: Tensor | None
     T: int
     N: int
     B: int
@@ -94,80 +94,80 @@ class Slots(NamedTuple):
 
 
 @triton.jit
-def bag_start(bags, size, bag):
+def bag_start(bags, bag):
     """First row of a bag; that of the bag after the last is the number of rows."""
     if bags.cu_seqlens is not None:
         return tl.load(bags.cu_seqlens + bag).to(tl.int32)
     else:
-        return bag * size.N
+        return bag * bags.N
 
 
 @triton.jit
-def bag_of(bags, size, row):
+def bag_of(bags, row):
     """The bag that holds a row."""
     if bags.cu_seqlens is not None:
         low = row * 0
-        high = low + size.B
+        high = low + bags.B
         while high - low > 1:
             middle = (low + high) // 2
             before = tl.load(bags.cu_seqlens + middle) <= row
             low = tl.where(before, middle, low)
             high = tl.where(before, high, middle)
     else:
-        low = row // size.N
+        low = row // bags.N
     return low
 
 
 @triton.jit
-def bag_slots(bags, size, bag, BLOCK_M: tl.constexpr):
+def bag_slots(bags, bag, BLOCK_M: tl.constexpr):
     """First slot of a bag and the slot after its last."""
-    start = bag_start(bags, size, bag)
-    after = bag_start(bags, size, bag + 1)
+    start = bag_start(bags, bag)
+    after = bag_start(bags, bag + 1)
     low = start // BLOCK_M + bag
     return low, tl.where(after > start, (after - 1) // BLOCK_M + bag + 1, low)
 
 
 @triton.jit
-def row_offsets(bags, size, r):
+def row_offsets(h, bags, r):
     """Where rows r begin in h: int64."""
     if bags.cu_seqlens is not None:
-        return r.to(tl.int64) * bags.stride_n
+        return r.to(tl.int64) * h.stride_n
     else:
-        return (r // size.N).to(tl.int64) * bags.stride_b + (r % size.N).to(tl.int64) * bags.stride_n
+        return (r // bags.N).to(tl.int64) * h.stride_b + (r % bags.N).to(tl.int64) * h.stride_n
 
 
 @triton.jit
-def real_rows(bags, size, r, end):
+def real_rows(h, bags, r, end):
     """Which rows come before ``end`` and are not masked."""
     real = r < end
-    if bags.mask is not None:
-        n = (r % size.N).to(tl.int64)
-        offsets = (r // size.N).to(tl.int64) * bags.mask_stride_b + n * bags.mask_stride_n
-        real = real & tl.load(bags.mask + offsets, mask=real, other=0)
+    if h.mask is not None:
+        n = (r % bags.N).to(tl.int64)
+        offsets = (r // bags.N).to(tl.int64) * h.mask_stride_b + n * h.mask_stride_n
+        real = real & tl.load(h.mask + offsets, mask=real, other=0)
     return real
 
 
 @triton.jit
-def load_rows(bags, size, offsets, rows, d):
+def load_rows(h, bags, offsets, rows, d):
     """h[rows, d]: [len(rows), len(d)], zero where ``rows`` is False."""
-    p_h = bags.h + offsets[:, None] + d.to(tl.int64)[None, :] * bags.stride_d
-    return tl.load(p_h, mask=rows[:, None] & (d < size.D)[None, :], other=0.0)
+    p_h = h.data + offsets[:, None] + d.to(tl.int64)[None, :] * h.stride_d
+    return tl.load(p_h, mask=rows[:, None] & (d < bags.D)[None, :], other=0.0)
 
 
 @triton.jit
-def score_offsets(bags, size, r, k):
+def score_offsets(bags, r, k):
     """Offsets of [len(r), len(k)] in scores [B, K, N], or [K, T] if ragged."""
     if bags.cu_seqlens is not None:
-        return k[None, :].to(tl.int64) * size.T + r[:, None]
+        return k[None, :].to(tl.int64) * bags.T + r[:, None]
     else:
-        return ((r // size.N).to(tl.int64)[:, None] * size.K + k[None, :]) * size.N + (r % size.N)[:, None]
+        return ((r // bags.N).to(tl.int64)[:, None] * bags.K + k[None, :]) * bags.N + (r % bags.N)[:, None]
 
 
 @triton.jit
-def load_scores(scores, bags, size, r, k):
+def load_scores(scores, bags, r, k):
     """[len(r), len(k)] of a tensor in the layout of scores, zero outside."""
-    mask = (r < size.T)[:, None] & (k < size.K)[None, :]
-    return tl.load(scores + score_offsets(bags, size, r, k), mask=mask, other=0.0)
+    mask = (r < bags.T)[:, None] & (k < bags.K)[None, :]
+    return tl.load(scores + score_offsets(bags, r, k), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -212,21 +212,21 @@ def activation_slope(x, y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight, size, unit, d):
+def load_weight(weight, bags, unit, d):
     """weight[unit, d] of a contiguous [L, D], transposed: [len(d), len(unit)]."""
-    offsets = unit.to(tl.int64)[None, :] * size.D + d[:, None]
-    return tl.load(weight + offsets, mask=(unit < size.L)[None, :] & (d < size.D)[:, None], other=0.0)
+    offsets = unit.to(tl.int64)[None, :] * bags.D + d[:, None]
+    return tl.load(weight + offsets, mask=(unit < bags.L)[None, :] & (d < bags.D)[:, None], other=0.0)
 
 
 @triton.jit
-def load_heads(w, size, k, unit):
+def load_heads(w, bags, k, unit):
     """w[k, unit] of a contiguous [K, L] in float32: [len(k), len(unit)]."""
-    mask = (k < size.K)[:, None] & (unit < size.L)[None, :]
-    return tl.load(w + (k[:, None].to(tl.int64) * size.L + unit[None, :]), mask=mask, other=0.0).to(tl.float32)
+    mask = (k < bags.K)[:, None] & (unit < bags.L)[None, :]
+    return tl.load(w + (k[:, None].to(tl.int64) * bags.L + unit[None, :]), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def projections(bags, size, weights, offsets, rows, unit, config: tl.constexpr, PRECISION: tl.constexpr):
+def projections(h, bags, weights, offsets, rows, unit, config: tl.constexpr, PRECISION: tl.constexpr):
     """V h + b_V and U h + b_U for a tile of rows and hidden units, 0 for units beyond L: two of [block_m, block_l].
 
     h is widened to the weights' dtype where it is narrower.
@@ -236,19 +236,19 @@ def projections(bags, size, weights, offsets, rows, unit, config: tl.constexpr, 
     BLOCK_D: tl.constexpr = config.block_d
     v = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
     u = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
-    for d0 in range(0, size.D, BLOCK_D):
+    for d0 in range(0, bags.D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        x = factor(load_rows(bags, size, offsets, rows, d), weights.v.dtype.element_ty, PRECISION)
-        v = add_product(v, x, load_weight(weights.v, size, unit, d), PRECISION)
+        x = factor(load_rows(h, bags, offsets, rows, d), weights.v.dtype.element_ty, PRECISION)
+        v = add_product(v, x, load_weight(weights.v, bags, unit, d), PRECISION)
         if weights.u is not None:
-            u = add_product(u, x, load_weight(weights.u, size, unit, d), PRECISION)
+            u = add_product(u, x, load_weight(weights.u, bags, unit, d), PRECISION)
     if weights.v_bias is not None:
-        v += tl.load(weights.v_bias + unit, mask=unit < size.L, other=0.0).to(tl.float32)[None, :]
+        v += tl.load(weights.v_bias + unit, mask=unit < bags.L, other=0.0).to(tl.float32)[None, :]
     if weights.u_bias is not None:
-        u += tl.load(weights.u_bias + unit, mask=unit < size.L, other=0.0).to(tl.float32)[None, :]
+        u += tl.load(weights.u_bias + unit, mask=unit < bags.L, other=0.0).to(tl.float32)[None, :]
     # An infinite h times a padded weight is NaN.
-    v = tl.where((unit < size.L)[None, :], v, 0.0)
-    u = tl.where((unit < size.L)[None, :], u, 0.0)
+    v = tl.where((unit < bags.L)[None, :], v, 0.0)
+    u = tl.where((unit < bags.L)[None, :], u, 0.0)
     return v, u
 
 
@@ -263,18 +263,18 @@ def softmax_parts(s, inside):
 
 @triton.jit
 def store_parts(
-    bags, size, slots, s, offsets, real, tile, r, k, config: tl.constexpr, dtype: tl.constexpr, EXACT: tl.constexpr,
+    h, bags, slots, s, offsets, real, tile, r, k, config: tl.constexpr, dtype: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The slots of each bag among the tile's rows, for scores s and h as value. Products are of factors in ``dtype``."""
+    """The slots of each bag among the tile's rows, for scores s and value h. Products are of factors in ``dtype``."""
     BLOCK_M: tl.constexpr = config.block_m
     BLOCK_D: tl.constexpr = config.block_d
-    D, K = size.D, size.K
-    end = tl.minimum((tile + 1) * BLOCK_M, size.T)
-    bag = bag_of(bags, size, tile * BLOCK_M)
-    start = bag_start(bags, size, bag)
-    while (start < end) & (bag < size.B):
-        after = bag_start(bags, size, bag + 1)
+    D, K = bags.D, bags.K
+    end = tl.minimum((tile + 1) * BLOCK_M, bags.T)
+    bag = bag_of(bags, tile * BLOCK_M)
+    start = bag_start(bags, bag)
+    while (start < end) & (bag < bags.B):
+        after = bag_start(bags, bag + 1)
         inside = real & (r >= start) & (r < after)
         largest, e = softmax_parts(s, inside)
         # Numerator and denominator meet the same rounded weights.
@@ -284,7 +284,7 @@ def store_parts(
         tl.store(slots.sums + slot * K + k, tl.sum(e.to(tl.float32), axis=0), mask=k < K)
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
-            x = narrow(load_rows(bags, size, offsets, inside, d), dtype)
+            x = narrow(load_rows(h, bags, offsets, inside, d), dtype)
             z = dot(tl.trans(x), e, tl.zeros((BLOCK_D, BLOCK_K), tl.float32), EXACT)
             p_parts = slots.parts + ((slot * K + k)[None, :] * D + d[:, None])
             tl.store(p_parts, z, mask=(d < D)[:, None] & (k < K)[None, :])
@@ -294,7 +294,7 @@ def store_parts(
 
 @triton.jit
 def forward_kernel(
-    bags, size, weights, dropout, scores, slots, config: tl.constexpr, precision: tl.constexpr,
+    h, bags, weights, dropout, scores, slots, config: tl.constexpr, precision: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: the scores of block_m rows, and their ``store_parts`` unless slots is None."""
@@ -306,57 +306,57 @@ def forward_kernel(
     tile = tl.program_id(0)
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    offsets = row_offsets(bags, size, r)
-    real = real_rows(bags, size, r, size.T)
+    offsets = row_offsets(h, bags, r)
+    real = real_rows(h, bags, r, bags.T)
 
     s = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for l0 in range(0, size.L, BLOCK_L):
+    for l0 in range(0, bags.L, BLOCK_L):
         unit = l0 + tl.arange(0, BLOCK_L)
-        v, u = projections(bags, size, weights, offsets, real, unit, config, PRECISION)
+        v, u = projections(h, bags, weights, offsets, real, unit, config, PRECISION)
         gated = activate(v, ACTIVATION) * (tl.sigmoid(u) if GATED else u + 1)
         if dropout is not None:
             gated *= dropout_factor(dropout, r, l0, GATED, BLOCK_M, BLOCK_L)
-        w = tl.trans(load_heads(weights.w, size, k, unit))
+        w = tl.trans(load_heads(weights.w, bags, k, unit))
         w_terms = split(w, precision.terms, precision.full_heads)
         s = accumulate(s, split(gated, 2, precision.full_heads), w_terms, EXACT)
     if weights.w_bias is not None:
-        s += tl.load(weights.w_bias + k, mask=k < size.K, other=0.0).to(tl.float32)[None, :]
+        s += tl.load(weights.w_bias + k, mask=k < bags.K, other=0.0).to(tl.float32)[None, :]
     s = tl.where(real[:, None], s, -float("inf"))
-    p_scores = scores + score_offsets(bags, size, r, k)
-    tl.store(p_scores, s, mask=(r < size.T)[:, None] & (k < size.K)[None, :])
+    p_scores = scores + score_offsets(bags, r, k)
+    tl.store(p_scores, s, mask=(r < bags.T)[:, None] & (k < bags.K)[None, :])
 
     if slots is not None:
         dtype: tl.constexpr = weights.v.dtype.element_ty
-        store_parts(bags, size, slots, s, offsets, real, tile, r, k, config, dtype, EXACT, BLOCK_K)
+        store_parts(h, bags, slots, s, offsets, real, tile, r, k, config, dtype, EXACT, BLOCK_K)
 
 
 @triton.jit
 def scored_parts_kernel(
-    bags, size, scores, slots, config: tl.constexpr, EXACT: tl.constexpr, BLOCK_K: tl.constexpr
+    h, bags, scores, slots, config: tl.constexpr, EXACT: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """One program: ``store_parts`` of block_m rows whose scores are given."""
     BLOCK_M: tl.constexpr = config.block_m
     tile = tl.program_id(0)
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    offsets = row_offsets(bags, size, r)
-    real = real_rows(bags, size, r, size.T)
-    s = load_scores(scores, bags, size, r, k)
-    dtype: tl.constexpr = bags.h.dtype.element_ty
-    store_parts(bags, size, slots, s, offsets, real, tile, r, k, config, dtype, EXACT, BLOCK_K)
+    offsets = row_offsets(h, bags, r)
+    real = real_rows(h, bags, r, bags.T)
+    s = load_scores(scores, bags, r, k)
+    dtype: tl.constexpr = h.data.dtype.element_ty
+    store_parts(h, bags, slots, s, offsets, real, tile, r, k, config, dtype, EXACT, BLOCK_K)
 
 
 @triton.jit
 def combine_kernel(
-    bags, size, slots, pooled, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+    bags, slots, pooled, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """pooled [B, K, D]: one program per bag, head and block of channels, its slots in ascending order."""
-    D, K = size.D, size.K
+    D, K = bags.D, bags.K
     blocks = tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0)
     i_d, pid = pid % blocks, pid // blocks
     i_k, bag = pid % K, pid // K
-    low, high = bag_slots(bags, size, bag, BLOCK_M)
+    low, high = bag_slots(bags, bag, BLOCK_M)
     d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     i_s = tl.arange(0, BLOCK_S)
     largest = tl.full((BLOCK_S,), -float("inf"), tl.float32)
@@ -382,20 +382,33 @@ def combine_kernel(
 
 
 class _Problem(NamedTuple):
-    """What the kernels of forward and backward share. dtype: of products; in that order for the kernels."""
+    """What the launchers make of their arguments. dtype: of products. No weights where scores are given."""
 
+    h: Instances
     bags: Bags
-    size: Size
-    weights: Weights
-    dropout: Dropout | None
     dtype: torch.dtype
     plan: configs.PoolPlan
+    weights: Weights | None = None
+    dropout: Dropout | None = None
+    activation: str = ""
+
+
+def _layout(
+    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, hidden: int, heads: int
+) -> tuple[Instances, Bags]:
+    mask_strides = (0, 0) if mask is None else mask.stride()
+    if cu_seqlens is None:
+        batch, n, dim = h.shape
+        return Instances(h, mask, *h.stride(), *mask_strides), Bags(None, batch * n, n, batch, dim, hidden, heads)
+    rows, dim = h.shape
+    bags = Bags(cu_seqlens.contiguous(), rows, rows, cu_seqlens.shape[0] - 1, dim, hidden, heads)
+    return Instances(h, mask, 0, *h.stride(), *mask_strides), bags
 
 
 def _problem(given: Arguments, plan: configs.PoolPlan | None) -> _Problem:
-    bags, size = _layout(given.h, given.mask, given.cu_seqlens, *given.w_weight.shape[::-1])
+    h, bags = _layout(given.h, given.mask, given.cu_seqlens, *given.w_weight.shape[::-1])
     dtype = torch.promote_types(given.h.dtype, given.v_weight.dtype)
-    plan = plan or configs.pool_plan(size.D, dtype, configs.arch(given.h.device))
+    plan = plan or configs.pool_plan(bags.D, dtype, configs.arch(given.h.device))
     v, u = (
         None if x is None else rounded(x.to(dtype).contiguous(), plan.precision.dot)
         for x in (given.v_weight, given.u_weight)
@@ -403,24 +416,16 @@ def _problem(given: Arguments, plan: configs.PoolPlan | None) -> _Problem:
     v_bias, u_bias, w, w_bias = (
         None if x is None else x.contiguous() for x in (given.v_bias, given.u_bias, given.w_weight, given.w_bias)
     )
-    threshold = round(given.dropout_p * 65536)
-    dropout = None
+    threshold, dropout = round(given.dropout_p * 65536), None
     if threshold > 0:
         scale = 0.0 if threshold == 65536 else 65536 / (65536 - threshold)
         dropout = Dropout(given.seed, threshold, scale if u is None else scale**2)
-    return _Problem(bags, size, Weights(v, v_bias, u, u_bias, w, w_bias), dropout, dtype, plan)
+    return _Problem(h, bags, dtype, plan, Weights(v, v_bias, u, u_bias, w, w_bias), dropout, given.activation)
 
 
-def _layout(
-    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, hidden: int, heads: int
-) -> tuple[Bags, Size]:
-    mask_strides = (0, 0) if mask is None else mask.stride()
-    if cu_seqlens is None:
-        batch, n, dim = h.shape
-        return Bags(h, mask, None, *h.stride(), *mask_strides), Size(batch * n, n, batch, dim, hidden, heads)
-    rows, dim = h.shape
-    bags = Bags(h, mask, cu_seqlens.contiguous(), 0, *h.stride(), *mask_strides)
-    return bags, Size(rows, rows, cu_seqlens.shape[0] - 1, dim, hidden, heads)
+def _problem_of_scores(scores: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Problem:
+    h, bags = _layout(value, mask, cu_seqlens, 0, scores.shape[-2])
+    return _Problem(h, bags, value.dtype, configs.pool_plan(bags.D, value.dtype, configs.arch(value.device)))
 
 
 @configs.kept
@@ -428,93 +433,93 @@ def _block_k(heads: int) -> int:
     return max(16, triton.next_power_of_2(heads))
 
 
-def _slots(size: Size, block_m: int, like: Tensor, *parts: int) -> Slots:
+def _slots(p: _Problem, block_m: int, *parts: int) -> Slots:
     """For tiles of block_m rows; parts: the last sizes of ``Slots.parts``."""
-    shape = cdiv(size.T, block_m) + size.B, size.K
+    shape = cdiv(p.bags.T, block_m) + p.bags.B, p.bags.K
     shapes = shape, shape, (*shape, *parts)
-    return Slots(*(torch.empty(x, dtype=torch.float32, device=like.device) for x in shapes))
+    return Slots(*(torch.empty(x, dtype=torch.float32, device=p.h.data.device) for x in shapes))
 
 
-def _combine(slots: Slots, bags: Bags, size: Size, block_m: int, dtype: torch.dtype) -> Tensor:
+def _combine(p: _Problem, slots: Slots) -> Tensor:
     """pooled [B, K, D] of the slots."""
-    pooled = torch.empty(size.B, size.K, size.D, dtype=dtype, device=bags.h.device)
+    bags = p.bags
+    pooled = torch.empty(bags.B, bags.K, bags.D, dtype=p.dtype, device=p.h.data.device)
     if pooled.numel() > 0:
         block_s, block_d = 16, 64
-        combine_kernel[(size.B * size.K * cdiv(size.D, block_d),)](
-            bags, size, slots, pooled, BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_D=block_d
+        combine_kernel[(bags.B * bags.K * cdiv(bags.D, block_d),)](
+            bags, slots, pooled, BLOCK_M=p.plan.forward.block_m, BLOCK_S=block_s, BLOCK_D=block_d
         )
     return pooled
 
 
-def _forward(given: Arguments, plan: configs.PoolPlan | None, pool: bool) -> tuple[Tensor | None, Tensor]:
+def _forward(p: _Problem, pool: bool) -> tuple[Tensor | None, Tensor]:
     """pooled (None unless ``pool``) and scores."""
-    bags, size, weights, dropout, dtype, plan = _problem(given, plan)
-    shape = (size.B, size.K, size.N) if bags.cu_seqlens is None else (size.K, size.T)
-    scores = torch.empty(shape, dtype=torch.float32, device=bags.h.device)
+    h, bags, dtype, plan, weights, dropout, activation = p
+    shape = (bags.B, bags.K, bags.N) if bags.cu_seqlens is None else (bags.K, bags.T)
+    scores = torch.empty(shape, dtype=torch.float32, device=h.data.device)
     if scores.numel() == 0:
-        return scores.new_zeros(size.B, size.K, size.D, dtype=dtype) if pool else None, scores
+        return scores.new_zeros(bags.B, bags.K, bags.D, dtype=dtype) if pool else None, scores
     config = plan.forward
-    slots = _slots(size, config.block_m, scores, size.D) if pool else None
-    forward_kernel[(cdiv(size.T, config.block_m),)](
-        bags, size, weights, dropout, scores, slots, config, plan.precision, given.activation, _block_k(size.K),
+    slots = _slots(p, config.block_m, bags.D) if pool else None
+    forward_kernel[(cdiv(bags.T, config.block_m),)](
+        h, bags, weights, dropout, scores, slots, config, plan.precision, activation, _block_k(bags.K),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return _combine(slots, bags, size, config.block_m, dtype) if pool else None, scores
+    return _combine(p, slots) if pool else None, scores
 
 
 def gated_attention_pool(*given, plan: configs.PoolPlan | None = None) -> tuple[Tensor, Tensor]:
     """pooled [B, K, D] in the dtype of products and scores [B, K, N] or [K, T] in float32. given: ``Arguments``."""
-    return _forward(Arguments(*given), plan, pool=True)
+    return _forward(_problem(Arguments(*given), plan), pool=True)
 
 
 def attention_scores(*given, plan: configs.PoolPlan | None = None) -> Tensor:
     """The scores of ``gated_attention_pool`` alone."""
-    return _forward(Arguments(*given), plan, pool=False)[1]
+    return _forward(_problem(Arguments(*given), plan), pool=False)[1]
 
 
 def pool_by_scores(scores: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """pooled [B, K, D] in value's dtype, for scores [B, K, N] or [K, T]."""
-    bags, size = _layout(value, mask, cu_seqlens, 0, scores.shape[-2])
+    p = _problem_of_scores(scores, value, mask, cu_seqlens)
+    h, bags, config = p.h, p.bags, p.plan.forward
     if scores.numel() == 0:
-        return value.new_zeros(size.B, size.K, size.D)
-    plan = configs.pool_plan(size.D, value.dtype, configs.arch(value.device))
-    config = plan.forward
-    slots = _slots(size, config.block_m, value, size.D)
-    scored_parts_kernel[(cdiv(size.T, config.block_m),)](
-        bags, size, scores.float().contiguous(), slots, config, plan.precision.exact, _block_k(size.K),
+        return value.new_zeros(bags.B, bags.K, bags.D)
+    slots = _slots(p, config.block_m, bags.D)
+    scored_parts_kernel[(cdiv(bags.T, config.block_m),)](
+        h, bags, scores.float().contiguous(), slots, config, p.plan.precision.exact, _block_k(bags.K),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return _combine(slots, bags, size, config.block_m, value.dtype)
+    return _combine(p, slots)
 
 
 @triton.jit
 def pooled_grad_kernel(
-    bags, size, grad_pooled, scores, products, slots, config: tl.constexpr, EXACT: tl.constexpr,
+    h, bags, grad_pooled, scores, products, slots, config: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """products q = ĝ·h in the layout of scores, and the slots with Σ e·q [slots, K] as parts."""
     BLOCK_M: tl.constexpr = config.block_m
     BLOCK_D: tl.constexpr = config.block_d
-    D, K = size.D, size.K
+    D, K = bags.D, bags.K
     tile = tl.program_id(0)
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    offsets = row_offsets(bags, size, r)
-    real = real_rows(bags, size, r, size.T)
-    at = score_offsets(bags, size, r, k)
-    s = load_scores(scores, bags, size, r, k)
+    offsets = row_offsets(h, bags, r)
+    real = real_rows(h, bags, r, bags.T)
+    at = score_offsets(bags, r, k)
+    s = load_scores(scores, bags, r, k)
 
-    end = tl.minimum((tile + 1) * BLOCK_M, size.T)
-    bag = bag_of(bags, size, tile * BLOCK_M)
-    start = bag_start(bags, size, bag)
-    while (start < end) & (bag < size.B):
-        after = bag_start(bags, size, bag + 1)
-        belongs = (r >= start) & (r < after) & (r < size.T)
+    end = tl.minimum((tile + 1) * BLOCK_M, bags.T)
+    bag = bag_of(bags, tile * BLOCK_M)
+    start = bag_start(bags, bag)
+    while (start < end) & (bag < bags.B):
+        after = bag_start(bags, bag + 1)
+        belongs = (r >= start) & (r < after) & (r < bags.T)
         inside = real & belongs
         q = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
-            x = narrow(load_rows(bags, size, offsets, inside, d), grad_pooled.dtype.element_ty)
+            x = narrow(load_rows(h, bags, offsets, inside, d), grad_pooled.dtype.element_ty)
             p_grad = grad_pooled + ((bag.to(tl.int64) * K + k)[None, :] * D + d[:, None])
             g = tl.load(p_grad, mask=(d < D)[:, None] & (k < K)[None, :], other=0.0)
             q = accumulate(q, (x,), (g,), EXACT)
@@ -530,29 +535,29 @@ def pooled_grad_kernel(
 
 @triton.jit
 def score_grad_kernel(
-    bags, size, scores, grad_scores, slots, attention, grad,
+    h, bags, scores, grad_scores, slots, attention, grad,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """attention a = softmax(scores) and, over the products q in ``grad``, ds = a ⊙ (q - Σ a q) + grad_scores."""
-    K = size.K
+    K = bags.K
     tile = tl.program_id(0)
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     i_s = tl.arange(0, BLOCK_S)
-    real = real_rows(bags, size, r, size.T)
-    at = score_offsets(bags, size, r, k)
-    s = load_scores(scores, bags, size, r, k)
-    q = load_scores(grad, bags, size, r, k)
+    real = real_rows(h, bags, r, bags.T)
+    at = score_offsets(bags, r, k)
+    s = load_scores(scores, bags, r, k)
+    q = load_scores(grad, bags, r, k)
     extra = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     if grad_scores is not None:
-        extra = load_scores(grad_scores, bags, size, r, k).to(tl.float32)
+        extra = load_scores(grad_scores, bags, r, k).to(tl.float32)
 
-    end = tl.minimum((tile + 1) * BLOCK_M, size.T)
-    bag = bag_of(bags, size, tile * BLOCK_M)
-    start = bag_start(bags, size, bag)
-    while (start < end) & (bag < size.B):
-        after = bag_start(bags, size, bag + 1)
-        low, high = bag_slots(bags, size, bag, BLOCK_M)
+    end = tl.minimum((tile + 1) * BLOCK_M, bags.T)
+    bag = bag_of(bags, tile * BLOCK_M)
+    start = bag_start(bags, bag)
+    while (start < end) & (bag < bags.B):
+        after = bag_start(bags, bag + 1)
+        low, high = bag_slots(bags, bag, BLOCK_M)
         top = tl.full((BLOCK_K,), -float("inf"), tl.float32)
         for s0 in range(low, high, BLOCK_S):
             slot = (s0 + i_s)[:, None]
@@ -570,7 +575,7 @@ def score_grad_kernel(
             total += tl.sum(scale * tl.load(slots.sums + p, mask=held, other=0.0), axis=0)
             mean += tl.sum(scale * tl.load(slots.parts + p, mask=held, other=0.0), axis=0)
         total = tl.where(total == 0, 1.0, total)  # no real instance, so no row inside
-        belongs = (r >= start) & (r < after) & (r < size.T)
+        belongs = (r >= start) & (r < after) & (r < bags.T)
         inside = (real & belongs)[:, None]
         a = tl.where(inside, tl.exp(s - top[None, :]) / total[None, :], 0.0)
         ds = tl.where(inside, a * (q - (mean / total)[None, :]) + extra, 0.0)
@@ -582,7 +587,7 @@ def score_grad_kernel(
 
 @triton.jit
 def branch_grad_kernel(
-    bags, size, weights, dropout, grad, grad_branches, part_bias, part_heads, first_tile,
+    h, bags, weights, dropout, grad, grad_branches, part_bias, part_heads, first_tile,
     config: tl.constexpr, precision: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of rows and a block of hidden units, from the gradient ds of scores.
@@ -596,7 +601,7 @@ def branch_grad_kernel(
     PRECISION: tl.constexpr = precision.dot
     EXACT: tl.constexpr = precision.exact
     GATED: tl.constexpr = weights.u is not None
-    K, L = size.K, size.L
+    K, L = bags.K, bags.L
     blocks = tl.cdiv(L, BLOCK_L)
     pid = tl.program_id(0)
     i_l, i_tile = pid % blocks, pid // blocks
@@ -604,9 +609,9 @@ def branch_grad_kernel(
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     unit = i_l * BLOCK_L + tl.arange(0, BLOCK_L)
     k = tl.arange(0, BLOCK_K)
-    offsets = row_offsets(bags, size, r)
-    real = real_rows(bags, size, r, size.T)
-    v, u = projections(bags, size, weights, offsets, real, unit, config, PRECISION)
+    offsets = row_offsets(h, bags, r)
+    real = real_rows(h, bags, r, bags.T)
+    v, u = projections(h, bags, weights, offsets, real, unit, config, PRECISION)
     t = activate(v, ACTIVATION)
     slope = activation_slope(v, t, ACTIVATION)
     if dropout is not None:
@@ -614,8 +619,8 @@ def branch_grad_kernel(
         t *= keep
         slope *= keep
     gate = tl.sigmoid(u) if GATED else u + 1
-    ds = load_scores(grad, bags, size, r, k)
-    w = load_heads(weights.w, size, k, unit)
+    ds = load_scores(grad, bags, r, k)
+    w = load_heads(weights.w, bags, k, unit)
     ds_terms = split(ds, 2, precision.full_heads)
     w_terms = split(w, precision.terms, precision.full_heads)
     dg = dot_terms(ds_terms, w_terms, tl.zeros((BLOCK_M, BLOCK_L), tl.float32), EXACT)
@@ -626,7 +631,7 @@ def branch_grad_kernel(
     if grad_branches is not None:
         i_r = (r - first_tile * BLOCK_M).to(tl.int64)
         at = i_r[:, None] * width + unit[None, :]
-        held = (r < size.T)[:, None] & (unit < L)[None, :]
+        held = (r < bags.T)[:, None] & (unit < L)[None, :]
         tl.store(grad_branches + at, factor(dt, grad_branches.dtype.element_ty, PRECISION), mask=held)
         if GATED:
             tl.store(grad_branches + (at + L), factor(du, grad_branches.dtype.element_ty, PRECISION), mask=held)
@@ -644,7 +649,7 @@ def branch_grad_kernel(
 
 @triton.jit
 def row_grad_kernel(
-    bags, size, weights, grad_branches, attention, grad_pooled, grad_h, first_row, last_row,
+    bags, weights, grad_branches, attention, grad_pooled, grad_h, first_row, last_row,
     config: tl.constexpr, precision: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_h [rows, D] = dt V + dσ U + aᵀĝ for rows first_row ≤ r < last_row, without what is None."""
@@ -654,7 +659,7 @@ def row_grad_kernel(
     PRECISION: tl.constexpr = precision.dot
     EXACT: tl.constexpr = precision.exact
     BRANCHES: tl.constexpr = 0 if grad_branches is None else (1 if weights.u is None else 2)
-    D, L, K = size.D, size.L, size.K
+    D, L, K = bags.D, bags.L, bags.K
     blocks = tl.cdiv(D, BLOCK_N)
     pid = tl.program_id(0)
     i_d, i_r = pid % blocks, pid // blocks
@@ -675,11 +680,11 @@ def row_grad_kernel(
     if grad_pooled is not None:
         k = tl.arange(0, BLOCK_K)
         end = tl.minimum(row0 + BLOCK_M, last_row)
-        at = score_offsets(bags, size, r, k)
-        bag = bag_of(bags, size, row0)
-        start = bag_start(bags, size, bag)
-        while (start < end) & (bag < size.B):
-            after = bag_start(bags, size, bag + 1)
+        at = score_offsets(bags, r, k)
+        bag = bag_of(bags, row0)
+        start = bag_start(bags, bag)
+        while (start < end) & (bag < bags.B):
+            after = bag_start(bags, bag + 1)
             inside = (r >= start) & (r < after) & (r < last_row)
             a = tl.load(attention + at, mask=inside[:, None] & (k < K)[None, :], other=0.0)
             p_grad = grad_pooled + ((bag.to(tl.int64) * K + k)[:, None] * D + d[None, :])
@@ -694,14 +699,14 @@ def row_grad_kernel(
 
 @triton.jit
 def weight_grad_kernel(
-    bags, size, grad_branches, parts, columns, first_row, last_row, step,
+    h, bags, grad_branches, parts, columns, first_row, last_row, step,
     config: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """parts [splits, units, D] (+)= dPᵀh over the split's ``step`` rows, for the columns of dP."""
     BLOCK_M: tl.constexpr = config.block_m
     BLOCK_N: tl.constexpr = config.block_n
     BLOCK_R: tl.constexpr = config.block_k
-    D, units = size.D, columns.units
+    D, units = bags.D, columns.units
     blocks_u, blocks_d = tl.cdiv(units, BLOCK_M), tl.cdiv(D, BLOCK_N)
     pid = tl.program_id(0)
     i_d, pid = pid % blocks_d, pid // blocks_d
@@ -718,7 +723,7 @@ def weight_grad_kernel(
         r = row0 + tl.arange(0, BLOCK_R)
         at = (r - first_row).to(tl.int64)[:, None] * columns.width + columns.first + unit[None, :]
         dp = tl.load(grad_branches + at, mask=(r < last_row)[:, None] & (unit < units)[None, :], other=0.0)
-        x = load_rows(bags, size, row_offsets(bags, size, r), real_rows(bags, size, r, last_row), d)
+        x = load_rows(h, bags, row_offsets(h, bags, r), real_rows(h, bags, r, last_row), d)
         x = factor(x, grad_branches.dtype.element_ty, PRECISION)
         acc = add_product(acc, tl.trans(dp), x, PRECISION)
     tl.store(p_parts, acc, mask=held)
@@ -733,50 +738,56 @@ class Columns(NamedTuple):
 
 
 def _score_gradient(
-    grad_pooled: Tensor | None, grad_scores: Tensor | None, scores: Tensor, bags: Bags, size: Size,
-    plan: configs.PoolPlan,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    p: _Problem, grad_pooled: Tensor | None, grad_scores: Tensor | None, scores: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """The gradient ds of scores, float32 in their layout, and the attention (None without grad_pooled)."""
+    h, bags, config = p.h, p.bags, p.plan.backward
     if grad_pooled is None:
         grad = grad_scores.float()
-        return (grad if bags.mask is None else grad.masked_fill(~bags.mask[:, None], 0)).contiguous(), None
+        return (grad if h.mask is None else grad.masked_fill(~h.mask[:, None], 0)).contiguous(), None
     grad, attention = torch.empty_like(scores), torch.empty_like(scores)
-    config, block_k = plan.backward, _block_k(size.K)
-    tiles = cdiv(size.T, config.block_m)
-    slots = _slots(size, config.block_m, scores)
+    tiles, block_k, slots = cdiv(bags.T, config.block_m), _block_k(bags.K), _slots(p, config.block_m)
     pooled_grad_kernel[(tiles,)](
-        bags, size, grad_pooled, scores, grad, slots, config, plan.precision.exact, block_k,
+        h, bags, grad_pooled, scores, grad, slots, config, p.plan.precision.exact, block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     score_grad_kernel[(tiles,)](
-        bags, size, scores, grad_scores, slots, attention, grad, BLOCK_M=config.block_m, BLOCK_S=16, BLOCK_K=block_k
+        h, bags, scores, grad_scores, slots, attention, grad, BLOCK_M=config.block_m, BLOCK_S=16, BLOCK_K=block_k
     )
     return grad, attention
 
 
+def _branch_gradients(p: _Problem, ds: Tensor, outputs: tuple[Tensor | None, ...], first_tile: int, tiles: int) -> None:
+    """outputs: grad_branches, part_bias and part_heads of ``branch_grad_kernel``."""
+    config = p.plan.backward
+    if p.bags.L > 0:
+        branch_grad_kernel[(tiles * cdiv(p.bags.L, config.block_l),)](
+            p.h, p.bags, p.weights, p.dropout, ds, *outputs, first_tile, config, p.plan.precision, p.activation,
+            _block_k(p.bags.K), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+
 def _row_gradients(
-    bags: Bags, size: Size, weights: Weights | None, plan: configs.PoolPlan, grad_branches: Tensor | None,
-    attention: Tensor | None, grad_pooled: Tensor | None, grad_h: Tensor, first_row: int, last_row: int,
+    p: _Problem, grad_branches: Tensor | None, attention: Tensor | None, grad_pooled: Tensor | None, grad_h: Tensor,
+    first_row: int, last_row: int,
 ) -> None:  # fmt: skip
-    config = plan.row_grad
+    config = p.plan.row_grad
     if grad_h.numel() > 0:
-        row_grad_kernel[(cdiv(last_row - first_row, config.block_m) * cdiv(size.D, config.block_n),)](
-            bags, size, weights, grad_branches, attention, grad_pooled, grad_h, first_row, last_row,
-            config, plan.precision, _block_k(size.K), num_warps=config.num_warps, num_stages=config.num_stages,
+        row_grad_kernel[(cdiv(last_row - first_row, config.block_m) * cdiv(p.bags.D, config.block_n),)](
+            p.bags, p.weights, grad_branches, attention, grad_pooled, grad_h, first_row, last_row, config,
+            p.plan.precision, _block_k(p.bags.K), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
 
 def _weight_gradients(
-    bags: Bags, size: Size, plan: configs.PoolPlan, grad_branches: Tensor, parts: Tensor, columns: Columns, step: int,
-    first_row: int, last_row: int,
-) -> None:  # fmt: skip
-    config = plan.weight_grad
+    p: _Problem, grad_branches: Tensor | None, parts: Tensor, columns: Columns, step: int, first_row: int, last_row: int
+) -> None:
+    config = p.plan.weight_grad
     if parts.numel() > 0:
-        blocks = cdiv(columns.units, config.block_m) * cdiv(size.D, config.block_n)
+        blocks = cdiv(columns.units, config.block_m) * cdiv(p.bags.D, config.block_n)
         weight_grad_kernel[(blocks * parts.shape[0],)](
-            bags, size, grad_branches, parts, columns, first_row, last_row, step,
-            config, plan.precision.dot, ACCUMULATE=first_row > 0,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            p.h, p.bags, grad_branches, parts, columns, first_row, last_row, step, config, p.plan.precision.dot,
+            ACCUMULATE=first_row > 0, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
 
@@ -785,14 +796,13 @@ def pool_by_scores_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of (scores, value); one not needed is an empty tensor."""
-    bags, size = _layout(value, mask, cu_seqlens, 0, scores.shape[-2])
     if scores.numel() == 0:
         return scores.new_zeros(scores.shape if needs[0] else 0), value.new_zeros(value.shape if needs[1] else 0)
-    plan = configs.pool_plan(size.D, value.dtype, configs.arch(value.device))
+    p = _problem_of_scores(scores, value, mask, cu_seqlens)
     grad_pooled = grad_pooled.to(value.dtype).contiguous()
-    ds, attention = _score_gradient(grad_pooled, None, scores.float().contiguous(), bags, size, plan)
+    ds, attention = _score_gradient(p, grad_pooled, None, scores.float().contiguous())
     grad_value = value.new_empty(value.shape if needs[1] else 0)
-    _row_gradients(bags, size, None, plan, None, attention, grad_pooled, grad_value, 0, size.T)
+    _row_gradients(p, None, attention, grad_pooled, grad_value, 0, p.bags.T)
     return ds.to(scores.dtype) if needs[0] else scores.new_empty(0), grad_value
 
 
@@ -805,64 +815,53 @@ def gated_attention_pool_backward(
     """
     *given, scores, needs = given
     given = Arguments(*given)
-    inputs = given[: len(needs)]
-    bags, size, weights, dropout, dtype, plan = _problem(given, plan)
-    grads: dict[str, Tensor | None] = dict.fromkeys(Arguments._fields[: len(needs)])
-    need = dict(zip(grads, needs))
+    need = dict(zip(Arguments._fields, needs))
+    grads = _gradients(given, scores, grad_pooled, grad_scores, need, plan) if scores.numel() > 0 else {}
 
-    def complete() -> tuple[Tensor, ...]:
-        """What is not needed as an empty tensor, what nothing was added to as zeros."""
-        return tuple(
-            (given.h if x is None else x).new_zeros(x.shape if need[name] else 0) if grad is None else grad
-            for (name, grad), x in zip(grads.items(), inputs)
-        )
+    def zeros(x: Tensor | None, needed: bool) -> Tensor:
+        return (given.h if x is None else x).new_zeros(x.shape if needed else 0)
 
-    if scores.numel() == 0:
-        return complete()
-    grad_pooled = None if grad_pooled is None else grad_pooled.to(dtype).contiguous()
+    return tuple(grads[name].to(x.dtype) if name in grads else zeros(x, need[name]) for name, x in zip(need, given))
+
+
+def _gradients(
+    given: Arguments, scores: Tensor, grad_pooled: Tensor | None, grad_scores: Tensor | None, need: dict[str, bool],
+    plan: configs.PoolPlan | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """By the names of ``Arguments``; those that are 0 may be absent."""
+    p = _problem(given, plan)
+    (bags, plan), L = (p.bags, p.plan), p.bags.L
+    grad_pooled = None if grad_pooled is None else grad_pooled.to(p.dtype).contiguous()
     grad_scores = None if grad_scores is None else grad_scores.contiguous()
-    ds, attention = _score_gradient(grad_pooled, grad_scores, scores.contiguous(), bags, size, plan)
-    if need["w_bias"]:
-        grads["w_bias"] = ds.sum(dim=(0, 2) if bags.cu_seqlens is None else 1).to(given.w_bias.dtype)
+    ds, attention = _score_gradient(p, grad_pooled, grad_scores, scores.contiguous())
+    grads = {"w_bias": ds.sum(dim=(0, 2) if bags.cu_seqlens is None else 1)} if need["w_bias"] else {}
     need_branches = need["h"] or need["v_weight"] or need["u_weight"]
     need_bias = need["v_bias"] or need["u_bias"]
-    L, D = size.L, size.D
     if not (need_branches or need_bias or need["w_weight"]) or L == 0 and not need["h"]:
-        return complete()
+        return grads
 
-    config, product_dtype = plan.backward, plan.precision.product_dtype
-    tiles, width = cdiv(size.T, config.block_m), L if weights.u is None else 2 * L
-    held_tiles = min(tiles, configs.workspace_tiles(config.block_m, width, product_dtype))
-    held_rows = held_tiles * config.block_m
-    grad_branches = given.h.new_empty(held_rows, width, dtype=product_dtype) if need_branches else None
+    block_m, dtype = plan.backward.block_m, plan.precision.product_dtype
+    tiles, width = cdiv(bags.T, block_m), L if p.weights.u is None else 2 * L
+    held_tiles = min(tiles, configs.workspace_tiles(block_m, width, dtype))
+    grad_branches = ds.new_empty(held_tiles * block_m, width, dtype=dtype) if need_branches else None
     part_bias = ds.new_empty(tiles, width) if need_bias else None
-    part_heads = ds.new_empty(tiles, size.K, L) if need["w_weight"] else None
+    part_heads = ds.new_empty(tiles, bags.K, L) if need["w_weight"] else None
     # Weights are needed as columns of dP: t's come first, the gate's after them.
     columns = Columns(width, 0 if need["v_weight"] else L, (need["v_weight"] + need["u_weight"]) * L)
-    splits, step = configs.weight_grad_splits(plan, columns.units, D, held_rows)
-    part_weight = ds.new_empty(splits, columns.units, D)
+    splits, step = configs.weight_grad_splits(plan, columns.units, bags.D, held_tiles * block_m)
+    part_weight = ds.new_empty(splits, columns.units, bags.D)
     if need["h"]:
         grads["h"] = torch.empty(given.h.shape, dtype=given.h.dtype, device=given.h.device)
     for first in range(0, tiles, held_tiles):
         held = min(held_tiles, tiles - first)
-        rows = first * config.block_m, min((first + held) * config.block_m, size.T)
-        if L > 0:
-            branch_grad_kernel[(held * cdiv(L, config.block_l),)](
-                bags, size, weights, dropout, ds, grad_branches, part_bias, part_heads, first,
-                config, plan.precision, given.activation, _block_k(size.K),
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
+        rows = first * block_m, min((first + held) * block_m, bags.T)
+        _branch_gradients(p, ds, (grad_branches, part_bias, part_heads), first, held)
         if need["h"]:
-            _row_gradients(bags, size, weights, plan, grad_branches, attention, grad_pooled, grads["h"], *rows)
-        _weight_gradients(bags, size, plan, grad_branches, part_weight, columns, step, *rows)
-
-    def add_up(name: str, parts: Tensor) -> None:
-        if need[name]:
-            grads[name] = parts.sum(dim=0).to(getattr(given, name).dtype)
-
-    add_up("v_weight", part_weight[:, :L])
-    add_up("u_weight", part_weight[:, L - columns.first :])
-    add_up("v_bias", part_bias[:, :L] if need_bias else part_bias)
-    add_up("u_bias", part_bias[:, L:] if need_bias else part_bias)
-    add_up("w_weight", part_heads)
-    return complete()
+            _row_gradients(p, grad_branches, attention, grad_pooled, grads["h"], *rows)
+        _weight_gradients(p, grad_branches, part_weight, columns, step, *rows)
+    parts = {
+        "v_weight": (part_weight, 0), "u_weight": (part_weight, L - columns.first),
+        "v_bias": (part_bias, 0), "u_bias": (part_bias, L),
+    }  # fmt: skip
+    grads |= {name: x[:, at : at + L].sum(dim=0) for name, (x, at) in parts.items() if need[name]}
+    return grads | {"w_weight": part_heads.sum(dim=0)} if need["w_weight"] else grads

@@ -1,13 +1,13 @@
 """Which tile sizes, how many programs, dense or triangle: pure functions of shape, dtype and architecture.
 
-The sizes are in ``table.py``. Nothing here looks at a clock: the same call takes the same path in every process. Plans
-are kept, at most ``KEPT`` of each kind, by all that they depend on, the rows of the table included.
+The sizes are in ``table.py``, which nothing changes in place. Nothing here looks at a clock: the same call takes the
+same path in every process. Plans by the shipped table are kept, at most ``KEPT`` of each kind.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -167,20 +167,27 @@ def slabs(n: int, step: int, programs: int, wanted: int) -> tuple[int, int]:
     return cdiv(n, slab), slab
 
 
+def _plan(build: Callable, table: Table, *key):
+    """A plan by the shipped table is kept."""
+    return build(*key) if table is TABLE else build.__wrapped__(*key, table)
+
+
 def forward_plan(
     batch: int, channels: int, dim: int, n: int, dtype: torch.dtype, arch: str, table: Table = TABLE,
     triangle: bool | None = None,
 ) -> ForwardPlan:  # fmt: skip
     """triangle: None for what the table says."""
-    triangle = use_triangle(dim, n, arch, table) if triangle is None else triangle
-    config = row(arch, "triangle" if triangle else "forward", dtype, dim, table)
-    return _forward_plan(batch, channels, n, triangle, config, table[family(arch, table)]["programs"], MIRRORED_BYTES)
+    return _plan(_forward_plan, table, batch, channels, dim, n, dtype, arch, triangle, MIRRORED_BYTES)
 
 
 @kept
 def _forward_plan(
-    batch: int, channels: int, n: int, triangle: bool, config: ForwardConfig, wanted: int, mirrored_bytes: int
-) -> ForwardPlan:
+    batch: int, channels: int, dim: int, n: int, dtype: torch.dtype, arch: str, triangle: bool | None,
+    mirrored_bytes: int, table: Table = TABLE,
+) -> ForwardPlan:  # fmt: skip
+    triangle = use_triangle(dim, n, arch, table) if triangle is None else triangle
+    config = row(arch, "triangle" if triangle else "forward", dtype, dim, table)
+    wanted = table[family(arch, table)]["programs"]
     groups, blocks_c = cdiv(n, config.group), cdiv(channels, channel_block(channels))
     if not triangle:
         return ForwardPlan(config, *slabs(n, config.block_n, batch * groups * blocks_c, wanted), band=0)
@@ -191,6 +198,13 @@ def _forward_plan(
 
 def backward_plan(batch: int, dim: int, n: int, dtype: torch.dtype, arch: str, table: Table = TABLE) -> BackwardPlan:
     """dtype: of the products, ``Precision.product_dtype``."""
+    return _plan(_backward_plan, table, batch, dim, n, dtype, arch)
+
+
+@kept
+def _backward_plan(
+    batch: int, dim: int, n: int, dtype: torch.dtype, arch: str, table: Table = TABLE
+) -> BackwardPlan:  # fmt: skip
     config = row(arch, "backward", dtype, dim, table)
     wanted = table[family(arch, table)]["programs"]
     return BackwardPlan(config, *slabs(n, config.block_n, batch * cdiv(n, config.block_m), wanted))
@@ -198,7 +212,11 @@ def backward_plan(batch: int, dim: int, n: int, dtype: torch.dtype, arch: str, t
 
 def pool_plan(dim: int, dtype: torch.dtype, arch: str, table: Table = TABLE) -> PoolPlan:
     """dtype: what h's and the weights' promote to."""
-    form = precision(dtype, arch)
+    return _plan(_pool_plan, table, dim, dtype, arch, precision(dtype, arch))
+
+
+@kept
+def _pool_plan(dim: int, dtype: torch.dtype, arch: str, form: Precision, table: Table = TABLE) -> PoolPlan:
     return PoolPlan(
         form,
         forward=row(arch, "pool", dtype, dim, table),

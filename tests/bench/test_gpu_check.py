@@ -242,7 +242,7 @@ def test_keywords_choose_tests_of_the_kernels(op):
 def test_tile_sizes_are_tried_in_turn_and_compiled_beside_each_other(tmp_path, monkeypatch):
     from ercn.kernels import configs, tune
 
-    def fastest(arch, kernel, kind, dim, rows):
+    def fastest(table, arch, kernel, kind, dim, rows):
         with open(tmp_path / "tried", "a") as stream:
             stream.write(f"{kernel} {rows}\n")
         return rows[-1] if rows else None

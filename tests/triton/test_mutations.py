@@ -21,10 +21,11 @@ DROPOUT, BY_SCORES = "triton/test_pool.py::test_scores_with_dropout", "triton/te
 # file, text, what replaces it, the test that finds it
 FAULTS = {
     "last pixel left out": (
-        "affinity.py", "    mask = (n < N)[:, None]\n", "    mask = (n < N - 1)[:, None]\n", f"{FORWARD}[dense]",
+        "affinity.py", "    mask = (n < size.N)[:, None]\n", "    mask = (n < size.N - 1)[:, None]\n",
+        f"{FORWARD}[dense]",
     ),
     "last instance left out": (
-        "attention_pool.py", "    real = r < T\n", "    real = r < T - 1\n", RAGGED,
+        "attention_pool.py", "    real = r < end\n", "    real = r < end - 1\n", RAGGED,
     ),
     "last tile of columns lost": (
         "affinity.py", "range(low, inside, BLOCK_N)", "range(low, inside - BLOCK_N, BLOCK_N)", f"{FORWARD}[dense]",
@@ -40,13 +41,13 @@ FAULTS = {
         f"{FORWARD}[triangle bands]",
     ),
     "stale slab combined": (
-        "affinity.py", "direct + (p * stride", "direct + ((slabs - 1) * stride", f"{FORWARD}[triangle slabs]",
+        "affinity.py", "direct + (p * stride", "direct + ((slabs.count - 1) * stride", f"{FORWARD}[triangle slabs]",
     ),
     "stale slot of a bag combined": (
         "attention_pool.py", "slot = (tile + bag).to(tl.int64)\n", "slot = tl.cast(tile, tl.int64)\n", RAGGED,
     ),
     "weight gradients of earlier rows lost": (
-        "attention_pool.py", "ACCUMULATE=first > 0", "ACCUMULATE=False",
+        "attention_pool.py", "ACCUMULATE=first_row > 0", "ACCUMULATE=False",
         "triton/test_ops.py::test_pool_workspace_in_several_pieces",
     ),
     "a word of the generator for its neighbours": (
@@ -55,7 +56,7 @@ FAULTS = {
     ),
     "dropout forgotten in the backward": ("attention_pool.py", "        slope *= keep\n", "", f"{DROPOUT}[ragged]"),
     "instances numbered within a tile": (
-        "attention_pool.py", "dropout_factor(seed, r, i_l", "dropout_factor(seed, r % BLOCK_M, i_l",
+        "attention_pool.py", "dropout_factor(dropout, r, i_l", "dropout_factor(dropout, r % BLOCK_M, i_l",
         f"{DROPOUT}_in_several_pieces",
     ),
     "masked values pooled": (

@@ -1,4 +1,4 @@
-"""Triton kernels, their launchers and tile configs. Nothing in this package registers an operator."""
+"""Triton kernels and their launchers; tile sizes are in ``table.py``. Nothing here registers an operator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 
 def _kernels() -> Iterator[tuple[ModuleType, str, object]]:
-    """Every kernel: its module, its name there, itself."""
+    """Module, name and object of every kernel."""
     for info in iter_modules(__path__):
         module = import_module(f"{__name__}.{info.name}")
         for name, value in list(vars(module).items()):
@@ -30,7 +30,7 @@ def kernels() -> list[str]:
 
 @contextlib.contextmanager
 def counting_launches() -> Iterator[Counter[str]]:
-    """Within the block every launch of a kernel is counted under its name, compiled or interpreted."""
+    """Counts the launches of each kernel within the block, compiled or interpreted."""
     counts: Counter[str] = Counter()
 
     class Counted:

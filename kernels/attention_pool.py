@@ -78,7 +78,7 @@ class Weights(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """seed [1]; a branch is dropped where its 16 bits are below the threshold; scale of what is kept of the product."""
+    """seed [1], threshold for 16 bits of a branch, scale of a product of branches that are kept."""
 
     seed: Tensor
     threshold: int

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ PRECISIONS = {
     "tf32": (torch.float32, "high"),
     "float32": (torch.float32, "highest"),
 }
-# Which of them need the most room in the rows of either kind; the others' kernels are these with fewer products.
+# The precisions that need most registers and shared memory for half and float32 rows; others leave products out.
 DEMANDING = {
     "forward": ("float16", "float32"),
     "triangle": ("float16", "float32"),
@@ -55,7 +57,7 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def run_affinity(arch: str, kernel: str, dtype: torch.dtype, dim: int, layout: str = "channels_first") -> None:
-    """Launch one kernel as its row of the table says."""
+    """Launch one kernel with its row of the table."""
     feat = meta(1, dim or STREAMED, PIXELS, dtype=dtype)
     if layout == "channels_last":
         feat = meta(1, PIXELS, dim or STREAMED, dtype=dtype).mT
@@ -70,7 +72,7 @@ def run_affinity(arch: str, kernel: str, dtype: torch.dtype, dim: int, layout: s
 
 
 def run_pool(dtype: torch.dtype, option: str) -> None:
-    """option: ragged, masked, by scores, or any of dropout, relu, gelu and wider, of which "wider" are the weights."""
+    """option: ragged, masked, by scores, or any of dropout, relu, gelu and wider (float32 weights)."""
     if option == "by scores":
         h, scores = meta(2, PIXELS, POOL_DIM, dtype=dtype), meta(2, 1, PIXELS, dtype=torch.float32)
         pooled = attention_pool.pool_by_scores(scores, h, None, None)
@@ -122,9 +124,11 @@ def assert_fits(binary: Compiled, tmp_path: Path, case: str = "") -> None:
 
 
 def widths(arch: str, kernel: str, precision: str) -> list[int]:
-    """The largest D of every row of the kernel for the precision; a row that is that of any D has the same kernel."""
-    rows = configs.rows(arch, kernel, PRECISIONS[precision][0])
-    return [dim for dim, row in rows.items() if dim == 0 or row != rows[0]]
+    """Every D that the tuning tool gives a row, 0 for any; a D with the row for any has the same kernel."""
+    dtype = PRECISIONS[precision][0]
+    dims = tune.DIMS["float32" if dtype == torch.float32 else "half"]
+    last = configs.rows(arch, kernel, dtype)[0]
+    return [dim for dim in dims if dim == 0 or configs.row(arch, kernel, dtype, dim) != last]
 
 
 @pytest.mark.slow
@@ -181,7 +185,7 @@ def test_other_arguments_of_the_pool_fit_on_chip(precision, option, tmp_path):
 
 
 def test_dropout_is_formed_where_it_is_asked_for(tmp_path):
-    """64-bit products of the generator's words: two rounds of ten by row and by unit, the rest by four units."""
+    """By the generator's 64-bit products: two of ten rounds by row and by unit, the others by four units."""
     steps = str(0x9E3779B9 - (1 << 32))
     for name in ("forward_kernel", "branch_grad_kernel"):
         kernels = (compiled("sm_90", "pool", "bfloat16", 0, option) for option in ("", "dropout"))
@@ -211,7 +215,7 @@ def test_plans_are_kept_by_all_that_they_depend_on(monkeypatch):
 
 
 def sums_in_loops(text: str) -> set[str]:
-    """Accumulators of products that a loop carries from step to step, in Triton's intermediate code."""
+    """Accumulators of products that are carried by a loop, in Triton's intermediate code."""
     carried = {name for group in re.findall(r"iter_args\((.*?)\) ->", text) for name in re.findall(r"(%\S+) =", group)}
     return carried & set(re.findall(r"(?:tt\.dot|warp_group_dot) [^,]+, [^,]+, (%[\w.#]+)", text))
 
@@ -319,7 +323,32 @@ def test_offsets_of_half_precision_tiles_are_64_bit(kernel):
 
 
 def test_the_table_is_as_the_tool_writes_it():
-    assert Path(tune.__file__).with_name("table.py").read_text(encoding="utf-8") == tune.render(TABLE)
+    assert tune.FILE.read_text(encoding="utf-8") == tune.render(TABLE)
+
+
+@pytest.mark.parametrize(("arch", "others"), [("sm_86", ("sm_80",)), ("sm_90", ("sm_100",)), ("sm_89", ("sm_86",))])
+def test_a_changed_row_changes_nothing_else(arch, others, tmp_path):
+    before, table = repr(TABLE), TABLE | {arch: TABLE[configs.family(arch)]}
+    row = configs.BackwardConfig(32, 64, 32, 4, 1, chunks=2)
+    changed = tune.with_row(table, arch, "backward", "half", 64, row)
+    assert repr(TABLE) == before
+    file = tmp_path / "table.py"
+    file.write_text(tune.render(changed), encoding="utf-8")
+    for written in (changed, runpy.run_path(str(file))["TABLE"]):
+        for name, kernel, kind, dim in itertools.product((arch, *others), tune.KERNELS, tune.DTYPES, (64, 128, 512)):
+            find = functools.partial(configs.row, name, kernel, tune.DTYPES[kind], dim)
+            here = (name, kernel, kind, dim) == (arch, "backward", "half", 64)
+            assert find(table=written) == (row if here else find(table=table))
+
+
+def test_the_fastest_row_is_found_in_its_place_of_the_table(monkeypatch):
+    """The call that is timed has the row in its table, and no other table changes."""
+    rows = [configs.GemmConfig(64, 64, depth, 4, 1) for depth in (32, 64, 128)]
+    times = dict(zip(rows, (2.0, 1.0, float("inf"))))
+    monkeypatch.setattr(tune, "workload", lambda *_: lambda table: configs.pool_plan(9, torch.float16, "sm_90", table))
+    monkeypatch.setattr(tune, "milliseconds", lambda plan: times[plan.row_grad])
+    find = functools.partial(tune.fastest, TABLE, "sm_90", "row_grad", "half", 0)
+    assert find(rows) == rows[1] and find(rows[2:]) is find([]) is None
 
 
 @pytest.mark.parametrize("kernel", tune.KERNELS)

@@ -1,4 +1,4 @@
-"""Deliberate faults in the source of the Triton kernels: each has to fail the test named beside it, interpreted."""
+"""Deliberate faults in the source of the Triton kernels: each must fail the test named beside it, interpreted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CORES = "triton/test_tensor_cores.py"
 RAGGED = "ops/test_gpu_ops.py::test_pool_ragged[triton-torch.int32]"
 DROPOUT, BY_SCORES = "triton/test_pool.py::test_scores_with_dropout", "triton/test_pool.py::test_pool_by_scores"
 
-# file, text, what replaces it, the test that finds it
+# file, text, replacement, the test that finds it
 FAULTS = {
     "last pixel left out": (
         "affinity.py", "    mask = (n < size.N)[:, None]\n", "    mask = (n < size.N - 1)[:, None]\n",
@@ -79,7 +79,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def exit_codes(tmp_path_factory):
-    """Of pytest for each fault, and at last for a copy without one."""
+    """pytest's exit codes for each fault, then for a copy without one."""
     sound = ("affinity.py", "import torch\n", "import torch\n", f"{FORWARD}[dense]")
     command = [sys.executable, Path(__file__).with_name("_triton_faults.py"), tmp_path_factory.mktemp("faults")]
     result = subprocess.run(

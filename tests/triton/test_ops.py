@@ -1,4 +1,4 @@
-"""Tile plans that no small input reaches by itself, in the Triton kernels: on a GPU, or interpreted."""
+"""Tile plans of the Triton kernels that small inputs do not reach: on a GPU, or interpreted."""
 
 from __future__ import annotations
 

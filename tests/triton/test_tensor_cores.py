@@ -1,8 +1,8 @@
-"""The kernels on units that lose bits as NVIDIA's tensor cores do, which Triton's interpreter imitates here.
+"""The kernels on imitated tensor cores: Triton's interpreter truncates here as NVIDIA's do.
 
-Two of their habits leave a bias where rounding would leave noise: a TF32 product reads the upper 19 bits of its
-factors, and every 16 products are added to a sum that is cut to float32 toward zero. So factors have to be rounded
-before, and long sums have to be added outside.
+A TF32 product reads the upper 19 bits of its factors, and every 16 products are added to a sum that is cut to float32
+toward zero. Both leave a bias where rounding would leave noise, so the kernels round factors before a product and add
+long sums outside.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def pool_inputs(n, d, hidden):
 
 
 def assert_long_sum(ours, exact, rest, terms=LONG):
-    """Steps inside a tile lose up to 2 ulps each, additions of tiles 1; rest: of all else, in ulps."""
+    """Steps inside a tile lose up to 2 ulps each, additions of tiles 1, everything else ``rest``."""
     bound = (2 * BLOCK / STEP + terms / BLOCK + rest) * ULP
     worst = ((ours.double() - exact) / exact).abs().max().item()
     assert worst < bound, f"{worst / ULP:.0f} ulps, {bound / ULP:.0f} allowed"
@@ -129,7 +129,7 @@ def test_pool_sums(sizes, monkeypatch):
 
 
 def assert_unbiased(ours, exact):
-    """Thousands of factors, each rounded to 2⁻¹¹: their mean error is far below what truncation leaves."""
+    """The mean error of thousands of factors rounded to 2⁻¹¹ is far below the bias of truncation."""
     bias = ours.double().sum().item() / exact.sum().item() - 1
     assert abs(bias) < 2.0**-15, f"a bias of {bias:.1e}"
 
@@ -179,6 +179,6 @@ def test_rounding_to_tf32():
         float("inf"): float("inf"), float("-inf"): float("-inf"),
     }  # fmt: skip
     assert torch.equal(_tiles.rounded(torch.tensor(list(pairs)), "tf32"), torch.tensor(list(pairs.values())))
-    nan = torch.tensor([0x7F800001, 0x7FFFFFFF, -0x7FFFFF], dtype=torch.int32)  # of bits that truncation would cut
+    nan = torch.tensor([0x7F800001, 0x7FFFFFFF, -0x7FFFFF], dtype=torch.int32)  # with only bits that truncation cuts
     survivors = _tiles.rounded(nan.view(torch.float32), "tf32").view(torch.int32) & -0x2000
     assert survivors.view(torch.float32).isnan().all()

@@ -1,4 +1,9 @@
-"""Triton kernels and their launchers; tile sizes are in ``table.py``. Nothing here registers an operator."""
+"""Triton kernels and their launchers; tile sizes are in ``table.py``. Nothing here registers an operator.
+
+Kernels take NamedTuples: of tensors and sizes, and as ``tl.constexpr`` a row of the table. Code for an argument that is
+None (a mask, a bias, an output) is not compiled. Fields of a compile-time tuple go to constexpr locals before they are
+passed on or combined: Triton 3.6 needs that.
+"""
 
 from __future__ import annotations
 

@@ -5,9 +5,8 @@ own tiles of rows whatever bags those belong to, so no bag is padded and nothing
 partial result for bag b goes to slot tile + b, which no other pair shares (both only rise along the list); a second
 kernel adds the slots of each bag in order.
 
-The backward forms activations again, tile by tile; their gradients dP = [dt | dσ] live in a workspace of bounded bags.
-Tile sizes are in ``table.py``. Triton 3.6 takes fields of compile-time tuples in products and calls only by way of
-constexpr locals.
+The backward forms activations again, tile by tile; their gradients dP = [dt | dσ] live in a workspace of bounded size.
+Tile sizes are in ``table.py``.
 """
 
 from __future__ import annotations
@@ -141,8 +140,7 @@ def real_rows(h, bags, r, end):
     """Which rows come before ``end`` and are not masked."""
     real = r < end
     if h.mask is not None:
-        n = (r % bags.N).to(tl.int64)
-        offsets = (r // bags.N).to(tl.int64) * h.mask_stride_b + n * h.mask_stride_n
+        offsets = (r // bags.N).to(tl.int64) * h.mask_stride_b + (r % bags.N).to(tl.int64) * h.mask_stride_n
         real = real & tl.load(h.mask + offsets, mask=real, other=0)
     return real
 
@@ -723,7 +721,8 @@ def weight_grad_kernel(
         r = row0 + tl.arange(0, BLOCK_R)
         at = (r - first_row).to(tl.int64)[:, None] * columns.width + columns.first + unit[None, :]
         dp = tl.load(grad_branches + at, mask=(r < last_row)[:, None] & (unit < units)[None, :], other=0.0)
-        x = load_rows(h, bags, row_offsets(h, bags, r), real_rows(h, bags, r, last_row), d)
+        rows = real_rows(h, bags, r, last_row)
+        x = load_rows(h, bags, row_offsets(h, bags, r), rows, d)
         x = factor(x, grad_branches.dtype.element_ty, PRECISION)
         acc = add_product(acc, tl.trans(dp), x, PRECISION)
     tl.store(p_parts, acc, mask=held)

@@ -134,11 +134,6 @@ def make(group: Group, size: int, device: str) -> Case:
         names = ("grad_value", "grad_feat") if suffix else ("out",)
         arguments = [*there(grad, value, feat), True] if suffix else there(value, feat)
         op = "relu_affinity"
-        if group.backend == "triton" and not suffix:
-            from ercn.kernels import configs
-
-            sizes = 2, group.channels, group.dim, size, dtype, configs.arch(arguments[0].device)
-            arguments.append(configs.forward_plan(*sizes, triangle=group.kernels == "triton_triangle"))
     else:
         bags: Any = [0, size, 1, size // 2] if group.layout == "ragged" else size
         mask = (torch.arange(size) % 3 > 0).expand(2, size) if group.layout == "masked" else None
@@ -169,7 +164,21 @@ def make(group: Group, size: int, device: str) -> Case:
         elif suffix:
             arguments = [*there(*grads), *arguments, *there(expected["scores"]), [True] * len(p.inputs)]
         names = names if suffix else outputs
-    return Case(lambda: getattr(launcher, op + suffix)(*arguments), names, {name: expected[name] for name in names})
+
+    def call() -> Any:
+        return getattr(launcher, op + suffix)(*arguments, *_plan(group, size, arguments[0].device))
+
+    return Case(call, names, {name: expected[name] for name in names})
+
+
+def _plan(group: Group, size: int, device: torch.device) -> tuple:
+    """Triton's forward of the affinity is told whether to use the triangle; the rest decides for itself."""
+    if group.backend != "triton" or (group.op, group.direction) != ("affinity", "forward"):
+        return ()
+    from ercn.kernels import configs
+
+    sizes = 2, group.channels, group.dim, size, DTYPES[group.dtype], configs.arch(device)
+    return (configs.forward_plan(*sizes, triangle=group.kernels == "triton_triangle"),)
 
 
 def run(group: Group, size: int, device: str) -> tuple[str, str]:

@@ -22,7 +22,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -165,7 +164,21 @@ def make(group: Group, size: int, device: str) -> Case:
         elif suffix:
             arguments = [*there(*grads), *arguments, *there(expected["scores"]), [True] * len(p.inputs)]
         names = names if suffix else outputs
-    return Case(lambda: getattr(launcher, op + suffix)(*arguments), names, {name: expected[name] for name in names})
+
+    def call() -> Any:
+        return getattr(launcher, op + suffix)(*arguments, *_plan(group, size, arguments[0].device))
+
+    return Case(call, names, {name: expected[name] for name in names})
+
+
+def _plan(group: Group, size: int, device: torch.device) -> tuple:
+    """Triton's forward of the affinity is told whether to use the triangle; the rest decides for itself."""
+    if group.backend != "triton" or (group.op, group.direction) != ("affinity", "forward"):
+        return ()
+    from ercn.kernels import configs
+
+    sizes = 2, group.channels, group.dim, size, DTYPES[group.dtype], configs.arch(device)
+    return (configs.forward_plan(*sizes, triangle=group.kernels == "triton_triangle"),)
 
 
 def run(group: Group, size: int, device: str) -> tuple[str, str]:
@@ -191,11 +204,6 @@ def settings(group: Group) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(variable("ERCN_CUDA_KERNELS", group.kernels if group.backend == "cuda" else ""))
         stack.enter_context(precision(group.dtype))
-        if group.backend == "triton" and group.op == "affinity":
-            from ercn.kernels import configs
-
-            triangle = group.kernels == "triton_triangle"
-            stack.enter_context(mock.patch.object(configs, "use_triangle", lambda *_: triangle))
         yield
 
 

@@ -1,4 +1,9 @@
-"""Triton kernels, their launchers and tile configs. Nothing in this package registers an operator."""
+"""Triton kernels and their launchers; tile sizes are in ``table.py``. Nothing here registers an operator.
+
+Kernels take NamedTuples: of tensors and sizes, and as ``tl.constexpr`` a row of the table. Code for an argument that is
+None (a mask, a bias, an output) is not compiled. Fields of a compile-time tuple go to constexpr locals before they are
+passed on or combined: Triton 3.6 needs that.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from types import ModuleType
 
 
 def _kernels() -> Iterator[tuple[ModuleType, str, object]]:
-    """Every kernel: its module, its name there, itself."""
+    """Module, name and object of every kernel."""
     for info in iter_modules(__path__):
         module = import_module(f"{__name__}.{info.name}")
         for name, value in list(vars(module).items()):
@@ -30,7 +35,7 @@ def kernels() -> list[str]:
 
 @contextlib.contextmanager
 def counting_launches() -> Iterator[Counter[str]]:
-    """Within the block every launch of a kernel is counted under its name, compiled or interpreted."""
+    """Counts the launches of each kernel within the block, compiled or interpreted."""
     counts: Counter[str] = Counter()
 
     class Counted:

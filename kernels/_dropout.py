@@ -1,8 +1,8 @@
-"""Dropout's random bits from a counter, so that a backward forms them again and nothing is stored.
+"""Dropout's random bits from a counter: the backward forms them again, nothing is stored.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter of row i and hidden
-unit l is (i, 0, l // 64 · 16 + l % 16, 0), the key the two halves of the seed. Word l // 16 % 4 is the unit's: its low
-16 bits decide the first branch, its high 16 bits the gate. So one block of four words serves four units of both.
+unit l is (i, 0, l // 64 · 16 + l % 16, 0), the key is the two halves of the seed. Of the four words, l // 16 % 4 is the
+unit's: its low 16 bits decide the first branch, its high 16 bits the gate. So one block serves four units of both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 def philox(seed, row, counter):
     """The four words of the counters (row, 0, counter, 0) for row [M, 1] and counter [1, C]: each uint32 [M, C].
 
-    64-bit products give both halves at once. Two rounds of ten are formed per row and per counter, by broadcasting.
+    64-bit products give both halves at once. By broadcasting, two of the ten rounds are formed per row and per counter.
     """
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
@@ -45,7 +45,7 @@ def unit_words(seed, r, first_unit, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr
     if BLOCK_L >= 64:
         words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK_M, COUNTERS // 16, 16, 2, 2))
         words = tl.permute(words, (0, 1, 4, 3, 2))
-    else:  # half of the 64 units that the blocks serve
+    else:  # 32 of the 64 units of the blocks
         tl.static_assert(BLOCK_L == 32)
         lower = first_unit % 64 == 0
         words = tl.permute(tl.join(tl.where(lower, a, c), tl.where(lower, b, d)), (0, 2, 1))
@@ -53,16 +53,14 @@ def unit_words(seed, r, first_unit, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr
 
 
 @triton.jit
-def dropout_factor(
-    seed, r, first_unit, threshold, scale, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr
-):
+def dropout_factor(dropout, r, first_unit, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr):
     """What multiplies the branches' product: 0 where one of the two is dropped, else scale: [BLOCK_M, BLOCK_L].
 
-    A branch is dropped where its 16 bits are below the threshold, which lies in 1 … 65536.
+    dropout: seed, threshold in 1 … 65536, and scale; a branch is dropped where its 16 bits are below the threshold.
     """
-    words = unit_words(tl.load(seed), r, first_unit, BLOCK_M, BLOCK_L)
-    last = (tl.cast(threshold, tl.uint32) << 16) - 1  # the last dropped word, by its high bits
+    words = unit_words(tl.load(dropout.seed), r, first_unit, BLOCK_M, BLOCK_L)
+    last = (tl.cast(dropout.threshold, tl.uint32) << 16) - 1  # the last dropped word, by its high bits
     lowest = words << 16
     if GATED:
         lowest = tl.minimum(lowest, words)
-    return tl.where(lowest <= last, 0.0, scale)
+    return tl.where(lowest <= last, 0.0, dropout.scale)

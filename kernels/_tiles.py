@@ -1,4 +1,4 @@
-"""What every kernel shares: rounding, products with a stated precision, long sums, factors split in two terms."""
+"""Device functions of every kernel: rounding, products of a given precision, long sums, factors in two terms."""
 
 import torch
 import triton
@@ -12,7 +12,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def nearest(x, DROP: tl.constexpr):
-    """float32 x rounded to nearest even without its last DROP bits; NaN is the one NaN that survives truncation."""
+    """float32 x rounded to nearest even, its last DROP bits 0; every NaN becomes one that survives truncation."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + ((1 << (DROP - 1)) - 1) + ((bits >> DROP) & 1)) & -(1 << DROP)
     return tl.where(tl.abs(x) <= float("inf"), rounded.to(tl.float32, bitcast=True), float("nan"))
@@ -42,7 +42,7 @@ def round_kernel(x, out, size, BLOCK: tl.constexpr):
 
 
 def rounded(x: torch.Tensor, precision: str) -> torch.Tensor:
-    """x as a factor of products: rounded once, in memory, where they are TF32."""
+    """x as a factor of products, rounded once in memory where these are TF32."""
     if precision != "tf32" or x.dtype != torch.float32 or x.numel() == 0:
         return x
     out = torch.empty_like(x)
@@ -97,8 +97,8 @@ def accumulate(total, a, b, PRECISION: tl.constexpr):
 def add_product(total, a, b, PRECISION: tl.constexpr):
     """total + a·b for one step of a sum that is rounded to the factors' dtype in the end.
 
-    Factors of 16 bits are summed in the tensor cores, which saves the registers of a second accumulator: of n terms of
-    one sign they cut about n / 16 · 2^-25, 3e-5 for 16,384 and 1.2e-4 for 65,536; bfloat16 rounds by up to 2^-9.
+    Factors of 16 bits are summed in the tensor cores, which saves the registers of a second accumulator. For n terms of
+    one sign these lose about n / 16 · 2^-25, 3e-5 for 16,384 and 1.2e-4 for 65,536; bfloat16 rounds by up to 2^-9.
     """
     if a.dtype == tl.float32:
         total = accumulate(total, (a,), (b,), PRECISION)

@@ -1,8 +1,7 @@
-"""Refinement over fixed neighbours on GPUs: weights of PAMR and PAR, one step of them, of their adjoint, and of a walk.
+"""Refinement over fixed neighbours on GPUs: weights of PAMR and PAR, a step, its adjoint, and a step of a random walk.
 
-A program owns some pixels of one image and loops over their neighbours. Weights lie in memory, [B, P, H, W] float32;
-the copies of the map that each neighbour would be are never made. No sum crosses programs: results are the same bits
-in every run.
+A program owns some pixels of one image and loops over their neighbours. Weights are [B, P, H, W] float32 in memory; the
+map is never copied for a neighbour. No sum crosses programs, so results are bit-equal between runs.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from ercn.ops.reference import fold_margin, near, position_weights, transition
 
 BLOCK_N = 128
-WEIGHT_BYTES = 256 << 20  # of the images that are refined at a time
+WEIGHT_BYTES = 256 << 20  # of weights in memory at a time
 
 
 @triton.jit
@@ -31,15 +30,13 @@ def distance(j, DILATIONS: tl.constexpr):
 
 @triton.jit
 def clamped(y, x, H, W):
-    """Place in a map of pixel (y, x), beyond the border of the nearest one."""
+    """Offset of pixel (y, x) in a map; beyond the border, of the nearest pixel inside."""
     return tl.minimum(tl.maximum(y, 0), H - 1) * W + tl.minimum(tl.maximum(x, 0), W - 1)
 
 
 @triton.jit
-def scale_kernel(
-    image, scale, K, H, W, DILATIONS: tl.constexpr, PAR: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """image [B, K, H, W] -> what differences of a channel are multiplied with, [B, K, H, W]."""
+def scale_kernel(image, scale, K, H, W, DILATIONS: tl.constexpr, PAR: tl.constexpr, BLOCK: tl.constexpr):
+    """image [B, K, H, W] -> scale [B, K, H, W], the factor of a channel's differences in the exponent."""
     N = H * W
     blocks = tl.cdiv(N, BLOCK)
     pid = tl.program_id(0)
@@ -47,8 +44,8 @@ def scale_kernel(
     y, x = n // W, n % W
     p_image = image + i_bk * N
     own = tl.load(p_image + n, mask=n < N, other=0.0).to(tl.float32)
-    samples: tl.constexpr = (8 if PAR else 9) * len(DILATIONS)  # with PAMR pixel i is one of 9
-    mean = tl.zeros((BLOCK,), tl.float32)  # about pixel i
+    samples: tl.constexpr = (8 if PAR else 9) * len(DILATIONS)  # PAMR counts pixel i too
+    mean = tl.zeros((BLOCK,), tl.float32)  # of differences to pixel i
     for j in range(len(DILATIONS)):
         d = distance(j, DILATIONS)
         for q in tl.static_range(9):
@@ -117,8 +114,9 @@ def step_kernel(
     map, weights, out, C, H, W, margin, stride_b, stride_c, stride_y,
     DILATIONS: tl.constexpr, ADJOINT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out_i = Σ_p w_p(i) map(i + o_p), the edge repeated; its adjoint: out_i = Σ_p w_p(i - o_p) map(i - o_p), of i
-    within the picture and ``margin`` around it.
+    """out_i = Σ_p w_p(i) map(i + o_p), the edge repeated.
+
+    ADJOINT: out_i = Σ_p w_p(i - o_p) map(i - o_p) for i in the image and ``margin`` pixels around it.
     """
     wide = W + 2 * margin
     places = (H + 2 * margin) * wide
@@ -156,7 +154,7 @@ def walk_kernel(
     map, weights, out, C, H, W, stride_b, RADIUS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out_i = Σ_p w_p(i) map(i + o_p) over the disc, row by row; no pixel beyond the border. weights [B, SLOTS, N]."""
+    """out_i = Σ_p w_p(i) map(i + o_p) over the disc in row order, within the border. weights [B, SLOTS, N]."""
     N = H * W
     blocks, blocks_c = tl.cdiv(N, BLOCK), tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
@@ -226,7 +224,7 @@ def pixel_adaptive_refinement(cam: Tensor, image: Tensor, dilations: Sequence[in
 def pixel_adaptive_refinement_backward(
     grad_out: Tensor, image: Tensor, dilations: Sequence[int], steps: int, form: str
 ) -> Tensor:
-    """Like grad_out: what each pixel gave to a neighbour beyond the border, the margin holds until it is folded."""
+    """Like grad_out. A margin takes the gradients of neighbours beyond the border, and is then folded into the edge."""
     margin = max(near(dilations, image))
     grad_cam = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
     size = _images_at_a_time(image, 8 * len(dilations))

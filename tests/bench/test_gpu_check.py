@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import inspect
 import json
@@ -130,11 +131,16 @@ def test_a_wrong_kernel_fails_its_case(monkeypatch):
     from ercn.ops import triton
 
     group = next(g for g in gpu_smoke.groups("^affinity forward, triton, float32"))
-    monkeypatch.setattr(triton, "relu_affinity", lambda value, feat: value @ (feat.mT @ feat))
+    monkeypatch.setattr(triton, "relu_affinity", lambda value, feat, plan: value @ (feat.mT @ feat))
     status, reason = gpu_smoke.run(group, 70, "cpu")
     assert status == "wrong" and "elements of out differ" in reason
-    monkeypatch.setattr(triton, "relu_affinity", lambda value, feat: value @ (feat.mT @ feat).relu())
-    assert gpu_smoke.run(group, 70, "cpu") == ("passed", "")
+    plans = []
+    for kernels in ("triton", "triton_triangle"):
+        monkeypatch.setattr(
+            triton, "relu_affinity", lambda value, feat, plan: plans.append(plan) or value @ (feat.mT @ feat).relu()
+        )
+        assert gpu_smoke.run(dataclasses.replace(group, kernels=kernels), 70, "cpu") == ("passed", "")
+    assert plans[0].band == 0 < plans[1].band
 
 
 @pytest.mark.parametrize("group", [g for g in gpu_smoke.groups() if g.dtype == "bfloat16"], ids=lambda g: g.name)
@@ -242,7 +248,7 @@ def test_keywords_choose_tests_of_the_kernels(op):
 def test_tile_sizes_are_tried_in_turn_and_compiled_beside_each_other(tmp_path, monkeypatch):
     from ercn.kernels import configs, tune
 
-    def fastest(arch, kernel, kind, dim, rows):
+    def fastest(table, arch, kernel, kind, dim, rows):
         with open(tmp_path / "tried", "a") as stream:
             stream.write(f"{kernel} {rows}\n")
         return rows[-1] if rows else None

@@ -1,4 +1,4 @@
-"""Compiles what the Triton launchers would launch, for a GPU that is not there.
+"""Compiles what the Triton launchers launch, for a GPU that is absent.
 
 The launchers run on meta tensors; every launch is compiled through Triton's own path (argument specialisation, pass
 pipeline, ptxas) for the target given, and its binary is kept instead of run.
@@ -33,7 +33,6 @@ SHARED_LIMIT = {
     "gfx942": 64 << 10,
     "gfx950": 160 << 10,
 }
-
 
 # Columns of tensor memory on sm_100; Triton compiles a kernel that takes more to a trap.
 TENSOR_MEMORY = 512
@@ -81,7 +80,7 @@ class Compiled:
 
 
 class _AbsentDriver:
-    """What Triton asks of a driver before it compiles."""
+    """The part of a driver that Triton uses before it compiles."""
 
     def __init__(self, arch: str):
         self._target = target(arch)
@@ -114,7 +113,7 @@ def recording(arch: str) -> Iterator[list[Compiled]]:
         yield compiled
     finally:
         JITFunction.run, configs.arch = run, arch_of
-        triton.runtime.driver.set_active(None)  # the next use looks for a driver again
+        triton.runtime.driver.set_active(None)  # the next use looks for a driver
 
 
 def launches(arch: str, function: Callable[[], object]) -> list[Compiled]:

@@ -1,9 +1,9 @@
-"""Runs tests of the Triton kernels on copies of their source with a fault each; a process of its own, see below.
+"""Runs tests of the Triton kernels on copies of their source with one fault each, in a process of its own:
 
     TRITON_INTERPRET=1 python tests/triton/_triton_faults.py SCRATCH < faults.json > results.json
 
-A fault is (file, text, replacement, test). Each is tried in a fork, which imports its copy as ``ercn.kernels`` and runs
-the one test. Prints pytest's exit code for each.
+A fault is (file, text, replacement, test). A fork imports its copy as ``ercn.kernels`` and runs the test. Prints
+pytest's exit code for each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import hypothesis  # noqa: F401  what every fork would import, once
+import hypothesis  # noqa: F401  imported once instead of in every fork
 import numpy  # noqa: F401
 import pytest
 import torch  # noqa: F401
@@ -27,7 +27,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def become_kernels(folder: Path) -> None:
-    """``ercn.kernels`` is what the folder holds."""
+    """Import the folder as ``ercn.kernels``."""
     spec = importlib.util.spec_from_file_location(
         "ercn.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -36,7 +36,7 @@ def become_kernels(folder: Path) -> None:
 
 
 def exit_code(folder: Path, test: str) -> int:
-    """Of pytest on one test, in a fork."""
+    """pytest's exit code on one test, in a fork."""
     child = os.fork()
     if child == 0:
         os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT), 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ PRECISIONS = {
     "tf32": (torch.float32, "high"),
     "float32": (torch.float32, "highest"),
 }
-# Which of them need the most room in the rows of either kind; the others' kernels are these with fewer products.
+# The precisions that need most registers and shared memory for half and float32 rows; others leave products out.
 DEMANDING = {
     "forward": ("float16", "float32"),
     "triangle": ("float16", "float32"),
@@ -55,23 +57,22 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def run_affinity(arch: str, kernel: str, dtype: torch.dtype, dim: int, layout: str = "channels_first") -> None:
-    """Launch one kernel as its row of the table says."""
+    """Launch one kernel with its row of the table."""
     feat = meta(1, dim or STREAMED, PIXELS, dtype=dtype)
     if layout == "channels_last":
         feat = meta(1, PIXELS, dim or STREAMED, dtype=dtype).mT
     value = meta(1, CHANNELS, PIXELS, dtype=torch.float32)
     if kernel == "backward":
         row = configs.row(arch, kernel, configs.precision(dtype, arch).product_dtype, dim or STREAMED)
-        plan = configs.BackwardPlan(configs.BackwardConfig(*row), 1, PIXELS)
-        affinity.relu_affinity_backward(value, value, feat, True, plan)
+        affinity.relu_affinity_backward(value, value, feat, True, configs.BackwardPlan(row, 1, PIXELS))
     else:
         row = configs.row(arch, kernel, dtype, dim or STREAMED)
         band = PIXELS if kernel == "triangle" else 0
-        affinity.relu_affinity(value, feat, configs.ForwardPlan(configs.ForwardConfig(*row), 1, PIXELS, band))
+        affinity.relu_affinity(value, feat, configs.ForwardPlan(row, 1, PIXELS, band))
 
 
 def run_pool(dtype: torch.dtype, option: str) -> None:
-    """option: ragged, masked, by scores, or any of dropout, relu, gelu and wider, of which "wider" are the weights."""
+    """option: ragged, masked, by scores, or any of dropout, relu, gelu and wider (float32 weights)."""
     if option == "by scores":
         h, scores = meta(2, PIXELS, POOL_DIM, dtype=dtype), meta(2, 1, PIXELS, dtype=torch.float32)
         pooled = attention_pool.pool_by_scores(scores, h, None, None)
@@ -123,9 +124,11 @@ def assert_fits(binary: Compiled, tmp_path: Path, case: str = "") -> None:
 
 
 def widths(arch: str, kernel: str, precision: str) -> list[int]:
-    """The largest D of every row of the kernel for the precision; a row that is that of any D has the same kernel."""
-    rows = configs.rows(arch, kernel, PRECISIONS[precision][0])
-    return [dim for dim, row in rows.items() if dim == 0 or row != rows[0]]
+    """Every D that the tuning tool gives a row, 0 for any; a D with the row for any has the same kernel."""
+    dtype = PRECISIONS[precision][0]
+    dims = tune.DIMS["float32" if dtype == torch.float32 else "half"]
+    last = configs.rows(arch, kernel, dtype)[0]
+    return [dim for dim in dims if dim == 0 or configs.row(arch, kernel, dtype, dim) != last]
 
 
 @pytest.mark.slow
@@ -182,7 +185,7 @@ def test_other_arguments_of_the_pool_fit_on_chip(precision, option, tmp_path):
 
 
 def test_dropout_is_formed_where_it_is_asked_for(tmp_path):
-    """64-bit products of the generator's words: two rounds of ten by row and by unit, the rest by four units."""
+    """By the generator's 64-bit products: two of ten rounds by row and by unit, the others by four units."""
     steps = str(0x9E3779B9 - (1 << 32))
     for name in ("forward_kernel", "branch_grad_kernel"):
         kernels = (compiled("sm_90", "pool", "bfloat16", 0, option) for option in ("", "dropout"))
@@ -197,14 +200,13 @@ def test_plans_are_kept_by_all_that_they_depend_on(monkeypatch):
     call = functools.partial(configs.forward_plan, 1, 22, 192, dtype=torch.bfloat16, arch="sm_90")
     triangle, dense = call(n=128**2), call(n=64**2)
     assert call(n=128**2) is triangle and triangle.band > 0 and dense.band == 0
-    monkeypatch.setattr(configs, "use_triangle", lambda *_: False)
-    assert call(n=128**2).band == 0
-    monkeypatch.undo()
-    monkeypatch.setitem(TABLE["sm_90"], "programs", 4)
-    assert call(n=64**2) != dense
-    monkeypatch.undo()
-    monkeypatch.setitem(TABLE["sm_90"]["triangle"]["half"], 192, (4, 1, 64, 64, 64, 1, True))
-    assert call(n=128**2).config.num_warps == 4
+    assert call(n=128**2, triangle=False).band == 0 < call(n=64**2, triangle=True).band
+    few = TABLE | {"sm_90": TABLE["sm_90"] | {"programs": 4}}
+    assert call(n=64**2, table=few) != dense
+    other = tune.with_row(TABLE, "sm_90", "triangle", "half", 192, configs.ForwardConfig(64, 64, 64, 4, 1))
+    assert call(n=128**2, table=other).config.num_warps == 4
+    monkeypatch.setattr(configs, "MIRRORED_BYTES", 1 << 20)
+    assert call(n=128**2).band < triangle.band
     monkeypatch.undo()
     assert call(n=128**2) is triangle and call(n=64**2) is dense
     for n in range(2 * configs.KEPT):
@@ -213,7 +215,7 @@ def test_plans_are_kept_by_all_that_they_depend_on(monkeypatch):
 
 
 def sums_in_loops(text: str) -> set[str]:
-    """Accumulators of products that a loop carries from step to step, in Triton's intermediate code."""
+    """Accumulators of products that are carried by a loop, in Triton's intermediate code."""
     carried = {name for group in re.findall(r"iter_args\((.*?)\) ->", text) for name in re.findall(r"(%\S+) =", group)}
     return carried & set(re.findall(r"(?:tt\.dot|warp_group_dot) [^,]+, [^,]+, (%[\w.#]+)", text))
 
@@ -238,7 +240,7 @@ def test_no_long_sum_is_left_to_tensor_cores():
 def test_sizes_of_one_which_triton_takes_as_constants(triangle):
     one, dtype = meta(1, 1, 1, dtype=torch.float32), torch.bfloat16
     row = configs.row("sm_90", "triangle" if triangle else "forward", dtype, 1)
-    plan = configs.ForwardPlan(configs.ForwardConfig(*row), 1, 1 << 10, int(triangle))
+    plan = configs.ForwardPlan(row, 1, 1 << 10, int(triangle))
 
     def run():
         affinity.relu_affinity(one, one.to(dtype), plan)
@@ -289,8 +291,9 @@ def test_refinements_fit_on_chip(arch, form, dtype, dilations, tmp_path):
 def test_every_row_of_the_table_is_compiled():
     for arch in ARCHS:
         for kernel in tune.KERNELS:
-            dims = tune.DIMS if kernel in ("forward", "triangle", "backward") else dict.fromkeys(tune.DTYPES, (0,))
-            assert {kind: tuple(rows) for kind, rows in TABLE[arch][kernel].items()} == dims
+            for kind, dims in tune.DIMS.items():
+                rows = configs.rows(arch, kernel, tune.DTYPES[kind])
+                assert {0} <= set(rows) <= set(dims if kernel in ("forward", "triangle", "backward") else (0,))
         assert arch in SHARED_LIMIT
 
 
@@ -320,20 +323,42 @@ def test_offsets_of_half_precision_tiles_are_64_bit(kernel):
 
 
 def test_the_table_is_as_the_tool_writes_it():
-    assert Path(tune.__file__).with_name("table.py").read_text(encoding="utf-8") == tune.render(TABLE)
+    assert tune.FILE.read_text(encoding="utf-8") == tune.render(TABLE)
+
+
+@pytest.mark.parametrize(("arch", "others"), [("sm_86", ("sm_80",)), ("sm_90", ("sm_100",)), ("sm_89", ("sm_86",))])
+def test_a_changed_row_changes_nothing_else(arch, others, tmp_path):
+    before, table = repr(TABLE), TABLE | {arch: TABLE[configs.family(arch)]}
+    row = configs.BackwardConfig(32, 64, 32, 4, 1, chunks=2)
+    changed = tune.with_row(table, arch, "backward", "half", 64, row)
+    assert repr(TABLE) == before
+    file = tmp_path / "table.py"
+    file.write_text(tune.render(changed), encoding="utf-8")
+    for written in (changed, runpy.run_path(str(file))["TABLE"]):
+        for name, kernel, kind, dim in itertools.product((arch, *others), tune.KERNELS, tune.DTYPES, (64, 128, 512)):
+            find = functools.partial(configs.row, name, kernel, tune.DTYPES[kind], dim)
+            here = (name, kernel, kind, dim) == (arch, "backward", "half", 64)
+            assert find(table=written) == (row if here else find(table=table))
+
+
+def test_the_fastest_row_is_found_in_its_place_of_the_table(monkeypatch):
+    """The call that is timed has the row in its table, and no other table changes."""
+    rows = [configs.GemmConfig(64, 64, depth, 4, 1) for depth in (32, 64, 128)]
+    times = dict(zip(rows, (2.0, 1.0, float("inf"))))
+    monkeypatch.setattr(tune, "workload", lambda *_: lambda table: configs.pool_plan(9, torch.float16, "sm_90", table))
+    monkeypatch.setattr(tune, "milliseconds", lambda plan: times[plan.row_grad])
+    find = functools.partial(tune.fastest, TABLE, "sm_90", "row_grad", "half", 0)
+    assert find(rows) == rows[1] and find(rows[2:]) is find([]) is None
 
 
 @pytest.mark.parametrize("kernel", tune.KERNELS)
 def test_candidates_are_configs(kernel):
-    config = {
-        "forward": configs.ForwardConfig, "triangle": configs.ForwardConfig, "backward": configs.BackwardConfig,
-        "pool": configs.PoolConfig, "row_grad": configs.GemmConfig, "weight_grad": configs.GemmConfig,
-    }[kernel]  # fmt: skip
     rows = [row for dim in tune.DIMS["half"] for row in tune.candidates(kernel, "half", dim)]
-    assert rows and all(config(*row).num_warps in (4, 8) for row in rows)
+    assert rows and all(row.num_warps in (4, 8) for row in rows)
     for arch in ARCHS:
-        for shipped in TABLE[arch][kernel].values():
-            assert all(config(*row) for row in shipped.values())
+        for dtype in tune.DTYPES.values():
+            rows += configs.rows(arch, kernel, dtype).values()
+    assert {type(row) for row in rows} == {tune.KERNELS[kernel]}
 
 
 def test_family_of_an_unknown_architecture():

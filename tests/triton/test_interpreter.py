@@ -1,4 +1,4 @@
-"""The correctness matrix of the Triton kernels in Triton's interpreter, which must be on before Triton is imported."""
+"""The correctness tests of the Triton kernels in Triton's interpreter, in a process that turns it on at the start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-# Between them every kernel.
+# Together these launch every kernel.
 COVERING = ("ops/test_gpu_ops", "ops/test_gpu_exact", "ops/test_gpu_refinement", "triton/test_ops", "triton/test_pool")
 
 

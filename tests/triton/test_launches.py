@@ -1,4 +1,4 @@
-"""The kernels by name and their launches, counted: on a GPU, or interpreted."""
+"""Names of the kernels and counts of their launches: on a GPU, or interpreted."""
 
 from __future__ import annotations
 

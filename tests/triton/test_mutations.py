@@ -1,4 +1,4 @@
-"""Deliberate faults in the source of the Triton kernels: each has to fail the test named beside it, interpreted."""
+"""Deliberate faults in the source of the Triton kernels: each must fail the test named beside it, interpreted."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ CORES = "triton/test_tensor_cores.py"
 RAGGED = "ops/test_gpu_ops.py::test_pool_ragged[triton-torch.int32]"
 DROPOUT, BY_SCORES = "triton/test_pool.py::test_scores_with_dropout", "triton/test_pool.py::test_pool_by_scores"
 
-# file, text, what replaces it, the test that finds it
+# file, text, replacement, the test that finds it
 FAULTS = {
     "last pixel left out": (
-        "affinity.py", "    mask = (n < N)[:, None]\n", "    mask = (n < N - 1)[:, None]\n", f"{FORWARD}[dense]",
+        "affinity.py", "    mask = (n < size.N)[:, None]\n", "    mask = (n < size.N - 1)[:, None]\n",
+        f"{FORWARD}[dense]",
     ),
     "last instance left out": (
-        "attention_pool.py", "    real = r < T\n", "    real = r < T - 1\n", RAGGED,
+        "attention_pool.py", "    real = r < end\n", "    real = r < end - 1\n", RAGGED,
     ),
     "last tile of columns lost": (
         "affinity.py", "range(low, inside, BLOCK_N)", "range(low, inside - BLOCK_N, BLOCK_N)", f"{FORWARD}[dense]",
@@ -40,13 +41,13 @@ FAULTS = {
         f"{FORWARD}[triangle bands]",
     ),
     "stale slab combined": (
-        "affinity.py", "direct + (p * stride", "direct + ((slabs - 1) * stride", f"{FORWARD}[triangle slabs]",
+        "affinity.py", "direct + (p * stride", "direct + ((slabs.count - 1) * stride", f"{FORWARD}[triangle slabs]",
     ),
     "stale slot of a bag combined": (
         "attention_pool.py", "slot = (tile + bag).to(tl.int64)\n", "slot = tl.cast(tile, tl.int64)\n", RAGGED,
     ),
     "weight gradients of earlier rows lost": (
-        "attention_pool.py", "ACCUMULATE=first > 0", "ACCUMULATE=False",
+        "attention_pool.py", "ACCUMULATE=first_row > 0", "ACCUMULATE=False",
         "triton/test_ops.py::test_pool_workspace_in_several_pieces",
     ),
     "a word of the generator for its neighbours": (
@@ -55,7 +56,7 @@ FAULTS = {
     ),
     "dropout forgotten in the backward": ("attention_pool.py", "        slope *= keep\n", "", f"{DROPOUT}[ragged]"),
     "instances numbered within a tile": (
-        "attention_pool.py", "dropout_factor(seed, r, i_l", "dropout_factor(seed, r % BLOCK_M, i_l",
+        "attention_pool.py", "dropout_factor(dropout, r, i_l", "dropout_factor(dropout, r % BLOCK_M, i_l",
         f"{DROPOUT}_in_several_pieces",
     ),
     "masked values pooled": (
@@ -78,7 +79,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def exit_codes(tmp_path_factory):
-    """Of pytest for each fault, and at last for a copy without one."""
+    """pytest's exit codes for each fault, then for a copy without one."""
     sound = ("affinity.py", "import torch\n", "import torch\n", f"{FORWARD}[dense]")
     command = [sys.executable, Path(__file__).with_name("_triton_faults.py"), tmp_path_factory.mktemp("faults")]
     result = subprocess.run(

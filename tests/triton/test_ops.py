@@ -1,8 +1,6 @@
-"""Tile plans that no small input reaches by itself, in the Triton kernels: on a GPU, or interpreted."""
+"""Tile plans of the Triton kernels that small inputs do not reach: on a GPU, or interpreted."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
@@ -28,13 +26,13 @@ FORWARD = configs.ForwardConfig(
 PLANS = {
     "dense": configs.ForwardPlan(FORWARD, slabs=1, slab=101, band=0),
     "dense slabs": configs.ForwardPlan(FORWARD, slabs=3, slab=48, band=0),
-    "dense row tiles": configs.ForwardPlan(dataclasses.replace(FORWARD, row_tiles=2), slabs=2, slab=64, band=0),
-    "dense streamed": configs.ForwardPlan(dataclasses.replace(FORWARD, resident=False), slabs=1, slab=101, band=0),
+    "dense row tiles": configs.ForwardPlan(FORWARD._replace(row_tiles=2), slabs=2, slab=64, band=0),
+    "dense streamed": configs.ForwardPlan(FORWARD._replace(resident=False), slabs=1, slab=101, band=0),
     "triangle": configs.ForwardPlan(FORWARD, slabs=1, slab=101, band=99),
     "triangle slabs": configs.ForwardPlan(FORWARD, slabs=4, slab=32, band=99),
     "triangle bands": configs.ForwardPlan(FORWARD, slabs=3, slab=48, band=2),
-    "triangle row tiles": configs.ForwardPlan(dataclasses.replace(FORWARD, row_tiles=2), slabs=2, slab=64, band=3),
-    "triangle streamed": configs.ForwardPlan(dataclasses.replace(FORWARD, resident=False), slabs=2, slab=64, band=4),
+    "triangle row tiles": configs.ForwardPlan(FORWARD._replace(row_tiles=2), slabs=2, slab=64, band=3),
+    "triangle streamed": configs.ForwardPlan(FORWARD._replace(resident=False), slabs=2, slab=64, band=4),
 }
 
 
@@ -70,7 +68,7 @@ def test_tool_measures_candidates():
     from ercn.kernels.table import TABLE
 
     arch = configs.family(configs.arch(torch.device("cuda", 0)))
-    before = dict(TABLE[arch]["forward"]["half"])
-    rows = [before[64], (4, 2, 64, 32, 32, 1, True)]
-    assert tune.fastest(arch, "forward", "half", 64, rows) in rows
-    assert TABLE[arch]["forward"]["half"] == before
+    before = repr(TABLE)
+    rows = [configs.row(arch, "forward", torch.bfloat16, 64), configs.ForwardConfig(64, 32, 32, 4, 2)]
+    assert tune.fastest(TABLE, arch, "forward", "half", 64, rows) in rows
+    assert repr(TABLE) == before

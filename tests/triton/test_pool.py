@@ -1,6 +1,6 @@
-"""The pool's dropout, activations, dtypes, and scores apart from pooling, in Triton: on a GPU, or interpreted.
+"""The pool's dropout, activations, dtypes, and its scores alone, in Triton: on a GPU, or interpreted.
 
-Bit for bit on exact inputs (``ercn.benchmarks.exact``), else against the float64 twin with the same mask.
+Bit for bit on exact inputs (``ercn.benchmarks.exact``), else against the float64 twin with the same dropout mask.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])
 ]
 
-SEED = torch.tensor([-0x0123456789ABCDEF])  # both halves have their highest bit in the words' key
+SEED = torch.tensor([-0x0123456789ABCDEF])  # both halves of the key have their highest bit
 BAGS = {
     "rows": {"instances": 36, "bags": 2},
     "channels_first": {"instances": 36, "bags": 2, "layout": "channels_first"},
@@ -57,7 +57,7 @@ def test_words_of_the_generator(block_l, first_unit):
 
 
 def test_published_words_of_the_generator():
-    """Of Random123: the first block under the key 0."""
+    """The first block under key 0, from Random123."""
     out = here(torch.empty(16, 64, dtype=torch.int64))
     words_of_units[(1,)](here(torch.tensor([0])), out, 0, 0, BLOCK_M=16, BLOCK_L=64)
     assert out[0, ::16].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
@@ -68,7 +68,7 @@ def assert_exact(found, expected):
 
 
 def scores_and_gradients(p, seed, dropout_p, activation):
-    """attention_scores and its backward, in the names of ``expected_scores``."""
+    """attention_scores and its backward, by the names of ``expected_scores``."""
     arguments = [here(x) for x in (*p.inputs, p.mask, p.cu_seqlens, seed)] + [dropout_p, activation]
     scores = OPS.attention_scores(*arguments, "triton")
     needs = [x is not None for x in p.inputs]
@@ -214,7 +214,7 @@ def test_pool_with_extreme_dropout():
 
 
 def test_pool_dropout_numbers_instances_of_all_bags():
-    """Ragged rows and dense bags that lie one after another have the same mask."""
+    """Ragged rows and dense bags have the same dropout mask."""
     h, *weights = (here(x.float()) for x in inputs(2, 34, 20, 45, heads=2))
     dense = call(h, *weights, seed=here(SEED), dropout_p=0.5)
     bounds = here(torch.tensor([0, 34, 68]))

@@ -1,8 +1,8 @@
-"""The kernels on units that lose bits as NVIDIA's tensor cores do, which Triton's interpreter imitates here.
+"""The kernels on imitated tensor cores: Triton's interpreter truncates here as NVIDIA's do.
 
-Two of their habits leave a bias where rounding would leave noise: a TF32 product reads the upper 19 bits of its
-factors, and every 16 products are added to a sum that is cut to float32 toward zero. So factors have to be rounded
-before, and long sums have to be added outside.
+A TF32 product reads the upper 19 bits of its factors, and every 16 products are added to a sum that is cut to float32
+toward zero. Both leave a bias where rounding would leave noise, so the kernels round factors before a product and add
+long sums outside.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def pool_inputs(n, d, hidden):
 
 
 def assert_long_sum(ours, exact, rest, terms=LONG):
-    """Steps inside a tile lose up to 2 ulps each, additions of tiles 1; rest: of all else, in ulps."""
+    """Steps inside a tile lose up to 2 ulps each, additions of tiles 1, everything else ``rest``."""
     bound = (2 * BLOCK / STEP + terms / BLOCK + rest) * ULP
     worst = ((ours.double() - exact) / exact).abs().max().item()
     assert worst < bound, f"{worst / ULP:.0f} ulps, {bound / ULP:.0f} allowed"
@@ -108,15 +108,17 @@ def test_affinity_gradients_over_many_columns(chunks):
 
 def test_affinity_of_deep_features():
     value, feat = positive(1, 1, 16, seed=1), positive(1, LONG, 16, seed=2) / LONG**0.5
-    config = configs.ForwardConfig(4, 1, block_m=16, block_n=16, block_d=BLOCK, row_tiles=1, resident=False)
+    config = configs.ForwardConfig(16, 16, BLOCK, num_warps=4, num_stages=1, resident=False)
     ours = affinity_kernels.relu_affinity(value, feat, configs.ForwardPlan(config, 1, 16, 0))
     assert_long_sum(ours, dense(value.double(), feat.double()), rest=4)
 
 
 @pytest.mark.parametrize("sizes", [(LONG, 16, 16), (16, LONG, 16), (16, 16, LONG)], ids=["rows", "features", "units"])
 def test_pool_sums(sizes, monkeypatch):
-    monkeypatch.setattr(configs, "pool_config", lambda *_: configs.PoolConfig(4, 1, 64, BLOCK, BLOCK))
-    monkeypatch.setattr(configs, "gemm_config", lambda *_: configs.GemmConfig(4, 1, 16, 16, BLOCK))
+    rows, gemm = configs.PoolConfig(64, BLOCK, BLOCK, 4, 1), configs.GemmConfig(16, 16, BLOCK, 4, 1)
+    plan = configs.pool_plan(sizes[1], torch.float32, "interpreter")
+    plan = plan._replace(forward=rows, backward=rows, row_grad=gemm, weight_grad=gemm)
+    monkeypatch.setattr(configs, "pool_plan", lambda *_: plan)
     arguments, grads = pool_inputs(*sizes)
     ours = pool_results(functools.partial(gated_attention_pool, backend="triton"), arguments, grads)
     exact = pool_results(
@@ -127,7 +129,7 @@ def test_pool_sums(sizes, monkeypatch):
 
 
 def assert_unbiased(ours, exact):
-    """Thousands of factors, each rounded to 2⁻¹¹: their mean error is far below what truncation leaves."""
+    """The mean error of thousands of factors rounded to 2⁻¹¹ is far below the bias of truncation."""
     bias = ours.double().sum().item() / exact.sum().item() - 1
     assert abs(bias) < 2.0**-15, f"a bias of {bias:.1e}"
 
@@ -177,6 +179,6 @@ def test_rounding_to_tf32():
         float("inf"): float("inf"), float("-inf"): float("-inf"),
     }  # fmt: skip
     assert torch.equal(_tiles.rounded(torch.tensor(list(pairs)), "tf32"), torch.tensor(list(pairs.values())))
-    nan = torch.tensor([0x7F800001, 0x7FFFFFFF, -0x7FFFFF], dtype=torch.int32)  # of bits that truncation would cut
+    nan = torch.tensor([0x7F800001, 0x7FFFFFFF, -0x7FFFFF], dtype=torch.int32)  # with only bits that truncation cuts
     survivors = _tiles.rounded(nan.view(torch.float32), "tf32").view(torch.int32) & -0x2000
     assert survivors.view(torch.float32).isnan().all()

@@ -57,7 +57,7 @@ def process_state() -> dict[str, object]:
         "folder": os.getcwd(),
     }
     if configs := sys.modules.get("ercn.kernels.configs"):
-        state |= {"tile table": repr(configs.TABLE), "triangle": configs.use_triangle}
+        state["tile table"] = repr(configs.TABLE)
     return state
 
 

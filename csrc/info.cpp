@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <string>
 
-#include "cpu/features.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "json.h"

@@ -1,8 +1,8 @@
 #pragma once
-#include "affinity.h"
+#include "affinity/affinity.h"
 #include "isa.h"
-#include "pool.h"
-#include "refinement.h"
+#include "pool/pool.h"
+#include "refinement/refinement.h"
 
 namespace ercn {
 
@@ -17,7 +17,7 @@ struct Kernels {
   PoolKernel<uint16_t, float, float> pool_mixed;  // bfloat16 instances, float weights
   RefinementKernel<float> refinement_float;
   RefinementKernel<double> refinement_double;
-  // FLOPs of that many steps of independent multiply-adds in registers (multiply_add.h).
+  // FLOPs of that many steps of independent multiply-adds in registers (kernels_isa.h).
   double (*multiply_add_float)(int64_t steps);
   double (*multiply_add_double)(int64_t steps);
   double (*multiply_add_bf16)(int64_t steps);

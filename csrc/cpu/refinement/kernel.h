@@ -1,9 +1,9 @@
 #pragma once
 // Sums over neighbours with weights of their own for every pixel, and the weights of PAMR and PAR: a block of two
 // vectors of pixels at a time.
-#include "activations.h"
+#include "../activations.h"
+#include "../simd.h"
 #include "refinement.h"
-#include "simd.h"
 
 namespace ercn::ERCN_ISA {
 

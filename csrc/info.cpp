@@ -34,26 +34,8 @@ JsonObject build_info() {
 }
 
 JsonObject features_info() {
-  const CpuFeatures& found = cpu_features();
   JsonObject features;
-#if defined(__x86_64__) || defined(__i386__)
-  features.add("avx", found.avx);
-  features.add("avx2", found.avx2);
-  features.add("fma", found.fma);
-  features.add("f16c", found.f16c);
-  features.add("avx512f", found.avx512f);
-  features.add("avx512dq", found.avx512dq);
-  features.add("avx512bw", found.avx512bw);
-  features.add("avx512vl", found.avx512vl);
-  features.add("avx512_vnni", found.avx512_vnni);
-  features.add("avx512_bf16", found.avx512_bf16);
-  features.add("avx512_fp16", found.avx512_fp16);
-  features.add("amx_tile", found.amx_tile);
-  features.add("amx_int8", found.amx_int8);
-  features.add("amx_bf16", found.amx_bf16);
-#else
-  features.add("neon", found.neon);
-#endif
+  for (const auto& [name, present] : cpu_features()) features.add(name, present);
   return features;
 }
 

@@ -17,41 +17,30 @@ namespace ercn {
 namespace {
 
 CpuFeatures detect() {
-  CpuFeatures found;
-#if defined(__ARM_NEON)
-  found.neon = true;
-#endif
 #if defined(__x86_64__) || defined(__i386__)
   const auto bit = [](uint32_t word, int index) { return ((word >> index) & 1u) != 0; };
-  uint32_t a = 0, b = 0, c = 0, d = 0;
   constexpr int kOsxsave = 27;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, kOsxsave)) return found;
-
-  uint32_t xcr0 = 0, xcr0_high = 0;
-  __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
+  uint32_t a = 0, b = 0, c = 0, d = 0, c1 = 0, b7 = 0, c7 = 0, d7 = 0, a7_1 = 0, xcr0 = 0, xcr0_high = 0;
+  if (__get_cpuid(1, &a, &b, &c1, &d) && bit(c1, kOsxsave)) {
+    __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
+    const bool leaf_7 = __get_cpuid_count(7, 0, &a, &b7, &c7, &d7);  // a: its last subleaf
+    if (leaf_7 && a >= 1) __get_cpuid_count(7, 1, &a7_1, &b, &c, &d);
+  }
   const bool ymm = (xcr0 & 0x6u) == 0x6u;            // xmm and upper halves of ymm
   const bool zmm = (xcr0 & 0xe6u) == 0xe6u;          // and opmask, upper halves of zmm0-15, zmm16-31
   const bool tiles = (xcr0 & 0x60000u) == 0x60000u;  // TILECFG and TILEDATA
-
-  found.avx = ymm && bit(c, 28);
-  found.fma = ymm && bit(c, 12);
-  found.f16c = ymm && bit(c, 29);
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
-    const uint32_t last_subleaf = a;
-    found.avx2 = ymm && bit(b, 5);
-    found.avx512f = zmm && bit(b, 16);
-    found.avx512dq = zmm && bit(b, 17);
-    found.avx512bw = zmm && bit(b, 30);
-    found.avx512vl = zmm && bit(b, 31);
-    found.avx512_vnni = zmm && bit(c, 11);
-    found.avx512_fp16 = zmm && bit(d, 23);
-    found.amx_bf16 = tiles && bit(d, 22);
-    found.amx_tile = tiles && bit(d, 24);
-    found.amx_int8 = tiles && bit(d, 25);
-    if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) found.avx512_bf16 = zmm && bit(a, 5);
-  }
+  return {{"avx", ymm && bit(c1, 28)},         {"avx2", ymm && bit(b7, 5)},
+          {"fma", ymm && bit(c1, 12)},         {"f16c", ymm && bit(c1, 29)},
+          {"avx512f", zmm && bit(b7, 16)},     {"avx512dq", zmm && bit(b7, 17)},
+          {"avx512bw", zmm && bit(b7, 30)},    {"avx512vl", zmm && bit(b7, 31)},
+          {"avx512_vnni", zmm && bit(c7, 11)}, {"avx512_bf16", zmm && bit(a7_1, 5)},
+          {"avx512_fp16", zmm && bit(d7, 23)}, {"amx_tile", tiles && bit(d7, 24)},
+          {"amx_int8", tiles && bit(d7, 25)},  {"amx_bf16", tiles && bit(d7, 22)}};
+#elif defined(__ARM_NEON)
+  return {{"neon", true}};
+#else
+  return {{"neon", false}};
 #endif
-  return found;
 }
 
 }  // namespace
@@ -71,14 +60,15 @@ const char* isa_name(Isa isa) {
 }
 
 Isa best_isa() {
-#if defined(__x86_64__)
-  const CpuFeatures& has = cpu_features();
-  if (!has.avx2 || !has.fma) return Isa::portable;
-  if (!has.avx512f || !has.avx512bw || !has.avx512dq || !has.avx512vl) return Isa::avx2;
-  return has.avx512_bf16 ? Isa::avx512_bf16 : Isa::avx512;
-#else
-  return Isa::portable;
-#endif
+  const auto has = [](const std::string& name) {
+    for (const auto& [feature, present] : cpu_features()) {
+      if (feature == name) return present;
+    }
+    return false;
+  };
+  if (!has("avx2") || !has("fma")) return Isa::portable;
+  if (!has("avx512f") || !has("avx512bw") || !has("avx512dq") || !has("avx512vl")) return Isa::avx2;
+  return has("avx512_bf16") ? Isa::avx512_bf16 : Isa::avx512;
 }
 
 Isa isa() {

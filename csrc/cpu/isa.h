@@ -1,16 +1,12 @@
 #pragma once
+#include <utility>
+#include <vector>
 
 namespace ercn {
 
-// Instruction sets that the processor has and whose registers the operating system saves.
-struct CpuFeatures {
-  bool avx = false, avx2 = false, fma = false, f16c = false;
-  bool avx512f = false, avx512dq = false, avx512bw = false, avx512vl = false;
-  bool avx512_vnni = false, avx512_bf16 = false, avx512_fp16 = false;
-  // The kernel lets a process use AMX only after arch_prctl(ARCH_REQ_XCOMP_PERM).
-  bool amx_tile = false, amx_int8 = false, amx_bf16 = false;
-  bool neon = false;
-};
+// Instruction sets, and whether the processor has them and the operating system saves their registers. The kernel lets
+// a process use AMX only after arch_prctl(ARCH_REQ_XCOMP_PERM).
+using CpuFeatures = std::vector<std::pair<const char*, bool>>;
 const CpuFeatures& cpu_features();
 
 // What the kernels are compiled for; each has its own translation unit, kernels_<name>.cpp.

@@ -1,6 +1,14 @@
 #pragma once
 // The whole of one kernels_<isa>.cpp. No other code is compiled for that instruction set, so that none can leak out of
 // it through an inline function that the linker picks.
+#define ERCN_PRAGMA_(...) _Pragma(#__VA_ARGS__)
+#define ERCN_PRAGMA(...) ERCN_PRAGMA_(__VA_ARGS__)
+#if defined(ERCN_TARGET) && defined(__clang__)
+ERCN_PRAGMA(clang attribute push(__attribute__((target(ERCN_TARGET))), apply_to = function))
+#elif defined(ERCN_TARGET)
+ERCN_PRAGMA(GCC target(ERCN_TARGET))
+#endif
+
 #include "affinity/kernel.h"
 #include "kernels.h"
 #include "pool/kernel.h"
@@ -76,3 +84,7 @@ const Kernels& kernels() {
 }
 
 }  // namespace ercn::ERCN_ISA
+
+#if defined(ERCN_TARGET) && defined(__clang__)
+#pragma clang attribute pop
+#endif

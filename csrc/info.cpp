@@ -1,4 +1,4 @@
-// What was built and what this processor can do, as ercn_native::cpu_info and …::multiply_add_rate.
+// The build and the processor: ercn_native::cpu_info and …::multiply_add_rate.
 #include <torch/csrc/stable/library.h>
 
 #include <chrono>
@@ -39,24 +39,20 @@ JsonObject features_info() {
   return features;
 }
 
-JsonList isas_info() {  // the best last
-  JsonList usable;
-  for (const Isa isa : kAllIsas) {
-    if (isa <= best_isa()) usable.add_json(json(isa_name(isa)));
-  }
-  return usable;
-}
-
 std::string cpu_info() {
   JsonObject info;
+  JsonList isas;  // the best last
+  for (const Isa isa : kAllIsas) {
+    if (isa <= best_isa()) isas.add_json(json(isa_name(isa)));
+  }
   info.add_json("build", build_info().str());
   info.add_json("features", features_info().str());
-  info.add_json("isas", isas_info().str());
+  info.add_json("isas", isas.str());
   return info.str();
 }
 
 // FLOP/s of one thread's independent multiply-adds in registers: the peak of its arithmetic units in float32, float64
-// or bfloat16 (float32's where there are no bfloat16 products). ERCN_CPU_ISA rules.
+// or bfloat16 (float32's where there are no bfloat16 products), for the instruction set that ERCN_CPU_ISA names.
 double multiply_add_rate(std::string dtype, double seconds) {
   const Kernels& k = kernels(isa());
   const auto run = dtype == "bfloat16" && k.multiply_add_bf16 ? k.multiply_add_bf16

@@ -6,7 +6,7 @@
 
 namespace ercn {
 
-// Entry points of one instruction set. A missing one (null function) is done in the next wider type.
+// Entry points of one instruction set. Where one is missing (null function), the next wider type serves.
 struct Kernels {
   AffinityKernel<float, float> affinity_float;
   AffinityKernel<double, double> affinity_double;
@@ -17,7 +17,7 @@ struct Kernels {
   PoolKernel<uint16_t, float, float> pool_mixed;  // bfloat16 instances, float weights
   RefinementKernel<float> refinement_float;
   RefinementKernel<double> refinement_double;
-  // FLOPs of that many steps of independent multiply-adds in registers (kernels_isa.h).
+  // Run `steps` of independent multiply-adds in registers, and give their FLOPs (kernels_isa.h).
   double (*multiply_add_float)(int64_t steps);
   double (*multiply_add_double)(int64_t steps);
   double (*multiply_add_bf16)(int64_t steps);

@@ -1,6 +1,6 @@
 #pragma once
-// The whole of one kernels_<isa>.cpp. No other code is compiled for that instruction set, so that none can leak out of
-// it through an inline function that the linker picks.
+// The whole of one kernels_<isa>.cpp. Headers that it shares with other code emit no inline functions: the linker could
+// pick this instruction set's copy for all code.
 #define ERCN_PRAGMA_(...) _Pragma(#__VA_ARGS__)
 #define ERCN_PRAGMA(...) ERCN_PRAGMA_(__VA_ARGS__)
 #if defined(ERCN_TARGET) && defined(__clang__)
@@ -16,7 +16,7 @@ ERCN_PRAGMA(GCC target(ERCN_TARGET))
 
 namespace ercn::ERCN_ISA {
 
-// ---- the rate of multiply-adds: what no kernel can exceed, measured and not looked up ----
+// ---- the rate of multiply-adds, which no kernel can exceed ----
 
 constexpr int kChains = kVecBytes == 64 ? 24 : 12;  // independent sums, of 32 or 16 registers; they hide the latency
 

@@ -1,5 +1,5 @@
 #pragma once
-// Threads and scratch of a call: tasks run on workers, and a workspace is cut into pieces.
+// The threads and the memory of a call: tasks on workers, and a workspace cut into pieces.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -15,10 +15,10 @@ namespace ercn {
 
 inline int64_t max_workers() { return torch::stable::get_num_threads(); }
 
-// Tasks 0, 1, … in shares of neighbours, one share for each worker. Any thread may take from any share.
+// Tasks 0, 1, … in shares of consecutive tasks, one for each worker. Any thread may take from any share.
 class Shares {
  public:
-  // No worker has fewer than `grain` tasks, unless there is one worker.
+  // Every worker gets at least `grain` tasks, unless there is only one.
   explicit Shares(int64_t tasks, int64_t grain = 1)
       : tasks_(tasks), taken_(std::min(max_workers(), (tasks + grain - 1) / grain)) {}
 
@@ -52,8 +52,8 @@ class Shares {
   std::vector<Counter> taken_;
 };
 
-// Runs body(task, worker) for every task: a worker runs its own share in order, then what others have left. Loops over
-// the same tasks keep them on the same threads, in whose caches their data may still be.
+// Runs body(task, worker) for every task. A worker runs its own share in order, then helps the others. A second loop
+// over the same tasks runs them on the same threads, whose caches may still hold their data.
 template <typename F>
 void for_each_task(int64_t tasks, const F& body, int64_t grain = 1) {
   Shares shares(tasks, grain);

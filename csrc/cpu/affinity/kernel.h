@@ -1,6 +1,6 @@
 #pragma once
 // One pair of blocks of Y = A · V and of its gradients, for one instruction set (see affinity.h and simd.h).
-// Zero padding is an output, a tile's spare lane, or meets zeros only: else 0 · Inf would be NaN.
+// Zero padding is an output, fills spare lanes of a tile, or meets only zeros: else 0 · Inf would be NaN.
 #include "../simd.h"
 #include "affinity.h"
 
@@ -92,7 +92,7 @@ ERCN_INLINE void outer_products(const AffinityImage<E, T>& p, int64_t m, int64_t
   tile_product<kRows, kVecs>(p.summed + row, 1, kBlock, p.value + column, kBlock, p.C, sum);
 }
 
-// A, if the image has sums, and in the backward W, both [kBlock, kBlock].
+// Forms A, if the image has sums, and W, in the backward: both [kBlock, kBlock].
 template <typename E, typename T>
 ERCN_INLINE void form_affinity_and_weight(const AffinityImage<E, T>& p, const Rectangle& at, T* affinity, T* weight) {
   constexpr int64_t panel = kPanel<T>, lanes = kVecBytes / sizeof(T);
@@ -124,7 +124,7 @@ ERCN_INLINE void form_affinity_and_weight(const AffinityImage<E, T>& p, const Re
   }
 }
 
-// What pixels i give to j.
+// Adds to the sums of pixels j what pixels i give them.
 template <typename E, typename T>
 ERCN_INLINE void add_column_sums(const AffinityImage<E, T>& p, const Rectangle& at, const T* affinity) {
   const T* source = p.summed + in_block(at.i, p.channels);
@@ -136,7 +136,7 @@ ERCN_INLINE void add_column_sums(const AffinityImage<E, T>& p, const Rectangle& 
   }
 }
 
-// What pixels j give to i.
+// Adds to the sums of pixels i what pixels j give them.
 template <typename E, typename T>
 ERCN_INLINE void add_row_sums(const AffinityImage<E, T>& p, const Rectangle& at, T* affinity) {
   constexpr int64_t unit = kUnit<T>;
@@ -148,7 +148,7 @@ ERCN_INLINE void add_row_sums(const AffinityImage<E, T>& p, const Rectangle& at,
                            p.row_sums + at.i * row, row, p.C * unit);
 }
 
-// out_feat of j and, off the diagonal, of i.
+// Adds to out_feat of pixels j and, off the diagonal, of pixels i.
 template <typename E, typename T>
 ERCN_INLINE void add_feat_gradient(const AffinityImage<E, T>& p, const Rectangle& at, const T* weight) {
   constexpr int64_t strip = kStrip<T>;
@@ -181,7 +181,7 @@ void affinity_pair(const AffinityImage<E, T>& p, int64_t i, int64_t j, T* scratc
     rectangle(p, {i * kBlock, kBlock, j * kBlock, pixels(j * kBlock, kBlock)}, scratch);
     return;
   }
-  // Of the diagonal block the panels on and right of the diagonal.
+  // A diagonal block: only the panels on and right of the diagonal.
   for (int64_t n = i * kBlock; n < i * kBlock + pixels(i * kBlock, kBlock); n += kPanel<T>) {
     const int64_t columns = pixels(n, kPanel<T>);
     if (n > i * kBlock) rectangle(p, {i * kBlock, n - i * kBlock, n, columns}, scratch);

@@ -1,5 +1,5 @@
 #pragma once
-// Tensors [B, R, N] of any strides to and from the layouts of AffinityImage, a block of pixels at a time.
+// Packs tensors [B, R, N] of any strides into the layouts of AffinityImage, and unpacks them, by blocks of pixels.
 #include <algorithm>
 #include <cstdint>
 
@@ -52,7 +52,7 @@ void pack_panels(const Tensor& source, const Block& block, E* to, int64_t rows, 
     for (int64_t r = 0; r < R; r += SIDE) {
       const auto copy = [&](int64_t sides, int64_t stride) {
         for (int64_t side = 0; side < sides; ++side) {
-          // Rows lie far apart, and their few lines do not wake the processor's own prefetching.
+          // Rows lie far apart: their few lines do not start the hardware prefetcher.
           const From* later = x + std::min(r + kRowsAhead + side, R - 1) * stride_r;
           for (int64_t n = 0; n < real; n += 64 / sizeof(From)) __builtin_prefetch(later + n * stride);
         }
@@ -67,7 +67,7 @@ void pack_panels(const Tensor& source, const Block& block, E* to, int64_t rows, 
   }
 }
 
-// A block of source [B, R, N] -> strips [rows / strip, kBlock, strip]; zeros as above.
+// A block of source [B, R, N] -> strips [rows / strip, kBlock, strip], with the same zeros.
 template <typename From, typename T>
 void pack_strips(const Tensor& source, const Block& block, T* to, int64_t rows, int64_t strip) {
   const int64_t R = source.size(1), stride_r = source.stride(1), stride_n = source.stride(2);

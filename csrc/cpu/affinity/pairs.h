@@ -1,5 +1,5 @@
 #pragma once
-// Which thread runs which pair of blocks, and when.
+// The schedule of the pairs of blocks on threads.
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -61,7 +61,7 @@ class Pairs {
   bool next(int64_t worker, int64_t limit, T* scratch) {
     const int64_t width = places_.width(worker), task = places_.take(worker, limit * width);
     if (task < 0) return false;
-    // The ends of a share need what the neighbouring share did the round before: they come in the middle.
+    // The ends of a share wait for the neighbouring shares' last round: they come in the middle.
     const int64_t round = task / width, place = places_.first(worker) + (task + width / 2) % width;
     const int64_t b = place / schedule_.tasks_per_round();
     const auto [i, j] = schedule_.pair(round, place % schedule_.tasks_per_round());

@@ -23,8 +23,8 @@ namespace {
 template <typename T>
 class Packed {
  public:
-  Packed(Workspace& workspace, int64_t B, int64_t N, int64_t width) : image_(round_up(N, kBlock) * width), width_(width) {
-    workspace.reserve(numbers_, B * image_);
+  Packed(Workspace& memory, int64_t B, int64_t N, int64_t width) : image_(round_up(N, kBlock) * width), width_(width) {
+    memory.reserve(numbers_, B * image_);
   }
   Packed(const Packed&) = delete;  // the workspace knows where numbers_ is
 
@@ -55,15 +55,9 @@ Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Te
   workspace.allocate(feat);
   std::vector<AffinityImage<E, T>> images;
   for (int64_t b = 0; b < B; ++b) {
-    images.push_back({.feat = panels.at(b),
-                      .summed = values.at(b),
-                      .units = units.at(b),
-                      .column_sums = column_sums.at(b),
-                      .row_sums = row_sums.at(b),
-                      .C = C,
-                      .channels = channels,
-                      .D = D,
-                      .N = N});
+    images.push_back({.feat = panels.at(b), .summed = values.at(b), .units = units.at(b),
+                      .column_sums = column_sums.at(b), .row_sums = row_sums.at(b),
+                      .C = C, .channels = channels, .D = D, .N = N});
   }
   for_each_block(B, N, [&](const Block& block) {
     pack_panels<From, side>(feat, block, panels.at(block), depth, kernel.panel);
@@ -90,7 +84,7 @@ std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Te
   const Packed<T> out_feat(sums, B, N, feat_row), column_sums(sums, B, N, summed);
   const Packed<T> row_sums(sums, B, N, summed * kUnit<T>);
   sums.allocate(feat);
-  if (B * N > 0) {  // what is packed is freed before the gradients exist as tensors
+  if (B * N > 0) {  // the packed operands are freed before the gradients are allocated
     Workspace packed;
     WorkerScratch<T> scratch;
     const Packed<T> panels(packed, B, N, D), strips(packed, B, N, feat_row);
@@ -99,18 +93,10 @@ std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Te
     packed.allocate(feat);
     std::vector<AffinityImage<T, T>> images;
     for (int64_t b = 0; b < B; ++b) {
-      images.push_back({.feat = panels.at(b),
-                        .summed = grads.at(b),
-                        .units = units.at(b),
-                        .column_sums = column_sums.at(b),
-                        .row_sums = row_sums.at(b),
-                        .value = values.at(b),
-                        .feat_strips = strips.at(b),
-                        .out_feat = out_feat.at(b),
-                        .C = C,
-                        .channels = channels,
-                        .D = D,
-                        .N = N});
+      images.push_back({.feat = panels.at(b), .summed = grads.at(b), .units = units.at(b),
+                        .column_sums = column_sums.at(b), .row_sums = row_sums.at(b),
+                        .value = values.at(b), .feat_strips = strips.at(b), .out_feat = out_feat.at(b),
+                        .C = C, .channels = channels, .D = D, .N = N});
     }
     for_each_block(B, N, [&](const Block& block) {
       pack_panels<From>(feat, block, panels.at(block), D, kernel.panel);

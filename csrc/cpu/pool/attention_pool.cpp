@@ -63,8 +63,10 @@ struct Operators {
     const auto as = [](const Tensor& grad, const Optional& input) {
       return input ? converted(grad, input->scalar_type()) : grad;
     };
-    return {as(h, given.h),           as(v_weight, given.v_weight), as(v_bias, given.v_bias), as(u_weight, given.u_weight),
-            as(u_bias, given.u_bias), as(w_weight, given.w_weight), as(w_bias, given.w_bias)};
+    return {as(h, given.h),
+            as(v_weight, given.v_weight), as(v_bias, given.v_bias),
+            as(u_weight, given.u_weight), as(u_bias, given.u_bias),
+            as(w_weight, given.w_weight), as(w_bias, given.w_bias)};
   }
 };
 using PoolOperators = Operators<Tensor, Tensor, Optional, Optional, Optional, Tensor, Optional, Optional, Optional,

@@ -1,8 +1,8 @@
 #pragma once
-// The steps of the pool's operators: which tasks run, and which memory they share.
+// The steps of the pool's operators: their tasks and their memory.
 //
-// All bags' instances are one row of numbers, cut into blocks whatever the bags; segments are the bags' shares of
-// blocks. Blocks, chunks and the order of every sum depend on the shapes and on the mask alone, so results do not
+// The instances of all bags are numbered in one row, which is cut into blocks across bags; segments are the bags'
+// shares of blocks. Blocks, chunks and the order of every sum depend only on the shapes and the mask, so results do not
 // depend on threads. Extra memory, T instances: forward, packed weights and T · K · D / 64 for the segments' shares of
 // z; backward, weights packed twice, dp of one chunk (4 MiB, at least one block) and 2 · T · K of attention and dots.
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace ercn {
 
-constexpr int64_t kDpBytes = 4 << 20;  // of a chunk: with its rows of h it stays in the last level of cache
+constexpr int64_t kDpBytes = 4 << 20;  // dp of a chunk: with its rows of h it stays in the last level of cache
 
 template <typename T>
 T* data(const Tensor& x) {
@@ -30,7 +30,7 @@ Matrix<E> matrix(const Tensor& x) {
 
 // ---- bags, blocks and segments ----
 
-// The bags, as ends within the list of real instances, and that list.
+// The list of real instances, and the bags' ends in it.
 struct Bags {
   std::vector<int64_t> ends, real;
   int64_t total;  // instances that are real
@@ -128,7 +128,7 @@ struct Problem {
 
 // ---- the hidden layer ----
 
-// The key and its schedule, and the threshold, which rounds half to even as Python's round does.
+// The threshold rounds half to even, as Python's round does.
 inline std::optional<Dropout> dropout_of(const PoolInputs& in) {
   if (!in.seed) return std::nullopt;
   const uint64_t seed = *static_cast<const int64_t*>(in.seed->const_data_ptr());
@@ -149,7 +149,7 @@ inline Activation activation_of(const std::string& name) {
   return Activation::gelu;
 }
 
-// The layer, with its packed weights reserved; `strips`: also those for grad_h.
+// The layer and its packed weights, pieces of a workspace; `strips`: also those for grad_h.
 template <typename E, typename T, typename W>
 class Layer : public HiddenLayer<T, W> {
  public:
@@ -274,7 +274,7 @@ void reserve_softmax(Workspace& workspace, const Problem<E>& problem, int64_t co
   workspace.reserve(softmax.attention, scores);
 }
 
-// All of softmax, but attention is e.
+// Forms all of softmax; attention is still e.
 template <typename E, typename T, typename W>
 void form_softmax(const PoolKernel<E, T, W>& kernel, const Problem<E>& problem, const Tensor& grad_pooled,
                   const Tensor& scores, int64_t columns, const SoftmaxGradient<T>& softmax,
@@ -307,7 +307,7 @@ void form_softmax(const PoolKernel<E, T, W>& kernel, const Problem<E>& problem, 
 
 // ---- the operators ----
 
-// The scores, and into `pooled`, unless it is null, z.
+// Returns the scores, and writes z to `pooled` unless that is null.
 template <typename E, typename T, typename W>
 Tensor forward(const PoolKernel<E, T, W>& kernel, const PoolInputs& in, const Tensor* pooled) {
   const Problem<E> problem(in.bags(), in.heads());
@@ -433,7 +433,8 @@ Gradients backward(const PoolKernel<E, T, W>& kernel, const PoolInputs& in, cons
   const int64_t L = layer.L, K = layer.K, units = layer.units, columns = round_up(layer.D, kernel.strip);
   const int64_t dp_columns = layer.branches * units, part = (2 + K) * units + K, count = problem.blocks.size();
   const int64_t block_bytes = dp_columns * problem.block_rows * sizeof(T);
-  const int64_t chunk = std::clamp(kDpBytes / std::max<int64_t>(1, block_bytes), int64_t{1}, std::max(count, int64_t{1}));
+  const int64_t chunk =  // blocks
+      std::max<int64_t>(1, std::min<int64_t>(count, kDpBytes / std::max<int64_t>(1, block_bytes)));
 
   SoftmaxGradient<T> softmax{};
   HiddenGradient<E, T> gradient{};
@@ -459,8 +460,7 @@ Gradients backward(const PoolKernel<E, T, W>& kernel, const PoolInputs& in, cons
   if (count > 0) layer.pack(in);
   if (grad_pooled) form_softmax(kernel, problem, *grad_pooled, scores, columns, softmax, scratch);
 
-  // Sums over all instances of terms of either sign: in double, or what cancels would leave the rounding of what was
-  // there.
+  // Terms of either sign over all instances: sums are double, since what remains after they cancel is small.
   std::vector<double> totals(part);
   for (int64_t begin = 0; begin < count; begin += chunk) {
     const int64_t blocks = std::min(chunk, count - begin);

@@ -324,7 +324,7 @@ void pack_strip(const HiddenLayer<T, W>& layer, int64_t strip) {
 // grad_h[m] = dp[m] [V; U] + Σ_k a[m, k] ĝ_k in one strip of channels, for ROWS rows at a time.
 template <int ROWS, typename E, typename T, typename W>
 ERCN_INLINE void input_rows(const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient, int64_t& m,
-                            int64_t rows, int64_t strip, int64_t dp_row, const T* a, bool pooled,
+                            int64_t rows, int64_t strip, int64_t dp_row, const T* a,
                             const T* const* grad_pooled, E* const* to) {
   constexpr int64_t n = kStripChannels<T>, lanes = kLanes<T>;
   const int64_t d = strip * n, columns = layer.D - d < n ? layer.D - d : n, depth = layer.branches * layer.units;
@@ -341,7 +341,7 @@ ERCN_INLINE void input_rows(const HiddenLayer<T, W>& layer, const HiddenGradient
     }
 #pragma GCC unroll 1
     for (int r = 0; r < ROWS; ++r) {
-      for (int64_t k = 0; pooled && k < layer.K; ++k) {
+      for (int64_t k = 0; grad_pooled[m + r] && k < layer.K; ++k) {
         const T* grad = grad_pooled[m + r] + k * padded_channels<T>(layer.D) + d;
         ERCN_UNROLL for (int v = 0; v < kVecs; ++v) {
           T* at = stored[r] + v * lanes;
@@ -360,14 +360,13 @@ ERCN_INLINE void input_rows(const HiddenLayer<T, W>& layer, const HiddenGradient
 
 template <typename E, typename T, typename W>
 ERCN_INLINE void input_gradients(const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient,
-                                 const InstanceBlock& block, const T* a, bool pooled, const T* const* grad_pooled,
-                                 E* const* to) {
+                                 const InstanceBlock& block, const T* a, const T* const* grad_pooled, E* const* to) {
   const int64_t rows = block.rows, dp_row = block.first - gradient.first;
   for (int64_t strip = 0; strip < padded_channels<T>(layer.D) / kStripChannels<T>; ++strip) {
     int64_t m = 0;
-    input_rows<kRows>(layer, gradient, m, rows, strip, dp_row, a, pooled, grad_pooled, to);
-    input_rows<kRows / 2>(layer, gradient, m, rows, strip, dp_row, a, pooled, grad_pooled, to);
-    input_rows<1>(layer, gradient, m, rows, strip, dp_row, a, pooled, grad_pooled, to);
+    input_rows<kRows>(layer, gradient, m, rows, strip, dp_row, a, grad_pooled, to);
+    input_rows<kRows / 2>(layer, gradient, m, rows, strip, dp_row, a, grad_pooled, to);
+    input_rows<1>(layer, gradient, m, rows, strip, dp_row, a, grad_pooled, to);
   }
 }
 
@@ -388,8 +387,7 @@ void backward(const Instances<E>& in, const HiddenLayer<T, W>& layer, const Inst
     hidden_gradients<false>(in, layer, block, x, ds, gradient, scratch.words, parts);
   }
   if (!gradient.grad_h) return;
-  input_gradients(layer, gradient, block, softmax.attention + block.first * in.K, softmax.grad_pooled != nullptr,
-                  grad_pooled, to);
+  input_gradients(layer, gradient, block, softmax.attention + block.first * in.K, grad_pooled, to);
 }
 
 // Columns of a weight tile, and a row of it, which a cache line keeps from being a power of two.

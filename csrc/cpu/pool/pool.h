@@ -95,7 +95,7 @@ struct ScoreGradient {
   int64_t bag, head, instance;
 };
 
-// The backward of the hidden layer, a chunk of blocks at a time. dp is the gradient of the projections, of V's units and
+// The backward of the hidden layer, a chunk of blocks at a time. dp is the gradient of the projections: of V's units,
 // then of U's.
 template <typename E, typename T>
 struct HiddenGradient {
@@ -106,8 +106,8 @@ struct HiddenGradient {
   E* grad_h;  // [B, N, D] contiguous, or null
 };
 
-// The part of a weight gradient that one task adds a chunk to: rows [unit, unit + kUnitGroup) of V's or U's (branch 0 or
-// 1), kStripGroup strips of columns.
+// The part of a weight gradient to which one task adds a chunk: rows [unit, unit + kUnitGroup) of V's (branch 0) or of
+// U's, kStripGroup strips of columns.
 struct WeightTile {
   int64_t branch, unit, strip;
 };
@@ -134,7 +134,7 @@ struct PoolKernel {
   void (*backward)(const Instances<E>& instances, const HiddenLayer<T, W>& layer, const InstanceBlock& block,
                    const SoftmaxGradient<T>& softmax, const ScoreGradient<T>& grad_scores,
                    const HiddenGradient<E, T>& gradient, int64_t part, void* scratch);
-  // The gradients of pool_by_scores, after dots: grad_h = aᵀ ĝ, and grad_scores, laid out as scores; either may be null.
+  // The gradients of pool_by_scores, after dots: grad_h = aᵀ ĝ, and grad_scores in the layout of scores, or null.
   void (*pool_backward)(const Instances<E>& instances, const InstanceBlock& block, const SoftmaxGradient<T>& softmax,
                         T* grad_scores, E* grad_h);
   // grad[l, d] += Σ_i dp[i, l] h[i, d] over the chunk's `rows` instances. scratch: weight_scratch elements of T.

@@ -13,8 +13,8 @@ constexpr int64_t kLanes = kVecBytes / sizeof(T);
 template <typename T>
 constexpr int64_t kStripChannels = kVecs* kLanes<T>;
 
-// What h and the weights are in the projections: bfloat16 where both are and there are dot products of it, otherwise as
-// the sums.
+// The element of h and the weights in the projections: bfloat16 where both hold it and the instruction set multiplies
+// it, otherwise T.
 template <typename E, typename T, typename W>
 struct OperandOf {
   using type = T;

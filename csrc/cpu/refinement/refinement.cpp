@@ -1,10 +1,11 @@
 // Refinements over fixed neighbours on the CPU, registered as ercn_native::pixel_adaptive_refinement_cpu, its backward
 // and random_walk_cpu (LibTorch stable ABI): `steps` times
-//   m[c][i] <- Σ_p w_p[i] m[c][i + o_p],   beyond the border the edge repeated (adaptive) or nothing (random walk)
-// cam, image, value and weights are fp32 or fp64, with any strides. One image after the other, in each the rows of a
-// step in parallel; every row is written by one thread in one order, so results do not depend on threads.
-// Extra memory: the image and two copies of the map with their margins, and the weights of one image; those of the
-// adaptive forward only where they fit in the bytes given, else they are made anew for every block at every step.
+//   m[c][i] <- Σ_p w_p[i] m[c][i + o_p]
+// Beyond the border the edge repeats (adaptive) or there is nothing (random walk). cam, image, value and weights are
+// fp32 or fp64, with any strides. Images run one after the other, the rows of a step in parallel. One thread writes a
+// row, in one order, so results do not depend on threads. Extra memory: the image and two copies of the map with their
+// margins, and the weights of one image. The adaptive forward stores the weights only where they fit in the bytes
+// given, else it forms them anew for every row at every step.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -32,8 +33,8 @@ struct Offset {
   int64_t dy, dx;
 };
 
-// The 8 neighbours at every distance, row by row. From `most` on, the longer side of a map, all that is beyond its
-// border is the same edge: margins need not be wider.
+// The 8 neighbours at every distance, row by row. `most` is the longer side of the map: from there on a neighbour is
+// always beyond the border, and margins need not be wider.
 std::vector<Offset> ring_offsets(const std::vector<int64_t>& dilations, int64_t most) {
   std::vector<Offset> offsets;
   for (const int64_t dilation : dilations) {
@@ -47,7 +48,7 @@ std::vector<Offset> ring_offsets(const std::vector<int64_t>& dilations, int64_t 
   return offsets;
 }
 
-// Those within a circle and the pixel itself, row by row.
+// The neighbours within a circle and the pixel itself, row by row.
 std::vector<Offset> disc_offsets(int64_t radius) {
   std::vector<Offset> offsets;
   for (int64_t dy = 1 - radius; dy < radius; ++dy) {
@@ -96,7 +97,7 @@ struct Map {
   }
 };
 
-// Runs body(y, worker) for every row. No worker has less than 2^19 multiply-adds, some 20 µs.
+// Runs body(y, worker) for every row. A worker gets at least 2^19 multiply-adds, some 20 µs.
 template <typename F>
 void for_each_row(int64_t rows, int64_t work_of_a_row, const F& body) {
   for_each_task(rows, body, std::max<int64_t>(1, (1 << 19) / std::max<int64_t>(work_of_a_row, 1)));
@@ -137,7 +138,7 @@ struct Weights {
   }
 
   T* at(int64_t y) const { return memory + y * row; }
-  // Weights `slot` of row y, from a row with zeros beyond its end.
+  // Stores the weights `slot` of row y, from a row with zeros beyond its end.
   void pack(int64_t y, int64_t slot, const T* from) const {
     for (int64_t i = 0; i < blocks; ++i) std::copy_n(from + i * block, block, at(y) + (i * slots + slot) * block);
   }
@@ -161,7 +162,7 @@ int64_t reach_of(const std::vector<Offset>& offsets) {
   return reach;
 }
 
-// `steps` times; weights(y, worker) gives those of a row. The result is in `map`.
+// Runs the steps; weights(y, worker) gives the weights of a row. The result is in `map`.
 template <typename T, typename F>
 void propagate(const RefinementKernel<T>& kernel, const std::vector<Offset>& offsets, Map<T>& map, Map<T>& other,
                int64_t steps, const F& weights) {
@@ -169,24 +170,17 @@ void propagate(const RefinementKernel<T>& kernel, const std::vector<Offset>& off
   for (int64_t step = 0; step < steps; ++step) {
     for_each_row(map.height, slots * map.channels * map.width, [&](int64_t y, int64_t worker) {
       const std::vector<Tap> taps = taps_of_row(offsets, y, map.height, map.row, map.border);
-      kernel.sums({.weights = weights(y, worker),
-                   .blocks = blocks,
-                   .slots = slots,
-                   .taps = taps.data(),
-                   .count = int64_t(taps.size()),
-                   .map = map.at(0),
-                   .map_plane = map.plane,
-                   .out = other.at(y),
-                   .out_plane = other.plane,
-                   .channels = map.channels,
-                   .add = false});
+      kernel.sums({.weights = weights(y, worker), .blocks = blocks, .slots = slots,
+                   .taps = taps.data(), .count = int64_t(taps.size()),
+                   .map = map.at(0), .map_plane = map.plane,
+                   .out = other.at(y), .out_plane = other.plane, .channels = map.channels, .add = false});
       other.close(y);
     });
     std::swap(map, other);
   }
 }
 
-// PAMR's or PAR's weights of a picture, made where they are asked for.
+// PAMR's or PAR's weights of a picture, a row at a time.
 template <typename T>
 class Adaptive {
  public:
@@ -198,24 +192,19 @@ class Adaptive {
         picture_(workspace, image.size(1), image.size(2), image.size(3), reach_of(offsets_),
                  round_up(image.size(3), block) + reach_of(offsets_), Border::repeated) {}
 
-  // Image b of the tensor that the constructor was given.
+  // Reads image b of the constructor's tensor.
   void load(const Tensor& image, int64_t b) const { load_map(image, b, picture_); }
 
   const std::vector<Offset>& offsets() const { return offsets_; }
 
-  // The weights of row y, [blocks, slots, block].
+  // Forms the weights of row y, [blocks, slots, block].
   void make(int64_t y, T* to) const {
     std::vector<Tap> taps = taps_of_row(offsets_, y, picture_.height, picture_.row, Border::repeated);
     for (Tap& tap : taps) tap.offset -= y * picture_.row;
     for (int64_t x = 0; x < picture_.width; x += kernel_.block, to += taps.size() * kernel_.block) {
-      kernel_.weights({.image = picture_.at(y) + x,
-                       .plane = picture_.plane,
-                       .channels = picture_.channels,
-                       .taps = taps.data(),
-                       .count = int64_t(taps.size()),
-                       .own = own_,
-                       .position = position_.empty() ? nullptr : position_.data(),
-                       .weights = to});
+      kernel_.weights({.image = picture_.at(y) + x, .plane = picture_.plane, .channels = picture_.channels,
+                       .taps = taps.data(), .count = int64_t(taps.size()), .own = own_,
+                       .position = position_.empty() ? nullptr : position_.data(), .weights = to});
     }
   }
 
@@ -283,8 +272,8 @@ Tensor refine(const Tensor& cam, const Tensor& image, const std::vector<int64_t>
   return out;
 }
 
-// The weights where the adjoint uses them: those of target i are w_p[i - o_p], 0 where that is no pixel. `own` has the
-// weights of a row as they are made, `line` one slot of them between zeros.
+// Stores the weights where the adjoint reads them: target i uses w_p[i - o_p], 0 where that is no pixel. `own` holds
+// the weights of a row as the forward uses them, `line` one slot of them between zeros.
 template <typename T>
 void make_adjoint_weights(const Adaptive<T>& adaptive, const std::vector<Offset>& back, int64_t H, int64_t W,
                           int64_t work_of_a_row, const WorkerScratch<T>& own, const WorkerScratch<T>& line,
@@ -304,8 +293,8 @@ void make_adjoint_weights(const Adaptive<T>& adaptive, const std::vector<Offset>
   });
 }
 
-// One step of the adjoint for row y, from `map` to `other`. What a pixel gave to a neighbour beyond the border came
-// from the edge: the step is made on the picture with a margin of zeros, and the margin is then added to the edge.
+// One step of the adjoint for row y, from `map` to `other`. Beyond the border the forward reads the edge: the adjoint
+// runs on the picture with a margin of zeros, and adds its sums in the margin to the edge.
 template <typename T>
 void adjoint_row(const RefinementKernel<T>& kernel, const std::vector<Offset>& back, const Weights<T>& weights,
                  int64_t y, const Map<T>& map, const Map<T>& other, T* sums) {
@@ -314,17 +303,10 @@ void adjoint_row(const RefinementKernel<T>& kernel, const std::vector<Offset>& b
   std::fill_n(sums, C * stride, T(0));
   for (int64_t row = y ? y : -reach; row <= (y < H - 1 ? y : H - 1 + reach); ++row) {
     const std::vector<Tap> taps = taps_of_row(back, row, H, map.row, Border::zero);
-    kernel.sums({.weights = weights.at(row + reach),
-                 .blocks = weights.blocks,
-                 .slots = weights.slots,
-                 .taps = taps.data(),
-                 .count = int64_t(taps.size()),
-                 .map = map.at(0) - reach,
-                 .map_plane = map.plane,
-                 .out = sums,
-                 .out_plane = stride,
-                 .channels = C,
-                 .add = true});
+    kernel.sums({.weights = weights.at(row + reach), .blocks = weights.blocks, .slots = weights.slots,
+                 .taps = taps.data(), .count = int64_t(taps.size()),
+                 .map = map.at(0) - reach, .map_plane = map.plane,
+                 .out = sums, .out_plane = stride, .channels = C, .add = true});
   }
   for (int64_t c = 0; c < C; ++c) {
     const T* const from = sums + c * stride;
@@ -351,7 +333,7 @@ Tensor refine_backward(const Tensor& grad_out, const Tensor& image, const std::v
   const Weights<T> weights(workspace, H + 2 * reach, wide, slots, kernel.block);
   const Adaptive<T> adaptive(workspace, image, dilations, par, kernel.block);
   const int64_t stride = weights.blocks * kernel.block;
-  // Pixel -reach of the margin is what blocks begin with.
+  // Blocks begin with pixel -reach, in the margin.
   Map<T> map(workspace, C, H, W, 2 * reach, stride, Border::zero);
   Map<T> other(workspace, C, H, W, 2 * reach, stride, Border::zero);
   WorkerScratch<T> own, line, sums;
@@ -374,7 +356,7 @@ Tensor refine_backward(const Tensor& grad_out, const Tensor& image, const std::v
   return grad;
 }
 
-// weights [B, slots, H, W]: of every pixel, in the order of disc_offsets; 0 where that is no pixel.
+// weights [B, slots, H, W] has the order of disc_offsets, and 0 where the neighbour is no pixel.
 template <typename T>
 Tensor walk(const Tensor& value, const Tensor& weights, int64_t radius, int64_t steps) {
   const int64_t B = value.size(0), C = value.size(1), H = value.size(2), W = value.size(3);
@@ -422,12 +404,10 @@ void check(const Tensor& map, const char* name, const Tensor& guide, const char*
   STD_TORCH_CHECK(steps >= 0, "steps must be at least 0");
 }
 
-void check_dilations(const std::vector<int64_t>& dilations) {
+// Whether the form is par.
+bool check_form(const std::vector<int64_t>& dilations, const std::string& form) {
   STD_TORCH_CHECK(!dilations.empty() && *std::min_element(dilations.begin(), dilations.end()) > 0,
                   "dilations must be at least one distance of 1 or more");
-}
-
-bool is_par(const std::string& form) {
   STD_TORCH_CHECK(form == "pamr" || form == "par", "form must be pamr or par");
   return form == "par";
 }
@@ -435,8 +415,7 @@ bool is_par(const std::string& form) {
 Tensor pixel_adaptive_refinement_cpu(const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations,
                                      int64_t steps, std::string form, int64_t stored_bytes) {
   check(cam, "cam", image, "image", steps);
-  check_dilations(dilations);
-  const bool par = is_par(form);
+  const bool par = check_form(dilations, form);
   return cam.scalar_type() == ScalarType::Double ? refine<double>(cam, image, dilations, steps, par, stored_bytes)
                                                  : refine<float>(cam, image, dilations, steps, par, stored_bytes);
 }
@@ -444,8 +423,7 @@ Tensor pixel_adaptive_refinement_cpu(const Tensor& cam, const Tensor& image, std
 Tensor pixel_adaptive_refinement_backward_cpu(const Tensor& grad_out, const Tensor& image,
                                               std::vector<int64_t> dilations, int64_t steps, std::string form) {
   check(grad_out, "grad_out", image, "image", steps);
-  check_dilations(dilations);
-  const bool par = is_par(form);
+  const bool par = check_form(dilations, form);
   return grad_out.scalar_type() == ScalarType::Double ? refine_backward<double>(grad_out, image, dilations, steps, par)
                                                       : refine_backward<float>(grad_out, image, dilations, steps, par);
 }
@@ -457,8 +435,8 @@ Tensor random_walk_cpu(const Tensor& value, const Tensor& weights, int64_t radiu
                                                    : walk<float>(value, weights, radius, steps);
 }
 
-// Adaptive weights of an image are kept from step to step up to this size. Larger ones are made again at every step,
-// which takes two fifths longer at 1024² pixels and 5 channels.
+// Adaptive weights of an image are stored up to this size. Larger weights are formed again at every step, which takes
+// two fifths longer at 1024² pixels and 5 channels.
 constexpr int64_t kStoredBytes = int64_t{64} << 20;
 
 Tensor pixel_adaptive_refinement(const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations, int64_t steps,

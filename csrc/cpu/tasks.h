@@ -56,6 +56,10 @@ class Shares {
 // over the same tasks runs them on the same threads, whose caches may still hold their data.
 template <typename F>
 void for_each_task(int64_t tasks, const F& body, int64_t grain = 1) {
+  if (max_workers() == 1 || tasks <= grain) {
+    for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+    return;
+  }
   Shares shares(tasks, grain);
   shares.run([&](int64_t worker) {
     for (int64_t i = 0; i < shares.workers(); ++i) {

@@ -27,28 +27,33 @@ auto with_kernel(const Tensor& h, const Tensor& weight, const F& run) {
 // The operators with a hidden layer. In: the types of PoolInputs' members.
 template <typename... In>
 struct Operators {
-  static std::tuple<Tensor, Tensor> gated_attention_pool(In... in, std::string backend) {
+  static std::tuple<Tensor, Tensor> gated_attention_pool(const In&... in, const std::string& backend) {
     check_backend(backend, "cpu");
-    const PoolInputs given{in...}, x = given.accepted();
+    PoolInputs x{in...};
+    const ScalarType type = x.promoted();
+    x.convert();
     check(x);
     const Tensor pooled =
         torch::stable::new_empty(x.h, {x.bags().bags(), x.heads(), x.bags().dim()}, x.v_weight.scalar_type());
     const Tensor scores =
         with_kernel(x.h, x.v_weight, [&](const auto& kernel) { return forward(kernel, x, &pooled); });
-    return {converted(pooled, given.promoted()), scores};
+    return {converted(pooled, type), scores};
   }
 
-  static Tensor attention_scores(In... in, std::string backend) {
+  static Tensor attention_scores(const In&... in, const std::string& backend) {
     check_backend(backend, "cpu");
-    const PoolInputs x = PoolInputs{in...}.accepted();
+    PoolInputs x{in...};
+    x.convert();
     check(x);
     return with_kernel(x.h, x.v_weight, [&](const auto& kernel) { return forward(kernel, x, nullptr); });
   }
 
-  static Gradients gated_attention_pool_backward(Optional grad_pooled, Optional grad_scores, In... in, Tensor scores,
-                                                 std::vector<bool> needs, std::string backend) {
+  static Gradients gated_attention_pool_backward(Optional grad_pooled, Optional grad_scores, const In&... in,
+                                                 Tensor scores, std::vector<bool> needs, const std::string& backend) {
     check_backend(backend, "cpu");
-    const PoolInputs given{in...}, x = given.accepted();
+    const PoolInputs given{in...};
+    PoolInputs x = given;
+    x.convert();
     if (grad_pooled) grad_pooled = converted(*grad_pooled, x.v_weight.scalar_type());
     if (grad_scores) grad_scores = converted(*grad_scores, scores.scalar_type());
     scores = torch::stable::contiguous(scores);

@@ -50,17 +50,15 @@ struct PoolInputs {
     return h.scalar_type() == v_weight.scalar_type() ? h.scalar_type() : type_of_sums(h, v_weight);
   }
 
-  // The same in types that have kernels.
-  PoolInputs accepted() const {
-    PoolInputs in = *this;
-    if (h.scalar_type() == v_weight.scalar_type() && h.scalar_type() != ScalarType::Half) return in;
+  // Converts to types that have kernels.
+  void convert() {
+    if (h.scalar_type() == v_weight.scalar_type() && h.scalar_type() != ScalarType::Half) return;
     const ScalarType sums = type_of_sums(h, v_weight);
-    in.h = ercn::accepted(h, sums);
-    for (Tensor* x : {&in.v_weight, &in.w_weight}) *x = converted(*x, sums);
-    for (Optional* x : {&in.v_bias, &in.u_weight, &in.u_bias, &in.w_bias}) {
+    h = accepted(h, sums);
+    for (Tensor* x : {&v_weight, &w_weight}) *x = converted(*x, sums);
+    for (Optional* x : {&v_bias, &u_weight, &u_bias, &w_bias}) {
       if (*x) *x = converted(**x, sums);
     }
-    return in;
   }
 };
 

@@ -30,7 +30,8 @@ except ImportError:
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("ERCN_BUILD", "auto")
 TARGET_TORCH = (2, 10)  # the oldest torch that the libraries load in
-SOURCES = {"libercn": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")), "libercn_cuda": toolchain.sources()}
+CPU_SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/**/*.cpp", recursive=True))
+SOURCES = {"libercn": CPU_SOURCES, "libercn_cuda": toolchain.sources()}
 DEMANDED = {"auto": (), "none": (), "cpu": ("libercn",), "cuda": ("libercn", "libercn_cuda")}
 FAILED = "the compiler failed on"
 FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", *os.environ.get("ERCN_CXXFLAGS", "").split()]

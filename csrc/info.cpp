@@ -1,11 +1,10 @@
-// What was built and what this processor can do, as ercn_native::cpu_info and …::multiply_add_rate.
+// The build and the processor: ercn_native::cpu_info and …::multiply_add_rate.
 #include <torch/csrc/stable/library.h>
 
 #include <chrono>
 #include <cstdint>
 #include <string>
 
-#include "cpu/features.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "json.h"
@@ -35,47 +34,25 @@ JsonObject build_info() {
 }
 
 JsonObject features_info() {
-  const CpuFeatures& found = cpu_features();
   JsonObject features;
-#if defined(__x86_64__) || defined(__i386__)
-  features.add("avx", found.avx);
-  features.add("avx2", found.avx2);
-  features.add("fma", found.fma);
-  features.add("f16c", found.f16c);
-  features.add("avx512f", found.avx512f);
-  features.add("avx512dq", found.avx512dq);
-  features.add("avx512bw", found.avx512bw);
-  features.add("avx512vl", found.avx512vl);
-  features.add("avx512_vnni", found.avx512_vnni);
-  features.add("avx512_bf16", found.avx512_bf16);
-  features.add("avx512_fp16", found.avx512_fp16);
-  features.add("amx_tile", found.amx_tile);
-  features.add("amx_int8", found.amx_int8);
-  features.add("amx_bf16", found.amx_bf16);
-#else
-  features.add("neon", found.neon);
-#endif
+  for (const auto& [name, present] : cpu_features()) features.add(name, present);
   return features;
-}
-
-JsonList isas_info() {  // the best last
-  JsonList usable;
-  for (const Isa isa : kAllIsas) {
-    if (isa <= best_isa()) usable.add_json(json(isa_name(isa)));
-  }
-  return usable;
 }
 
 std::string cpu_info() {
   JsonObject info;
+  JsonList isas;  // the best last
+  for (const Isa isa : kAllIsas) {
+    if (isa <= best_isa()) isas.add_json(json(isa_name(isa)));
+  }
   info.add_json("build", build_info().str());
   info.add_json("features", features_info().str());
-  info.add_json("isas", isas_info().str());
+  info.add_json("isas", isas.str());
   return info.str();
 }
 
 // FLOP/s of one thread's independent multiply-adds in registers: the peak of its arithmetic units in float32, float64
-// or bfloat16 (float32's where there are no bfloat16 products). ERCN_CPU_ISA rules.
+// or bfloat16 (float32's where there are no bfloat16 products), for the instruction set that ERCN_CPU_ISA names.
 double multiply_add_rate(std::string dtype, double seconds) {
   const Kernels& k = kernels(isa());
   const auto run = dtype == "bfloat16" && k.multiply_add_bf16 ? k.multiply_add_bf16

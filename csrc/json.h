@@ -1,5 +1,5 @@
 #pragma once
-// What the libraries tell of themselves: JSON in a string, as an operator can return it.
+// JSON in a string, which an operator can return.
 #include <string>
 
 #define ERCN_STRING_(...) #__VA_ARGS__

@@ -1,7 +1,7 @@
-// The schemas of ercn::*, which Python spells once more for where this library is absent; a test compares them.
+// The schemas of ercn::*. Python spells them too, for where this library is absent; a test compares the two.
 #include <torch/csrc/stable/library.h>
 
-// Of torch 2.12 and newer; Python code that compiles may refuse operators without the tag.
+// Functions of torch 2.12 and newer. torch.compile may refuse operators without the tag.
 #define ERCN_IF_THERE extern "C" __attribute__((weak, visibility("default")))
 ERCN_IF_THERE AOTITorchError torch_library_def_with_tags(
     TorchLibraryHandle library, const char* schema, const int32_t* tags, int32_t count);

@@ -1,7 +1,7 @@
 #pragma once
-// tanh, sigmoid and gelu of a vector. float: tanh and sigmoid are at most 2.6 ulp from the exact value wherever that is
-// a normal number (below it, absolute error < 2^-126), exact at 0 and ±Inf; gelu(x) is within 2.2e-7 |x| and its slope
-// within 2.2e-7; NaN stays NaN. double: the C library's, lane by lane.
+// tanh, sigmoid and gelu of a vector. float: tanh and sigmoid are within 2.6 ulp of the exact value where that is a
+// normal number (absolute error < 2^-126 elsewhere), and exact at 0 and ±Inf; gelu(x) is within 2.2e-7 |x| and its
+// slope within 2.2e-7; NaN stays NaN. double: the C library's functions, lane by lane.
 #include "simd.h"
 
 namespace ercn::ERCN_ISA {

@@ -1,6 +1,13 @@
 #pragma once
+#include <utility>
+#include <vector>
 
 namespace ercn {
+
+// Instruction sets, and whether the processor has them and the operating system saves their registers. The kernel lets
+// a process use AMX only after arch_prctl(ARCH_REQ_XCOMP_PERM).
+using CpuFeatures = std::vector<std::pair<const char*, bool>>;
+const CpuFeatures& cpu_features();
 
 // What the kernels are compiled for; each has its own translation unit, kernels_<name>.cpp.
 enum class Isa { portable, avx2, avx512, avx512_bf16 };

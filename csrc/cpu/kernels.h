@@ -1,12 +1,12 @@
 #pragma once
-#include "affinity.h"
+#include "affinity/affinity.h"
 #include "isa.h"
-#include "pool.h"
-#include "refinement.h"
+#include "pool/pool.h"
+#include "refinement/refinement.h"
 
 namespace ercn {
 
-// Entry points of one instruction set. A missing one (null function) is done in the next wider type.
+// Entry points of one instruction set. Where one is missing (null function), the next wider type serves.
 struct Kernels {
   AffinityKernel<float, float> affinity_float;
   AffinityKernel<double, double> affinity_double;
@@ -17,7 +17,7 @@ struct Kernels {
   PoolKernel<uint16_t, float, float> pool_mixed;  // bfloat16 instances, float weights
   RefinementKernel<float> refinement_float;
   RefinementKernel<double> refinement_double;
-  // FLOPs of that many steps of independent multiply-adds in registers (multiply_add.h).
+  // Run `steps` of independent multiply-adds in registers, and give their FLOPs (kernels_isa.h).
   double (*multiply_add_float)(int64_t steps);
   double (*multiply_add_double)(int64_t steps);
   double (*multiply_add_bf16)(int64_t steps);
@@ -25,17 +25,9 @@ struct Kernels {
 
 const Kernels& kernels(Isa isa);
 
-namespace portable {
-const Kernels& kernels();
-}
-namespace avx2 {
-const Kernels& kernels();
-}
-namespace avx512 {
-const Kernels& kernels();
-}
-namespace avx512_bf16 {
-const Kernels& kernels();
-}
+namespace portable { const Kernels& kernels(); }
+namespace avx2 { const Kernels& kernels(); }
+namespace avx512 { const Kernels& kernels(); }
+namespace avx512_bf16 { const Kernels& kernels(); }
 
 }  // namespace ercn

@@ -2,13 +2,6 @@
 #include <immintrin.h>
 #define ERCN_ISA avx2
 #define ERCN_AVX2
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma")
-#endif
+#define ERCN_TARGET "avx2,fma"
 #include "kernels_isa.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 #endif

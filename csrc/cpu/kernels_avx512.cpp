@@ -2,14 +2,6 @@
 #include <immintrin.h>
 #define ERCN_ISA avx512
 #define ERCN_AVX512
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
-#endif
+#define ERCN_TARGET "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"
 #include "kernels_isa.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 #endif

@@ -1,7 +1,6 @@
 #pragma once
-// Vectors and the register tile that every kernel is built of. Included by the kernels_<isa>.cpp files only, inside
-// which ERCN_ISA names the namespace and the macros below choose sizes; everything is inlined into that file's
-// functions.
+// Vectors and the register tile of every kernel. Only the kernels_<isa>.cpp files include it: ERCN_ISA names their
+// namespace, the macros below choose sizes, and everything is inlined into their functions.
 #include <cstdint>
 
 #define ERCN_INLINE inline __attribute__((always_inline))
@@ -35,7 +34,7 @@ ERCN_INLINE void store(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-// UNIT elements over and over: one number, or the 64 bits of two.
+// A vector of UNIT elements repeated: one number, or the 64 bits of two.
 template <typename V, int UNIT, typename T>
 ERCN_INLINE auto splat(const T* from) {
   if constexpr (UNIT == 1) {
@@ -49,8 +48,8 @@ ERCN_INLINE auto splat(const T* from) {
 }
 
 // sum[m][v] += Σ_k a[m * a_row + k * a_col] · b[k * b_row + v * lanes]: ROWS broadcasts times VECS vectors, all in
-// registers. ROWS * VECS sums hide the latency of the fused multiply-add. With UNIT 2 neighbours of a meet neighbours of
-// b: lanes have every other term of a sum.
+// registers. ROWS * VECS sums hide the latency of the fused multiply-add. With UNIT 2 pairs of neighbours of a meet
+// pairs of b: a lane has every other term of a sum.
 template <int ROWS, int VECS, int UNIT = 1, typename V, typename T>
 ERCN_INLINE void tile_product(
     const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t depth, V (&sum)[ROWS][VECS]) {
@@ -65,8 +64,7 @@ ERCN_INLINE void tile_product(
   }
 }
 
-// out[m * out_row + …] += the product above. The sum over k is formed in registers first: long sums are sums of short
-// ones.
+// out[m * out_row + …] += that product. The sum over k is formed in registers first: a long sum is a sum of short ones.
 template <int ROWS, int VECS, typename V, int UNIT = 1, typename T>
 ERCN_INLINE void tile_add_product(
     const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t depth, T* out, int64_t out_row) {
@@ -81,7 +79,7 @@ ERCN_INLINE void tile_add_product(
   }
 }
 
-// The register tile of two or three wide vectors that runs at the machine's peak: rows and vectors.
+// Rows and vectors of the register tile that runs at the machine's peak.
 constexpr int kRows = kVecBytes == 64 ? 8 : 4, kVecs = kVecBytes == 32 ? 3 : 2;
 
 }  // namespace ercn::ERCN_ISA

@@ -16,8 +16,10 @@ from ercn.ops import _extension, cpu, relu_affinity
 if (reason := _extension.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-# Blocks are 96 pixels, panels and strips 4 to 48, channels go by 8: one off each, primes, degenerate sizes, odd and
-# even numbers of blocks and of pixels.
+pytestmark = pytest.mark.usefixtures("isa")
+
+# Blocks have 96 pixels, panels and strips 4 to 48 columns, and channels are padded to 8: one off each, primes,
+# degenerate sizes, odd and even numbers of blocks and of pixels.
 SHAPES = [
     pytest.param(*shape, id="x".join(map(str, shape)))
     for shape in [
@@ -39,14 +41,8 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True, params=_extension.cpu_info()["isas"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("ERCN_CPU_ISA", request.param)
-    return request.param
-
-
 def native(value, feat):
-    """The kernel in C++, past all that Python registers."""
+    """The C++ kernel alone: the redispatch skips what Python registers."""
     return torch.ops.ercn.relu_affinity.default.redispatch(cpu.KEY, value, feat, "cpu")
 
 
@@ -59,13 +55,6 @@ def inputs(B, C, D, N, dtype=torch.float64):
     generator = torch.Generator().manual_seed(B + C + D + N)
     draw = [torch.randn(B, size, N, generator=generator, dtype=dtype) for size in (C, C, D)]
     return draw[0], draw[1], draw[2]
-
-
-@pytest.fixture
-def thread_counts():
-    before = torch.get_num_threads()
-    yield (1, 2, 5)
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("B, C, D, N", SHAPES)
@@ -112,7 +101,7 @@ print(torch.ops.ercn.relu_affinity(values[:, :3], values[:, 3:]).sum().item())
 
 
 def test_one_thread_does_the_work_of_several_workers(isa):
-    """OpenMP may start fewer threads than it was asked for: who is there does the others' tasks."""
+    """OpenMP may start fewer threads than it was asked for: these run all tasks."""
     command = [sys.executable, "-c", FEWER_THREADS_THAN_ASKED_FOR]
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
@@ -180,7 +169,7 @@ def test_unsafe_arguments_are_refused(value, feat, words):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape_layout_and_dtype(data):
-    """Against float64 on the same rounded data; integer features keep T exact, so no pair crosses ReLU's kink."""
+    """Compares with float64 on the same rounded data; integer features keep T exact, so no pair crosses ReLU's kink."""
     B, C, D = (data.draw(st.integers(1, limit)) for limit in (3, 64, 70))
     N = data.draw(st.one_of(st.integers(1, 40), st.integers(90, 100), st.integers(186, 200)))
     feat_dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))

@@ -1,4 +1,4 @@
-"""What is particular to the ``cpu`` backend's pooling: instruction sets, activations, order of sums, memory layouts."""
+"""The pooling kernels in csrc/cpu: instruction sets, activations, order of sums, memory layouts."""
 
 from __future__ import annotations
 
@@ -15,22 +15,11 @@ from ercn.ops import gated_attention_pool, pool_by_scores
 
 pytestmark = pytest.mark.skipif("cpu" not in backends_of("gated_attention_pool"), reason="libercn is not built")
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def pool(*args, **kwargs):
     return gated_attention_pool(*args, **kwargs, backend="cpu")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("ERCN_CPU_ISA", request.param)
-    try:
-        pool(*(torch.ones(s) for s in ((1, 1, 1), (1, 1))), None, None, None, torch.ones(1, 1), None)
-    except RuntimeError as reason:
-        pytest.skip(str(reason).splitlines()[0])
-    return request.param
 
 
 def weights(d, hidden, heads=1, gated=True, bias=True, dtype=torch.float64):
@@ -72,7 +61,7 @@ def dense_in_order(instances, channels):
 
 
 def assert_as_good_as_torch(h, parameters, dtype, mask=None):
-    """Of plain torch the worst of five orders of its sums: how a sum that cancels is rounded is a matter of luck."""
+    """Compares with plain torch's worst of five orders of its sums: the rounding of sums that cancel is luck."""
     orders = [[torch.randperm(k, generator=generator(seed)) for k in h.shape[1:]] for seed in range(4)]
     plain = [dense, *(dense_in_order(*order) for order in orders)]
     ours, *torchs = (outputs_and_gradients(f, h, parameters, dtype, mask) for f in (pool, *plain))
@@ -81,7 +70,7 @@ def assert_as_good_as_torch(h, parameters, dtype, mask=None):
         assert_within_budget(mine, max(candidates, key=lambda x: error(x, truth)), truth)
 
 
-# One off every tile, more than one superblock, group of hidden units, group of channels.
+# One off every tile; more than one chunk, group of hidden units and group of channels.
 CASES = [(1, 1, 1, 1, 1), (2, 49, 65, 17, 3), (1, 145, 33, 15, 1), (3, 67, 128, 64, 2), (1, 2111, 133, 271, 2)]
 
 
@@ -100,7 +89,7 @@ def ulps(actual: torch.Tensor, exact: np.ndarray) -> np.ndarray:
 
 
 def test_activations_within_their_stated_accuracy(isa):
-    """Every 509th float: tanh alone as the score of a plain pool, the sigmoid behind a tanh that is 1."""
+    """Every 509th float: tanh is the score of a plain pool, the sigmoid follows a tanh that is 1."""
     bits = np.arange(0, 1 << 32, 509, dtype=np.uint64).astype(np.uint32)
     x = bits.view(np.float32)
     x = torch.from_numpy(x[np.isfinite(x)])
@@ -119,7 +108,7 @@ def test_activations_within_their_stated_accuracy(isa):
 
 
 def test_gelu_within_its_stated_accuracy(isa):
-    """As the score of a plain pool, and its slope as the gradient of h."""
+    """gelu is the score of a plain pool, and its slope the gradient of h."""
     x = torch.linspace(-13, 13, 40001)
     one = torch.ones(1, 1)
     gelu = pool(x[None, :, None], one, None, None, None, one, None, activation="gelu")[1][0, 0]
@@ -139,7 +128,7 @@ def test_gelu_within_its_stated_accuracy(isa):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_every_instruction_set_drops_the_same_units(isa, gated, dtype):
-    """Every unit is 1 and a head of its own; more instances than a chunk, units beyond a group of 64."""
+    """Every unit is 1 and has its own head; there are more instances than a block has, and more units than 64."""
     b, n, hidden, p = 2, 131, 145, 0.3
     seed = torch.tensor([0x0123456789ABCDEF])
     h, weight, bias = torch.zeros(b, n, 1), torch.zeros(hidden, 1), torch.full((hidden,), 20.0)
@@ -156,7 +145,7 @@ def test_every_instruction_set_drops_the_same_units(isa, gated, dtype):
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_weights_in_float32_on_every_instruction_set(isa, case, dtypes):
-    """As with h widened beforehand, to the last bits: the products are those of float32."""
+    """Equals the pool of h widened beforehand, to the last bits: the products are those of float32."""
     b, n, d, hidden, heads = case
     h, parameters = randn(b, n, d, seed=1).to(dtypes[0]), weights(d, hidden, heads, dtype=dtypes[1])
     leaves = [[x.detach().requires_grad_() for x in (first, *parameters)] for first in (h, h.float())]
@@ -193,7 +182,7 @@ def test_bit_equal_for_any_number_of_threads(isa, dtype):
 
 
 def test_a_mask_is_the_ragged_bags_of_what_it_keeps():
-    """Bit for bit: masked instances are left out, not multiplied by 0."""
+    """Equal bit for bit: masked instances are left out, not multiplied by 0."""
     b, n, d = 4, 90, 24
     h, parameters = randn(b, n, d, seed=1, dtype=torch.float32), weights(d, 20, 2, dtype=torch.float32)
     mask = torch.rand(b, n, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -227,7 +216,7 @@ def test_ragged_bags_property(lengths, index, heads):
     if sum(lengths) == 0:
         assert all((x == 0).all() for x in ours)
         return
-    # Plain torch leaves the gradient of an unused bias at rounding: compare where there is one.
+    # Plain torch gives an unused bias a gradient of rounding errors: compare where it has another.
     for mine, theirs in zip(ours, outputs_and_gradients(bag_by_bag, h, parameters, torch.float64)):
         assert error(mine, theirs) < 1e-11 or (mine - theirs).abs().max() < 1e-12
 
@@ -278,7 +267,7 @@ def test_pool_by_scores_forms_only_what_is_asked_for():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_pool_by_scores_is_bit_equal_for_any_number_of_threads_and_to_the_pool(isa, dtype):
-    """Of the pool's own scores it is the pool: both sum in one order."""
+    """With the pool's own scores it equals the pool: both sum in one order."""
     h, parameters = randn(3, 701, 72, seed=1, dtype=dtype), weights(72, 40, 2, dtype=dtype)
     mask = torch.rand(3, 701, generator=torch.Generator().manual_seed(0)) < 0.8
     pooled, scores = pool(h, *parameters, mask=mask)
@@ -297,7 +286,7 @@ def test_pool_by_scores_is_bit_equal_for_any_number_of_threads_and_to_the_pool(i
 
 
 def test_infinite_scores_are_as_in_torch():
-    """All -Inf, or one +Inf: NaN, as in torch. A chunk of -Inf beside a finite score weighs nothing."""
+    """All scores -Inf, or one +Inf, give NaN, as in torch. A block of -Inf beside a finite score weighs nothing."""
     h = -torch.ones(3, 200, 2)
     h[1, 7, 0] = 1
     arguments = [h, torch.tensor([[20.0, 0.0]]), None, None, None, torch.full((1, 1), float("inf")), None]

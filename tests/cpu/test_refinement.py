@@ -11,24 +11,13 @@ from ercn.ops.reference import transition
 if (reason := _extension.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("isa")
+
 NATIVE = torch.ops.ercn_native
 EVERYTHING = 1 << 40  # bytes
 
 
-@pytest.fixture(autouse=True, params=_extension.cpu_info()["isas"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("ERCN_CPU_ISA", request.param)
-    return request.param
-
-
-@pytest.fixture
-def thread_counts():
-    before = torch.get_num_threads()
-    yield (1, 2, 5)
-    torch.set_num_threads(before)
-
-
-# Blocks are 4 to 32 pixels, groups of channels 4 or 8: one off each.
+# Blocks have 4 to 32 pixels, groups 4 or 8 channels: one off each.
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 2, 3), (2, 7, 3, 5, 31), (1, 8, 1, 3, 32), (1, 17, 2, 9, 33)], ids=str)
 @pytest.mark.parametrize("form", ["pamr", "par"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -42,7 +31,7 @@ def test_equals_plain_torch(sizes, form, dtype):
 
 
 @pytest.mark.parametrize("form", ["pamr", "par"])
-def test_weights_made_again_at_every_step_are_the_same(form):
+def test_weights_formed_again_at_every_step_are_the_same(form):
     cam, image, _ = (x.float() for x in drawn(2, 3, 2, 13, 45))
     arguments = cam, image, [1, 2, 4], 5, form
     kept, made = (NATIVE.pixel_adaptive_refinement_cpu(*arguments, bytes) for bytes in (EVERYTHING, 0))
@@ -81,7 +70,7 @@ def test_walks_with_weights_of_another_radius_are_refused():
 
 
 def test_exponents_far_below_zero_give_no_weight_and_no_nan(isa):
-    """An outlier among many equal pixels: exp of -1e9 and less."""
+    """An outlier among many equal pixels has exponents of -1e9 and less."""
     image = torch.full((1, 1, 9, 9), 0.5)
     image[..., 4, 4] = 0.5 + 2**-20
     cam = randn(1, 1, 9, 9, dtype=torch.float32)

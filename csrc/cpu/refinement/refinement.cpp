@@ -1,13 +1,12 @@
 // Refinements over fixed neighbours on the CPU, registered as ercn_native::pixel_adaptive_refinement_cpu, its backward
 // and random_walk_cpu (LibTorch stable ABI): `steps` times
-//   m[c][i] <- Σ_p w_p[i] m[c][i + o_p],   beyond the border the edge repeated (adaptive) or nothing (random walk)
-// cam, image, value and weights are fp32 or fp64, with any strides. One image after the other, in each the rows of a
-// step in parallel; every row is written by one thread in one order, so results do not depend on threads.
-// Extra memory: the image and two copies of the map with their margins, and the weights of one image; those of the
-// adaptive forward only where they fit in the bytes given, else they are made anew for every block at every step.
+//   m[c][i] <- Σ_p w_p[i] m[c][i + o_p]
+// Beyond the border the edge repeats (adaptive) or there is nothing (random walk). cam, image, value and weights are
+// fp32 or fp64, with any strides. Images run one after the other, the rows of a step in parallel. One thread writes a
+// row, in one order, so results do not depend on threads. Extra memory: the image and two copies of the map with their
+// margins, and the weights of one image. The adaptive forward stores the weights only where they fit in the bytes
+// given, else it forms them anew for every row at every step.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,15 +15,13 @@
 #include <utility>
 #include <vector>
 
-#include "../backend.h"
-#include "convert.h"
-#include "kernels.h"
+#include "../../backend.h"
+#include "../convert.h"
+#include "../kernels.h"
+#include "../tasks.h"
 
 namespace ercn {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <typename T>
 const RefinementKernel<T>& kernel_of() {
@@ -36,8 +33,8 @@ struct Offset {
   int64_t dy, dx;
 };
 
-// The 8 neighbours at every distance, row by row. From `most` on, the longer side of a map, all that is beyond its
-// border is the same edge: margins need not be wider.
+// The 8 neighbours at every distance, row by row. `most` is the longer side of the map: from there on a neighbour is
+// always beyond the border, and margins need not be wider.
 std::vector<Offset> ring_offsets(const std::vector<int64_t>& dilations, int64_t most) {
   std::vector<Offset> offsets;
   for (const int64_t dilation : dilations) {
@@ -51,7 +48,7 @@ std::vector<Offset> ring_offsets(const std::vector<int64_t>& dilations, int64_t 
   return offsets;
 }
 
-// Those within a circle and the pixel itself, row by row.
+// The neighbours within a circle and the pixel itself, row by row.
 std::vector<Offset> disc_offsets(int64_t radius) {
   std::vector<Offset> offsets;
   for (int64_t dy = 1 - radius; dy < radius; ++dy) {
@@ -64,37 +61,31 @@ std::vector<Offset> disc_offsets(int64_t radius) {
 
 enum class Border { repeated, zero };
 
-// A map with margins beside its rows, [height, channels, left + width + …]: the rows of all channels side by side, so
-// that the neighbours of a pixel lie on few pages; from pixel to pixel above, and from channel to channel, it is an odd
-// number of cache lines, so that they lie in different sets of the cache.
+// A map with margins beside its rows, [height, channels, left + width + …], a piece of a workspace. The rows of all
+// channels lie side by side, so that the neighbours of a pixel are on few pages; from one pixel to the pixel above, and
+// from channel to channel, it is an odd number of cache lines, so that they are in different sets of the cache.
 template <typename T>
 struct Map {
   int64_t channels, height, width, left, plane, row;
   Border border;
-  Tensor memory;
+  T* memory;
 
   // Columns from -margin to `end`.
-  Map(const Tensor& like, int64_t channels, int64_t height, int64_t width, int64_t margin, int64_t end, Border border)
+  Map(Workspace& workspace, int64_t channels, int64_t height, int64_t width, int64_t margin, int64_t end, Border border)
       : channels(channels),
         height(height),
         width(width),
         left(round_up(margin, kLine)),
         plane(odd_lines(left + end)),
         row(odd_lines(channels * plane)),
-        border(border),
-        memory(torch::stable::new_empty(like, {height * row})) {}
+        border(border) {
+    workspace.reserve(memory, height * row);
+  }
 
   static constexpr int64_t kLine = 64 / sizeof(T);
   static int64_t odd_lines(int64_t n) { return (round_up(n, kLine) / kLine | 1) * kLine; }
 
-  T* at(int64_t y) const { return static_cast<T*>(memory.mutable_data_ptr()) + y * row + left; }
-
-  // One of the same kind, not yet written.
-  Map another() const {
-    Map map = *this;
-    map.memory = torch::stable::new_empty(memory, {height * row});
-    return map;
-  }
+  T* at(int64_t y) const { return memory + y * row + left; }
 
   // The margins of row y of every channel.
   void close(int64_t y) const {
@@ -106,26 +97,23 @@ struct Map {
   }
 };
 
-// Runs body(begin, end) on shares of the rows, none with less than 2^19 multiply-adds, some 20 µs.
+// Runs body(y, worker) for every row. A worker gets at least 2^19 multiply-adds, some 20 µs.
 template <typename F>
-void for_rows(int64_t rows, int64_t work_of_a_row, const F& body) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 19) / std::max<int64_t>(work_of_a_row, 1));
-  torch::stable::parallel_for(0, rows, grain, body);
+void for_each_row(int64_t rows, int64_t work_of_a_row, const F& body) {
+  for_each_task(rows, body, std::max<int64_t>(1, (1 << 19) / std::max<int64_t>(work_of_a_row, 1)));
 }
 
 // Image b of a tensor [B, C, H, W].
 template <typename T>
 void load_map(const Tensor& from, int64_t b, const Map<T>& to) {
   const T* const base = static_cast<const T*>(from.const_data_ptr()) + b * from.stride(0);
-  for_rows(to.height, to.channels * to.width, [&](int64_t begin, int64_t end) {
-    for (int64_t y = begin; y < end; ++y) {
-      for (int64_t c = 0; c < to.channels; ++c) {
-        const T* const row = base + c * from.stride(1) + y * from.stride(2);
-        T* const into = to.at(y) + c * to.plane;
-        for (int64_t x = 0; x < to.width; ++x) into[x] = row[x * from.stride(3)];
-      }
-      to.close(y);
+  for_each_row(to.height, to.channels * to.width, [&](int64_t y, int64_t) {
+    for (int64_t c = 0; c < to.channels; ++c) {
+      const T* const row = base + c * from.stride(1) + y * from.stride(2);
+      T* const into = to.at(y) + c * to.plane;
+      for (int64_t x = 0; x < to.width; ++x) into[x] = row[x * from.stride(3)];
     }
+    to.close(y);
   });
 }
 
@@ -141,18 +129,16 @@ void save_map(const Map<T>& from, T* to) {
 // Weights of one image, [rows, blocks, slots, block].
 template <typename T>
 struct Weights {
-  int64_t blocks, slots, block;
-  Tensor memory;
+  int64_t blocks, slots, block, row;
+  T* memory;
 
-  Weights(const Tensor& like, int64_t rows, int64_t width, int64_t slots, int64_t block)
-      : blocks(round_up(width, block) / block),
-        slots(slots),
-        block(block),
-        memory(torch::stable::new_empty(like, {rows * row()})) {}
+  Weights(Workspace& workspace, int64_t rows, int64_t width, int64_t slots, int64_t block)
+      : blocks(round_up(width, block) / block), slots(slots), block(block), row(blocks * slots * block) {
+    workspace.reserve(memory, rows * row);
+  }
 
-  int64_t row() const { return blocks * slots * block; }
-  T* at(int64_t y) const { return static_cast<T*>(memory.mutable_data_ptr()) + y * row(); }
-  // Weights `slot` of row y, from a row with zeros beyond its end.
+  T* at(int64_t y) const { return memory + y * row; }
+  // Stores the weights `slot` of row y, from a row with zeros beyond its end.
   void pack(int64_t y, int64_t slot, const T* from) const {
     for (int64_t i = 0; i < blocks; ++i) std::copy_n(from + i * block, block, at(y) + (i * slots + slot) * block);
   }
@@ -176,63 +162,49 @@ int64_t reach_of(const std::vector<Offset>& offsets) {
   return reach;
 }
 
-// `steps` times; weights(y) gives those of a row. The result is in `map`.
-template <typename T, typename W>
+// Runs the steps; weights(y, worker) gives the weights of a row. The result is in `map`.
+template <typename T, typename F>
 void propagate(const RefinementKernel<T>& kernel, const std::vector<Offset>& offsets, Map<T>& map, Map<T>& other,
-               int64_t steps, const W& weights_on_thread) {
+               int64_t steps, const F& weights) {
   const int64_t blocks = round_up(map.width, kernel.block) / kernel.block, slots = offsets.size();
   for (int64_t step = 0; step < steps; ++step) {
-    for_rows(map.height, slots * map.channels * map.width, [&](int64_t begin, int64_t end) {
-      auto weights = weights_on_thread();
-      for (int64_t y = begin; y < end; ++y) {
-        const std::vector<Tap> taps = taps_of_row(offsets, y, map.height, map.row, map.border);
-        kernel.sums({.weights = weights(y),
-                     .blocks = blocks,
-                     .slots = slots,
-                     .taps = taps.data(),
-                     .count = int64_t(taps.size()),
-                     .map = map.at(0),
-                     .map_plane = map.plane,
-                     .out = other.at(y),
-                     .out_plane = other.plane,
-                     .channels = map.channels,
-                     .add = false});
-        other.close(y);
-      }
+    for_each_row(map.height, slots * map.channels * map.width, [&](int64_t y, int64_t worker) {
+      const std::vector<Tap> taps = taps_of_row(offsets, y, map.height, map.row, map.border);
+      kernel.sums({.weights = weights(y, worker), .blocks = blocks, .slots = slots,
+                   .taps = taps.data(), .count = int64_t(taps.size()),
+                   .map = map.at(0), .map_plane = map.plane,
+                   .out = other.at(y), .out_plane = other.plane, .channels = map.channels, .add = false});
+      other.close(y);
     });
     std::swap(map, other);
   }
 }
 
-// PAMR's or PAR's weights of a picture, made where they are asked for.
+// PAMR's or PAR's weights of a picture, a row at a time.
 template <typename T>
 class Adaptive {
  public:
-  Adaptive(const Tensor& image, int64_t b, const std::vector<int64_t>& dilations, bool par, int64_t block)
+  Adaptive(Workspace& workspace, const Tensor& image, const std::vector<int64_t>& dilations, bool par, int64_t block)
       : kernel_(kernel_of<T>()),
         offsets_(ring_offsets(dilations, std::max(image.size(2), image.size(3)))),
         own_(par ? 0 : dilations.size()),
         position_(par ? position(dilations) : std::vector<T>()),
-        picture_(image, image.size(1), image.size(2), image.size(3), reach_of(offsets_),
-                round_up(image.size(3), block) + reach_of(offsets_), Border::repeated) {
-    load_map(image, b, picture_);
-  }
+        picture_(workspace, image.size(1), image.size(2), image.size(3), reach_of(offsets_),
+                 round_up(image.size(3), block) + reach_of(offsets_), Border::repeated) {}
+
+  // Reads image b of the constructor's tensor.
+  void load(const Tensor& image, int64_t b) const { load_map(image, b, picture_); }
 
   const std::vector<Offset>& offsets() const { return offsets_; }
 
-  // Those of row y, [blocks, slots, block].
+  // Forms the weights of row y, [blocks, slots, block].
   void make(int64_t y, T* to) const {
     std::vector<Tap> taps = taps_of_row(offsets_, y, picture_.height, picture_.row, Border::repeated);
     for (Tap& tap : taps) tap.offset -= y * picture_.row;
     for (int64_t x = 0; x < picture_.width; x += kernel_.block, to += taps.size() * kernel_.block) {
-      kernel_.weights({.image = picture_.at(y) + x,
-                       .plane = picture_.plane,
-                       .channels = picture_.channels,
-                       .taps = taps.data(),
-                       .count = int64_t(taps.size()),
-                       .own = own_,
-                       .position = position_.empty() ? nullptr : position_.data(),
-                       .weights = to});
+      kernel_.weights({.image = picture_.at(y) + x, .plane = picture_.plane, .channels = picture_.channels,
+                       .taps = taps.data(), .count = int64_t(taps.size()), .own = own_,
+                       .position = position_.empty() ? nullptr : position_.data(), .weights = to});
     }
   }
 
@@ -263,6 +235,11 @@ class Adaptive {
 };
 
 template <typename T>
+T* image_of(const Tensor& out, int64_t b) {  // out is contiguous
+  return static_cast<T*>(out.mutable_data_ptr()) + b * out.stride(0);
+}
+
+template <typename T>
 Tensor refine(const Tensor& cam, const Tensor& image, const std::vector<int64_t>& dilations, int64_t steps, bool par,
               int64_t stored_bytes) {
   const int64_t B = cam.size(0), C = cam.size(1), H = cam.size(2), W = cam.size(3);
@@ -270,33 +247,79 @@ Tensor refine(const Tensor& cam, const Tensor& image, const std::vector<int64_t>
   const RefinementKernel<T>& kernel = kernel_of<T>();
   const int64_t slots = 8 * dilations.size(), width = round_up(W, kernel.block);
   const bool stored = H * width * slots * int64_t(sizeof(T)) <= stored_bytes;
-  const Weights<T> weights(image, stored ? H : 0, W, slots, kernel.block);
+  Workspace workspace;
+  const Weights<T> weights(workspace, stored ? H : 0, W, slots, kernel.block);
+  const Adaptive<T> adaptive(workspace, image, dilations, par, kernel.block);
+  const int64_t reach = reach_of(adaptive.offsets());
+  Map<T> map(workspace, C, H, W, reach, width + reach, Border::repeated);
+  Map<T> other(workspace, C, H, W, reach, width + reach, Border::repeated);
+  WorkerScratch<T> scratch;  // weights of one row
+  workspace.reserve(scratch, stored ? 0 : weights.row);
+  workspace.allocate(cam);
   for (int64_t b = 0; b < B; ++b) {
-    const Adaptive<T> adaptive(image, b, dilations, par, kernel.block);
-    const int64_t reach = reach_of(adaptive.offsets());
-    Map<T> map(cam, C, H, W, reach, width + reach, Border::repeated);
-    Map<T> other = map.another();
+    adaptive.load(image, b);
     load_map(cam, b, map);
     if (stored) {
-      for_rows(H, slots * W * image.size(1), [&](int64_t begin, int64_t end) {
-        for (int64_t y = begin; y < end; ++y) adaptive.make(y, weights.at(y));
-      });
+      for_each_row(H, slots * W * image.size(1), [&](int64_t y, int64_t) { adaptive.make(y, weights.at(y)); });
     }
-    propagate(kernel, adaptive.offsets(), map, other, steps, [&] {
-      return [&, scratch = std::vector<T>(stored ? 0 : weights.row())](int64_t y) mutable -> const T* {
-        if (stored) return weights.at(y);
-        adaptive.make(y, scratch.data());
-        return scratch.data();
-      };
+    propagate(kernel, adaptive.offsets(), map, other, steps, [&](int64_t y, int64_t worker) -> const T* {
+      if (stored) return weights.at(y);
+      adaptive.make(y, scratch.of(worker));
+      return scratch.of(worker);
     });
-    save_map(map, static_cast<T*>(out.mutable_data_ptr()) + b * C * H * W);
+    save_map(map, image_of<T>(out, b));
   }
   return out;
 }
 
-// The adjoint. What a pixel gives to a neighbour beyond the border went to the edge: each step is made on the picture
-// with a margin of zeros, and the margin is then added to the edge. Weights are kept where they are used: those of
-// target i are w_p[i - o_p], 0 where that is no pixel.
+// Stores the weights where the adjoint reads them: target i uses w_p[i - o_p], 0 where that is no pixel. `own` holds
+// the weights of a row as the forward uses them, `line` one slot of them between zeros.
+template <typename T>
+void make_adjoint_weights(const Adaptive<T>& adaptive, const std::vector<Offset>& back, int64_t H, int64_t W,
+                          int64_t work_of_a_row, const WorkerScratch<T>& own, const WorkerScratch<T>& line,
+                          const Weights<T>& weights) {
+  const int64_t reach = reach_of(back), block = weights.block;
+  for_each_row(H, work_of_a_row, [&](int64_t y, int64_t worker) {
+    T *const from = own.of(worker), *const pixels = line.of(worker) + 2 * reach;
+    std::fill(line.of(worker), pixels, T(0));
+    std::fill(pixels + W, pixels + weights.blocks * block, T(0));
+    adaptive.make(y, from);
+    for (int64_t p = 0; p < weights.slots; ++p) {
+      for (int64_t x = 0; x < W; x += block) {
+        std::copy_n(from + x * weights.slots + p * block, std::min(block, W - x), pixels + x);
+      }
+      weights.pack(y + reach - back[p].dy, p, pixels - reach + back[p].dx);
+    }
+  });
+}
+
+// One step of the adjoint for row y, from `map` to `other`. Beyond the border the forward reads the edge: the adjoint
+// runs on the picture with a margin of zeros, and adds its sums in the margin to the edge.
+template <typename T>
+void adjoint_row(const RefinementKernel<T>& kernel, const std::vector<Offset>& back, const Weights<T>& weights,
+                 int64_t y, const Map<T>& map, const Map<T>& other, T* sums) {
+  const int64_t C = map.channels, H = map.height, W = map.width, reach = reach_of(back);
+  const int64_t stride = weights.blocks * kernel.block;
+  std::fill_n(sums, C * stride, T(0));
+  for (int64_t row = y ? y : -reach; row <= (y < H - 1 ? y : H - 1 + reach); ++row) {
+    const std::vector<Tap> taps = taps_of_row(back, row, H, map.row, Border::zero);
+    kernel.sums({.weights = weights.at(row + reach), .blocks = weights.blocks, .slots = weights.slots,
+                 .taps = taps.data(), .count = int64_t(taps.size()),
+                 .map = map.at(0) - reach, .map_plane = map.plane,
+                 .out = sums, .out_plane = stride, .channels = C, .add = true});
+  }
+  for (int64_t c = 0; c < C; ++c) {
+    const T* const from = sums + c * stride;
+    T* const to = other.at(y) + c * other.plane;
+    std::copy_n(from + reach, W, to);
+    for (int64_t x = 0; x < reach; ++x) {
+      to[0] += from[x];
+      to[W - 1] += from[reach + W + x];
+    }
+  }
+  other.close(y);
+}
+
 template <typename T>
 Tensor refine_backward(const Tensor& grad_out, const Tensor& image, const std::vector<int64_t>& dilations,
                        int64_t steps, bool par) {
@@ -306,67 +329,34 @@ Tensor refine_backward(const Tensor& grad_out, const Tensor& image, const std::v
   std::vector<Offset> back = ring_offsets(dilations, std::max(H, W));
   for (Offset& o : back) o = {-o.dy, -o.dx};
   const int64_t reach = reach_of(back), slots = back.size(), wide = W + 2 * reach;
-  const Weights<T> weights(image, H + 2 * reach, wide, slots, kernel.block);
+  Workspace workspace;
+  const Weights<T> weights(workspace, H + 2 * reach, wide, slots, kernel.block);
+  const Adaptive<T> adaptive(workspace, image, dilations, par, kernel.block);
+  const int64_t stride = weights.blocks * kernel.block;
+  // Blocks begin with pixel -reach, in the margin.
+  Map<T> map(workspace, C, H, W, 2 * reach, stride, Border::zero);
+  Map<T> other(workspace, C, H, W, 2 * reach, stride, Border::zero);
+  WorkerScratch<T> own, line, sums;
+  workspace.reserve(own, round_up(W, kernel.block) * slots);
+  workspace.reserve(line, 2 * reach + stride);
+  workspace.reserve(sums, C * stride);
+  workspace.allocate(grad_out);
   for (int64_t b = 0; b < B; ++b) {
-    const Adaptive<T> adaptive(image, b, dilations, par, kernel.block);
-    for_rows(H, slots * W * image.size(1), [&](int64_t begin, int64_t end) {
-      const Weights<T> row(image, 1, W, slots, kernel.block);
-      std::vector<T> line(2 * reach + weights.blocks * kernel.block);  // pixel 0 is at 2 · reach
-      for (int64_t y = begin; y < end; ++y) {
-        adaptive.make(y, row.at(0));
-        for (int64_t p = 0; p < slots; ++p) {
-          for (int64_t x = 0; x < W; x += kernel.block) {
-            const T* const from = row.at(0) + x * slots + p * kernel.block;
-            std::copy_n(from, std::min(kernel.block, W - x), line.data() + 2 * reach + x);
-          }
-          weights.pack(y + reach - back[p].dy, p, line.data() + reach + back[p].dx);
-        }
-      }
-    });
-    // Pixel -reach of the margin is what blocks begin with.
-    Map<T> map(grad_out, C, H, W, 2 * reach, weights.blocks * kernel.block, Border::zero);
-    Map<T> other = map.another();
+    adaptive.load(image, b);
+    make_adjoint_weights(adaptive, back, H, W, slots * W * image.size(1), own, line, weights);
     load_map(grad_out, b, map);
     for (int64_t step = 0; step < steps; ++step) {
-      for_rows(H, slots * C * wide, [&](int64_t begin, int64_t end) {
-        const int64_t stride = weights.blocks * kernel.block;
-        std::vector<T> sums(C * stride);
-        for (int64_t y = begin; y < end; ++y) {
-          std::fill(sums.begin(), sums.end(), T(0));
-          for (int64_t row = y ? y : -reach; row <= (y < H - 1 ? y : H - 1 + reach); ++row) {
-            const std::vector<Tap> taps = taps_of_row(back, row, H, map.row, Border::zero);
-            kernel.sums({.weights = weights.at(row + reach),
-                         .blocks = weights.blocks,
-                         .slots = slots,
-                         .taps = taps.data(),
-                         .count = int64_t(taps.size()),
-                         .map = map.at(0) - reach,
-                         .map_plane = map.plane,
-                         .out = sums.data(),
-                         .out_plane = stride,
-                         .channels = C,
-                         .add = true});
-          }
-          for (int64_t c = 0; c < C; ++c) {
-            const T* const from = sums.data() + c * stride;
-            T* const to = other.at(y) + c * other.plane;
-            std::copy_n(from + reach, W, to);
-            for (int64_t x = 0; x < reach; ++x) {
-              to[0] += from[x];
-              to[W - 1] += from[reach + W + x];
-            }
-          }
-          other.close(y);
-        }
+      for_each_row(H, slots * C * wide, [&](int64_t y, int64_t worker) {
+        adjoint_row(kernel, back, weights, y, map, other, sums.of(worker));
       });
       std::swap(map, other);
     }
-    save_map(map, static_cast<T*>(grad.mutable_data_ptr()) + b * C * H * W);
+    save_map(map, image_of<T>(grad, b));
   }
   return grad;
 }
 
-// weights [B, slots, H, W]: of every pixel, in the order of disc_offsets; 0 where that is no pixel.
+// weights [B, slots, H, W] has the order of disc_offsets, and 0 where the neighbour is no pixel.
 template <typename T>
 Tensor walk(const Tensor& value, const Tensor& weights, int64_t radius, int64_t steps) {
   const int64_t B = value.size(0), C = value.size(1), H = value.size(2), W = value.size(3);
@@ -375,24 +365,27 @@ Tensor walk(const Tensor& value, const Tensor& weights, int64_t radius, int64_t 
   const std::vector<Offset> offsets = disc_offsets(radius);
   const int64_t slots = offsets.size(), width = round_up(W, kernel.block);
   STD_TORCH_CHECK(weights.size(1) == slots, "weights must be [B, ", slots, ", H, W] for radius ", radius);
-  const Weights<T> packed(value, H, W, slots, kernel.block);
+  Workspace workspace;
+  const Weights<T> packed(workspace, H, W, slots, kernel.block);
+  Map<T> map(workspace, C, H, W, radius, width + radius, Border::zero);
+  Map<T> other(workspace, C, H, W, radius, width + radius, Border::zero);
+  WorkerScratch<T> line;
+  workspace.reserve(line, width);
+  workspace.allocate(value);
   for (int64_t b = 0; b < B; ++b) {
     const T* const base = static_cast<const T*>(weights.const_data_ptr()) + b * weights.stride(0);
-    for_rows(H, slots * width, [&](int64_t begin, int64_t end) {
-      std::vector<T> line(width);
-      for (int64_t y = begin; y < end; ++y) {
-        for (int64_t p = 0; p < slots; ++p) {
-          const T* const row = base + p * weights.stride(1) + y * weights.stride(2);
-          for (int64_t x = 0; x < W; ++x) line[x] = row[x * weights.stride(3)];
-          packed.pack(y, p, line.data());
-        }
+    for_each_row(H, slots * width, [&](int64_t y, int64_t worker) {
+      T* const pixels = line.of(worker);
+      std::fill(pixels + W, pixels + width, T(0));
+      for (int64_t p = 0; p < slots; ++p) {
+        const T* const row = base + p * weights.stride(1) + y * weights.stride(2);
+        for (int64_t x = 0; x < W; ++x) pixels[x] = row[x * weights.stride(3)];
+        packed.pack(y, p, pixels);
       }
     });
-    Map<T> map(value, C, H, W, radius, width + radius, Border::zero);
-    Map<T> other = map.another();
     load_map(value, b, map);
-    propagate(kernel, offsets, map, other, steps, [&] { return [&](int64_t y) { return packed.at(y); }; });
-    save_map(map, static_cast<T*>(out.mutable_data_ptr()) + b * C * H * W);
+    propagate(kernel, offsets, map, other, steps, [&](int64_t y, int64_t) { return packed.at(y); });
+    save_map(map, image_of<T>(out, b));
   }
   return out;
 }
@@ -411,12 +404,10 @@ void check(const Tensor& map, const char* name, const Tensor& guide, const char*
   STD_TORCH_CHECK(steps >= 0, "steps must be at least 0");
 }
 
-void check_dilations(const std::vector<int64_t>& dilations) {
+// Whether the form is par.
+bool check_form(const std::vector<int64_t>& dilations, const std::string& form) {
   STD_TORCH_CHECK(!dilations.empty() && *std::min_element(dilations.begin(), dilations.end()) > 0,
                   "dilations must be at least one distance of 1 or more");
-}
-
-bool is_par(const std::string& form) {
   STD_TORCH_CHECK(form == "pamr" || form == "par", "form must be pamr or par");
   return form == "par";
 }
@@ -424,8 +415,7 @@ bool is_par(const std::string& form) {
 Tensor pixel_adaptive_refinement_cpu(const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations,
                                      int64_t steps, std::string form, int64_t stored_bytes) {
   check(cam, "cam", image, "image", steps);
-  check_dilations(dilations);
-  const bool par = is_par(form);
+  const bool par = check_form(dilations, form);
   return cam.scalar_type() == ScalarType::Double ? refine<double>(cam, image, dilations, steps, par, stored_bytes)
                                                  : refine<float>(cam, image, dilations, steps, par, stored_bytes);
 }
@@ -433,8 +423,7 @@ Tensor pixel_adaptive_refinement_cpu(const Tensor& cam, const Tensor& image, std
 Tensor pixel_adaptive_refinement_backward_cpu(const Tensor& grad_out, const Tensor& image,
                                               std::vector<int64_t> dilations, int64_t steps, std::string form) {
   check(grad_out, "grad_out", image, "image", steps);
-  check_dilations(dilations);
-  const bool par = is_par(form);
+  const bool par = check_form(dilations, form);
   return grad_out.scalar_type() == ScalarType::Double ? refine_backward<double>(grad_out, image, dilations, steps, par)
                                                       : refine_backward<float>(grad_out, image, dilations, steps, par);
 }
@@ -446,30 +435,8 @@ Tensor random_walk_cpu(const Tensor& value, const Tensor& weights, int64_t radiu
                                                    : walk<float>(value, weights, radius, steps);
 }
 
-}  // namespace
-}  // namespace ercn
-
-STABLE_TORCH_LIBRARY_FRAGMENT(ercn_native, m) {
-  m.def(
-      "pixel_adaptive_refinement_cpu(Tensor cam, Tensor image, int[] dilations, int steps, str form, int stored_bytes)"
-      " -> Tensor");
-  m.def(
-      "pixel_adaptive_refinement_backward_cpu(Tensor grad_out, Tensor image, int[] dilations, int steps, str form)"
-      " -> Tensor");
-  m.def("random_walk_cpu(Tensor value, Tensor weights, int radius, int steps) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ercn_native, CPU, m) {
-  m.impl("pixel_adaptive_refinement_cpu", TORCH_BOX(&ercn::pixel_adaptive_refinement_cpu));
-  m.impl("pixel_adaptive_refinement_backward_cpu", TORCH_BOX(&ercn::pixel_adaptive_refinement_backward_cpu));
-  m.impl("random_walk_cpu", TORCH_BOX(&ercn::random_walk_cpu));
-}
-
-namespace ercn {
-namespace {
-
-// Adaptive weights of an image are kept from step to step up to this size. Larger ones are made again at every step,
-// which takes two fifths longer at 1024² pixels and 5 channels.
+// Adaptive weights of an image are stored up to this size. Larger weights are formed again at every step, which takes
+// two fifths longer at 1024² pixels and 5 channels.
 constexpr int64_t kStoredBytes = int64_t{64} << 20;
 
 Tensor pixel_adaptive_refinement(const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations, int64_t steps,
@@ -492,6 +459,22 @@ Tensor pixel_adaptive_refinement_backward(const Tensor& grad_out, const Tensor& 
 
 }  // namespace
 }  // namespace ercn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ercn_native, m) {
+  m.def(
+      "pixel_adaptive_refinement_cpu(Tensor cam, Tensor image, int[] dilations, int steps, str form, int stored_bytes)"
+      " -> Tensor");
+  m.def(
+      "pixel_adaptive_refinement_backward_cpu(Tensor grad_out, Tensor image, int[] dilations, int steps, str form)"
+      " -> Tensor");
+  m.def("random_walk_cpu(Tensor value, Tensor weights, int radius, int steps) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ercn_native, CPU, m) {
+  m.impl("pixel_adaptive_refinement_cpu", TORCH_BOX(&ercn::pixel_adaptive_refinement_cpu));
+  m.impl("pixel_adaptive_refinement_backward_cpu", TORCH_BOX(&ercn::pixel_adaptive_refinement_backward_cpu));
+  m.impl("random_walk_cpu", TORCH_BOX(&ercn::random_walk_cpu));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(ercn, CPU, m) {
   m.impl("pixel_adaptive_refinement", TORCH_BOX(&ercn::pixel_adaptive_refinement));

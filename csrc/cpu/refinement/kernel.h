@@ -1,15 +1,14 @@
 #pragma once
-// Sums over neighbours with weights of their own for every pixel, and the weights of PAMR and PAR: a block of two
-// vectors of pixels at a time.
-#include "activations.h"
+// Sums over neighbours, weighted for each pixel, and the weights of PAMR and PAR, by blocks of two vectors of pixels.
+#include "../activations.h"
+#include "../simd.h"
 #include "refinement.h"
-#include "simd.h"
 
 namespace ercn::ERCN_ISA {
 
 constexpr int kPixelVecs = 2;
 
-// exp(y) for y <= 0; below 2^-126, where float has only subnormal numbers, anything as small. NaN stays.
+// exp(y) for y <= 0; where that is less than 2^-126 (subnormal), some number as small. NaN stays.
 ERCN_INLINE Vec<float> exp_of_negative(Vec<float> y) {
   const Vec<float> least = Vec<float>{} - 87.f;
   Vec<float> power, q;
@@ -43,7 +42,7 @@ void adaptive_weights(const AdaptiveWeights<T>& a) {
     const T samples = a.count + a.own;
     V own[kPixelVecs], mean[kPixelVecs] = {}, spread[kPixelVecs] = {}, scale[kPixelVecs];
     ERCN_UNROLL for (int v = 0; v < kPixelVecs; ++v) own[v] = load<V>(plane + v * lanes);
-    for (const Tap* tap = taps; tap < end; ++tap) {  // about the pixel
+    for (const Tap* tap = taps; tap < end; ++tap) {  // the mean's distance from the pixel
       ERCN_UNROLL for (int v = 0; v < kPixelVecs; ++v) mean[v] += load<V>(plane + tap->offset + v * lanes) - own[v];
     }
     ERCN_UNROLL for (int v = 0; v < kPixelVecs; ++v) {
@@ -94,7 +93,7 @@ void adaptive_weights(const AdaptiveWeights<T>& a) {
   }
 }
 
-// Channels c to c + ROWS of a row: from block to block most of their neighbours are in the first cache already.
+// Channels c to c + ROWS of a row. From one block to the next most neighbours stay in the first cache.
 template <typename T, int ROWS>
 void sums_of_channels(const NeighbourSums<T>& s, int64_t c) {
   using V = Vec<T>;

@@ -1,13 +1,10 @@
 #pragma once
-// Tensors [B, R, N] of any strides to and from the layouts of AffinityImage, a block of pixels at a time.
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// Packs tensors [B, R, N] of any strides into the layouts of AffinityImage, and unpacks them, by blocks of pixels.
 #include <algorithm>
 #include <cstdint>
 
-#include "affinity.h"
-#include "elements.h"
+#include "../convert.h"
+#include "../tasks.h"
 
 namespace ercn {
 
@@ -16,31 +13,27 @@ struct Block {
   int64_t b, n0, count;
 };
 
-// Runs body(block) for every block of every image, the same ones on the same thread each time: what it packed in the
-// last call may still be in its cache.
 template <typename F>
 void for_each_block(int64_t B, int64_t N, const F& body) {
   const int64_t blocks = round_up(N, kBlock) / kBlock;
-  torch::stable::parallel_for(0, B * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n0 = task % blocks * kBlock;
-      body(Block{task / blocks, n0, std::min(kBlock, N - n0)});
-    }
+  for_each_task(B * blocks, [&](int64_t task, int64_t) {
+    const int64_t n0 = task % blocks * kBlock;
+    body(Block{task / blocks, n0, std::min(kBlock, N - n0)});
   });
 }
 
 // Element (b, 0, n0) of a tensor [B, R, N].
 template <typename T>
-const T* at(const torch::stable::Tensor& tensor, const Block& block) {
+const T* at(const Tensor& tensor, const Block& block) {
   return static_cast<const T*>(tensor.const_data_ptr()) + block.b * tensor.stride(0) + block.n0 * tensor.stride(2);
 }
 
-constexpr int64_t kRowsAhead = 16;  // of the one that is packed: prefetched
+constexpr int64_t kRowsAhead = 16;  // how far the prefetched row lies before the packed one
 
 // A block of source [B, R, N] -> [kBlock / panel, rows / SIDE, panel, SIDE]: SIDE rows of a pixel lie side by side.
 // Padding pixels and rows become zeros.
 template <typename From, int SIDE = 1, typename E>
-void pack_panels(const torch::stable::Tensor& source, const Block& block, E* to, int64_t rows, int64_t panel) {
+void pack_panels(const Tensor& source, const Block& block, E* to, int64_t rows, int64_t panel) {
   const int64_t R = source.size(1), stride_r = source.stride(1), stride_n = source.stride(2);
   const From* from = at<From>(source, block);
   if (R < rows || block.count < kBlock) std::fill_n(to, kBlock * rows, E(0));
@@ -59,7 +52,7 @@ void pack_panels(const torch::stable::Tensor& source, const Block& block, E* to,
     for (int64_t r = 0; r < R; r += SIDE) {
       const auto copy = [&](int64_t sides, int64_t stride) {
         for (int64_t side = 0; side < sides; ++side) {
-          // Rows lie far apart, and their few lines do not wake the processor's own prefetching.
+          // Rows lie far apart: their few lines do not start the hardware prefetcher.
           const From* later = x + std::min(r + kRowsAhead + side, R - 1) * stride_r;
           for (int64_t n = 0; n < real; n += 64 / sizeof(From)) __builtin_prefetch(later + n * stride);
         }
@@ -74,9 +67,9 @@ void pack_panels(const torch::stable::Tensor& source, const Block& block, E* to,
   }
 }
 
-// A block of source [B, R, N] -> strips [rows / strip, kBlock, strip]; zeros as above.
+// A block of source [B, R, N] -> strips [rows / strip, kBlock, strip], with the same zeros.
 template <typename From, typename T>
-void pack_strips(const torch::stable::Tensor& source, const Block& block, T* to, int64_t rows, int64_t strip) {
+void pack_strips(const Tensor& source, const Block& block, T* to, int64_t rows, int64_t strip) {
   const int64_t R = source.size(1), stride_r = source.stride(1), stride_n = source.stride(2);
   const From* from = at<From>(source, block);
   if (R < rows || block.count < kBlock) std::fill_n(to, kBlock * rows, T(0));
@@ -97,9 +90,9 @@ void pack_strips(const torch::stable::Tensor& source, const Block& block, T* to,
   }
 }
 
-// strips -> the block's part of [B, R, N] contiguous
+// Strips -> the block's part of [B, R, N] contiguous.
 template <typename To, typename T>
-void unpack_strips(const T* from, int64_t strip, const Block& block, const torch::stable::Tensor& out) {
+void unpack_strips(const T* from, int64_t strip, const Block& block, const Tensor& out) {
   const int64_t R = out.size(1), N = out.size(2);
   To* to = static_cast<To*>(out.mutable_data_ptr()) + block.b * R * N + block.n0;
   for (int64_t r = 0; r < R; ++r) {
@@ -110,8 +103,7 @@ void unpack_strips(const T* from, int64_t strip, const Block& block, const torch
 
 // The block's part of [B, C, N] contiguous, from both of its sums.
 template <typename T>
-void unpack_sums(const T* columns, const T* rows, int64_t channels, const Block& block,
-                 const torch::stable::Tensor& out) {
+void unpack_sums(const T* columns, const T* rows, int64_t channels, const Block& block, const Tensor& out) {
   const int64_t C = out.size(1), N = out.size(2);
   T* to = static_cast<T*>(out.mutable_data_ptr()) + block.b * C * N + block.n0;
   for (int64_t c = 0; c < C; ++c) {

@@ -2,99 +2,62 @@
 //   Y = V · A,  A = relu(FᵀF);   dV = G · A;   dF = F · W,  W = 1[FᵀF > 0] ⊙ (VᵀG + GᵀV)
 // V, G [B, C, N] and F [B, D, N], any strides. Sums are fp64 where an input is, else fp32; the kernels read F in that
 // type or in bf16 beside fp32, and other types are converted first. A and W are symmetric: only blocks on one side of
-// the diagonal are formed, and each serves its rows and its columns. schedule.h says why the result does not depend on
+// the diagonal are formed, and each serves its rows and its columns. pairs.h says why the result does not depend on
 // threads. Extra memory: packed copies of the inputs and the outputs' sums, O(B · N · (C + D)).
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
-#include "../backend.h"
-#include "affinity_packing.h"
-#include "affinity_pairs.h"
-#include "convert.h"
-#include "kernels.h"
+#include "../../backend.h"
+#include "../kernels.h"
+#include "packing.h"
+#include "pairs.h"
 
 namespace ercn {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// `width` numbers of every pixel of whole blocks, a part of Memory.
+// `width` numbers of every pixel of whole blocks, a piece of a workspace.
 template <typename T>
 class Packed {
  public:
-  Packed(int64_t B, int64_t N, int64_t width) : image_(round_up(N, kBlock) * width), width_(width), images_(B) {}
-
-  int64_t bytes() const { return round_up(images_ * image_ * static_cast<int64_t>(sizeof(T)), kLine); }
-  void place(char* memory) { numbers_ = reinterpret_cast<T*>(memory); }
+  Packed(Workspace& memory, int64_t B, int64_t N, int64_t width) : image_(round_up(N, kBlock) * width), width_(width) {
+    memory.reserve(numbers_, B * image_);
+  }
+  Packed(const Packed&) = delete;  // the workspace knows where numbers_ is
 
   // The numbers of image b from pixel n0 on, the first of a block; null where the width is 0.
   T* at(int64_t b, int64_t n0 = 0) const { return width_ ? numbers_ + b * image_ + n0 * width_ : nullptr; }
   T* at(const Block& block) const { return at(block.b, block.n0); }
   void zero(const Block& block) const { std::fill_n(at(block), kBlock * width_, T(0)); }
 
-  static constexpr int64_t kLine = 64;
-
  private:
-  int64_t image_, width_, images_;
-  T* numbers_ = nullptr;
+  const int64_t image_, width_;
+  T* numbers_;
 };
 
-// What is packed, in one piece. It is a tensor, so that torch's allocator sees it.
-class Memory {
- public:
-  template <typename... Parts>
-  Memory(const Tensor& like, Parts&... parts) {
-#if defined(__SANITIZE_ADDRESS__)  // in pieces, so that an access beyond one of them shows
-    (add(like, parts), ...);
-#else
-    add(like, parts...);
-#endif
-  }
-
- private:
-  template <typename... Parts>
-  void add(const Tensor& like, Parts&... parts) {
-    tensors_.push_back(
-        torch::stable::new_empty(like, {(parts.bytes() + ... + Packed<char>::kLine)}, ScalarType::Byte));
-    char* next = static_cast<char*>(tensors_.back().mutable_data_ptr());
-    next += -reinterpret_cast<intptr_t>(next) & (Packed<char>::kLine - 1);
-    ((parts.place(next), next += parts.bytes()), ...);
-  }
-
-  std::vector<Tensor> tensors_;
-};
-
-// From: feat's element in memory, E: in the panels, T: of all else.
+// From: feat's element in memory, E: feat's element in the panels, T: the element of all else.
 template <typename From, typename E, typename T>
 Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Tensor& feat) {
   const int64_t B = feat.size(0), C = value.size(1), D = feat.size(1), N = feat.size(2);
   const Tensor out = torch::stable::new_empty(value, {B, C, N});
   if (B * C * N == 0) return out;
   constexpr int side = sizeof(E) == 2 ? 2 : 1;
-  const int64_t depth = round_up(D, side), channels = round_up(C, kChannels);
-  Packed<E> panels(B, N, depth);
-  Packed<T> values(B, N, channels), units(B, N, channels), column_sums(B, N, channels),
-      row_sums(B, N, channels * kUnit<T>);
-  const Memory memory(feat, panels, values, units, column_sums, row_sums);
+  const int64_t depth = round_up(D, side), channels = round_up(C, kChannelMultiple);
+  Workspace workspace;
+  WorkerScratch<T> scratch;
+  const Packed<E> panels(workspace, B, N, depth);
+  const Packed<T> values(workspace, B, N, channels), units(workspace, B, N, channels);
+  const Packed<T> column_sums(workspace, B, N, channels), row_sums(workspace, B, N, channels * kUnit<T>);
+  workspace.reserve(scratch, kPairScratch);
+  workspace.allocate(feat);
   std::vector<AffinityImage<E, T>> images;
   for (int64_t b = 0; b < B; ++b) {
-    images.push_back({.feat = panels.at(b),
-                      .summed = values.at(b),
-                      .units = units.at(b),
-                      .column_sums = column_sums.at(b),
-                      .row_sums = row_sums.at(b),
-                      .C = C,
-                      .channels = channels,
-                      .D = D,
-                      .N = N});
+    images.push_back({.feat = panels.at(b), .summed = values.at(b), .units = units.at(b),
+                      .column_sums = column_sums.at(b), .row_sums = row_sums.at(b),
+                      .C = C, .channels = channels, .D = D, .N = N});
   }
   for_each_block(B, N, [&](const Block& block) {
     pack_panels<From, side>(feat, block, panels.at(block), depth, kernel.panel);
@@ -103,7 +66,7 @@ Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Te
     column_sums.zero(block);
     row_sums.zero(block);
   });
-  Pairs<E, T>(kernel, images).run();
+  Pairs<E, T>(kernel, images, scratch).run();
   for_each_block(B, N, [&](const Block& block) {
     unpack_sums(column_sums.at(block), row_sums.at(block), channels, block, out);
   });
@@ -115,28 +78,25 @@ template <typename From, typename T>
 std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Tensor& grad_out, const Tensor& value,
                                     const Tensor& feat, bool need_value) {
   const int64_t B = feat.size(0), C = value.size(1), D = feat.size(1), N = feat.size(2);
-  const int64_t feat_row = round_up(D, kernel.strip), channels = round_up(C, kChannels);
+  const int64_t feat_row = round_up(D, kernel.strip), channels = round_up(C, kChannelMultiple);
   const int64_t summed = need_value ? channels : 0;
-  Packed<T> out_feat(B, N, feat_row), column_sums(B, N, summed), row_sums(B, N, summed * kUnit<T>);
-  const Memory sums(feat, out_feat, column_sums, row_sums);
-  if (B * N > 0) {  // what is packed is freed before the gradients exist as tensors
-    Packed<T> panels(B, N, D), strips(B, N, feat_row), values(B, N, channels), grads(B, N, channels),
-        units(B, N, summed);
-    const Memory memory(feat, panels, strips, values, grads, units);
+  Workspace sums;
+  const Packed<T> out_feat(sums, B, N, feat_row), column_sums(sums, B, N, summed);
+  const Packed<T> row_sums(sums, B, N, summed * kUnit<T>);
+  sums.allocate(feat);
+  if (B * N > 0) {  // the packed operands are freed before the gradients are allocated
+    Workspace packed;
+    WorkerScratch<T> scratch;
+    const Packed<T> panels(packed, B, N, D), strips(packed, B, N, feat_row);
+    const Packed<T> values(packed, B, N, channels), grads(packed, B, N, channels), units(packed, B, N, summed);
+    packed.reserve(scratch, kPairScratch);
+    packed.allocate(feat);
     std::vector<AffinityImage<T, T>> images;
     for (int64_t b = 0; b < B; ++b) {
-      images.push_back({.feat = panels.at(b),
-                        .summed = grads.at(b),
-                        .units = units.at(b),
-                        .column_sums = column_sums.at(b),
-                        .row_sums = row_sums.at(b),
-                        .value = values.at(b),
-                        .feat_strips = strips.at(b),
-                        .out_feat = out_feat.at(b),
-                        .C = C,
-                        .channels = channels,
-                        .D = D,
-                        .N = N});
+      images.push_back({.feat = panels.at(b), .summed = grads.at(b), .units = units.at(b),
+                        .column_sums = column_sums.at(b), .row_sums = row_sums.at(b),
+                        .value = values.at(b), .feat_strips = strips.at(b), .out_feat = out_feat.at(b),
+                        .C = C, .channels = channels, .D = D, .N = N});
     }
     for_each_block(B, N, [&](const Block& block) {
       pack_panels<From>(feat, block, panels.at(block), D, kernel.panel);
@@ -149,7 +109,7 @@ std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Te
       column_sums.zero(block);
       row_sums.zero(block);
     });
-    Pairs<T, T>(kernel, images).run();
+    Pairs<T, T>(kernel, images, scratch).run();
   }
   const Tensor grad_feat = torch::stable::new_empty(feat, {B, D, N});
   const Tensor grad_value =

@@ -1,16 +1,16 @@
 #pragma once
-// What the kernels of the refinements (sums over fixed neighbours) of all instruction sets share.
+// What the refinement kernels (sums over fixed neighbours) of all instruction sets share.
 #include <cstdint>
 
 namespace ercn {
 
-// A neighbour: its number among a pixel's weights, and how far from the pixel it lies in memory.
+// A neighbour: its number among a pixel's weights, and its distance from the pixel in memory.
 struct Tap {
   int64_t slot, offset;
 };
 
-// One row: out[c][x] = Σ_taps weights[slot][x] · map[c][x + offset], plus what out held if `add`. c counts planes that
-// lie map_plane and out_plane apart, x whole blocks of pixels.
+// One row: out[c][x] = Σ_taps weights[slot][x] · map[c][x + offset], added to out if `add`. Planes c lie map_plane and
+// out_plane apart; x runs over whole blocks of pixels.
 template <typename T>
 struct NeighbourSums {
   const T* weights;  // [blocks, slots, block]
@@ -24,10 +24,9 @@ struct NeighbourSums {
   bool add;
 };
 
-// weights[slot][x] = softmax_slot(-Σ_c |d| s_c(x)) with d = image[c][x + offset] - image[c][x].
+// One block of a row: weights[slot][x] = softmax_slot(-Σ_c |d| s_c(x)) with d = image[c][x + offset] - image[c][x].
 //   form pamr: s_c = 1 / (K (1e-8 + 0.1 σ_c))
 //   form par: d² for |d|, s_c = 1 / (K (0.3 (σ_c + 1e-8))²), and position[slot] is added to the softmax
-// One block of a row.
 // σ_c²: the unbiased variance of the neighbours and of the pixel, which counts `own` times.
 template <typename T>
 struct AdaptiveWeights {

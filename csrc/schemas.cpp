@@ -3,8 +3,8 @@
 
 // Functions of torch 2.12 and newer. torch.compile may refuse operators without the tag.
 #define ERCN_IF_THERE extern "C" __attribute__((weak, visibility("default")))
-ERCN_IF_THERE AOTITorchError torch_library_def_with_tags(
-    TorchLibraryHandle library, const char* schema, const int32_t* tags, int32_t count);
+ERCN_IF_THERE AOTITorchError
+torch_library_def_with_tags(TorchLibraryHandle library, const char* schema, const int32_t* tags, int32_t count);
 ERCN_IF_THERE int32_t torch_tag_pt2_compliant_tag();
 
 #define ERCN_POOL_INPUTS                                                                                           \

@@ -25,9 +25,17 @@ struct Kernels {
 
 const Kernels& kernels(Isa isa);
 
-namespace portable { const Kernels& kernels(); }
-namespace avx2 { const Kernels& kernels(); }
-namespace avx512 { const Kernels& kernels(); }
-namespace avx512_bf16 { const Kernels& kernels(); }
+namespace portable {
+const Kernels& kernels();
+}
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512_bf16 {
+const Kernels& kernels();
+}
 
 }  // namespace ercn

@@ -82,6 +82,8 @@ struct WorkerScratch {
 // are set when all are reserved.
 class Workspace {
  public:
+  Workspace() { pieces_.reserve(24); }  // more than any call has
+
   template <typename T>
   void reserve(T*& piece, int64_t elements) {
     pieces_.push_back({reinterpret_cast<void**>(&piece), round_up(elements * static_cast<int64_t>(sizeof(T)), kLine)});

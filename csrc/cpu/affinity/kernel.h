@@ -20,15 +20,16 @@ template <bool TRANSPOSED, int UNIT, int ROWS, int VECS, typename T>
 ERCN_INLINE void column_strip(const T* s, int64_t rows, const T* b, int64_t ld, int64_t depth, T* out, int64_t out_ld) {
   static_assert(!TRANSPOSED || UNIT == 1);
   for (int64_t m = 0; m < rows; m += ROWS) {
-    tile_add_product<ROWS, VECS, Vec<T>, UNIT>(s + m * (TRANSPOSED ? 1 : kBlock), TRANSPOSED ? 1 : kBlock,
-                                               TRANSPOSED ? kBlock : UNIT, b, ld, depth, out + m * out_ld, out_ld);
+    tile_add_product<ROWS, VECS, Vec<T>, UNIT>(
+        s + m * (TRANSPOSED ? 1 : kBlock), TRANSPOSED ? 1 : kBlock, TRANSPOSED ? kBlock : UNIT, b, ld, depth,
+        out + m * out_ld, out_ld);
   }
 }
 
 // The same for any number of columns n: 8×3, 8×2 and 16×1 sums in 32 registers, 4×3, 4×2 and 12×1 or 4×1 in 16.
 template <bool TRANSPOSED, int UNIT = 1, typename T>
-ERCN_INLINE void add_product(const T* s, int64_t rows, const T* b, int64_t ld, int64_t depth, T* out, int64_t out_ld,
-                             int64_t columns) {
+ERCN_INLINE void add_product(
+    const T* s, int64_t rows, const T* b, int64_t ld, int64_t depth, T* out, int64_t out_ld, int64_t columns) {
   constexpr int64_t lanes = kVecBytes / sizeof(T);
   constexpr int tall = kVecBytes == 64 ? 16 : kVecBytes == 32 ? 12 : kRows;
   static_assert(kPanel<T> % tall == 0 && kPanel<T> % kRows == 0);
@@ -144,8 +145,9 @@ ERCN_INLINE void add_row_sums(const AffinityImage<E, T>& p, const Rectangle& at,
     for (int64_t m = 0; m < at.rows; ++m) affinity[m * kBlock + at.columns] = T(0);
   }
   const int64_t row = p.channels * unit;
-  add_product<false, unit>(affinity, at.rows, p.units + at.j * p.channels, row, (at.columns + unit - 1) / unit,
-                           p.row_sums + at.i * row, row, p.C * unit);
+  add_product<false, unit>(
+      affinity, at.rows, p.units + at.j * p.channels, row, (at.columns + unit - 1) / unit, p.row_sums + at.i * row, row,
+      p.C * unit);
 }
 
 // Adds to out_feat of pixels j and, off the diagonal, of pixels i.

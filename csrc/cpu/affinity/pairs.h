@@ -40,8 +40,9 @@ template <typename E, typename T>
 class Pairs {
  public:
   // `scratch`: what AffinityKernel::pair needs, for every worker.
-  Pairs(const AffinityKernel<E, T>& kernel, const std::vector<AffinityImage<E, T>>& images,
-        const WorkerScratch<T>& scratch)
+  Pairs(
+      const AffinityKernel<E, T>& kernel, const std::vector<AffinityImage<E, T>>& images,
+      const WorkerScratch<T>& scratch)
       : kernel_(kernel),
         images_(images),
         scratch_(scratch),

@@ -55,9 +55,16 @@ Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Te
   workspace.allocate(feat);
   std::vector<AffinityImage<E, T>> images;
   for (int64_t b = 0; b < B; ++b) {
-    images.push_back({.feat = panels.at(b), .summed = values.at(b), .units = units.at(b),
-                      .column_sums = column_sums.at(b), .row_sums = row_sums.at(b),
-                      .C = C, .channels = channels, .D = D, .N = N});
+    images.push_back(
+        {.feat = panels.at(b),
+         .summed = values.at(b),
+         .units = units.at(b),
+         .column_sums = column_sums.at(b),
+         .row_sums = row_sums.at(b),
+         .C = C,
+         .channels = channels,
+         .D = D,
+         .N = N});
   }
   for_each_block(B, N, [&](const Block& block) {
     pack_panels<From, side>(feat, block, panels.at(block), depth, kernel.panel);
@@ -75,8 +82,9 @@ Tensor forward(const AffinityKernel<E, T>& kernel, const Tensor& value, const Te
 
 // (G · A, F · W); the first is empty where it is not needed.
 template <typename From, typename T>
-std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Tensor& grad_out, const Tensor& value,
-                                    const Tensor& feat, bool need_value) {
+std::tuple<Tensor, Tensor> backward(
+    const AffinityKernel<T, T>& kernel, const Tensor& grad_out, const Tensor& value, const Tensor& feat,
+    bool need_value) {
   const int64_t B = feat.size(0), C = value.size(1), D = feat.size(1), N = feat.size(2);
   const int64_t feat_row = round_up(D, kernel.strip), channels = round_up(C, kChannelMultiple);
   const int64_t summed = need_value ? channels : 0;
@@ -93,10 +101,19 @@ std::tuple<Tensor, Tensor> backward(const AffinityKernel<T, T>& kernel, const Te
     packed.allocate(feat);
     std::vector<AffinityImage<T, T>> images;
     for (int64_t b = 0; b < B; ++b) {
-      images.push_back({.feat = panels.at(b), .summed = grads.at(b), .units = units.at(b),
-                        .column_sums = column_sums.at(b), .row_sums = row_sums.at(b),
-                        .value = values.at(b), .feat_strips = strips.at(b), .out_feat = out_feat.at(b),
-                        .C = C, .channels = channels, .D = D, .N = N});
+      images.push_back(
+          {.feat = panels.at(b),
+           .summed = grads.at(b),
+           .units = units.at(b),
+           .column_sums = column_sums.at(b),
+           .row_sums = row_sums.at(b),
+           .value = values.at(b),
+           .feat_strips = strips.at(b),
+           .out_feat = out_feat.at(b),
+           .C = C,
+           .channels = channels,
+           .D = D,
+           .N = N});
     }
     for_each_block(B, N, [&](const Block& block) {
       pack_panels<From>(feat, block, panels.at(block), D, kernel.panel);
@@ -138,8 +155,8 @@ bool is_floating(ScalarType type) {
 void check(const Tensor& tensor, const char* name, const Tensor& feat) {
   STD_TORCH_CHECK(feat.dim() == 3, "feat must be [B, D, N], it has ", feat.dim(), " dimensions");
   STD_TORCH_CHECK(
-      tensor.dim() == 3 && tensor.size(0) == feat.size(0) && tensor.size(2) == feat.size(2),
-      name, " must be [B, C, N] with feat's B and N");
+      tensor.dim() == 3 && tensor.size(0) == feat.size(0) && tensor.size(2) == feat.size(2), name,
+      " must be [B, C, N] with feat's B and N");
   STD_TORCH_CHECK(tensor.is_cpu() && feat.is_cpu(), name, " and feat must be on the CPU");
   STD_TORCH_CHECK(
       is_floating(tensor.scalar_type()) && is_floating(feat.scalar_type()), name, " and feat must be floating point");

@@ -35,8 +35,7 @@ struct Operators {
     check(x);
     const Tensor pooled =
         torch::stable::new_empty(x.h, {x.bags().bags(), x.heads(), x.bags().dim()}, x.v_weight.scalar_type());
-    const Tensor scores =
-        with_kernel(x.h, x.v_weight, [&](const auto& kernel) { return forward(kernel, x, &pooled); });
+    const Tensor scores = with_kernel(x.h, x.v_weight, [&](const auto& kernel) { return forward(kernel, x, &pooled); });
     return {converted(pooled, type), scores};
   }
 
@@ -48,8 +47,9 @@ struct Operators {
     return with_kernel(x.h, x.v_weight, [&](const auto& kernel) { return forward(kernel, x, nullptr); });
   }
 
-  static Gradients gated_attention_pool_backward(Optional grad_pooled, Optional grad_scores, const In&... in,
-                                                 Tensor scores, std::vector<bool> needs, const std::string& backend) {
+  static Gradients gated_attention_pool_backward(
+      Optional grad_pooled, Optional grad_scores, const In&... in, Tensor scores, std::vector<bool> needs,
+      const std::string& backend) {
     check_backend(backend, "cpu");
     const PoolInputs given{in...};
     PoolInputs x = given;
@@ -68,17 +68,18 @@ struct Operators {
     const auto as = [](const Tensor& grad, const Optional& input) {
       return input ? converted(grad, input->scalar_type()) : grad;
     };
-    return {as(h, given.h),
-            as(v_weight, given.v_weight), as(v_bias, given.v_bias),
-            as(u_weight, given.u_weight), as(u_bias, given.u_bias),
-            as(w_weight, given.w_weight), as(w_bias, given.w_bias)};
+    return {as(h, given.h),           as(v_weight, given.v_weight),
+            as(v_bias, given.v_bias), as(u_weight, given.u_weight),
+            as(u_bias, given.u_bias), as(w_weight, given.w_weight),
+            as(w_bias, given.w_bias)};
   }
 };
-using PoolOperators = Operators<Tensor, Tensor, Optional, Optional, Optional, Tensor, Optional, Optional, Optional,
-                                Optional, double, std::string>;
+using PoolOperators = Operators<
+    Tensor, Tensor, Optional, Optional, Optional, Tensor, Optional, Optional, Optional, Optional, double, std::string>;
 
-Tensor pool_by_scores(const Tensor& scores, const Tensor& value, const Optional& mask, const Optional& cu_seqlens,
-                      const std::string& backend) {
+Tensor pool_by_scores(
+    const Tensor& scores, const Tensor& value, const Optional& mask, const Optional& cu_seqlens,
+    const std::string& backend) {
   check_backend(backend, "cpu");
   const ScalarType sums = type_of_sums(scores, value);
   const Tensor s = torch::stable::contiguous(converted(scores, sums)), v = accepted(value, sums);

@@ -105,16 +105,17 @@ struct Problem {
 
     const bool ragged = in.cu_seqlens.has_value();
     const int64_t N = in.h.size(ragged ? 0 : 1), stride_n = in.h.stride(ragged ? 0 : 1);
-    instances = {.h = static_cast<const E*>(in.h.const_data_ptr()),
-                 .D = in.dim(),
-                 .N = N,
-                 .stride_b = ragged || in.h.size(0) == 1 ? N * stride_n : in.h.stride(0),
-                 .stride_n = stride_n,
-                 .stride_d = in.h.stride(ragged ? 1 : 2),
-                 .real = in.mask ? bags.real.data() : nullptr,
-                 .bags = static_cast<int64_t>(bags.ends.size()),
-                 .K = heads,
-                 .segments = segments.data()};
+    instances = {
+        .h = static_cast<const E*>(in.h.const_data_ptr()),
+        .D = in.dim(),
+        .N = N,
+        .stride_b = ragged || in.h.size(0) == 1 ? N * stride_n : in.h.stride(0),
+        .stride_n = stride_n,
+        .stride_d = in.h.stride(ragged ? 1 : 2),
+        .real = in.mask ? bags.real.data() : nullptr,
+        .bags = static_cast<int64_t>(bags.ends.size()),
+        .K = heads,
+        .segments = segments.data()};
   }
   Problem(const Problem&) = delete;
 
@@ -246,24 +247,27 @@ void join_parts(const Problem<E>& problem, const SoftmaxParts<T>& parts, W* out)
   const int64_t blocks = (D + width - 1) / width;
   // Joining one block takes about `width` additions for every segment of its bag.
   const int64_t grain = 1 + (int64_t{1} << 17) * std::max<int64_t>(bags, 1) / (width * (problem.segments.size() + 1));
-  for_each_task(bags * K * blocks, [&](int64_t task, int64_t) {
-    const int64_t row = task / blocks, bag = row / K, k = row % K, d0 = task % blocks * width;
-    const int64_t columns = std::min(width, D - d0);
-    double z[width] = {};
-    const double sum = join(problem, parts, bag, k, [&](int64_t s, double scale) {
-      const T* part = parts.pooled + (s * K + k) * D + d0;
-      for (int64_t d = 0; d < columns; ++d) z[d] += scale * part[d];
-    });
-    const bool empty = problem.first_segment[bag] == problem.first_segment[bag + 1];
-    for (int64_t d = 0; d < columns; ++d) {
-      out[row * D + d0 + d] = convert<W>(static_cast<T>(empty ? 0 : z[d] / sum));
-    }
-  }, grain);
+  for_each_task(
+      bags * K * blocks,
+      [&](int64_t task, int64_t) {
+        const int64_t row = task / blocks, bag = row / K, k = row % K, d0 = task % blocks * width;
+        const int64_t columns = std::min(width, D - d0);
+        double z[width] = {};
+        const double sum = join(problem, parts, bag, k, [&](int64_t s, double scale) {
+          const T* part = parts.pooled + (s * K + k) * D + d0;
+          for (int64_t d = 0; d < columns; ++d) z[d] += scale * part[d];
+        });
+        const bool empty = problem.first_segment[bag] == problem.first_segment[bag + 1];
+        for (int64_t d = 0; d < columns; ++d) {
+          out[row * D + d0 + d] = convert<W>(static_cast<T>(empty ? 0 : z[d] / sum));
+        }
+      },
+      grain);
 }
 
 template <typename E, typename T>
-void reserve_softmax(Workspace& workspace, const Problem<E>& problem, int64_t columns, bool dots,
-                     SoftmaxGradient<T>& softmax) {
+void reserve_softmax(
+    Workspace& workspace, const Problem<E>& problem, int64_t columns, bool dots, SoftmaxGradient<T>& softmax) {
   const int64_t rows = problem.instances.bags * problem.instances.K, scores = problem.bags.total * problem.instances.K;
   workspace.reserve(softmax.grad_pooled, rows * columns);
   reserve_parts(workspace, problem, softmax.parts, false);
@@ -276,9 +280,9 @@ void reserve_softmax(Workspace& workspace, const Problem<E>& problem, int64_t co
 
 // Forms all of softmax; attention is still e.
 template <typename E, typename T, typename W>
-void form_softmax(const PoolKernel<E, T, W>& kernel, const Problem<E>& problem, const Tensor& grad_pooled,
-                  const Tensor& scores, int64_t columns, const SoftmaxGradient<T>& softmax,
-                  const WorkerScratch<char>& scratch) {
+void form_softmax(
+    const PoolKernel<E, T, W>& kernel, const Problem<E>& problem, const Tensor& grad_pooled, const Tensor& scores,
+    int64_t columns, const SoftmaxGradient<T>& softmax, const WorkerScratch<char>& scratch) {
   const int64_t D = problem.instances.D, K = problem.instances.K, bags = problem.instances.bags;
   const W* from = static_cast<const W*>(grad_pooled.const_data_ptr());
   const int64_t stride_b = grad_pooled.stride(0), stride_k = grad_pooled.stride(1), stride_d = grad_pooled.stride(2);
@@ -344,9 +348,9 @@ void pool(const PoolKernel<E, T, W>& kernel, const BagInputs& in, const Tensor& 
 }
 
 template <typename E, typename T, typename W>
-std::tuple<Tensor, Tensor> pool_backward(const PoolKernel<E, T, W>& kernel, const BagInputs& in,
-                                         const Tensor& grad_pooled, const Tensor& scores, bool need_scores,
-                                         bool need_value) {
+std::tuple<Tensor, Tensor> pool_backward(
+    const PoolKernel<E, T, W>& kernel, const BagInputs& in, const Tensor& grad_pooled, const Tensor& scores,
+    bool need_scores, bool need_value) {
   const Problem<E> problem(in, grad_pooled.size(1));
   const Tensor grad_scores =
       need_scores ? in.empty_scores(problem.instances.K) : torch::stable::new_empty(in.h, {0}, sums_of(in.h));
@@ -361,8 +365,9 @@ std::tuple<Tensor, Tensor> pool_backward(const PoolKernel<E, T, W>& kernel, cons
   workspace.allocate(in.h);
   form_softmax(kernel, problem, grad_pooled, scores, columns, softmax, scratch);
   problem.for_each_block(scratch, [&](const InstanceBlock& block, char*) {
-    kernel.pool_backward(problem.instances, block, softmax, need_scores ? data<T>(grad_scores) : nullptr,
-                         need_value ? data<E>(grad_value) : nullptr);
+    kernel.pool_backward(
+        problem.instances, block, softmax, need_scores ? data<T>(grad_scores) : nullptr,
+        need_value ? data<E>(grad_value) : nullptr);
   });
   return {grad_scores, grad_value};
 }
@@ -398,9 +403,7 @@ class Outputs {
   void write(Gradient which, const double* from, int64_t count, int64_t row = 0) const {
     if (needed_[which]) std::copy_n(from, count, at(which) + row * count);
   }
-  Gradients tensors() const {
-    return {grads_[0], grads_[1], grads_[2], grads_[3], grads_[4], grads_[5], grads_[6]};
-  }
+  Gradients tensors() const { return {grads_[0], grads_[1], grads_[2], grads_[3], grads_[4], grads_[5], grads_[6]}; }
 
  private:
   bool needed_[kWBias + 1];
@@ -409,9 +412,9 @@ class Outputs {
 
 // Adds a chunk of `rows` instances to the gradients of V and U.
 template <typename E, typename T, typename W>
-void add_weights(const PoolKernel<E, T, W>& kernel, const Problem<E>& problem, const HiddenLayer<T, W>& layer,
-                 const HiddenGradient<E, T>& gradient, int64_t rows, const Outputs<T>& outputs,
-                 const WorkerScratch<T>& scratch) {
+void add_weights(
+    const PoolKernel<E, T, W>& kernel, const Problem<E>& problem, const HiddenLayer<T, W>& layer,
+    const HiddenGradient<E, T>& gradient, int64_t rows, const Outputs<T>& outputs, const WorkerScratch<T>& scratch) {
   const int64_t groups = (layer.L + kUnitGroup - 1) / kUnitGroup;
   const int64_t across = (round_up(layer.D, kernel.strip) / kernel.strip + kStripGroup - 1) / kStripGroup;
   for_each_task(2 * groups * across, [&](int64_t task, int64_t worker) {
@@ -424,8 +427,9 @@ void add_weights(const PoolKernel<E, T, W>& kernel, const Problem<E>& problem, c
 }
 
 template <typename E, typename T, typename W>
-Gradients backward(const PoolKernel<E, T, W>& kernel, const PoolInputs& in, const Optional& grad_pooled,
-                   const Optional& grad_scores, const Tensor& scores, const std::vector<bool>& needs) {
+Gradients backward(
+    const PoolKernel<E, T, W>& kernel, const PoolInputs& in, const Optional& grad_pooled, const Optional& grad_scores,
+    const Tensor& scores, const std::vector<bool>& needs) {
   const Problem<E> problem(in.bags(), in.heads());
   const Outputs<T> outputs(in, needs);
   Workspace workspace;
@@ -452,10 +456,11 @@ Gradients backward(const PoolKernel<E, T, W>& kernel, const PoolInputs& in, cons
   ScoreGradient<T> score_gradient{};
   if (grad_scores) {
     const bool ragged = in.cu_seqlens.has_value();
-    score_gradient = {.at = static_cast<const T*>(grad_scores->const_data_ptr()),
-                      .bag = ragged ? 0 : grad_scores->stride(0),
-                      .head = grad_scores->stride(ragged ? 0 : 1),
-                      .instance = grad_scores->stride(ragged ? 1 : 2)};
+    score_gradient = {
+        .at = static_cast<const T*>(grad_scores->const_data_ptr()),
+        .bag = ragged ? 0 : grad_scores->stride(0),
+        .head = grad_scores->stride(ragged ? 0 : 1),
+        .instance = grad_scores->stride(ragged ? 1 : 2)};
   }
   if (count > 0) layer.pack(in);
   if (grad_pooled) form_softmax(kernel, problem, *grad_pooled, scores, columns, softmax, scratch);
@@ -467,8 +472,9 @@ Gradients backward(const PoolKernel<E, T, W>& kernel, const PoolInputs& in, cons
     const InstanceBlock& last = problem.blocks[begin + blocks - 1];
     gradient.first = problem.blocks[begin].first;
     for_each_task(blocks, [&](int64_t task, int64_t worker) {
-      kernel.backward(problem.instances, layer, problem.blocks[begin + task], softmax, score_gradient, gradient, task,
-                      scratch.of(worker));
+      kernel.backward(
+          problem.instances, layer, problem.blocks[begin + task], softmax, score_gradient, gradient, task,
+          scratch.of(worker));
     });
     for (int64_t task = 0; task < blocks; ++task) {
       for (int64_t i = 0; i < part; ++i) totals[i] += gradient.parts[task * part + i];

@@ -68,8 +68,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 inline void check(const BagInputs& in) {
   const ScalarType type = in.h.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16,
-                  "instances must be float32, float64 or bfloat16");
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16,
+      "instances must be float32, float64 or bfloat16");
   STD_TORCH_CHECK(in.h.is_cpu(), "instances must be on the CPU");
   STD_TORCH_CHECK(in.h.dim() == (in.cu_seqlens ? 2 : 3), "instances must be [B, N, D], or [T, D] with cu_seqlens");
   if (in.mask) {

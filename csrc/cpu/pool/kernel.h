@@ -8,8 +8,9 @@ namespace ercn::ERCN_ISA {
 
 // s[m, k] = w_k · gate(m) + b_k for every instance of the block.
 template <bool GATED, typename E, typename T, typename W, typename X>
-ERCN_INLINE void score_block(const Instances<E>& in, const HiddenLayer<T, W>& layer, const InstanceBlock& block,
-                             Matrix<X> x, const BlockScratch<X, T>& scratch, T* scores) {
+ERCN_INLINE void score_block(
+    const Instances<E>& in, const HiddenLayer<T, W>& layer, const InstanceBlock& block, Matrix<X> x,
+    const BlockScratch<X, T>& scratch, T* scores) {
   constexpr int64_t n = kLanes<T>, units = GATED ? n : 2 * n;
   const int64_t depth = operand_depth<X>(in.D), K = in.K;
   T* head_sums = scratch.head_sums;
@@ -74,8 +75,8 @@ ERCN_INLINE void weighted_sum(const T* e, int64_t K, Matrix<X> x, int64_t rows, 
 
 // The parts of max, sum and pooled of a block's segments. scores [rows, K] are lost.
 template <typename E, typename T, typename X>
-ERCN_INLINE void pool_block(const Instances<E>& in, const InstanceBlock& block, Matrix<X> x, T* scores,
-                            const SoftmaxParts<T>& parts) {
+ERCN_INLINE void pool_block(
+    const Instances<E>& in, const InstanceBlock& block, Matrix<X> x, T* scores, const SoftmaxParts<T>& parts) {
   const int64_t K = in.K;
   for (int64_t s = block.begin; s < block.end; ++s) {
     const Segment& segment = in.segments[s];
@@ -86,15 +87,16 @@ ERCN_INLINE void pool_block(const Instances<E>& in, const InstanceBlock& block, 
       parts.max[s * K + k] = largest(e, segment.rows, K, shift);
       for (int64_t m = 0; m < segment.rows; ++m) sum += e[m * K] = exponential(e[m * K] - shift);
       parts.sum[s * K + k] = sum;
-      weighted_sum(e, K, Matrix<X>{x.at + skip * x.row, x.row, 1}, segment.rows, in.D,
-                   parts.pooled + (s * K + k) * in.D);
+      weighted_sum(
+          e, K, Matrix<X>{x.at + skip * x.row, x.row, 1}, segment.rows, in.D, parts.pooled + (s * K + k) * in.D);
     }
   }
 }
 
 template <typename X, typename E, typename T, typename W>
-void forward(const Instances<E>& in, const HiddenLayer<T, W>& layer, const InstanceBlock& block, T* scores,
-             const SoftmaxParts<T>& parts, void* memory) {
+void forward(
+    const Instances<E>& in, const HiddenLayer<T, W>& layer, const InstanceBlock& block, T* scores,
+    const SoftmaxParts<T>& parts, void* memory) {
   const BlockScratch<X, T> scratch(in.D, in.K, layer.dropout, memory);
   const Matrix<X> x = operand(in, block.first, block.rows, scratch);
   T* own = scratch.attention;
@@ -111,8 +113,8 @@ void forward(const Instances<E>& in, const HiddenLayer<T, W>& layer, const Insta
 }
 
 template <typename X, typename E, typename T>
-void pool(const Instances<E>& in, const InstanceBlock& block, const T* scores, const SoftmaxParts<T>& parts,
-          void* memory) {
+void pool(
+    const Instances<E>& in, const InstanceBlock& block, const T* scores, const SoftmaxParts<T>& parts, void* memory) {
   const BlockScratch<X, T> scratch(in.D, in.K, false, memory);
   T* own = scratch.attention;
   for (int64_t m = 0; m < block.rows; ++m) {
@@ -143,8 +145,9 @@ ERCN_INLINE T dot(const X* x, const T* y, int64_t D) {
 }
 
 template <typename X, typename E, typename T>
-void dots(const Instances<E>& in, const InstanceBlock& block, const T* scores, const SoftmaxGradient<T>& softmax,
-          void* memory) {
+void dots(
+    const Instances<E>& in, const InstanceBlock& block, const T* scores, const SoftmaxGradient<T>& softmax,
+    void* memory) {
   const BlockScratch<X, T> scratch(in.D, in.K, false, memory);
   const int64_t columns = padded_channels<T>(in.D), K = in.K;
   Matrix<X> x{};
@@ -175,16 +178,16 @@ void dots(const Instances<E>& in, const InstanceBlock& block, const T* scores, c
 
 // Head k of instance r in segment s, in a bag: e becomes a, and ds is given where dots are there.
 template <typename T>
-ERCN_INLINE T finish_attention(const SoftmaxGradient<T>& softmax, int64_t K, int64_t s, int64_t bag, int64_t r,
-                               int64_t k) {
+ERCN_INLINE T
+finish_attention(const SoftmaxGradient<T>& softmax, int64_t K, int64_t s, int64_t bag, int64_t r, int64_t k) {
   T& a = softmax.attention[r * K + k];
   a *= softmax.scale[s * K + k];
   return softmax.dots ? a * (softmax.dots[r * K + k] - softmax.bag_dot[bag * K + k]) : 0;
 }
 
 template <typename E, typename T>
-void pool_backward(const Instances<E>& in, const InstanceBlock& block, const SoftmaxGradient<T>& softmax,
-                   T* grad_scores, E* grad_h) {
+void pool_backward(
+    const Instances<E>& in, const InstanceBlock& block, const SoftmaxGradient<T>& softmax, T* grad_scores, E* grad_h) {
   constexpr int64_t n = kLanes<T>;
   const int64_t columns = padded_channels<T>(in.D), K = in.K;
   for (int64_t s = block.begin; s < block.end; ++s) {
@@ -213,15 +216,16 @@ void pool_backward(const Instances<E>& in, const InstanceBlock& block, const Sof
 // ---- backward of the hidden layer ----
 
 template <typename E, typename T, typename W>
-ERCN_INLINE T* dp_at(const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient, int64_t branch, int64_t unit,
-                     int64_t row) {
+ERCN_INLINE T* dp_at(
+    const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient, int64_t branch, int64_t unit, int64_t row) {
   const int64_t u = branch * layer.units + unit;
   return gradient.dp + u / kDpUnits * gradient.dp_stride + row * kDpUnits + u % kDpUnits;
 }
 
 template <typename E, typename T, typename W>
-ERCN_INLINE void store_dp(const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient, int64_t branch,
-                          int64_t unit, int64_t row, Vec<T> x) {
+ERCN_INLINE void store_dp(
+    const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient, int64_t branch, int64_t unit, int64_t row,
+    Vec<T> x) {
   constexpr int64_t side = kLanes<T> < kDpUnits ? kLanes<T> : kDpUnits;
   Vec<T, side * sizeof(T)> parts[kLanes<T> / side];
   __builtin_memcpy(parts, &x, sizeof x);
@@ -232,9 +236,10 @@ ERCN_INLINE void store_dp(const HiddenLayer<T, W>& layer, const HiddenGradient<E
 
 // ds [rows, K] of the block's scores, what they give to w_bias, and for every row its bag's ĝ and its grad_h.
 template <typename E, typename T>
-ERCN_INLINE void score_gradients(const Instances<E>& in, const InstanceBlock& block, const SoftmaxGradient<T>& softmax,
-                                 const ScoreGradient<T>& grad_scores, E* grad_h, T* ds, T* w_bias,
-                                 const T* (&grad_pooled)[kMaxBlockRows], E* (&to)[kMaxBlockRows]) {
+ERCN_INLINE void score_gradients(
+    const Instances<E>& in, const InstanceBlock& block, const SoftmaxGradient<T>& softmax,
+    const ScoreGradient<T>& grad_scores, E* grad_h, T* ds, T* w_bias, const T* (&grad_pooled)[kMaxBlockRows],
+    E* (&to)[kMaxBlockRows]) {
   const int64_t K = in.K;
   for (int64_t s = block.begin; s < block.end; ++s) {
     const auto [first, count, bag] = in.segments[s];
@@ -260,9 +265,9 @@ ERCN_INLINE void score_gradients(const Instances<E>& in, const InstanceBlock& bl
 
 // dp of the block, and its sums for the biases and w, from ds [rows, K].
 template <bool GATED, typename E, typename T, typename W, typename X>
-ERCN_INLINE void hidden_gradients(const Instances<E>& in, const HiddenLayer<T, W>& layer, const InstanceBlock& block,
-                                  Matrix<X> x, const T* ds, const HiddenGradient<E, T>& gradient, uint32_t* words,
-                                  T* parts) {
+ERCN_INLINE void hidden_gradients(
+    const Instances<E>& in, const HiddenLayer<T, W>& layer, const InstanceBlock& block, Matrix<X> x, const T* ds,
+    const HiddenGradient<E, T>& gradient, uint32_t* words, T* parts) {
   constexpr int64_t n = kLanes<T>, units = GATED ? n : 2 * n;
   const int64_t depth = operand_depth<X>(in.D), K = in.K, dp_row = block.first - gradient.first;
   for (int64_t i = 0; i < (2 + K) * layer.units; i += n) store(parts + i, Vec<T>{});
@@ -323,17 +328,17 @@ void pack_strip(const HiddenLayer<T, W>& layer, int64_t strip) {
 
 // grad_h[m] = dp[m] [V; U] + Σ_k a[m, k] ĝ_k in one strip of channels, for ROWS rows at a time.
 template <int ROWS, typename E, typename T, typename W>
-ERCN_INLINE void input_rows(const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient, int64_t& m,
-                            int64_t rows, int64_t strip, int64_t dp_row, const T* a,
-                            const T* const* grad_pooled, E* const* to) {
+ERCN_INLINE void input_rows(
+    const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient, int64_t& m, int64_t rows, int64_t strip,
+    int64_t dp_row, const T* a, const T* const* grad_pooled, E* const* to) {
   constexpr int64_t n = kStripChannels<T>, lanes = kLanes<T>;
   const int64_t d = strip * n, columns = layer.D - d < n ? layer.D - d : n, depth = layer.branches * layer.units;
   const T* weights = layer.strips + strip * depth * n;
   for (; m + ROWS <= rows; m += ROWS) {
     Vec<T> sum[ROWS][kVecs] = {};
     for (int64_t u = 0; u < depth; u += kDpUnits) {
-      tile_product<ROWS, kVecs>(dp_at(layer, gradient, 0, u, dp_row + m), kDpUnits, 1, weights + u * n, n, kDpUnits,
-                                sum);
+      tile_product<ROWS, kVecs>(
+          dp_at(layer, gradient, 0, u, dp_row + m), kDpUnits, 1, weights + u * n, n, kDpUnits, sum);
     }
     T stored[ROWS][n];
     ERCN_UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -359,8 +364,9 @@ ERCN_INLINE void input_rows(const HiddenLayer<T, W>& layer, const HiddenGradient
 }
 
 template <typename E, typename T, typename W>
-ERCN_INLINE void input_gradients(const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient,
-                                 const InstanceBlock& block, const T* a, const T* const* grad_pooled, E* const* to) {
+ERCN_INLINE void input_gradients(
+    const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient, const InstanceBlock& block, const T* a,
+    const T* const* grad_pooled, E* const* to) {
   const int64_t rows = block.rows, dp_row = block.first - gradient.first;
   for (int64_t strip = 0; strip < padded_channels<T>(layer.D) / kStripChannels<T>; ++strip) {
     int64_t m = 0;
@@ -371,16 +377,17 @@ ERCN_INLINE void input_gradients(const HiddenLayer<T, W>& layer, const HiddenGra
 }
 
 template <typename X, typename E, typename T, typename W>
-void backward(const Instances<E>& in, const HiddenLayer<T, W>& layer, const InstanceBlock& block,
-              const SoftmaxGradient<T>& softmax, const ScoreGradient<T>& grad_scores,
-              const HiddenGradient<E, T>& gradient, int64_t part, void* memory) {
+void backward(
+    const Instances<E>& in, const HiddenLayer<T, W>& layer, const InstanceBlock& block,
+    const SoftmaxGradient<T>& softmax, const ScoreGradient<T>& grad_scores, const HiddenGradient<E, T>& gradient,
+    int64_t part, void* memory) {
   const BlockScratch<X, T> scratch(in.D, in.K, layer.dropout, memory);
   const Matrix<X> x = operand(in, block.first, block.rows, scratch);
   T *ds = scratch.grad_scores, *parts = gradient.parts + part * ((2 + in.K) * layer.units + in.K);
   const T* grad_pooled[kMaxBlockRows];
   E* to[kMaxBlockRows];
-  score_gradients(in, block, softmax, grad_scores, gradient.grad_h, ds, parts + (2 + in.K) * layer.units, grad_pooled,
-                  to);
+  score_gradients(
+      in, block, softmax, grad_scores, gradient.grad_h, ds, parts + (2 + in.K) * layer.units, grad_pooled, to);
   if (layer.branches == 2) {
     hidden_gradients<true>(in, layer, block, x, ds, gradient, scratch.words, parts);
   } else {
@@ -392,13 +399,14 @@ void backward(const Instances<E>& in, const HiddenLayer<T, W>& layer, const Inst
 
 // Columns of a weight tile, and a row of it, which a cache line keeps from being a power of two.
 template <typename T>
-constexpr int64_t kTileColumns = kStripGroup* kStripChannels<T>;
+constexpr int64_t kTileColumns = kStripGroup * kStripChannels<T>;
 template <typename T>
 constexpr int64_t kTileRow = kTileColumns<T> + 64 / sizeof(T);
 
 template <typename E, typename T, typename W>
-void add_weight(const Instances<E>& in, const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient,
-                int64_t rows, const WeightTile& tile, T* grad, T* scratch) {
+void add_weight(
+    const Instances<E>& in, const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient, int64_t rows,
+    const WeightTile& tile, T* grad, T* scratch) {
   constexpr int64_t n = kStripChannels<T>, row = kTileRow<T>;
   const int64_t units = layer.units - tile.unit < kUnitGroup ? layer.units - tile.unit : kUnitGroup;
   const int64_t d = tile.strip * n, columns = in.D - d < kTileColumns<T> ? in.D - d : kTileColumns<T>;
@@ -412,8 +420,9 @@ void add_weight(const Instances<E>& in, const HiddenLayer<T, W>& layer, const Hi
     gather(in, gradient.first + r, depth, d, columns, h, row);
     for (int64_t c = 0; c < columns; c += n) {
       for (int64_t m = 0; m < units; m += kRows) {
-        tile_add_product<kRows, kVecs, Vec<T>>(dp_at(layer, gradient, tile.branch, tile.unit + m, r), 1, kDpUnits,
-                                               h + c, row, depth, sum + m * row + c, row);
+        tile_add_product<kRows, kVecs, Vec<T>>(
+            dp_at(layer, gradient, tile.branch, tile.unit + m, r), 1, kDpUnits, h + c, row, depth, sum + m * row + c,
+            row);
       }
     }
   }
@@ -426,19 +435,20 @@ void add_weight(const Instances<E>& in, const HiddenLayer<T, W>& layer, const Hi
 template <typename E, typename T, typename W>
 PoolKernel<E, T, W> pool_kernel() {
   using X = Operand<E, T, W>;
-  return {.lanes = kLanes<T>,
-          .strip = kStripChannels<T>,
-          .operand_bytes = sizeof(X),
-          .pack_panel = pack_panel<X, T, W>,
-          .pack_strip = pack_strip<T, W>,
-          .block_scratch = block_scratch<X, T>,
-          .forward = forward<X, E, T, W>,
-          .pool = pool<X, E, T>,
-          .dots = dots<X, E, T>,
-          .backward = backward<X, E, T, W>,
-          .pool_backward = pool_backward<E, T>,
-          .weight_scratch = (kUnitGroup + kSlice) * kTileRow<T>,
-          .add_weight = add_weight<E, T, W>};
+  return {
+      .lanes = kLanes<T>,
+      .strip = kStripChannels<T>,
+      .operand_bytes = sizeof(X),
+      .pack_panel = pack_panel<X, T, W>,
+      .pack_strip = pack_strip<T, W>,
+      .block_scratch = block_scratch<X, T>,
+      .forward = forward<X, E, T, W>,
+      .pool = pool<X, E, T>,
+      .dots = dots<X, E, T>,
+      .backward = backward<X, E, T, W>,
+      .pool_backward = pool_backward<E, T>,
+      .weight_scratch = (kUnitGroup + kSlice) * kTileRow<T>,
+      .add_weight = add_weight<E, T, W>};
 }
 
 }  // namespace ercn::ERCN_ISA

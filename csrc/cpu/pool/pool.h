@@ -6,11 +6,11 @@
 namespace ercn {
 
 constexpr int64_t kMaxBlockRows = 96;  // instances of a block: their scores, softmax and gradients are formed together
-constexpr int64_t kSlice = 128;        // instances of one term of a weight gradient's sum
-constexpr int64_t kUnitGroup = 256;    // hidden units times
-constexpr int64_t kStripGroup = 4;     // strips of channels: the part of a weight gradient that is summed in cache
-constexpr int64_t kDpUnits = 8;        // hidden units of dp side by side
-constexpr int64_t kDropUnits = 64;     // hidden units whose random bits are drawn together: four words of 16 counters
+constexpr int64_t kSlice = 128;  // instances of one term of a weight gradient's sum
+constexpr int64_t kUnitGroup = 256;  // hidden units times
+constexpr int64_t kStripGroup = 4;  // strips of channels: the part of a weight gradient that is summed in cache
+constexpr int64_t kDpUnits = 8;  // hidden units of dp side by side
+constexpr int64_t kDropUnits = 64;  // hidden units whose random bits are drawn together: four words of 16 counters
 
 // Row r, column c at at[r * row + c * col].
 template <typename E>
@@ -57,22 +57,22 @@ template <typename T, typename W>
 struct HiddenLayer {
   int64_t D, L, K;
   int64_t branches;  // 2, or 1 without U
-  int64_t units;     // L rounded up to whole panels; what pads it is 0
+  int64_t units;  // L rounded up to whole panels; what pads it is 0
   Activation activation;
   const Dropout* dropout;  // or null
-  Matrix<W> v, u;          // [L, D]
+  Matrix<W> v, u;  // [L, D]
 
   void* projections;  // [units · branches / (2 · lanes), D rounded up to even, 2, lanes]
-  T* strips;          // backward: [D rounded up / strip, branches · units, strip]
-  T* biases;          // [units · branches / (2 · lanes), 2, lanes]
-  T *w, *w_bias;      // [K, units], [K]
+  T* strips;  // backward: [D rounded up / strip, branches · units, strip]
+  T* biases;  // [units · branches / (2 · lanes), 2, lanes]
+  T *w, *w_bias;  // [K, units], [K]
 };
 
 // Of every segment and head, with e = exp(s - max).
 template <typename T>
 struct SoftmaxParts {
   T *max, *sum;  // [segments, K]
-  T* pooled;     // Σ e h [segments, K, D]; null where only scores or gradients are formed
+  T* pooled;  // Σ e h [segments, K, D]; null where only scores or gradients are formed
 };
 
 // The backward of pooled = Σ a h: ds = a (ĝ·h - Σ a (ĝ·h)).
@@ -81,8 +81,8 @@ struct SoftmaxGradient {
   T* grad_pooled;  // ĝ [bags, K, D rounded up to strips], or null: there is none
   SoftmaxParts<T> parts;
   T *part_dot, *scale;  // Σ e (ĝ·h), and what makes e to a: [segments, K]
-  T* bag_dot;           // Σ a (ĝ·h) [bags, K]
-  T* dots;              // ĝ·h [instances, K], or null where ds is not wanted
+  T* bag_dot;  // Σ a (ĝ·h) [bags, K]
+  T* dots;  // ĝ·h [instances, K], or null where ds is not wanted
   // e, then a, [instances, K]. The same numbers make bag_dot and the gradients, so that their errors cancel as the
   // gradients do.
   T* attention;
@@ -100,9 +100,9 @@ struct ScoreGradient {
 template <typename E, typename T>
 struct HiddenGradient {
   int64_t first;  // instance of the chunk
-  T* dp;          // [branches · units / 8, instances of a chunk, 8], dp_stride apart
+  T* dp;  // [branches · units / 8, instances of a chunk, 8], dp_stride apart
   int64_t dp_stride;
-  T* parts;   // of each block of the chunk: [2 + K, units] of v_bias, u_bias, w, then [K] of w_bias
+  T* parts;  // of each block of the chunk: [2 + K, units] of v_bias, u_bias, w, then [K] of w_bias
   E* grad_h;  // [B, N, D] contiguous, or null
 };
 
@@ -114,33 +114,39 @@ struct WeightTile {
 
 template <typename E, typename T, typename W>
 struct PoolKernel {
-  int64_t lanes;          // of a vector
-  int64_t strip;          // channels
+  int64_t lanes;  // of a vector
+  int64_t strip;  // channels
   int64_t operand_bytes;  // of an element of h and of the weights in the projections
 
   void (*pack_panel)(const HiddenLayer<T, W>& layer, int64_t panel);
   void (*pack_strip)(const HiddenLayer<T, W>& layer, int64_t strip);
   int64_t (*block_scratch)(int64_t D, int64_t K, bool dropout);  // bytes of `scratch` below
   // Scores of a block, and its parts unless parts.pooled is null.
-  void (*forward)(const Instances<E>& instances, const HiddenLayer<T, W>& layer, const InstanceBlock& block, T* scores,
-                  const SoftmaxParts<T>& parts, void* scratch);
+  void (*forward)(
+      const Instances<E>& instances, const HiddenLayer<T, W>& layer, const InstanceBlock& block, T* scores,
+      const SoftmaxParts<T>& parts, void* scratch);
   // Parts of a block from scores that are there already.
-  void (*pool)(const Instances<E>& instances, const InstanceBlock& block, const T* scores, const SoftmaxParts<T>& parts,
-               void* scratch);
+  void (*pool)(
+      const Instances<E>& instances, const InstanceBlock& block, const T* scores, const SoftmaxParts<T>& parts,
+      void* scratch);
   // softmax.attention and dots, and the parts of max, sum and dot, from scores.
-  void (*dots)(const Instances<E>& instances, const InstanceBlock& block, const T* scores,
-               const SoftmaxGradient<T>& softmax, void* scratch);
+  void (*dots)(
+      const Instances<E>& instances, const InstanceBlock& block, const T* scores, const SoftmaxGradient<T>& softmax,
+      void* scratch);
   // dp, grad_h and parts[`part`] of a block.
-  void (*backward)(const Instances<E>& instances, const HiddenLayer<T, W>& layer, const InstanceBlock& block,
-                   const SoftmaxGradient<T>& softmax, const ScoreGradient<T>& grad_scores,
-                   const HiddenGradient<E, T>& gradient, int64_t part, void* scratch);
+  void (*backward)(
+      const Instances<E>& instances, const HiddenLayer<T, W>& layer, const InstanceBlock& block,
+      const SoftmaxGradient<T>& softmax, const ScoreGradient<T>& grad_scores, const HiddenGradient<E, T>& gradient,
+      int64_t part, void* scratch);
   // The gradients of pool_by_scores, after dots: grad_h = aᵀ ĝ, and grad_scores in the layout of scores, or null.
-  void (*pool_backward)(const Instances<E>& instances, const InstanceBlock& block, const SoftmaxGradient<T>& softmax,
-                        T* grad_scores, E* grad_h);
+  void (*pool_backward)(
+      const Instances<E>& instances, const InstanceBlock& block, const SoftmaxGradient<T>& softmax, T* grad_scores,
+      E* grad_h);
   // grad[l, d] += Σ_i dp[i, l] h[i, d] over the chunk's `rows` instances. scratch: weight_scratch elements of T.
   int64_t weight_scratch;
-  void (*add_weight)(const Instances<E>& instances, const HiddenLayer<T, W>& layer,
-                     const HiddenGradient<E, T>& gradient, int64_t rows, const WeightTile& tile, T* grad, T* scratch);
+  void (*add_weight)(
+      const Instances<E>& instances, const HiddenLayer<T, W>& layer, const HiddenGradient<E, T>& gradient, int64_t rows,
+      const WeightTile& tile, T* grad, T* scratch);
 };
 
 }  // namespace ercn

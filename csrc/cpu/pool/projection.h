@@ -58,8 +58,8 @@ ERCN_INLINE void project(Matrix<uint16_t> x, const uint16_t* panel, int64_t dept
 
 // Calls use(m, sums) for every row m of the block with its two vectors of one panel, biases added.
 template <int ROWS, typename X, typename T, typename F>
-ERCN_INLINE void project_rows(Matrix<X> x, int64_t& m, int64_t rows, const X* panel, const T* bias, int64_t depth,
-                              const F& use) {
+ERCN_INLINE void project_rows(
+    Matrix<X> x, int64_t& m, int64_t rows, const X* panel, const T* bias, int64_t depth, const F& use) {
   for (; m + ROWS <= rows; m += ROWS) {
     Vec<T> sum[ROWS][2];
     ERCN_UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -67,9 +67,7 @@ ERCN_INLINE void project_rows(Matrix<X> x, int64_t& m, int64_t rows, const X* pa
     }
     project<ROWS>(Matrix<X>{x.at + m * x.row, x.row, 1}, panel, depth, sum);
     Vec<T> stored[ROWS][2];  // in memory, so that the loop below need not be unrolled
-    ERCN_UNROLL for (int r = 0; r < ROWS; ++r) {
-      ERCN_UNROLL for (int v = 0; v < 2; ++v) stored[r][v] = sum[r][v];
-    }
+    ERCN_UNROLL for (int r = 0; r < ROWS; ++r) { ERCN_UNROLL for (int v = 0; v < 2; ++v) stored[r][v] = sum[r][v]; }
 #pragma GCC unroll 1
     for (int r = 0; r < ROWS; ++r) use(m + r, stored[r]);
   }
@@ -112,8 +110,8 @@ ERCN_INLINE Wide multiply(Wide x, uint32_t factor) {
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011): random bits as a function of a counter and a key, the same on
 // every instruction set. Four words for each of the counters (first, second, third + lane, 0): those of even lanes and
 // those of odd lanes go side by side, so that no word changes its lane until the end.
-ERCN_INLINE void philox(uint32_t first, uint32_t second, uint32_t third, const uint64_t (&keys)[10][2],
-                        Words (&out)[4]) {
+ERCN_INLINE void philox(
+    uint32_t first, uint32_t second, uint32_t third, const uint64_t (&keys)[10][2], Words (&out)[4]) {
   Wide even[4] = {Wide{} + first, Wide{} + second, Wide{} + third, {}}, odd[4];
   for (int i = 0; i < kWords / 2; ++i) even[2][i] += 2 * i;
   ERCN_UNROLL for (int j = 0; j < 4; ++j) odd[j] = even[j];
@@ -130,8 +128,8 @@ ERCN_INLINE void philox(uint32_t first, uint32_t second, uint32_t third, const u
 
 // Random bits of kDropUnits hidden units from `unit` on, for `rows` instances.
 template <typename E>
-__attribute__((noinline)) void draw(const Instances<E>& in, const Dropout& dropout, int64_t first, int64_t rows,
-                                    int64_t unit, uint32_t* words) {
+__attribute__((noinline)) void draw(
+    const Instances<E>& in, const Dropout& dropout, int64_t first, int64_t rows, int64_t unit, uint32_t* words) {
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t i = instance(in, first + m);
     ERCN_UNROLL for (int part = 0; part < 16; part += kWords) {

@@ -11,7 +11,7 @@ namespace ercn::ERCN_ISA {
 template <typename T>
 constexpr int64_t kLanes = kVecBytes / sizeof(T);
 template <typename T>
-constexpr int64_t kStripChannels = kVecs* kLanes<T>;
+constexpr int64_t kStripChannels = kVecs * kLanes<T>;
 
 // The element of h and the weights in the projections: bfloat16 where both hold it and the instruction set multiplies
 // it, otherwise T.
@@ -152,8 +152,8 @@ ERCN_INLINE int64_t run_length(const Instances<E>& in, int64_t r, int64_t limit)
 
 // Channels [d, d + columns) of instances [r, r + rows).
 template <typename E, typename To>
-ERCN_INLINE void gather(const Instances<E>& in, int64_t r, int64_t rows, int64_t d, int64_t columns, To* to,
-                        int64_t to_row) {
+ERCN_INLINE void gather(
+    const Instances<E>& in, int64_t r, int64_t rows, int64_t d, int64_t columns, To* to, int64_t to_row) {
   for (int64_t n = 0; n < rows;) {
     const int64_t run = run_length(in, r + n, rows - n);
     const E* from = row_of(in, instance(in, r + n)) + d * in.stride_d;

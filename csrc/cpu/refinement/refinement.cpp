@@ -164,16 +164,25 @@ int64_t reach_of(const std::vector<Offset>& offsets) {
 
 // Runs the steps; weights(y, worker) gives the weights of a row. The result is in `map`.
 template <typename T, typename F>
-void propagate(const RefinementKernel<T>& kernel, const std::vector<Offset>& offsets, Map<T>& map, Map<T>& other,
-               int64_t steps, const F& weights) {
+void propagate(
+    const RefinementKernel<T>& kernel, const std::vector<Offset>& offsets, Map<T>& map, Map<T>& other, int64_t steps,
+    const F& weights) {
   const int64_t blocks = round_up(map.width, kernel.block) / kernel.block, slots = offsets.size();
   for (int64_t step = 0; step < steps; ++step) {
     for_each_row(map.height, slots * map.channels * map.width, [&](int64_t y, int64_t worker) {
       const std::vector<Tap> taps = taps_of_row(offsets, y, map.height, map.row, map.border);
-      kernel.sums({.weights = weights(y, worker), .blocks = blocks, .slots = slots,
-                   .taps = taps.data(), .count = int64_t(taps.size()),
-                   .map = map.at(0), .map_plane = map.plane,
-                   .out = other.at(y), .out_plane = other.plane, .channels = map.channels, .add = false});
+      kernel.sums(
+          {.weights = weights(y, worker),
+           .blocks = blocks,
+           .slots = slots,
+           .taps = taps.data(),
+           .count = int64_t(taps.size()),
+           .map = map.at(0),
+           .map_plane = map.plane,
+           .out = other.at(y),
+           .out_plane = other.plane,
+           .channels = map.channels,
+           .add = false});
       other.close(y);
     });
     std::swap(map, other);
@@ -189,8 +198,9 @@ class Adaptive {
         offsets_(ring_offsets(dilations, std::max(image.size(2), image.size(3)))),
         own_(par ? 0 : dilations.size()),
         position_(par ? position(dilations) : std::vector<T>()),
-        picture_(workspace, image.size(1), image.size(2), image.size(3), reach_of(offsets_),
-                 round_up(image.size(3), block) + reach_of(offsets_), Border::repeated) {}
+        picture_(
+            workspace, image.size(1), image.size(2), image.size(3), reach_of(offsets_),
+            round_up(image.size(3), block) + reach_of(offsets_), Border::repeated) {}
 
   // Reads image b of the constructor's tensor.
   void load(const Tensor& image, int64_t b) const { load_map(image, b, picture_); }
@@ -202,9 +212,15 @@ class Adaptive {
     std::vector<Tap> taps = taps_of_row(offsets_, y, picture_.height, picture_.row, Border::repeated);
     for (Tap& tap : taps) tap.offset -= y * picture_.row;
     for (int64_t x = 0; x < picture_.width; x += kernel_.block, to += taps.size() * kernel_.block) {
-      kernel_.weights({.image = picture_.at(y) + x, .plane = picture_.plane, .channels = picture_.channels,
-                       .taps = taps.data(), .count = int64_t(taps.size()), .own = own_,
-                       .position = position_.empty() ? nullptr : position_.data(), .weights = to});
+      kernel_.weights(
+          {.image = picture_.at(y) + x,
+           .plane = picture_.plane,
+           .channels = picture_.channels,
+           .taps = taps.data(),
+           .count = int64_t(taps.size()),
+           .own = own_,
+           .position = position_.empty() ? nullptr : position_.data(),
+           .weights = to});
     }
   }
 
@@ -240,8 +256,9 @@ T* image_of(const Tensor& out, int64_t b) {  // out is contiguous
 }
 
 template <typename T>
-Tensor refine(const Tensor& cam, const Tensor& image, const std::vector<int64_t>& dilations, int64_t steps, bool par,
-              int64_t stored_bytes) {
+Tensor refine(
+    const Tensor& cam, const Tensor& image, const std::vector<int64_t>& dilations, int64_t steps, bool par,
+    int64_t stored_bytes) {
   const int64_t B = cam.size(0), C = cam.size(1), H = cam.size(2), W = cam.size(3);
   const Tensor out = torch::stable::new_empty(cam, {B, C, H, W});
   const RefinementKernel<T>& kernel = kernel_of<T>();
@@ -275,9 +292,9 @@ Tensor refine(const Tensor& cam, const Tensor& image, const std::vector<int64_t>
 // Stores the weights where the adjoint reads them: target i uses w_p[i - o_p], 0 where that is no pixel. `own` holds
 // the weights of a row as the forward uses them, `line` one slot of them between zeros.
 template <typename T>
-void make_adjoint_weights(const Adaptive<T>& adaptive, const std::vector<Offset>& back, int64_t H, int64_t W,
-                          int64_t work_of_a_row, const WorkerScratch<T>& own, const WorkerScratch<T>& line,
-                          const Weights<T>& weights) {
+void make_adjoint_weights(
+    const Adaptive<T>& adaptive, const std::vector<Offset>& back, int64_t H, int64_t W, int64_t work_of_a_row,
+    const WorkerScratch<T>& own, const WorkerScratch<T>& line, const Weights<T>& weights) {
   const int64_t reach = reach_of(back), block = weights.block;
   for_each_row(H, work_of_a_row, [&](int64_t y, int64_t worker) {
     T *const from = own.of(worker), *const pixels = line.of(worker) + 2 * reach;
@@ -296,17 +313,26 @@ void make_adjoint_weights(const Adaptive<T>& adaptive, const std::vector<Offset>
 // One step of the adjoint for row y, from `map` to `other`. Beyond the border the forward reads the edge: the adjoint
 // runs on the picture with a margin of zeros, and adds its sums in the margin to the edge.
 template <typename T>
-void adjoint_row(const RefinementKernel<T>& kernel, const std::vector<Offset>& back, const Weights<T>& weights,
-                 int64_t y, const Map<T>& map, const Map<T>& other, T* sums) {
+void adjoint_row(
+    const RefinementKernel<T>& kernel, const std::vector<Offset>& back, const Weights<T>& weights, int64_t y,
+    const Map<T>& map, const Map<T>& other, T* sums) {
   const int64_t C = map.channels, H = map.height, W = map.width, reach = reach_of(back);
   const int64_t stride = weights.blocks * kernel.block;
   std::fill_n(sums, C * stride, T(0));
   for (int64_t row = y ? y : -reach; row <= (y < H - 1 ? y : H - 1 + reach); ++row) {
     const std::vector<Tap> taps = taps_of_row(back, row, H, map.row, Border::zero);
-    kernel.sums({.weights = weights.at(row + reach), .blocks = weights.blocks, .slots = weights.slots,
-                 .taps = taps.data(), .count = int64_t(taps.size()),
-                 .map = map.at(0) - reach, .map_plane = map.plane,
-                 .out = sums, .out_plane = stride, .channels = C, .add = true});
+    kernel.sums(
+        {.weights = weights.at(row + reach),
+         .blocks = weights.blocks,
+         .slots = weights.slots,
+         .taps = taps.data(),
+         .count = int64_t(taps.size()),
+         .map = map.at(0) - reach,
+         .map_plane = map.plane,
+         .out = sums,
+         .out_plane = stride,
+         .channels = C,
+         .add = true});
   }
   for (int64_t c = 0; c < C; ++c) {
     const T* const from = sums + c * stride;
@@ -321,8 +347,8 @@ void adjoint_row(const RefinementKernel<T>& kernel, const std::vector<Offset>& b
 }
 
 template <typename T>
-Tensor refine_backward(const Tensor& grad_out, const Tensor& image, const std::vector<int64_t>& dilations,
-                       int64_t steps, bool par) {
+Tensor refine_backward(
+    const Tensor& grad_out, const Tensor& image, const std::vector<int64_t>& dilations, int64_t steps, bool par) {
   const int64_t B = grad_out.size(0), C = grad_out.size(1), H = grad_out.size(2), W = grad_out.size(3);
   const Tensor grad = torch::stable::new_empty(grad_out, {B, C, H, W});
   const RefinementKernel<T>& kernel = kernel_of<T>();
@@ -393,35 +419,39 @@ Tensor walk(const Tensor& value, const Tensor& weights, int64_t radius, int64_t 
 void check(const Tensor& map, const char* name, const Tensor& guide, const char* guide_name, int64_t steps) {
   STD_TORCH_CHECK(map.dim() == 4 && guide.dim() == 4, name, " and ", guide_name, " must have 4 dimensions");
   for (const int dim : {0, 2, 3}) {
-    STD_TORCH_CHECK(map.size(dim) == guide.size(dim) && map.size(dim) > 0, name, " and ", guide_name,
-                    " must have the same B, H and W, none of them 0");
+    STD_TORCH_CHECK(
+        map.size(dim) == guide.size(dim) && map.size(dim) > 0, name, " and ", guide_name,
+        " must have the same B, H and W, none of them 0");
   }
   STD_TORCH_CHECK(map.size(1) > 0 && guide.size(1) > 0, name, " and ", guide_name, " must have channels");
   STD_TORCH_CHECK(map.is_cpu() && guide.is_cpu(), name, " and ", guide_name, " must be on the CPU");
-  STD_TORCH_CHECK(map.scalar_type() == guide.scalar_type() &&
-                      (map.scalar_type() == ScalarType::Float || map.scalar_type() == ScalarType::Double),
-                  name, " and ", guide_name, " must both be float32 or both float64");
+  STD_TORCH_CHECK(
+      map.scalar_type() == guide.scalar_type() &&
+          (map.scalar_type() == ScalarType::Float || map.scalar_type() == ScalarType::Double),
+      name, " and ", guide_name, " must both be float32 or both float64");
   STD_TORCH_CHECK(steps >= 0, "steps must be at least 0");
 }
 
 // Whether the form is par.
 bool check_form(const std::vector<int64_t>& dilations, const std::string& form) {
-  STD_TORCH_CHECK(!dilations.empty() && *std::min_element(dilations.begin(), dilations.end()) > 0,
-                  "dilations must be at least one distance of 1 or more");
+  STD_TORCH_CHECK(
+      !dilations.empty() && *std::min_element(dilations.begin(), dilations.end()) > 0,
+      "dilations must be at least one distance of 1 or more");
   STD_TORCH_CHECK(form == "pamr" || form == "par", "form must be pamr or par");
   return form == "par";
 }
 
-Tensor pixel_adaptive_refinement_cpu(const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations,
-                                     int64_t steps, std::string form, int64_t stored_bytes) {
+Tensor pixel_adaptive_refinement_cpu(
+    const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations, int64_t steps, std::string form,
+    int64_t stored_bytes) {
   check(cam, "cam", image, "image", steps);
   const bool par = check_form(dilations, form);
   return cam.scalar_type() == ScalarType::Double ? refine<double>(cam, image, dilations, steps, par, stored_bytes)
                                                  : refine<float>(cam, image, dilations, steps, par, stored_bytes);
 }
 
-Tensor pixel_adaptive_refinement_backward_cpu(const Tensor& grad_out, const Tensor& image,
-                                              std::vector<int64_t> dilations, int64_t steps, std::string form) {
+Tensor pixel_adaptive_refinement_backward_cpu(
+    const Tensor& grad_out, const Tensor& image, std::vector<int64_t> dilations, int64_t steps, std::string form) {
   check(grad_out, "grad_out", image, "image", steps);
   const bool par = check_form(dilations, form);
   return grad_out.scalar_type() == ScalarType::Double ? refine_backward<double>(grad_out, image, dilations, steps, par)
@@ -439,21 +469,23 @@ Tensor random_walk_cpu(const Tensor& value, const Tensor& weights, int64_t radiu
 // two fifths longer at 1024² pixels and 5 channels.
 constexpr int64_t kStoredBytes = int64_t{64} << 20;
 
-Tensor pixel_adaptive_refinement(const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations, int64_t steps,
-                                 std::string form, const std::string& backend) {
+Tensor pixel_adaptive_refinement(
+    const Tensor& cam, const Tensor& image, std::vector<int64_t> dilations, int64_t steps, std::string form,
+    const std::string& backend) {
   check_backend(backend, "cpu");
   const ScalarType sums = type_of_sums(cam, image);
-  const Tensor out = pixel_adaptive_refinement_cpu(converted(cam, sums), converted(image, sums), std::move(dilations),
-                                                   steps, std::move(form), kStoredBytes);
+  const Tensor out = pixel_adaptive_refinement_cpu(
+      converted(cam, sums), converted(image, sums), std::move(dilations), steps, std::move(form), kStoredBytes);
   return converted(out, cam.scalar_type());
 }
 
-Tensor pixel_adaptive_refinement_backward(const Tensor& grad_out, const Tensor& image, std::vector<int64_t> dilations,
-                                          int64_t steps, std::string form, const std::string& backend) {
+Tensor pixel_adaptive_refinement_backward(
+    const Tensor& grad_out, const Tensor& image, std::vector<int64_t> dilations, int64_t steps, std::string form,
+    const std::string& backend) {
   check_backend(backend, "cpu");
   const ScalarType sums = type_of_sums(grad_out, image);
-  const Tensor grad = pixel_adaptive_refinement_backward_cpu(converted(grad_out, sums), converted(image, sums),
-                                                             std::move(dilations), steps, std::move(form));
+  const Tensor grad = pixel_adaptive_refinement_backward_cpu(
+      converted(grad_out, sums), converted(image, sums), std::move(dilations), steps, std::move(form));
   return converted(grad, grad_out.scalar_type());
 }
 

@@ -25,8 +25,7 @@ void check(const Tensor& tensor, const char* name, const Tensor& feat) {
       tensor.dim() == 3 && tensor.size(0) == feat.size(0) && tensor.size(2) == feat.size(2), name,
       " must be [B, C, N] with feat's B and N");
   STD_TORCH_CHECK(on_device(tensor) && on_device(feat), name, " and feat must be on a GPU");
-  STD_TORCH_CHECK(
-      tensor.get_device_index() == feat.get_device_index(), name, " and feat must be on the same GPU");
+  STD_TORCH_CHECK(tensor.get_device_index() == feat.get_device_index(), name, " and feat must be on the same GPU");
   STD_TORCH_CHECK(
       is_supported(tensor.scalar_type()) && is_supported(feat.scalar_type()), name,
       " and feat must be float32, bfloat16 or float16");

@@ -45,8 +45,7 @@ template <int N>
 using Shape = cute::Shape<cute::_64, cute::Int<N>, cute::_16>;
 
 template <typename Atom, size_t... I>
-ERCN_DEVICE void multiply(
-    float (&d)[sizeof...(I)], Operand a, Operand b, bool accumulate, std::index_sequence<I...>) {
+ERCN_DEVICE void multiply(float (&d)[sizeof...(I)], Operand a, Operand b, bool accumulate, std::index_sequence<I...>) {
   Atom::fma(a, b, d[I]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 template <typename Atom, size_t... I>

@@ -107,9 +107,13 @@ struct Outputs {
   const Call& call;
   const bool exists[7];
   const int64_t needs, L = call.p.L, D = call.p.D, K = call.p.K;
-  const std::array<Tensor, 7> tensors{
-      call.empty_grad_h(wanted(kH)), make(kVWeight, {L, D}), make(kVBias, {L}), make(kUWeight, {L, D}),
-      make(kUBias, {L}), make(kWWeight, {K, L}), make(kWBias, {K})};
+  const std::array<Tensor, 7> tensors{call.empty_grad_h(wanted(kH)),
+                                      make(kVWeight, {L, D}),
+                                      make(kVBias, {L}),
+                                      make(kUWeight, {L, D}),
+                                      make(kUBias, {L}),
+                                      make(kWWeight, {K, L}),
+                                      make(kWBias, {K})};
 
   Outputs(const Call& call, const Inputs& in, int64_t needs)
       : call(call),
@@ -242,7 +246,11 @@ std::tuple<Tensor, Tensor> pool_by_scores_backward(
   const ScoreGradient gradient(call, *kernels, grad_pooled, std::nullopt, given);
   if (need_h) {
     kernels->row_gradient(
-        {call.p, {nullptr, nullptr, 0, call.slots}, gradient.bits(), gradient.attention_data(), gradient.grad_data(),
+        {call.p,
+         {nullptr, nullptr, 0, call.slots},
+         gradient.bits(),
+         gradient.attention_data(),
+         gradient.grad_data(),
          grad_h.mutable_data_ptr()});
   }
   return {need_scores ? gradient.ds : nothing, grad_h};

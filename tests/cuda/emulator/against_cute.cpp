@@ -78,7 +78,7 @@ void operand(const char* what, unsigned char* shared) {
     for (int mn = 0; mn < kMN; ++mn) {
       for (int k = 0; k < kStep; ++k) {
         const int64_t unit = kMajor == Major::kK ? detail::place_operand(descriptor, kMajor, mn, k / kVector)
-                                                  : detail::place_operand(descriptor, kMajor, mn / kVector, k);
+                                                 : detail::place_operand(descriptor, kMajor, mn / kVector, k);
         const int64_t ours = unit + (kMajor == Major::kK ? k : mn) % kVector * sizeof(Element);
         const int64_t theirs = static_cast<int64_t>(layout(mn, step * kStep + k)) * sizeof(Element);
         expect(ours == theirs, std::string(what) + ": element " + std::to_string(mn) + ", " + std::to_string(k));

@@ -257,8 +257,9 @@ void meet(const char* instruction, void* argument, const std::function<void(void
     meeting.instruction = instruction;
     meeting.arguments.assign(kWarp, nullptr);
   } else if (std::strcmp(meeting.instruction, instruction) != 0) {
-    fail(std::string(instruction) + " by lane " + std::to_string(lane) + " of a warp whose other lanes are in " +
-         meeting.instruction);
+    fail(
+        std::string(instruction) + " by lane " + std::to_string(lane) + " of a warp whose other lanes are in " +
+        meeting.instruction);
   }
   meeting.arguments[lane] = argument;
   meeting.threads.push_back(&self);
@@ -328,12 +329,14 @@ void transfer(unsigned char* to, int bytes, Mbarrier& barrier, const std::functi
 unsigned char* in_shared(const void* pointer, int bytes, int alignment, const char* instruction) {
   const ptrdiff_t offset = static_cast<const unsigned char*>(pointer) - block().shared;
   if (offset < 0 || offset + bytes > block().shared_bytes) {
-    fail(std::string(instruction) + ": " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
-         " of shared memory, which has " + std::to_string(block().shared_bytes));
+    fail(
+        std::string(instruction) + ": " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
+        " of shared memory, which has " + std::to_string(block().shared_bytes));
   }
   if (offset % alignment != 0) {
-    fail(std::string(instruction) + ": offset " + std::to_string(offset) + " of shared memory is not a multiple of " +
-         std::to_string(alignment));
+    fail(
+        std::string(instruction) + ": offset " + std::to_string(offset) + " of shared memory is not a multiple of " +
+        std::to_string(alignment));
   }
   return block().shared + offset;
 }
@@ -355,8 +358,8 @@ void run(Coordinates grid, int threads, int shared_bytes, const std::function<vo
   state.stacks = static_cast<unsigned char*>(
       mmap(nullptr, kStack * threads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (state.stacks == MAP_FAILED) throw std::bad_alloc();
-  const std::unique_ptr<unsigned char, Free> shared(static_cast<unsigned char*>(
-      ::operator new(std::max(shared_bytes, 1), std::align_val_t(kAlignment))));
+  const std::unique_ptr<unsigned char, Free> shared(
+      static_cast<unsigned char*>(::operator new(std::max(shared_bytes, 1), std::align_val_t(kAlignment))));
   machine = &state;
   std::exception_ptr failure;
   try {

@@ -116,8 +116,9 @@ const char* misaligned(const float* from) {
   return probe(32, 1024, [=](unsigned char* shared) { cp_async(shared, from + 1 + 4 * lane_index()); });
 }
 const char* shared_starts_as_nan(float* to) {
-  return probe(
-      32, 128, [=](unsigned char* shared) { to[lane_index()] = reinterpret_cast<float*>(shared)[lane_index()]; });
+  return probe(32, 128, [=](unsigned char* shared) {
+    to[lane_index()] = reinterpret_cast<float*>(shared)[lane_index()];
+  });
 }
 // For AddressSanitizer, which ends the process: one float beyond `to`, or beyond shared memory.
 const char* write_beyond(float* to, bool in_shared) {

@@ -22,7 +22,10 @@ extern "C" const char* affinity_triangle(
       tensor_map<ercn::arch::bf16>(Features{feat, 64 * int64_t{pixels}, 64, 1, pixels, 64}, kTileSide),
       tensor_map<ercn::arch::bf16>(Rows{terms, 1, Kernel::kTerms, pixels}, Kernel::kTerms),
       {1, pixels / kTileSide, 0, ercn::arch::divide_up(pixels, kBlockM), kBlockM / kTileSide, 1},
-      direct, mirrored, mirrored_width(pixels, kBlockM, 0), channels};
+      direct,
+      mirrored,
+      mirrored_width(pixels, kBlockM, 0),
+      channels};
   return probe(Kernel::kThreads, Kernel::Tiles::kShared, [=](unsigned char* shared) { Kernel::run(params, shared); });
 }
 #pragma GCC visibility pop

@@ -157,8 +157,9 @@ const char* set_seed(uint64_t seed) {
 const char* wgmma_bf16(
     int n, bool a_mn, bool b_mn, bool registers, const bf16* a, const bf16* b, float* d, int without) {
   constexpr Major kK = Major::kK, kMN = Major::kMN;
-  const auto run = a_mn ? b_mn ? &multiply_bf16<kMN, kMN> : &multiply_bf16<kMN, kK>
-                        : b_mn ? &multiply_bf16<kK, kMN> : &multiply_bf16<kK, kK>;
+  const auto run = a_mn   ? b_mn ? &multiply_bf16<kMN, kMN> : &multiply_bf16<kMN, kK>
+                   : b_mn ? &multiply_bf16<kK, kMN>
+                          : &multiply_bf16<kK, kK>;
   return run(n, registers, a, b, d, without);
 }
 const char* wgmma_fp16(const fp16* a, const fp16* b, float* d) {
@@ -189,9 +190,8 @@ const char* box(const fp16* x, int columns, int rows, int depth, int c0, int c1,
 
 // What the driver says of a map of 2-byte elements.
 const char* encode(int64_t address, int64_t columns, int64_t stride, int box) {
-  return failure_of([=] {
-    make_tensor_map<fp16, 2>(reinterpret_cast<const void*>(address), {columns, 4}, {stride}, {box, 4});
-  });
+  return failure_of(
+      [=] { make_tensor_map<fp16, 2>(reinterpret_cast<const void*>(address), {columns, 4}, {stride}, {box, 4}); });
 }
 
 // ldmatrix of what stmatrix stored.

@@ -15,9 +15,7 @@ void combine_splits(const Tensor& parts, int64_t splits, const Tensor& out, cons
 
 }  // namespace
 
-Map map_of(const Tensor& x) {
-  return {x.const_data_ptr(), type_of(x), x.stride(0), x.stride(1), x.stride(2)};
-}
+Map map_of(const Tensor& x) { return {x.const_data_ptr(), type_of(x), x.stride(0), x.stride(1), x.stride(2)}; }
 
 Tensor pack_features(const Tensor& feat, const Sizes& sizes, bool exact, const arch::Stream& stream) {
   const Tensor packed = empty(feat, {sizes.batch, sizes.padded, sizes.slabs, kRowBytes}, ScalarType::Byte);
@@ -71,9 +69,8 @@ std::tuple<Tensor, Tensor> backward(
   const arch::Stream stream(feat);
   const int most = most_backward_slabs(stream.shared_limit());
   STD_TORCH_CHECK(
-      sizes.slabs <= most, "the backward takes at most ",
-      most * slab_channels(static_cast<int>(feat.element_size())), " features of this dtype on this device; got ",
-      sizes.dim);
+      sizes.slabs <= most, "the backward takes at most ", most * slab_channels(static_cast<int>(feat.element_size())),
+      " features of this dtype on this device; got ", sizes.dim);
   const MapForm form = needs_terms(feat, exact) ? MapForm::fp32 : MapForm::tf32;
   const Tensor packed = pack_features(feat, sizes, exact, stream);
   const Tensor packed_value = pack_map(value, form, sizes, stream);
@@ -93,9 +90,14 @@ std::tuple<Tensor, Tensor> backward(
     sums_value = empty(value, {splits.count, sizes.batch, sizes.channels, sizes.pixels}, ScalarType::Float);
   }
   const BackwardParams params{
-      data<unsigned char>(packed), data<float>(packed_value), data<float>(packed_grad),
-      need_value ? mutable_data<float>(sums_value) : nullptr, one_feat_part ? nullptr : mutable_data<float>(sums_feat),
-      grad_feat.mutable_data_ptr(), sizes, splits};
+      data<unsigned char>(packed),
+      data<float>(packed_value),
+      data<float>(packed_grad),
+      need_value ? mutable_data<float>(sums_value) : nullptr,
+      one_feat_part ? nullptr : mutable_data<float>(sums_feat),
+      grad_feat.mutable_data_ptr(),
+      sizes,
+      splits};
   backward(params, type_of(feat), exact, stream);
   if (!one_feat_part) combine_splits(sums_feat, feat_parts, grad_feat, stream);
   if (need_value && !value_in_place) combine_splits(sums_value, splits.count, grad_value, stream);

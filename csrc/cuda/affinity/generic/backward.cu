@@ -256,9 +256,8 @@ void run(const BackwardParams& params, const arch::Stream& stream) {
   if constexpr (sizeof...(MORE) > 0) {
     if (sizes.slabs > SLABS) return run<Precision, MORE...>(params, stream);
   }
-  const int64_t blocks = arch::divide_up<int64_t>(sizes.pixels, kBackwardBlockM) *
-                         arch::divide_up(sizes.slabs, SLABS) * (sizes.padded_channels / kBlockC) * sizes.batch *
-                         params.splits.count;
+  const int64_t blocks = arch::divide_up<int64_t>(sizes.pixels, kBackwardBlockM) * arch::divide_up(sizes.slabs, SLABS) *
+                         (sizes.padded_channels / kBlockC) * sizes.batch * params.splits.count;
   arch::launch<Backward<Precision, SLABS>>(params, {grid_size(blocks)}, backward_shared(sizes.slabs), stream);
 }
 

@@ -43,8 +43,7 @@ void pack_features(const Map& feat, bool round, unsigned char* packed, const Siz
 void pack_map(const Map& map, MapForm form, void* packed, const Sizes& sizes, const arch::Stream& stream);
 
 // out[i] = Σ_s parts[s · count + i]
-void combine_splits(
-    const float* parts, int splits, void* out, Float type, int64_t count, const arch::Stream& stream);
+void combine_splits(const float* parts, int splits, void* out, Float type, int64_t count, const arch::Stream& stream);
 
 struct ForwardParams {
   const unsigned char* feat;   // [B, padded pixels, slabs, 128 bytes]

@@ -175,8 +175,15 @@ template <typename Element, bool ROUND>
 void launch_pack(const Map& feat, unsigned char* packed, const Sizes& sizes, const arch::Stream& stream) {
   using Kernel = PackFeatures<Element, ROUND>;
   const typename Kernel::Params params{
-      static_cast<const Element*>(feat.data), packed, feat.stride_b, feat.stride_c, feat.stride_n, sizes.pixels,
-      sizes.padded, sizes.dim, sizes.slabs};
+      static_cast<const Element*>(feat.data),
+      packed,
+      feat.stride_b,
+      feat.stride_c,
+      feat.stride_n,
+      sizes.pixels,
+      sizes.padded,
+      sizes.dim,
+      sizes.slabs};
   const int64_t blocks = sizes.padded / Kernel::kPixels * sizes.slabs * sizes.batch;
   arch::launch<Kernel>(params, {grid_size(blocks)}, Kernel::kShared, stream);
 }
@@ -184,8 +191,7 @@ void launch_pack(const Map& feat, unsigned char* packed, const Sizes& sizes, con
 template <MapForm FORM>
 void launch_pack_map(const Map& map, void* packed, const Sizes& sizes, const arch::Stream& stream) {
   using Kernel = PackMap<FORM>;
-  const typename Kernel::Params params{
-      map, packed, sizes.pixels, sizes.padded, sizes.channels, sizes.padded_channels};
+  const typename Kernel::Params params{map, packed, sizes.pixels, sizes.padded, sizes.channels, sizes.padded_channels};
   const int64_t runs = arch::divide_up<int64_t>(sizes.padded, Kernel::kThreads * Kernel::kPixels);
   arch::launch<Kernel>(params, {grid_size(runs * sizes.padded_channels * sizes.batch)}, 0, stream);
 }
@@ -205,8 +211,7 @@ void pack_map(const Map& map, MapForm form, void* packed, const Sizes& sizes, co
   }
 }
 
-void combine_splits(
-    const float* parts, int splits, void* out, Float type, int64_t count, const arch::Stream& stream) {
+void combine_splits(const float* parts, int splits, void* out, Float type, int64_t count, const arch::Stream& stream) {
   with_element(type, [&](auto element) {
     using Element = decltype(element);
     using Kernel = CombineSplits<Element>;

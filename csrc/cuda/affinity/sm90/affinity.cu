@@ -93,8 +93,8 @@ void write_terms(
     std::initializer_list<WriteTerms::Job> jobs, const int* exponents, const Sizes& sizes, int channel,
     const arch::Stream& stream) {
   const int end = std::min(sizes.channels, channel + sizes.block_channels());
-  WriteTerms::Params params{{}, exponents, sizes.batch, end, channel, sizes.padded(), sizes.channels, sizes.pixels,
-                            sizes.padded_pixels()};
+  WriteTerms::Params params{
+      {}, exponents, sizes.batch, end, channel, sizes.padded(), sizes.channels, sizes.pixels, sizes.padded_pixels()};
   std::copy(jobs.begin(), jobs.end(), params.jobs);
   const int64_t blocks = divide_up<int64_t>(sizes.padded_pixels(), WriteTerms::kPixelsOfBlock);
   const int maps = static_cast<int>(jobs.size()) * sizes.batch;
@@ -121,8 +121,7 @@ void combine(
 }
 
 template <typename Element>
-void forward_into(
-    const Tensor& out, const Tensor& value, const Tensor& feat, bool triangle, int64_t mirrored_bytes) {
+void forward_into(const Tensor& out, const Tensor& value, const Tensor& feat, bool triangle, int64_t mirrored_bytes) {
   const Sizes sizes(value, feat);
   const arch::Stream stream(feat);
   const PixelMajor pixels(value, feat, sizes, stream);

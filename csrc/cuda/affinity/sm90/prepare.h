@@ -47,7 +47,9 @@ struct Exponents {
     if (arch::thread_index() != 0) return;
     for (int warp = 0; warp < kThreads / 32; ++warp) largest = per_warp[warp] > largest ? per_warp[warp] : largest;
     p.exponents[(static_cast<int64_t>(map) * p.batch + b) * p.channels + c] =
-        largest == 0 ? kLeastExponent : largest >> 23 == 254 ? 127 : static_cast<int>(largest >> 23) - 126;
+        largest == 0           ? kLeastExponent
+        : largest >> 23 == 254 ? 127
+                               : static_cast<int>(largest >> 23) - 126;
   }
 };
 

@@ -146,7 +146,9 @@ struct PoolWeightGradient {
     const int split = arch::block_index().x / p.tiling.tiles;
     const Range slots = split_range(p.dp.last_slot - p.dp.first_slot, p.tiling.splits, split);
     return {
-        p.tiling.first_unit + block / across * kConsumers * kDepth, block % across * kGemmColumns, split,
+        p.tiling.first_unit + block / across * kConsumers * kDepth,
+        block % across * kGemmColumns,
+        split,
         {p.dp.first_slot + slots.begin, p.dp.first_slot + slots.end}};
   }
 

@@ -81,7 +81,8 @@ std::string sm90_obstacle(const Inputs& in) {
   const int64_t D = h.size(h.dim() - 1), N = h.size(h.dim() - 2), L = in.v_weight.size(0), K = in.w_weight.size(0);
   if (D % kDepth != 0 || L % kDepth != 0 || D == 0 || D > kMaxSlabs * kDepth || L == 0 || K < 1 || K > kMaxHeads) {
     return "the Hopper kernels of the pool take D up to 3072 and L that are multiples of 64, and at most 8 heads; "
-           "got D = " + std::to_string(D) + ", L = " + std::to_string(L) + ", K = " + std::to_string(K);
+           "got D = " +
+           std::to_string(D) + ", L = " + std::to_string(L) + ", K = " + std::to_string(K);
   }
   if (h.numel() / D > std::numeric_limits<int32_t>::max()) {
     return "the Hopper kernels of the pool take at most 2^31 - 1 instances";

@@ -40,8 +40,8 @@ class Change:
 def changes(before: dict[str, Any], after: dict[str, Any], metric: str, threshold: float) -> list[Change]:
     """The change of each row of both runs. The limit is the threshold or, where larger, 1 + twice the noise of both.
 
-    Noise is half of (p80 − p20) / median of each value, added in squares. A row that lost its time is
-    "lost".
+    Noise is half of (p80 − p20) / median of each value, added in squares. Verdict "lost": the row had a time before and
+    has none after.
     """
     later = {(row["case"], row["variant"]): row for row in after["rows"]}
     result = []

@@ -25,8 +25,8 @@ class BenchConfig(Config):
         filter: only cases whose id contains a match of this regular expression.
         quick: a few small cases, few rounds.
         full: every registered case instead of the standard ones.
-        seconds: time of the rounds of each case.
-        rounds: at least so many per case.
+        seconds: to spend on the rounds of each case.
+        rounds: the least number of rounds of each case.
         threads: of torch on the CPU; 0 leaves torch's own number.
         memory: measure peak memory too.
         check: compare with float64 first, which takes minutes for large networks.
@@ -51,6 +51,11 @@ class BenchConfig(Config):
     check: bool = True
     list: bool = False
     save: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.save and not self.save.endswith(".csv"):
+            raise ValueError(f"save must name a .csv file; got {self.save!r}")
 
 
 @dataclass(frozen=True)

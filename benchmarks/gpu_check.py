@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     case = commands.add_parser("case", help="run smoke cases in this process, for a debugger or a profiler")
     case.add_argument("only", help="regular expression that the case's name matches")
     case.add_argument("--device", default="cuda")
-    case.add_argument("--pixels", type=int, default=0, help="one size, of so many pixels or instances")
+    case.add_argument("--pixels", type=int, default=0, help="run this one size only (pixels or instances)")
     report = commands.add_parser("report", help="Markdown of the results in folders")
     report.add_argument("folders", type=Path, nargs="+")
     return parser

@@ -53,7 +53,7 @@ def pack(python: str) -> int:
     if ARCH not in toolchain.archs():
         raise SystemExit(f"ERCN_CUDA_ARCHS leaves out {ARCH}, which the Hopper kernels need")
     _build_in_place()
-    told = subprocess.run([python, "-c", DESCRIBE], capture_output=True, text=True, check=True)
+    process = subprocess.run([python, "-c", DESCRIBE], capture_output=True, text=True, check=True)
     shutil.rmtree(PACK, ignore_errors=True)
     PACK.mkdir(parents=True)
     with tarfile.open(PACK / "libraries.tar.xz", "w:xz", preset=3) as archive:
@@ -63,7 +63,7 @@ def pack(python: str) -> int:
     with tarfile.open(PACK / "cutlass.tar.xz", "w:xz", preset=3) as archive:
         for name in ("cute", "cutlass"):
             archive.add(toolchain.cutlass() / name, f"include/{name}")
-    described = json.loads(told.stdout) | {"machine": platform.machine(), "archs": toolchain.archs()}
+    described = json.loads(process.stdout) | {"machine": platform.machine(), "archs": toolchain.archs()}
     described |= {"sources": sources(), "commit": _commit()}
     (PACK / "manifest.json").write_text(json.dumps(described, indent=1) + "\n")
     for path in sorted(PACK.iterdir()):
@@ -95,8 +95,8 @@ def unpack_triton() -> None:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return told.stdout.strip()
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return process.stdout.strip()
 
 
 def manifest() -> dict[str, Any]:
@@ -127,9 +127,9 @@ def unpack() -> str:
 
 def load() -> str | None:
     """None where both libraries load in a new process, else its error."""
-    told = subprocess.run([sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True, check=False)
-    print(told.stdout + told.stderr, flush=True)
-    return None if told.returncode == 0 else (told.stderr.strip() or "nothing").splitlines()[-1]
+    process = subprocess.run([sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True, check=False)
+    print(process.stdout + process.stderr, flush=True)
+    return None if process.returncode == 0 else (process.stderr.strip() or "nothing").splitlines()[-1]
 
 
 def build() -> None:

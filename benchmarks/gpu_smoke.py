@@ -172,7 +172,7 @@ def make(group: Group, size: int, device: str) -> Case:
 
 
 def _plan(group: Group, size: int, device: torch.device) -> tuple:
-    """Triton's forward of the affinity is told whether to use the triangle; the rest decides for itself."""
+    """The plan for Triton's affinity forward, dense or triangle; the other launchers choose for themselves."""
     if group.backend != "triton" or (group.op, group.direction) != ("affinity", "forward"):
         return ()
     from ercn.kernels import configs

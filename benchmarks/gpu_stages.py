@@ -48,7 +48,7 @@ SANITIZED = (
 PROFILED = {"forward": "affinity forward, sm90, bfloat16, D 192, C 22",
             "backward": "affinity backward, sm90, bfloat16, D 192, C 22"}  # fmt: skip
 PIXELS = {"cuda": 4096, "cpu": 16}
-CANDIDATES = 24  # kernels whose tile sizes are tried
+CANDIDATES = 24  # tile sizes to try of each kernel
 TUNED = (("triangle", 192), ("backward", 192), ("forward", 64), ("pool", 0), ("row_grad", 0), ("weight_grad", 0))
 # Cases of docs/performance.md, most important first.
 BENCH = (
@@ -93,8 +93,8 @@ class Run:
         """
         for row in self.rows("environment"):
             return row["device"]
-        told = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, check=True)
-        return told.stdout.strip()
+        process = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, check=True)
+        return process.stdout.strip()
 
     def smoked(self) -> list[dict[str, Any]]:
         """Smoke rows of this run, or of the earlier one."""

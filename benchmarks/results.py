@@ -1,8 +1,8 @@
 """Result files: CSV of one row per case and variant, after a line "# {…}" with environment and ceilings as JSON.
 
-Numbers are as JSON writes them; an empty cell is None. ``pandas.read_csv(file, skiprows=1)`` reads the rows. While a
-run goes on, FILE.jsonl holds the first line and one line per finished row, each flushed to disk, so that a crash loses
-nothing; every reader here takes that file as well.
+Cells are JSON where they are not text; an empty cell is a value that the row does not have. ``pandas.read_csv(file,
+skiprows=1)`` reads the rows. While a run goes on, FILE.jsonl holds the first line and one line per finished row, each
+flushed to disk, so that a crash loses nothing; every reader here takes that file as well.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ class Writer:
         self._stream = None
         if self.path is None:
             return
-        if self.path.suffix != ".csv":
-            raise ValueError(f"--save must name a .csv file; got {save!r}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = open(self.path.with_suffix(".jsonl"), "w", encoding="utf-8")  # noqa: SIM115 - closed by finish
         self._line(self.header)
@@ -63,21 +61,19 @@ def _finite(value: Any) -> Any:
 
 
 def write(path: Path, run: dict[str, Any]) -> None:
-    """A run as ``load`` gives it."""
+    """Writes a run, as ``load`` returns it, to a CSV file."""
     header = json.dumps({name: value for name, value in run.items() if name != "rows"}, allow_nan=False)
     write_text(path, f"# {header}\n{csv_text(_flat(row) for row in run['rows'])}")
 
 
 def _flat(row: Row) -> dict[str, str]:
-    """Cells; nested values as columns of their own: ratios.eager.median and so on."""
+    """Cells; dictionaries as columns of their own: ratios.eager.median and so on."""
     cells: dict[str, str] = {}
     for name, value in row.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and not any("." in key for key in value):
             cells |= {f"{name}.{key}": cell for key, cell in _flat(value).items()}
-        elif value is not None:
-            cells[name] = value if _is_text(value) else json.dumps(value, allow_nan=False)
         else:
-            cells[name] = ""
+            cells[name] = value if _is_text(value) else json.dumps(value, allow_nan=False)
     return cells
 
 
@@ -94,15 +90,15 @@ def _cell(text: str) -> Any:
 
 
 def _row(cells: dict[str, str]) -> Row:
+    """The row of the cells that are not empty."""
     row: Row = {}
     for name, cell in cells.items():
         *outer, inner = name.split(".")
-        if cell or not outer:
+        if cell:
             place = row
             for key in outer:
-                place[key] = place.get(key) or {}
-                place = place[key]
-            place[inner] = _cell(cell) if cell else None
+                place = place.setdefault(key, {})
+            place[inner] = _cell(cell)
     return row
 
 
@@ -112,13 +108,18 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         folder = sorted(str(f) for kind in ("csv", "jsonl") for f in path.parent.glob(f"*.{kind}"))
         raise ValueError(f"{path} is no file; result files in {path.parent}: {', '.join(folder) or 'none'}")
-    first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    first, _, rest = path.read_bytes().decode("utf-8", "replace").partition("\n")
     header = _cell(first.removeprefix("# "))
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path} is not a result file of ercn bench (format {FORMAT})")
     if path.suffix == ".jsonl":
-        return {**header, "rows": [json.loads(line) for line in rest.split("\n") if line.endswith("}")]}
-    return {**header, "rows": [_row(cells) for cells in csv.DictReader(io.StringIO(rest))]}
+        rows = [_cell(line) for line in rest.split("\n") if line.endswith("}")]
+    else:
+        table = csv.DictReader(io.StringIO(rest, newline=""), restkey="")
+        rows = [None if "" in cells or None in cells.values() else _row(cells) for cells in table]
+    if not all(isinstance(row, dict) and "case" in row for row in rows):
+        raise ValueError(f"{path} is damaged: not every line of it is a row")
+    return {**header, "rows": rows}
 
 
 def timed(run: dict[str, Any]) -> list[Row]:

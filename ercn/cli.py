@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ercn import config as configs
 from ercn.benchmarks import config as bench_configs
@@ -39,8 +39,8 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "bench readme": ("ercn.benchmarks.readme", bench_configs.ReadmeConfig),
 }
 FUNCTIONS = {"ceiling": "train_ceiling", "bench": "run"}  # the others have the last word of their command
-# Fields that arguments without an option's name fill.
-WORDS = {"report": "runs", "bench": "op", "bench compare": "files", "bench plot": "files", "bench readme": "files"}
+# The field that positional arguments fill.
+POSITIONAL = {"report": "runs", "bench": "op", "bench compare": "files", "bench plot": "files", "bench readme": "files"}
 SUMMARIES = {
     "prepare": "find the fundus disc, crop and cache a data set, split it by patient",
     "plan": "predict the peak memory of a training, and say what to change",
@@ -62,8 +62,8 @@ SUMMARIES = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command and exits: 0 done, 1 ``doctor`` found a fault or ``plan`` no room, 2 wrong input or no memory,
-    130 interrupted."""
+    """Runs one command and exits: 0 done; 1 ``doctor`` found a fault, ``plan`` no room or ``bench compare`` something
+    slower; 2 wrong input or no memory; 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or os.environ.get("ERCN_DEBUG", "") not in ("", "0")
     argv = [a for a in argv if a != "--debug"]
@@ -115,9 +115,10 @@ def parse(command: str, cls: type, argv: Sequence[str]) -> Any:
     from jsonargparse import ArgumentError
 
     preset, argv = _take_preset(argv) if issubclass(cls, configs.TrainConfig) else (None, argv)
+    _check_arguments(command, cls, argv)
     parser = _parser(command, cls, None if preset is None else dataclasses.asdict(configs.preset(preset)))
     try:
-        values = parser.parse_args(list(argv)).as_dict()
+        values = parser.parse_args(list(argv)).clone(with_meta=False).as_dict()
     except ArgumentError as error:
         key, colon, reason = str(error).removeprefix('Parser key "').partition('":')
         text = f"--{key}: {reason}" if colon else str(error)
@@ -127,16 +128,31 @@ def parse(command: str, cls: type, argv: Sequence[str]) -> Any:
     return configs.from_dict(cls, values)
 
 
+def _check_arguments(command: str, cls: type, argv: Sequence[str]) -> None:
+    """ValueError where a value could only be misunderstood."""
+    given = [argument.partition("=")[0] for argument in argv]
+    positional = f"--{POSITIONAL.get(command)}"
+    if positional in given and not argv[0].startswith("-"):
+        raise ValueError(f"{argv[0]!r} and {positional} give the same field; give one of them")
+    for name, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint) and f"--{name}" in given:
+            at = given.index(f"--{name}")
+            value = argv[at].partition("=")[2] or "".join(argv[at + 1 : at + 2])
+            if not Path(value).is_file():
+                options = ", ".join(f"--{name}.{field.name}" for field in dataclasses.fields(hint))
+                raise ValueError(f"--{name} takes a YAML file of its options; got {value!r}. The options are {options}")
+
+
 def _parser(command: str, cls: type, defaults: dict[str, Any] | None) -> Any:
     from argparse import SUPPRESS
 
     import docstring_parser
     from jsonargparse import ActionYesNo, ArgumentParser
 
-    summary, words = SUMMARIES[command], WORDS.get(command)
+    summary, positional = SUMMARIES[command], POSITIONAL.get(command)
     parser = ArgumentParser(
         prog=f"ercn {command}",
-        usage=f"ercn {command} [{words.upper()}] [OPTIONS]" if words else f"ercn {command} [OPTIONS]",
+        usage=f"ercn {command} [{positional.upper()}] [OPTIONS]" if positional else f"ercn {command} [OPTIONS]",
         description=f"{summary[0].upper()}{summary[1:]}.",
         exit_on_error=False,
         allow_abbrev=False,
@@ -144,15 +160,19 @@ def _parser(command: str, cls: type, defaults: dict[str, Any] | None) -> Any:
     parser.add_argument("--config", action="config", help="YAML file with any of these options; later options win")
     flags = {f.name: f.default for f in dataclasses.fields(cls) if f.type == "bool"} if command == "bench" else {}
     parser.add_class_arguments(cls, skip=set(flags), default=defaults)
+    for name, group in parser.groups.items():
+        group.title = name
     help_texts = {param.arg_name: param.description for param in docstring_parser.parse(cls.__doc__ or "").params}
     for name, default in flags.items():  # --quick and --no-memory take no value
         switch = ActionYesNo(no_prefix="no-")
         parser.add_argument(f"--{name}", action=switch, default=default, help=help_texts[name])
-    if words:
+    if positional:
         nargs = "?" if command == "bench" else "*"
-        parser.add_argument(words, nargs=nargs, type=str, default=SUPPRESS, help=f"the same as --{words}")
+        parser.add_argument(positional, nargs=nargs, type=str, default=SUPPRESS, help=f"the same as --{positional}")
     if issubclass(cls, configs.TrainConfig):
         parser.epilog = "--preset ercn, seam or chikontwe starts from a packaged recipe instead of the defaults."
+    if command == "bench":
+        parser.epilog = "ercn bench compare | plot | readme FILE… read saved results; each has its own --help."
     return parser
 
 

@@ -52,14 +52,13 @@ Decay = Annotated[float, Range(0, 1, "high")]
 
 
 @cache
-def _ranges(cls: type) -> dict[str, tuple[Range, bool]]:
-    """Range of each field that has one, and whether the field may be None too."""
+def _ranges(cls: type) -> dict[str, tuple[Range, Any]]:
+    """Range and annotation of each field that has a range."""
     ranges = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
-        parts = (hint, *get_args(hint))  # X itself, of tuple[X, ...], of X | None
-        for part in parts:
+        for part in (hint, *get_args(hint)):  # X itself, of tuple[X, ...], of X | None
             if get_origin(part) is Annotated:
-                ranges[name] = part.__metadata__[0], NoneType in parts
+                ranges[name] = part.__metadata__[0], hint
     return ranges
 
 
@@ -68,13 +67,18 @@ class Config:
     """Base of the configurations. ValueError names the first field that is out of its range."""
 
     def __post_init__(self) -> None:
-        for name, (limits, optional) in _ranges(type(self)).items():
+        for name, (limits, hint) in _ranges(type(self)).items():
             value = getattr(self, name)
-            if optional and value is None:
+            if value is None and NoneType in get_args(hint):
                 continue
-            entries = value if isinstance(value, (tuple, list)) else (value,)
-            if not all(isinstance(entry, Real) and entry in limits for entry in entries):
-                raise ValueError(f"{name} must be {limits}; got {value!r}")
+            several = get_origin(hint) is tuple
+            if several and not isinstance(value, tuple):
+                raise ValueError(f"{name} must be a tuple of numbers {limits}; got {value!r}")
+            for entry in value if several else (value,):
+                if not isinstance(entry, Real):
+                    raise ValueError(f"{name} must be a number {limits}; got {value!r}")  # noqa: TRY004
+                if entry not in limits:
+                    raise ValueError(f"{name} must be {limits}; got {value!r}")
 
 
 def _require_scale_1(scales: tuple[float, ...]) -> None:
@@ -232,8 +236,8 @@ class DataConfig(Config):
             by the run's seed; at least one patient of every grade. A smaller share is a part of a larger one.
             Pre-training reads all pictures.
         balance: "none", "weights" (class weights in L_cls) or "sampler" (balanced sampling); never both.
-        max_unreadable: unreadable pictures that a run skips, by name, before it stops; with several devices each counts
-            those of its own share.
+        max_unreadable: unreadable pictures that a run skips, by name, before it stops; with several devices, each one
+            counts its own pictures.
     """
 
     root: str = ""

@@ -62,7 +62,7 @@ class CommonGround:
 
 
 def scale_of(class_names: Sequence[str], targets: str = "ordinal") -> Scale:
-    """ICDR or Davis by its names, else a scale of its own levels; with "referable" targets [class >= 2] of it."""
+    """The ICDR or Davis scale where the names match, else one of these classes; its [class >= 2] if "referable"."""
     names = tuple(class_names)
     scale = Scale(names, _CUTS[names], ICDR) if names in _CUTS else Scale(names, tuple(range(1, len(names))), names)
     binary = targets == "referable" and len(scale.cuts) > 1

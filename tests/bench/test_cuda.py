@@ -22,7 +22,7 @@ def records(monkeypatch):
     return table
 
 
-def test_only_what_was_launched_is_told(records):
+def test_only_what_was_launched_is_reported(records):
     with kernels.launched() as found:
         records[0]["launches"] += 3
     assert [(k["name"], k["launches"]) for k in found] == [(records[0]["name"], 3)]
@@ -37,20 +37,20 @@ def test_kernels_are_known_by_name(records, monkeypatch):
     """The attributes leave out a kernel without code for the device, or say that it is absent."""
     absent = {key: records[0][key] for key in ("name", "launches", "threads")} | {"absent": "invalid device function"}
     for attributes in (records[1:], [absent, records[1]], records[::-1]):
-        told = [records, attributes]
-        monkeypatch.setattr(_extension, "cuda_kernels", lambda attributes=False, told=told: told[attributes])
+        reported = [records, attributes]
+        monkeypatch.setattr(_extension, "cuda_kernels", lambda attributes=False, rows=reported: rows[attributes])
         with kernels.launched() as found:
             records[1]["launches"] += 1
         assert [(k["name"], k["launches"]) for k in found] == [(records[1]["name"], 1)]
 
 
 def test_a_device_that_tells_no_attributes_costs_no_row(records, monkeypatch):
-    def told(attributes=False):
+    def reported(attributes=False):
         if attributes:
             raise RuntimeError("invalid device function")
         return records
 
-    monkeypatch.setattr(_extension, "cuda_kernels", told)
+    monkeypatch.setattr(_extension, "cuda_kernels", reported)
     with kernels.launched() as found:
         records[1]["launches"] += 4
     assert [(k["name"], k["launches"]) for k in found] == [("ercn::pool::Combine", 4)]
@@ -98,7 +98,7 @@ def test_a_backend_is_asked_about_what_it_is_given(monkeypatch, case):
         assert op != "relu_affinity" or feat.shape[1] == expected.shape[1]
 
 
-def test_nothing_is_told_without_the_backend(monkeypatch):
+def test_nothing_is_reported_without_the_backend(monkeypatch):
     monkeypatch.setattr(kernels.cuda, "unavailable", lambda: "torch finds no GPU, or no driver for it")
     with kernels.launched() as found:
         pass

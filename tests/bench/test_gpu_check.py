@@ -235,7 +235,7 @@ def test_keywords_choose_tests_of_the_kernels(op):
         "sm90_dense": f"test_gpu_exact.py test_{op}_at_sizes[cuda sm90_dense-64]",
         "generic": f"test_gpu_exact.py test_{op}[cuda generic-64]",
         "triton": f"test_gpu_exact.py test_{op}[triton-64]",
-        "hopper": f"test_cuda_{op}_hopper.py test_edges",
+        "hopper": f"{next(name for name in gpu_stages.TESTS if name.endswith(op + '_hopper.py'))} test_edges",
     }
     also = {"sm90": ("sm90_dense", "hopper")}
     for kernels in ("sm90", "sm90_dense", "generic", "triton", "triton_triangle"):

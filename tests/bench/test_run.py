@@ -1,6 +1,7 @@
 """The bench as a whole: planted faults, saved files, peak memory, and every wrong option in one line."""
 
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -252,10 +253,10 @@ def test_rows_are_on_disk_as_soon_as_they_are_finished(tmp_path):
 
 def test_an_infinite_error_can_be_saved(tmp_path):
     writer = results.Writer(str(tmp_path / "r.csv"), {"environment": {}})
-    writer.add({"case": "a", "status": "wrong", "error": float("inf"), "nested": {"x": float("nan"), "y": 1.5}})
+    writer.add({"case": "a", "status": "wrong", "error": float("inf"), "nested": {"x": float("nan")}})
     writer.finish()
     assert results.load(tmp_path / "r.csv")["rows"] == [
-        {"case": "a", "status": "wrong", "error": None, "nested": {"y": 1.5}}
+        {"case": "a", "status": "wrong", "error": None, "nested": {"x": None}}
     ]
 
 
@@ -293,17 +294,29 @@ def test_every_csv_reader_sees_the_rows(saved):
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    row = {
-        "text": '1, not\n"one"', "number": "12", "word": "null", "empty": "", "absent": None, "float": 1e-7, "none": [],
-        "list": [{"a": 1}], "flag": True, "ratios": {"a@b": {"median": 2.5}, "c": {"median": 3}}, "nothing": {},
+    cells = {
+        "text": '1, not\n"one"\r', "number": "12", "word": "null", "empty": "", "none": None, "float": 1e-7,
+        "flag": True, "list": [{"a": 1}], "ratios": {"a@b": {"median": 2.5}, "c": {"median": None}}, "nothing": {},
+        "dots": {"x.y<2>": 1},
     }  # fmt: skip
-    other = {"text": "x", "flag": False, "late": 3}
-    run = {"format": results.FORMAT, "environment": {"cpu": "a # b"}, "rows": [row, other]}
-    results.write(tmp_path / "r.csv", run)
-    read = results.load(tmp_path / "r.csv")
-    assert read["environment"] == run["environment"]
-    assert read["rows"][0] == row | {"late": None}
-    assert {name: value for name, value in read["rows"][1].items() if value is not None} == other
+    kinds = [{"ratios": {}}, {"ratios": None}, {"telemetry": {"clock": 1}}, {"telemetry": "none"}, {"telemetry": None}]
+    for kind in itertools.permutations(kinds):
+        rows = [{"case": str(i), **row} for i, row in enumerate([cells, *kind, {"late": 3}])]
+        run = {"format": results.FORMAT, "environment": {"cpu": "a # b"}, "rows": rows}
+        results.write(tmp_path / "r.csv", run)
+        assert results.load(tmp_path / "r.csv") == run
+
+
+@pytest.mark.parametrize("damage", ["a,ok,1,2\n", "a\n"])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    path = tmp_path / "r.csv"
+    results.write(path, {"format": results.FORMAT, "rows": [{"case": "a", "status": "ok"}]})
+    path.write_text(path.read_text() + damage)
+    with pytest.raises(ValueError, match="r.csv is damaged"):
+        results.load(path)
+    path.with_suffix(".jsonl").write_text(f'{{"format": {results.FORMAT}}}\n{{cut}}\n')
+    with pytest.raises(ValueError, match="r.jsonl is damaged"):
+        results.load(path.with_suffix(".jsonl"))
 
 
 def test_telemetry_says_why_it_is_absent(saved):
@@ -484,7 +497,7 @@ def test_threads_are_set_stated_and_put_back(tmp_path):
         (["--quick", "--full"], ["--quick", "--full"]),
         (["--rounds", "many"], ["--rounds", "many"]),
         (["--fast"], ["--fast"]),
-        (["affinity", "--quick", "--save", "x.txt"], ["--save", ".csv", "x.txt"]),
+        (["affinity", "--quick", "--save", "x.txt"], ["save", ".csv", "x.txt"]),
         (["compare", "one.csv"], ["two result files"]),
         (["compare", "/nowhere/a.csv", "/nowhere/b.csv"], ["/nowhere/a.csv", "none"]),
         (["plot", "/nowhere/a.csv"], ["/nowhere/a.csv"]),

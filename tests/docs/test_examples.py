@@ -103,6 +103,6 @@ def test_commands_and_options_exist():
 
 
 def test_every_command_is_on_its_page():
-    overview = set(re.findall(r"^  (\w+)  ", help_of(), re.MULTILINE))
-    told = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/command-line.md").read_text(), re.MULTILINE)
-    assert set(told) == overview and len(told) == len(overview)
+    overview = set(re.findall(r"^  (\w+(?: \w+)?)  ", help_of(), re.MULTILINE))
+    listed = re.findall(r"^\| `(\w+(?: \w+)?)` \|", (ROOT / "docs/command-line.md").read_text(), re.MULTILINE)
+    assert "bench compare" in overview and set(listed) == overview and len(listed) == len(overview)

@@ -945,12 +945,14 @@ def test_from_dict_errors(values, message):
 @pytest.mark.parametrize(
     "cls, values, message",
     [
-        (configs.RunConfig, {"epochs": "many"}, "epochs must be at least 1; got 'many'"),
-        (configs.RunConfig, {"epochs": None}, "epochs must be at least 1; got None"),
+        (configs.RunConfig, {"epochs": "many"}, "epochs must be a number at least 1; got 'many'"),
+        (configs.RunConfig, {"epochs": None}, "epochs must be a number at least 1; got None"),
+        (configs.RunConfig, {"lr": (0.1,)}, r"lr must be a number at least 0; got \(0.1,\)"),
+        (configs.EvaluateConfig, {"scales": [1.0]}, r"scales must be a tuple of numbers above 0; got \[1.0\]"),
         (configs.RunConfig, {"ema": 1.0}, "ema must be at least 0 and below 1; got 1.0"),
         (configs.PretrainConfig, {"momentum": 2}, "momentum must be at least 0 and at most 1; got 2"),
         (configs.PrepareConfig, {"fractions": (1.0, -0.1, 0.1)}, r"fractions must be at least 0; got \(1.0, .*"),
-        (configs.PredictConfig, {"scales": [0.5]}, r"scales must have 1, .*; got \[0.5\]"),
+        (configs.PredictConfig, {"scales": (0.5,)}, r"scales must have 1, .*; got \(0.5,\)"),
     ],
 )
 def test_ranges_hold_in_python_too(cls, values, message):

@@ -34,7 +34,7 @@ def run(capsys, *argv):
 
 
 # The tools of the bench have no defaults: they need files.
-@pytest.mark.parametrize("command", [command for command in cli.COMMANDS if cli.WORDS.get(command) != "files"])
+@pytest.mark.parametrize("command", [command for command in cli.COMMANDS if cli.POSITIONAL.get(command) != "files"])
 def test_defaults_are_those_of_the_dataclass(command, called, capsys):
     assert run(capsys, *command.split())[0] == 0
     assert called == [(cli.FUNCTIONS.get(command, command), (cli.COMMANDS[command][1](),), {})]
@@ -53,7 +53,7 @@ def test_help_explains_every_field(command, capsys):
 
     def check(cls, prefix=""):
         doc, hints = docstring_parser.parse(cls.__doc__), get_type_hints(cls)
-        assert joined(f"{doc.short_description.rstrip('.')}:--") in joined(out)
+        assert f"\n{prefix.rstrip('.') or cls.__name__}:\n" in out
         texts = {param.arg_name: param.description for param in doc.params}
         for name, hint in hints.items():
             if dataclasses.is_dataclass(hint):
@@ -105,6 +105,12 @@ def test_config_file_wins_over_preset(called, capsys, tmp_path):
     assert called[0][1][0] == dataclasses.replace(expected, loss=dataclasses.replace(expected.loss, er=0.25))
 
 
+def test_a_group_of_options_may_be_a_file(called, capsys, tmp_path):
+    (tmp_path / "data.yaml").write_text("root: pictures\n")
+    assert run(capsys, "train", "--data", str(tmp_path / "data.yaml"), "--data.workers", "0")[0] == 0
+    assert called[0][1][0] == config.TrainConfig(data=config.DataConfig(root="pictures", workers=0))
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -119,6 +125,9 @@ def test_config_file_wins_over_preset(called, capsys, tmp_path):
         (["train", "--config", "/nowhere.yaml"], ["/nowhere.yaml"]),
         (["evaluate", "--split", "dev"], ["--split", "dev", "val"]),
         (["predict", "--overlays", "cam"], ["--overlays", "cam"]),
+        (["train", "--data", "pictures"], ["--data takes a YAML file", "'pictures'", "--data.root, --data.image_size"]),
+        (["bench", "mil", "--op", "walk"], ["'mil' and --op give the same field"]),
+        (["report", "run", "--runs", '["other"]'], ["'run' and --runs give the same field"]),
         (["export", "--format", "tflite"], ["--format", "onnx", "pt2", "aoti", "tflite"]),
     ],
 )

@@ -191,7 +191,7 @@ class _Planner:
         return best
 
     def venous_beading(self, quadrants: int):
-        """Sausage-like swellings along a vein, in up to so many quadrants that have a long enough vein."""
+        """Sausage-like swellings along a vein, in at most ``quadrants`` of those with a long enough vein."""
         stretches = self.stretches()
         for quadrant in [q for q in self.rng.permutation(4) if len(stretches[q]) > 17][:quadrants]:
             self._beads(stretches[quadrant])

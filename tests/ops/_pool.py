@@ -40,12 +40,12 @@ def kept(seed: int, p: float, instances: torch.Tensor, hidden: int) -> tuple[tor
     return tuple(torch.from_numpy(x >= threshold) for x in (bits & u64(0xFFFF), bits >> u64(16)))
 
 
-def factors(seed: torch.Tensor | None, p: float, instances: torch.Tensor, hidden: int):
-    """The factors of both branches in float64; None without dropout."""
+def factors(seed: torch.Tensor | None, p: float, instances: torch.Tensor, units: torch.Tensor):
+    """The factors of both branches in float64, hidden units in the order ``units``; None without dropout."""
     if seed is None:
         return None
     scale = 65536 / max(65536 - round(p * 65536), 1)
-    return tuple(x.double() * scale for x in kept(int(seed), p, instances, hidden))
+    return tuple(x[..., units].double() * scale for x in kept(int(seed), p, instances, len(units)))
 
 
 def inputs(b, n, d, hidden, heads=1, gated=True, bias=True, dtype=torch.float64):
@@ -76,18 +76,24 @@ def pooled_of(scores, value, mask=None):
     return a @ value.masked_fill(~mask[..., None], 0)
 
 
-def twin(h, *weights, mask=None, cu_seqlens=None, activation="tanh", seed=None, dropout_p=0.0):
-    """(pooled, scores) of any layout in the dtype of the arguments, as published code computes them."""
+def twin(h, *weights, mask=None, cu_seqlens=None, activation="tanh", seed=None, dropout_p=0.0, units=None):
+    """(pooled, scores) of any layout in the dtype of the arguments, as published code computes them.
+
+    units: order in which the hidden units are summed.
+    """
     hidden = len(weights[0])
+    units = torch.arange(hidden) if units is None else units
+    *rows, w, w_bias = weights
+    weights = *(None if x is None else x[units] for x in rows), w[:, units], w_bias
     if cu_seqlens is None:
         bags = h if h.dim() == 3 else h[None]
         numbers = torch.arange(bags.shape[0] * bags.shape[1]).view(bags.shape[:2])
         mask = None if mask is None else mask.view(bags.shape[:2])
-        dropped = factors(seed, dropout_p, numbers, hidden)
+        dropped = factors(seed, dropout_p, numbers, units)
         scores = scores_of(bags, *weights, mask=mask, activation=activation, dropped=dropped)
         results = pooled_of(scores, bags, mask), scores
         return results if h.dim() == 3 else tuple(x[0] for x in results)
-    dropped = factors(seed, dropout_p, torch.arange(len(h)), hidden)
+    dropped = factors(seed, dropout_p, torch.arange(len(h)), units)
     dropped = None if dropped is None else [x[None] for x in dropped]
     scores = scores_of(h[None], *weights, activation=activation, dropped=dropped)
     bounds = cu_seqlens.tolist()

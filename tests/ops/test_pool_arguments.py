@@ -78,12 +78,13 @@ def assert_twin(backend, arguments, dtype, seed=None, dropout_p=0.0, **kwargs):
     here = on(backend, *arguments)
     options = dict(zip(kwargs, on(backend, *kwargs.values())))
     ours = results(functools.partial(op, backend, *on(backend, seed), dropout_p), here, dtype, **options)
-    plain, exact = (
-        results(functools.partial(twin, seed=seed, dropout_p=dropout_p), arguments, cast, **kwargs)
-        for cast in (dtype, torch.float64)
-    )
-    for mine, torchs, truth in zip(ours, plain, exact, strict=True):
-        assert_within_budget(mine.cpu(), torchs, truth)
+    dropping = functools.partial(twin, seed=seed, dropout_p=dropout_p)
+    exact = results(dropping, arguments, torch.float64, **kwargs)
+    # The softmax amplifies errors of the scores, and one order of their sums may be exact by chance.
+    orders = [torch.randperm(len(arguments[1]), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    plain = [results(functools.partial(dropping, units=units), arguments, dtype, **kwargs) for units in orders]
+    for mine, torchs, truth in zip(ours, zip(*plain), exact, strict=True):
+        assert_within_budget(mine.cpu(), max(torchs, key=lambda x, truth=truth: error(x, truth)), truth)
 
 
 KNOWN = [  # Random123's known answers: counter, key, output

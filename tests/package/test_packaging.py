@@ -117,7 +117,7 @@ def test_licence_is_declared():
 def test_constraints_pin_every_declared_package():
     pins = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
-        match = re.fullmatch(r"([a-z0-9.-]+)==([\w.]+)(; python_version >= \"[\d.]+\")?", line)
+        match = re.fullmatch(r"([a-z0-9.-]+)==([\w.]+)(; python_(full_)?version >= \"[\d.]+\")?", line)
         assert match, f"not package==version: {line!r}"
         pins[match[1]] = match[2]
     declared = {package_name(requirement) for requirement in PROJECT["project"]["dependencies"]}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
 import torch
 from _gpu_backends import BACKENDS, DEVICE, EMULATED, here
-from _ops import assert_within_budget, randn
+from _ops import assert_within_budget, error, generator, randn
 from torch.nn.functional import gelu, linear
 
 from ercn.ops import _backends, gated_attention_pool, triton
@@ -101,6 +102,14 @@ def twin(h, *weights, mask=None, cu_seqlens=None, activation="tanh", seed=None, 
     return torch.cat(pooled), scores[0]
 
 
+def least_lucky(results, hidden, exact):
+    """``results(twin)``, each with its largest error over eight orders of the hidden units. The softmax amplifies the
+    errors of scores, and one order of their sums may be exact by chance."""
+    orders = [torch.randperm(hidden, generator=generator(i)) for i in range(8)]
+    found = zip(*(results(functools.partial(twin, units=units)) for units in orders))
+    return [max(each, key=lambda x, truth=truth: error(x, truth)) for each, truth in zip(found, exact, strict=True)]
+
+
 def backends_for(op: str, *args) -> list[str]:
     """The backends of this process that take ``args``, on any device."""
     names = [*BACKENDS] if GPU_ON_CPU else ["cpu", "reference", *BACKENDS]
@@ -139,7 +148,7 @@ def assert_pool(arguments, mask=None, dtype=None):
     arguments = [here(x) for x in arguments]
     mask, dtype = here(mask), dtype or arguments[0].dtype
     ours = pool_results(gated_attention_pool, arguments, dtype, mask)
-    plain = pool_results(twin, arguments, dtype, mask)
     exact = pool_results(twin, arguments, torch.float64, mask)
+    plain = least_lucky(lambda one: pool_results(one, arguments, dtype, mask), len(arguments[1]), exact)
     assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
     budget(ours, plain, exact)

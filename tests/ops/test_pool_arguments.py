@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from _ops import assert_within_budget, error, layouts, randn
-from _pool import GPU_ON_CPU, backends_for, device_of, inputs, kept, philox, pooled_of, twin
+from _pool import GPU_ON_CPU, backends_for, budget, device_of, inputs, kept, least_lucky, philox, pooled_of, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,13 +78,10 @@ def assert_twin(backend, arguments, dtype, seed=None, dropout_p=0.0, **kwargs):
     here = on(backend, *arguments)
     options = dict(zip(kwargs, on(backend, *kwargs.values())))
     ours = results(functools.partial(op, backend, *on(backend, seed), dropout_p), here, dtype, **options)
-    dropping = functools.partial(twin, seed=seed, dropout_p=dropout_p)
-    exact = results(dropping, arguments, torch.float64, **kwargs)
-    # The softmax amplifies errors of the scores, and one order of their sums may be exact by chance.
-    orders = [torch.randperm(len(arguments[1]), generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    plain = [results(functools.partial(dropping, units=units), arguments, dtype, **kwargs) for units in orders]
-    for mine, torchs, truth in zip(ours, zip(*plain), exact, strict=True):
-        assert_within_budget(mine.cpu(), max(torchs, key=lambda x, truth=truth: error(x, truth)), truth)
+    dropping = {"seed": seed, "dropout_p": dropout_p, **kwargs}
+    exact = results(twin, arguments, torch.float64, **dropping)
+    plain = least_lucky(lambda one: results(one, arguments, dtype, **dropping), len(arguments[1]), exact)
+    budget(ours, plain, exact)
 
 
 KNOWN = [  # Random123's known answers: counter, key, output

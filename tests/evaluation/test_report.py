@@ -14,6 +14,7 @@ from _runs import write_run
 from PIL import Image
 
 from ercn import cli
+from ercn.checkpoint import load_model
 from ercn.config import EvaluateConfig, PrepareConfig, ReportConfig
 from ercn.data import prepare
 from ercn.maps import NAMES
@@ -192,7 +193,7 @@ def test_evaluations_of_an_older_version_are_told_and_left_out(root, tmp_path, c
     assert f"{path} was written by an older version of ercn and is left out" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     assert "Results on test" in page and "Results on val" not in page
-    card = write_model_card(old).read_text()
+    card = write_model_card(old, load_model(old)[1]).read_text()
     assert "of an older version of the software: evaluation/val.json" in card
     assert "No external data set has been evaluated" not in card
 

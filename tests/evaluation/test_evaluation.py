@@ -133,6 +133,9 @@ def test_an_export_that_knows_no_filter_gets_none_on_the_test_pictures(root, tmp
     assert list(result.localization.references) == ["stride_ceiling"]  # which needs no filter
     assert result.localization.contrast == ""
     assert result.grading.fixed_specificity["0.95"].keys() == {"threshold", "roc_sensitivity"}
+    model, info = load_model(tmp_path / "run")
+    collected = collect(model, info, Manifest.load(root / "phantom").split("test"), SETTINGS)
+    assert info.contrast is None and collected.localization.references == {"stride_ceiling"}
 
 
 def test_a_ceiling_is_measured_beside_the_maps_with_its_own_threshold(root, monkeypatch):

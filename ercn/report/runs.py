@@ -55,7 +55,7 @@ def _read(folder: Path, label: str, color: str, marker: str) -> Run:
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is no run of ercn: it has no config.yaml")
     exports = [folder / "export" / name for name in ("model.json", "backbone.json")]
-    exported = next((read_json(path) for path in exports if path.is_file()), {})
+    exported: dict[str, Any] = next((read_json(path) for path in exports if path.is_file()), {})
     text = config.read_text(encoding="utf-8")
     evaluations, old = read_evaluations(folder)
     for name in old:

@@ -31,7 +31,7 @@ _NEEDED = ("config", "class_names", "image_size", "prepared_size", "mean", "std"
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a run says of its exported network: the fields of ``model.json``, in the file's order.
+    """Description of an exported network: the fields of ``model.json``, in the file's order.
 
     config: of the training. geometry: version of the network's geometry (``ercn.elements.GEOMETRY``).
     class_names: classes of the model. trained_classes: grades of the training's data set.
@@ -149,12 +149,6 @@ def load_model(run: str | Path) -> tuple[ERCN, RunInfo]:
     check_state(model, state, str(folder / "model.safetensors"), f"{info.config.model.backbone} of model.json")
     model.load_state_dict(state, strict=True)
     return model.eval(), info
-
-
-def read_info(run: Path) -> RunInfo:
-    """``model.json`` of a run folder without its weights; errors as of ``load_model``."""
-    path = run / "export" / "model.json"
-    return _info(_description(path, _NEEDED), path)
 
 
 def _info(values: dict[str, Any], path: Path) -> RunInfo:

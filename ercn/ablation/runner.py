@@ -37,6 +37,7 @@ from ercn.data.loading import load_manifest, make_loader, need_split
 from ercn.evaluation.calibration import temper
 from ercn.evaluation.collecting import add_picture, collect, masks_of, with_masks
 from ercn.evaluation.evaluating import check_normalization, choose_on_validation, ground_of
+from ercn.evaluation.filters import FILTERS
 from ercn.evaluation.infer import pick_device
 from ercn.evaluation.localization import ALL, Localization, level_counts
 from ercn.evaluation.unet import load_ceiling
@@ -156,7 +157,7 @@ def _run(cell: Cell, manifest: Manifest, split: str) -> None:
                 train(cell.config)
                 write_json(cell.folder / "cost.json", cost.seconds())
             model, info = load_model(cell.folder)
-        if info.flat_cam is None:
+        if None in (info.flat_cam, info.contrast):
             raise ValueError(f"{cell.folder} was trained by an older version of ercn; remove it to train it again")
         collected = collect(model, info, manifest.split(split))
     cell.folder.mkdir(exist_ok=True)
@@ -247,7 +248,8 @@ def _reuse(cell: Cell, manifest: Manifest) -> tuple[ERCN, RunInfo]:
     check_state(model, state, str(cell.weights), "the options of this row describe, which has train: false")
     model.load_state_dict(state, strict=True)
     info = replace(info, config=cell.config)
-    return model, choose_on_validation(info, collect(model, info, manifest.split("val")), manifest)
+    filters = [info.contrast] if info.contrast else FILTERS
+    return model, choose_on_validation(info, collect(model, info, manifest.split("val"), filters=filters), manifest)
 
 
 def _pretrain(config: PretrainConfig) -> None:

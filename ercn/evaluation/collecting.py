@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from ercn.config import DataConfig, EvaluateConfig
 from ercn.data import PictureDataset, Record
 from ercn.data.entries import OPTIC_DISC
 from ercn.data.loading import make_loader, picture_dataset
-from ercn.evaluation.filters import FILTERS, contrasts
+from ercn.evaluation.filters import contrasts
 from ercn.evaluation.infer import Views, forward, pick_device
 from ercn.evaluation.localization import Localization
 from ercn.maps import ceiling_of, enlarge
@@ -24,7 +24,7 @@ from ercn.report.gallery import Shown, as_picture, gallery_choice
 
 @dataclass
 class Collected:
-    """What the model says about one split; rows in the order of the pictures that could be read.
+    """Outputs of the model on one split; rows in the order of the pictures that could be read.
 
     probability: [N, K] of the model's own classes, before calibration. grade: [N], -1 where there is none.
     """
@@ -51,16 +51,17 @@ def collect(
     settings: EvaluateConfig | None = None,
     *,
     title: str = "",
+    filters: Iterable[str] | None = None,
     ceiling: Callable[[torch.Tensor], np.ndarray] | None = None,
 ) -> Collected:
     """Runs the model over the pictures, each once, and keeps probabilities, map statistics and the gallery.
 
     settings: batch size, workers, device, progress bar and views of the maps; None takes those of the training.
 
-    Where some pictures have masks, the references are measured beside the maps: "contrast", by the filter
-    ``info.contrast``; "stride_ceiling", the masks themselves on the grid of the CAM; and "supervised", by ``ceiling``,
-    from pictures as the model sees them [B, 3, S, S] to maps [B, S, S]. ``info.contrast`` None tries all filters and
-    keeps the one of the highest AUPR on these pictures, which must then be validation's; "" uses none.
+    Where some pictures have masks, the references are measured beside the maps: "contrast", by an unlearned filter;
+    "stride_ceiling", the masks themselves on the grid of the CAM; and "supervised", by ``ceiling``, from pictures as
+    the model sees them [B, 3, S, S] to maps [B, S, S]. filters: those to try, of which the one of the highest AUPR on
+    these pictures is kept, so several are for validation only; None: the filter that validation chose, if any.
     """
     config = info.config
     data, run = config.data, config.run
@@ -68,7 +69,8 @@ def collect(
         settings = EvaluateConfig(
             batch_size=data.batch_size, workers=data.workers, accelerator=run.accelerator, progress=run.progress
         )
-    filters = list(FILTERS) if info.contrast is None else [info.contrast] if info.contrast else []
+    chosen = [info.contrast] if info.contrast else []
+    filters = chosen if filters is None else list(filters)
     masked = any(record.masks for record in records)
     if not masked:
         filters, ceiling = [], None

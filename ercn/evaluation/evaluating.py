@@ -19,6 +19,7 @@ from ercn.data.scales import CommonGround, common_ground
 from ercn.evaluation import metrics
 from ercn.evaluation.calibration import fit_temperature, temper
 from ercn.evaluation.collecting import Collected, collect
+from ercn.evaluation.filters import FILTERS
 from ercn.evaluation.infer import ONE_VIEW, Views, pick_device
 from ercn.evaluation.unet import load_ceiling
 from ercn.models import ERCN
@@ -220,7 +221,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     )
     print_metrics(result)
     write_report(run)
-    write_model_card(run)
+    write_model_card(run, info)
     print(run / "report.html", flush=True)
     return result
 
@@ -266,13 +267,13 @@ def _map_thresholds(
     for source in (trained, manifest if config.split == "test" else None):
         records = [] if source is None else [record for record in source.split("val") if record.masks]
         if records and source.normalize == info.normalize:
-            about = replace(info, contrast=info.contrast or None)
+            filters = [info.contrast] if info.contrast else FILTERS
             title = f"thresholds {source.dataset} val"
-            local = collect(model, about, records, config, title=title, ceiling=ceiling).localization
-            found = local.thresholds()
+            val = collect(model, info, records, config, title=title, filters=filters, ceiling=ceiling)
+            found = val.localization.thresholds()
             found["maps"] |= maps
             found["lesions"] = {k: own | lesions.get(k, {}) for k, own in (lesions | found["lesions"]).items()}
-            return found, local.contrast, chosen_on or f"val of {source.dataset}"
+            return found, val.localization.contrast, chosen_on or f"val of {source.dataset}"
     return {"maps": maps, "lesions": lesions}, contrast, chosen_on
 
 
@@ -286,7 +287,7 @@ def _training_data(info: RunInfo) -> Manifest | None:
 
 
 def check_patients(info: RunInfo, dataset: str, records: Sequence[Record]) -> None:
-    """Raises ValueError where a patient was in the training, as far as the training's data set is at hand.
+    """Raises ValueError where a patient was in the training, if the training's data set is available.
 
     Only data sets with the same patient names can be compared: a set with itself, and EyePACS with RLDR.
     """

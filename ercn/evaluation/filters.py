@@ -106,9 +106,10 @@ _CONTRASTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def field(picture: np.ndarray) -> np.ndarray:
     """The camera's round field in a picture uint8 [S, S, 3], without its edge: bool [S, S].
 
-    The border has one color, that of the corners: black, or the gray of ``ercn.data.normalization``. The field are
-    pixels that differ from black by 12 % of the picture's range, or from gray at all, and pixels that lie between such
-    ones in their row and in their column; a ring of ``MARGIN`` is left out. Without a border, all is field.
+    The border has one color, that of the corners: black, or the gray of ``ercn.data.normalization``. The field is the
+    set of pixels that differ from black by 12 % of the picture's range, or from gray at all, and pixels that lie
+    between such ones in their row and in their column. A ring of ``MARGIN`` is left out. Without a border, all is
+    field.
     """
     corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]].astype(np.float32)
     value = np.abs(picture - np.median(corners, axis=0)).max(2).astype(np.float32)

@@ -5,12 +5,12 @@ rest. Precision, recall and IoU at every threshold follow from sums of these his
 pictures are pooled in constant memory, exactly for the quantised map, and the patient bootstrap is one matrix
 product.
 
-Pixel metrics are of pictures with lesions. FROC counts which lesions the marks of ``froc`` find; false marks count on
+Pixel metrics use pictures with lesions only. FROC counts which lesions the marks of ``froc`` find; false marks count on
 healthy pictures too. A picture is healthy where its grade is 0 and it has no lesion mask; a picture without grade and
 mask is not counted.
 
-References are maps that were not made from image labels: an unlearned filter, or what masks teach. They get the same
-metrics as the maps, and are kept apart from them.
+References are maps that were not made from image labels: an unlearned filter, or a network trained on masks. They
+get the same metrics as the maps, and are kept apart from them.
 
 The optic disc is bright and no lesion: where the data set has its mask, its pixels count neither as lesion nor as the
 rest, except where a lesion lies on it. Where there is no such mask, all pixels count.
@@ -26,7 +26,7 @@ from scipy.ndimage import distance_transform_edt
 
 from ercn.evaluation import froc
 from ercn.evaluation.metrics import bootstrap, entry, samples
-from ercn.report.evaluation import Froc, HealthyResult, Interval, IntervalAt, LesionMaps, LocalizationResult, Metrics
+from ercn.report.evaluation import Froc, HealthyResult, Heat, IntervalAt, LesionMaps, LocalizationResult, Metrics
 
 ALL = ""  # the union of the lesions, as a kind
 LEVELS = 1024
@@ -118,7 +118,7 @@ class _Healthy:
 class Localization:
     """Accumulates pictures with lesions, for all lesions together and for each kind, and healthy pictures.
 
-    owners: the patient of each picture. discs: pictures with lesions of which the optic disc was left out. marks: by
+    owners: the patient of each picture. discs: number of pictures with lesions whose optic disc was excluded. marks: by
     map, the levels of each picture's false marks. references: names of the maps that are references. contrast: the
     filter that ``settle`` kept. marked: False looks for no marks, for a split without masks.
     """
@@ -246,17 +246,17 @@ class Localization:
             drawn = samples(self._metric(name, cuts), self.owners, draws, seed)
             compared[name] = {key: drawn[key] for key in _COMPARED if key in drawn}
             part = "references" if name in self.references else "maps"
-            for key, sample in drawn.items():
+            entries = {key: entry(sample) for key, sample in drawn.items()}
+            for key, value in entries.items():
                 kind, _, metric = key.rpartition("/")
-                own, value = groups[kind][part].setdefault(name, {}), vars(entry(sample))
+                if metric.startswith("sensitivity "):
+                    continue
                 if metric == "froc":
-                    own[metric] = Froc(**value, sensitivity=[])
-                elif metric.startswith("sensitivity "):
-                    own["froc"].sensitivity.append(value["value"])
+                    at = key.removesuffix("froc") + "sensitivity "
+                    value = Froc(**vars(value), sensitivity=[entries[f"{at}{rate}"].value for rate in froc.RATES])
                 elif metric in ("iou", "recall"):
-                    own[metric] = IntervalAt(**value, threshold=cuts[kind if metric == "iou" else ALL])
-                else:
-                    own[metric] = Interval(**value)
+                    value = IntervalAt(**vars(value), threshold=cuts[kind if metric == "iou" else ALL])
+                groups[kind][part].setdefault(name, {})[metric] = value
         return LocalizationResult(
             **self._about(ALL, groups[ALL]),
             optic_disc={"excluded": self.discs},
@@ -284,7 +284,8 @@ class Localization:
         if not self.healthy.rows:
             return None
         patients = [self.owners[row] for row in self.healthy.rows]
-        result = HealthyResult(len(patients), len(set(patients)), maps={}, references={})
+        maps: dict[str, Heat] = {}
+        references: dict[str, Heat] = {}
         for name, spreads in self.healthy.histograms.items():
             columns = {"heat": np.array(self.healthy.heat[name])}
             cut = thresholds.get("maps", {}).get(name)
@@ -297,9 +298,9 @@ class Localization:
             def metric(weight: np.ndarray, names=tuple(columns), table=table) -> dict[str, np.ndarray]:
                 return dict(zip(names, (weight @ table / weight.sum(1, keepdims=True)).T))
 
-            part = result.references if name in self.references else result.maps
-            part[name] = bootstrap(metric, patients, draws, seed) | {"threshold": cut}
-        return result
+            part = references if name in self.references else maps
+            part[name] = Heat(**bootstrap(metric, patients, draws, seed), threshold=cut)
+        return HealthyResult(len(patients), len(set(patients)), maps, references)
 
     def _metric(self, name: str, cuts: Mapping[str, float | None]):
         """The function weight [R, N] -> {"kind/metric": [R]} of one map, "metric" for all lesions together."""

@@ -27,7 +27,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 
 
 class RawPictures(Dataset):
-    """Photographs as the network wants them: disc found, cropped, resized, normalised as in training.
+    """Photographs prepared for the network: disc found, cropped, resized, normalised as in training.
 
     An item is ``{"image": [3, S, S], "index": i, "geometry": Geometry}``, or a sentence where the file is unreadable.
     """

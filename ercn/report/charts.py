@@ -43,7 +43,7 @@ def _square(diagonal: bool) -> tuple[Figure, Any]:
 
 
 def _panels(local: Sequence[tuple[Run, LocalizationResult]], margin: float, height: float) -> tuple[Figure, dict]:
-    """A figure, and by name of each map that any run has its axes."""
+    """A figure, and the axes for each map, by name."""
     maps = [name for name in NAMES if any(name in result.maps for _, result in local)]
     figure = _figure(2.3 * len(maps) + margin, height)
     axes = figure.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ercn._files import read_json
 
@@ -33,7 +33,7 @@ Metrics = dict[str, Interval]  # by name
 
 @dataclass(frozen=True)
 class Grading:
-    """Of one split, as ``ercn.evaluation.metrics.grading`` explains; threshold: of referable DR."""
+    """Grading metrics of one split; see ``ercn.evaluation.metrics.grading``. threshold: of referable DR."""
 
     threshold: float
     metrics: Metrics
@@ -72,14 +72,21 @@ class LocalizationResult(LesionMaps):
     contrast: str
 
 
+class Heat(TypedDict, total=False):  # area and alarm: with a threshold only
+    heat: Interval
+    area: Interval
+    alarm: Interval
+    threshold: float | None
+
+
 @dataclass(frozen=True)
 class HealthyResult:
-    """By map the intervals of its heat on healthy pictures, and its threshold, a number or None."""
+    """For each map: intervals of its heat on healthy pictures, and the threshold or None."""
 
     pictures: int
     patients: int
-    maps: dict[str, dict[str, Any]]
-    references: dict[str, dict[str, Any]]
+    maps: dict[str, Heat]
+    references: dict[str, Heat]
 
 
 @dataclass(frozen=True)
@@ -119,16 +126,25 @@ class EvaluationResult:
 
 
 def read_evaluations(run: Path) -> tuple[dict[str, EvaluationResult], list[str]]:
-    """The evaluations of a run by name, test first and val last; and the files left out, of an older version."""
+    """The evaluations of a run by name, test first and val last; and the files left out, of an older version.
+
+    ValueError names a file that lacks a key.
+    """
     paths = (run / "evaluation").glob("*.json")
     paths = sorted(paths, key=lambda path: (path.stem != "test", path.stem == "val", path))
     read = {path: read_json(path) for path in paths}
     old = [str(path.relative_to(run)) for path, values in read.items() if "disclosure" not in values]
-    return {path.stem: _result(values) for path, values in read.items() if "disclosure" in values}, old
+    return {path.stem: _result(values, path) for path, values in read.items() if "disclosure" in values}, old
 
 
-def _result(values: dict[str, Any]) -> EvaluationResult:
-    values = _with_intervals(values)
+def _result(values: dict[str, Any], path: Path) -> EvaluationResult:
+    try:
+        return _parsed(_with_intervals(values))
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it lacks {error}") from error
+
+
+def _parsed(values: dict[str, Any]) -> EvaluationResult:
     local, healthy = values["localization"], values["healthy"]
     if local is not None:
         local["lesions"] = {kind: _made(LesionMaps, part) for kind, part in local["lesions"].items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ercn._files import DISCLAIMER, read_json, write_text
-from ercn.checkpoint import read_info
+from ercn.checkpoint import RunInfo
 from ercn.config import flatten
 from ercn.maps import NAMES
 from ercn.report import table
@@ -41,9 +41,8 @@ NOT_PROVIDED = (
 )
 
 
-def write_model_card(run: Path) -> Path:
-    """Writes ``run/export/model_card.md`` from the export, the evaluations and the environment of the run."""
-    model = read_info(run)
+def write_model_card(run: Path, model: RunInfo) -> Path:
+    """Writes ``run/export/model_card.md`` from ``model``, and the evaluations and the environment of the run."""
     named, old = read_evaluations(run)
     evaluations = list(named.values())
     environment = Environment(

@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from ercn._files import read_json
-from ercn.checkpoint import read_info
 from ercn.config import flatten
 from ercn.report.evaluation import EvaluationResult, read_evaluations
 
@@ -26,8 +25,8 @@ class Run:
     """label: shortest end of the folder's path that no other run of the page has. settings: options by dotted name.
     history: series by epoch of metrics.csv. evaluations: by name. config, environment: as text.
 
-    The other fields are those of the export, of a network (``RunInfo``) or of a pre-trained backbone; None before there
-    is one, and epoch and temperature of a backbone.
+    The other fields are those of the export's JSON, read plainly: a network that cannot be loaded has a page too.
+    They are None without an export; epoch and temperature also for a backbone.
     """
 
     folder: Path
@@ -55,11 +54,8 @@ def _read(folder: Path, label: str, color: str, marker: str) -> Run:
     config = folder / "config.yaml"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is no run of ercn: it has no config.yaml")
-    exported: dict[str, Any] = {}
-    if (folder / "export" / "model.json").is_file():
-        exported = vars(read_info(folder))
-    elif (backbone := folder / "export" / "backbone.json").is_file():
-        exported = read_json(backbone)
+    exports = [folder / "export" / name for name in ("model.json", "backbone.json")]
+    exported: dict[str, Any] = next((read_json(path) for path in exports if path.is_file()), {})
     text = config.read_text(encoding="utf-8")
     evaluations, old = read_evaluations(folder)
     for name in old:

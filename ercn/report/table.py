@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ercn.maps import NAMES
 from ercn.report.evaluation import EvaluationResult, Grading, HealthyResult, Interval, LesionMaps, LocalizationResult
@@ -86,7 +87,7 @@ def specificity_rows(gradings: Sequence[Grading]) -> list[list[str]]:
     return rows
 
 
-def measured(local: LesionMaps | HealthyResult) -> dict[str, dict]:
+def measured(local: LesionMaps | HealthyResult) -> Mapping[str, Mapping[str, Any]]:
     """The maps, then the references."""
     return local.maps | local.references
 

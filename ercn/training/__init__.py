@@ -18,7 +18,18 @@ planning.py     ``plan``: peak memory of a configuration
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ercn.ablation.runner import ablate as ablate
+    from ercn.ablation.selection import select as select
+    from ercn.evaluation.evaluating import evaluate as evaluate
+    from ercn.evaluation.predicting import predict as predict
+    from ercn.export import export as export
+    from ercn.training.ceiling import train_ceiling as train_ceiling
+    from ercn.training.fit import train as train
+    from ercn.training.planning import plan as plan
+    from ercn.training.pretraining import pretrain as pretrain
 
 _MODULES = {
     "plan": "ercn.training.planning",

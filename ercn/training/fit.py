@@ -18,6 +18,7 @@ from ercn.data.scales import scale_of
 from ercn.data.splits import SPLITS
 from ercn.evaluation.collecting import collect
 from ercn.evaluation.evaluating import choose_on_validation, write_evaluation
+from ercn.evaluation.filters import FILTERS
 from ercn.maps import LOST
 from ercn.models import ERCN, check_side
 from ercn.pretrained import Loaded
@@ -83,7 +84,7 @@ def finish(model: ERCN, info: RunInfo, manifest: Manifest) -> None:
         flat = float(list(csv.DictReader(file))[best["epoch"]]["val_flat_cam"])
     if flat > LOST:
         print(f"the CAM is flat in {flat:.0%} of the val pictures with disease: its maps point at nothing")
-    collected = collect(model, info, manifest.split("val"), title="evaluate val")
+    collected = collect(model, info, manifest.split("val"), title="evaluate val", filters=FILTERS)
     info = choose_on_validation(info, collected, manifest)
     parameters = sum(p.numel() for p in model.parameters())
     info = replace(info, epoch=best["epoch"] + 1, parameters=parameters, flat_cam=flat)
@@ -101,11 +102,11 @@ def finish(model: ERCN, info: RunInfo, manifest: Manifest) -> None:
     )
     print_metrics(result)
     write_report(out)
-    write_model_card(out)
+    write_model_card(out, info)
 
 
 def check_classes(config: TrainConfig, manifest: Manifest) -> None:
-    """Raises ValueError where the data set has not the grades that ``model.num_grades`` says."""
+    """Raises ValueError for a data set whose number of grades is not ``model.num_grades``."""
     grades = config.model.num_grades
     if not manifest.class_names:
         raise ValueError(f"data set {manifest.dataset} has no grades; training needs them")
@@ -170,7 +171,7 @@ def check_losses(config: TrainConfig) -> None:
 
 
 def describe(config: TrainConfig, manifest: Manifest, loaded: Loaded | None = None) -> RunInfo:
-    """What is known before the training; loaded: what the backbone took of a file of weights."""
+    """The fields known before training. loaded: report on the backbone's weight file."""
     return RunInfo(
         config=config,
         class_names=list(scale_of(manifest.class_names, config.model.targets).names),

@@ -133,6 +133,9 @@ def test_an_export_that_knows_no_filter_gets_none_on_the_test_pictures(root, tmp
     assert list(result.localization.references) == ["stride_ceiling"]  # which needs no filter
     assert result.localization.contrast == ""
     assert result.grading.fixed_specificity["0.95"].keys() == {"threshold", "roc_sensitivity"}
+    model, info = load_model(tmp_path / "run")
+    collected = collect(model, info, Manifest.load(root / "phantom").split("test"), SETTINGS)
+    assert info.contrast is None and collected.localization.references == {"stride_ceiling"}
 
 
 def test_a_ceiling_is_measured_beside_the_maps_with_its_own_threshold(root, monkeypatch):
@@ -201,6 +204,78 @@ def test_what_is_read_is_what_was_written(root):
         assert found[result.name] == replace(result, views=found[result.name].views)  # a list for the tuple of scales
     cam = found["test"].localization.maps["cam"]
     assert isinstance(cam["iou"], IntervalAt) and isinstance(cam["froc"], Froc) and not old
+
+
+INTERVAL = "value low high"
+HEAT = {"": "threshold", "heat": INTERVAL, "area": INTERVAL, "alarm": INTERVAL}
+MAP = {"iou": f"{INTERVAL} threshold", "recall": f"{INTERVAL} threshold", "froc": f"{INTERVAL} sensitivity"}
+MAP |= {"aupr": INTERVAL, "aupr_picture": INTERVAL, "iou_best": INTERVAL, "pointing": INTERVAL}
+OVER_LESIONS = {"lesion_aupr": INTERVAL, "lesion_iou": INTERVAL}
+FLOOR = "aupr aupr_picture iou pointing"
+KEYS = {
+    "": "name notice dataset manifest temperature pictures patients class_names threshold confusion recall missing "
+    "map_thresholds disclosure unreadable",
+    "bootstrap": "draws seed unit interval",
+    "views": "scales flip",
+    "scale": "model data referable referable_from",
+    "metrics": {
+        "accuracy": INTERVAL,
+        "kappa": INTERVAL,
+        "f1": INTERVAL,
+        "auc": INTERVAL,
+        "referable_auc": INTERVAL,
+        "referable_sensitivity": INTERVAL,
+        "referable_specificity": INTERVAL,
+        "ece": INTERVAL,
+        "ece_uncalibrated": INTERVAL,
+        "ece_plugin": INTERVAL,
+        "brier": INTERVAL,
+    },
+    "fixed_specificity": {
+        "*": {"": "threshold", "sensitivity": INTERVAL, "specificity": INTERVAL, "roc_sensitivity": INTERVAL}
+    },
+    "majority": "class accuracy kappa",
+    "reliability": {"before": "pictures confidence accuracy", "after": "pictures confidence accuracy"},
+    "roc": "fpr tpr",
+    "localization": {
+        "": "pictures patients count contrast",
+        "maps": {"*": MAP | OVER_LESIONS},
+        "references": {"*": MAP | OVER_LESIONS},
+        "floor": FLOOR,
+        "optic_disc": "excluded",
+        "lesions": {
+            "*": {"": "pictures patients count", "maps": {"*": MAP}, "references": {"*": MAP}, "floor": FLOOR}
+        },
+        "froc": "rates tolerance pictures healthy",
+        "differences": {"": "map minus", "aupr": INTERVAL, "aupr_picture": INTERVAL, "iou": INTERVAL, "froc": INTERVAL},
+    },
+    "healthy": {"": "pictures patients", "maps": {"*": HEAT}, "references": {"*": HEAT}},
+    "gallery": {
+        "": "key truth predicted probability lesions",
+        "panels": "picture cam refined_cam attention evidence mean lesions",
+    },
+}
+
+
+def names(value):
+    """Names in JSON, "" those of plain values and "*" any of equal parts; of a list, those of its first entry."""
+    if isinstance(value, list):
+        return names(value[0]) if value else None
+    if not isinstance(value, dict):
+        return None
+    parts = {key: names(part) for key, part in value.items()}
+    nested = {key: part for key, part in parts.items() if part is not None}
+    plain = " ".join(key for key in parts if key not in nested)
+    if not nested:
+        return plain
+    first = next(iter(nested.values()))
+    if not plain and isinstance(first, dict) and all(part == first for part in nested.values()):
+        return {"*": first}
+    return ({"": plain} if plain else {}) | nested
+
+
+def test_the_keys_of_an_evaluation_are_these(root):
+    assert names(json.loads((root / "run" / "evaluation" / "val.json").read_text())) == KEYS
 
 
 def test_healthy_eyes_are_those_of_grade_0_also_without_masks(root):

@@ -119,7 +119,7 @@ def test_the_calibration_error_of_100_pictures_and_its_interval_that_covers_the_
     assert np.mean(covered) >= 0.9
     assert shift - 0.05 < np.mean(estimates) < shift + 0.02  # a lower bound
     if shift == 0:
-        assert abs(np.mean(estimates)) < 0.02 and np.mean(plugins) > 0.1  # what is mended
+        assert abs(np.mean(estimates)) < 0.02 and np.mean(plugins) > 0.1  # the bias that the estimator removes
 
 
 def test_the_calibration_error_of_many_pictures_is_guos():
@@ -134,7 +134,7 @@ def test_the_calibration_error_of_many_pictures_is_guos():
     args = probability[some], truth[some], np.arange(300)
     again = m.debiased_calibration_error(*(a[repeated] for a in args), np.ones((1, 600)))
     assert m.debiased_calibration_error(*args, np.full((1, 300), 2.0)) == pytest.approx(again)
-    assert m.debiased_calibration_error(probability[:1], truth[:1], ["a"], weight[:, :1])[0] == 0  # nobody else says
+    assert m.debiased_calibration_error(probability[:1], truth[:1], ["a"], weight[:, :1])[0] == 0  # no other patient
 
 
 def test_sensitivity_at_a_specificity_is_sklearns_and_its_threshold_has_it():

@@ -6,6 +6,7 @@ import re
 import pytest
 from _runs import write_run
 
+from ercn.checkpoint import load_model
 from ercn.config import PrepareConfig
 from ercn.data import Manifest, prepare
 from ercn.report.model_card import NOT_PROVIDED, write_model_card
@@ -19,8 +20,12 @@ def run(tmp_path_factory):
     return write_run(root / "run", root / "data")
 
 
+def card(run):
+    return write_model_card(run, load_model(run)[1]).read_text()
+
+
 def test_values_come_from_the_run(run):
-    text = write_model_card(run).read_text()
+    text = card(run)
     model = json.loads((run / "export" / "model.json").read_text())
     result = json.loads((run / "evaluation" / "val.json").read_text())
     assert "Not a medical device" in text and "**phantom**" in text
@@ -38,7 +43,7 @@ def test_values_come_from_the_run(run):
 
 
 def test_every_item_of_both_lists_is_answered_or_named_as_missing(run):
-    text = write_model_card(run).read_text()
+    text = card(run)
     answered, missing = text.split("## Not provided")
     heads = " ".join(re.findall(r"^## .*\((.*)\)$", answered, re.MULTILINE))
     claim = {int(n) for n in re.findall(r"C(\d+)", heads)} | set(range(23, 28))  # "C23 to C27"
@@ -51,27 +56,27 @@ def test_every_item_of_both_lists_is_answered_or_named_as_missing(run):
 
 
 def test_the_tables_are_tables_and_no_id_is_told(run):
-    text = write_model_card(run).read_text()
+    text = card(run)
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         rows = block.strip().split("\n")
         assert len({row.count("|") for row in rows}) == 1 and set(rows[1]) <= set("|- "), rows[0]
     assert not re.search(r"p\d{4}", text) and str(run.parent) not in text
 
 
-@pytest.mark.parametrize("layout, told", [
+@pytest.mark.parametrize("layout, words", [
     ("ercn pretrain", "contrastive pre-training, run `simclr`."),
     ("ercn train", "the backbone's weights from `model.safetensors` (ercn train; 9 tensors, 1 interpolated, 0 missing"),
 ])  # fmt: skip
-def test_what_the_backbone_started_from(run, layout, told):
+def test_what_the_backbone_started_from(run, layout, words):
     path = run / "export" / "model.json"
     text = path.read_text()
-    assert "- Start: random weights." in write_model_card(run).read_text()
+    assert "- Start: random weights." in card(run)
     model = json.loads(text)
     model["config"]["init"] = "/data/runs/simclr/"
     model["pretrained"] = {"source": "/data/runs/simclr/export/model.safetensors", "layout": layout, "sha256": "ab"}
     model["pretrained"] |= {"tensors": 9, "resized": {"pos_embed": ""}, "missing": [], "unused": {}, "prefix": ""}
     path.write_text(json.dumps(model))
     try:
-        assert f"- Start: {told}" in write_model_card(run).read_text()
+        assert f"- Start: {words}" in card(run)
     finally:
         path.write_text(text)

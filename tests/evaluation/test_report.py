@@ -14,6 +14,7 @@ from _runs import write_run
 from PIL import Image
 
 from ercn import cli
+from ercn.checkpoint import load_model
 from ercn.config import EvaluateConfig, PrepareConfig, ReportConfig
 from ercn.data import prepare
 from ercn.maps import NAMES
@@ -192,9 +193,36 @@ def test_evaluations_of_an_older_version_are_told_and_left_out(root, tmp_path, c
     assert f"{path} was written by an older version of ercn and is left out" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     assert "Results on test" in page and "Results on val" not in page
-    card = write_model_card(old).read_text()
+    card = write_model_card(old, load_model(old)[1]).read_text()
     assert "of an older version of the software: evaluation/val.json" in card
     assert "No external data set has been evaluated" not in card
+
+
+@pytest.mark.parametrize("change", [{"geometry": 99}, {"config": {"of_a_later_version": 1}}])
+def test_a_run_that_cannot_be_loaded_is_compared(root, tmp_path, change):
+    newer = shutil.copytree(root / "plain" / "run", tmp_path / "newer")
+    path = newer / "export" / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 1.5, "epoch": 77} | change))
+    with pytest.raises(ValueError, match="geometry 99|of_a_later_version"):
+        load_model(newer)
+    runs = (str(root / "gated" / "run"), str(newer))
+    page = report(ReportConfig(runs=runs, out=str(tmp_path / "c.html"))).read_text()
+    row = r"newer</span></th><td>phantom</td><td>mobilenetv3_small_050</td>\s*<td>64</td><td>77</td><td>1.50</td>"
+    assert re.search(row, page)
+
+
+@pytest.mark.parametrize("keys", ["views", "metrics", "roc", "localization lesions", "localization floor", "healthy"])
+def test_a_key_that_an_evaluation_lacks_is_named(root, tmp_path, keys):
+    path = tmp_path / "evaluation" / "val.json"
+    path.parent.mkdir()
+    part = values = json.loads((root / "plain" / "run" / "evaluation" / "val.json").read_text())
+    *above, key = keys.split()
+    for name in above:
+        part = part[name]
+    del part[key]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged: it lacks {key!r}")):
+        read_evaluations(tmp_path)
 
 
 def test_runs_are_named_without_an_option():

@@ -14,6 +14,7 @@ from ercn.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, Trai
 from ercn.data import Manifest
 from ercn.evaluation.collecting import collect
 from ercn.evaluation.evaluating import choose_on_validation, write_evaluation
+from ercn.evaluation.filters import FILTERS
 from ercn.models import ERCN
 from ercn.training.fit import describe
 
@@ -33,7 +34,7 @@ def write_run(out: Path, root: Path, seed: int = 0, draws: int = 20, **model) ->
     torch.manual_seed(seed)
     network = ERCN(config.model)
     info = replace(describe(config, manifest), normalize="none", epoch=2, parameters=1)
-    collected = collect(network, info, manifest.split("val"), SETTINGS)
+    collected = collect(network, info, manifest.split("val"), SETTINGS, filters=FILTERS)
     info = choose_on_validation(info, collected, manifest)
     save_model(out, network, info)
     plain = json.loads(json.dumps(asdict(config)))  # lists for tuples

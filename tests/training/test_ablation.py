@@ -182,12 +182,13 @@ def test_a_row_that_is_not_trained_has_the_weights_of_its_base(out):
     assert (a["counts_refined_cam"] != b["counts_refined_cam"]).any()
 
 
-def test_a_cell_that_an_older_version_trained_is_named(out, tmp_path):
+@pytest.mark.parametrize("field", ["flat_cam", "contrast"])
+def test_a_cell_that_an_older_version_trained_is_named(out, tmp_path, field):
     cell = planned(out)["CAM", 0]
     shutil.copytree(cell.folder, tmp_path / "cell")
     path = tmp_path / "cell" / "export" / "model.json"
     about = json.loads(path.read_text())
-    del about["flat_cam"]
+    del about[field]
     path.write_text(json.dumps(about))
     own = replace(cell, config=replace(cell.config, run=replace(cell.config.run, out=str(tmp_path / "cell"))))
     with pytest.raises(ValueError, match="cell was trained by an older version of ercn; remove it"):

@@ -10,11 +10,13 @@ import torch
 from _stubs import info_of
 from safetensors.torch import load_file, save_file
 
-from ercn.checkpoint import load_model, read_info, save_model, save_weights
+from ercn.checkpoint import load_model, save_model, save_weights
 from ercn.config import ModelConfig, TrainConfig
 from ercn.elements import GEOMETRY
 from ercn.maps import enlarge, heat_maps
 from ercn.models import ERCN
+from ercn.report.model_card import write_model_card
+from ercn.report.page import write_report
 
 DATA = Path(__file__).parents[1] / "data" / "golden"
 
@@ -34,7 +36,7 @@ def run(tmp_path):
 def test_what_is_saved_comes_back(run):
     folder, model = run
     loaded, info = load_model(folder)
-    assert info == read_info(folder) == INFO and info.packages["torch"] == torch.__version__.split("+")[0]
+    assert info == INFO and info.packages["torch"] == torch.__version__.split("+")[0]
     written = json.loads((folder / "export" / "model.json").read_text())
     assert "medical device" in written["notice"] and written["contrast"] == ""
     assert written["config"] == json.loads(json.dumps(asdict(CONFIG)))
@@ -56,6 +58,48 @@ def test_fields_that_came_later_have_the_value_of_before(run):
     _, info = load_model(folder)
     assert info == replace(INFO, packages={}, epoch=None, contrast=None)
     assert (info.normalize, info.temperature, info.trained_classes, info.unreadable) == ("none", 1, list("abcde"), [])
+    (folder / "config.yaml").write_text(json.dumps(about["config"]))  # JSON is YAML
+    (folder / "environment.json").write_text('{"python": "3.10.0", "git": null}')
+    card = write_model_card(folder, info).read_text()
+    assert "Written by an unrecorded version of `ercn` from" in card and "of an unrecorded epoch," in card
+    assert "- Software: unrecorded versions; Python 3.10.0." in card
+    assert "Manifest and splits" in write_report(folder).read_text()
+
+
+def test_model_json_has_these_keys(run):
+    folder, _ = run
+    path = folder / "export" / "model.json"
+    written = {
+        "format": 1,
+        "notice": "For research only. Not a medical device; not for diagnosis.",
+        "packages": {"ercn": "0.0.1"},
+        "config": json.loads(json.dumps(asdict(CONFIG))),
+        "geometry": 3,
+        "class_names": ["low", "high"],
+        "trained_classes": ["none", "some", "much"],
+        "image_size": 96,
+        "prepared_size": 128,
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "normalize": "average",
+        "dataset": "idrid",
+        "manifest": "ab",
+        "data": {"label": "grade", "splits": {}},
+        "pretrained": {"layout": "timm"},
+        "unreadable": [{"id": "a", "reason": "empty"}],
+        "epoch": 7,
+        "temperature": 1.5,
+        "thresholds": {"referable": 0.25},
+        "contrast": "box_9",
+        "parameters": 12,
+        "flat_cam": 0.125,
+    }
+    path.write_text(json.dumps(written))
+    model, info = load_model(folder)
+    assert (info.temperature, info.normalize, info.trained_classes) == (1.5, "average", ["none", "some", "much"])
+    assert (info.geometry, info.contrast, info.flat_cam, info.epoch) == (3, "box_9", 0.125, 7)
+    save_model(folder, model, info)
+    assert list(json.loads(path.read_text()).items()) == list(written.items())
 
 
 def test_weights_of_another_model_list_what_differs(run):

@@ -189,8 +189,8 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path):
     saved = tmp_path / "run" / "config.yaml"
     last.write_bytes(whole)
     saved.write_text(saved.read_text().replace("embed_dim: 16", "embed_dim: 8"))
-    told = r"last.ckpt holds the weights of another model .*1 of another shape \(model\.refin"
-    with pytest.raises(ValueError, match=told):
+    words = r"last.ckpt holds the weights of another model .*1 of another shape \(model\.refin"
+    with pytest.raises(ValueError, match=words):
         train(replace(longer, model=replace(config.model, embed_dim=8)))
 
 
@@ -211,8 +211,9 @@ def test_skipped_training_pictures_are_kept_in_the_run(data, tmp_path):
     bad = Manifest.load(tmp_path / "data").split("train")[0]
     bad.image.write_bytes(b"not a picture")
     out = train(train_config(str(tmp_path / "data"), tmp_path / "run", epochs=1))
-    (told,) = json.loads((out / "export" / "model.json").read_text())["unreadable"]
-    assert told["id"] == bad.id and "not a picture" in told["reason"] and str(tmp_path) not in told["reason"]
+    (record,) = json.loads((out / "export" / "model.json").read_text())["unreadable"]
+    assert record["id"] == bad.id
+    assert "not a picture" in record["reason"] and str(tmp_path) not in record["reason"]
     assert f"<li>{bad.id}: " in (out / "report.html").read_text()
 
 

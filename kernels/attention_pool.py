@@ -22,23 +22,7 @@ from ercn.kernels import configs
 from ercn.kernels._dropout import dropout_factor
 from ercn.kernels._tiles import accumulate, add_product, dot, dot_terms, factor, narrow, rounded, split
 from ercn.kernels.configs import cdiv
-
-
-class Arguments(NamedTuple):
-    """What the launchers of ``gated_attention_pool`` and ``attention_scores`` are given, in order."""
-
-    h: Tensor
-    v_weight: Tensor
-    v_bias: Tensor | None
-    u_weight: Tensor | None
-    u_bias: Tensor | None
-    w_weight: Tensor
-    w_bias: Tensor | None
-    mask: Tensor | None
-    cu_seqlens: Tensor | None
-    seed: Tensor | None
-    dropout_p: float
-    activation: str
+from ercn.ops._arguments import PoolArguments
 
 
 class Instances(NamedTuple):
@@ -403,7 +387,7 @@ def _layout(
     return Instances(h, mask, 0, *h.stride(), *mask_strides), bags
 
 
-def _problem(given: Arguments, plan: configs.PoolPlan | None) -> _Problem:
+def _problem(given: PoolArguments, plan: configs.PoolPlan | None) -> _Problem:
     h, bags = _layout(given.h, given.mask, given.cu_seqlens, *given.w_weight.shape[::-1])
     dtype = torch.promote_types(given.h.dtype, given.v_weight.dtype)
     plan = plan or configs.pool_plan(bags.D, dtype, configs.arch(given.h.device))
@@ -467,13 +451,13 @@ def _forward(p: _Problem, pool: bool) -> tuple[Tensor | None, Tensor]:
 
 
 def gated_attention_pool(*given, plan: configs.PoolPlan | None = None) -> tuple[Tensor, Tensor]:
-    """pooled [B, K, D] in the dtype of products and scores [B, K, N] or [K, T] in float32. given: ``Arguments``."""
-    return _forward(_problem(Arguments(*given), plan), pool=True)
+    """pooled [B, K, D] in the dtype of products and scores [B, K, N] or [K, T] in float32. given: ``PoolArguments``."""
+    return _forward(_problem(PoolArguments(*given), plan), pool=True)
 
 
 def attention_scores(*given, plan: configs.PoolPlan | None = None) -> Tensor:
     """The scores of ``gated_attention_pool`` alone."""
-    return _forward(_problem(Arguments(*given), plan), pool=False)[1]
+    return _forward(_problem(PoolArguments(*given), plan), pool=False)[1]
 
 
 def pool_by_scores(scores: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -810,11 +794,11 @@ def gated_attention_pool_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of (h, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias); one not needed is an empty tensor.
 
-    given: ``Arguments``, the scores, and for each input whether its gradient is needed.
+    given: ``PoolArguments``, the scores, and for each input whether its gradient is needed.
     """
     *given, scores, needs = given
-    given = Arguments(*given)
-    need = dict(zip(Arguments._fields, needs))
+    given = PoolArguments(*given)
+    need = dict(zip(PoolArguments._fields, needs))
     grads = _gradients(given, scores, grad_pooled, grad_scores, need, plan) if scores.numel() > 0 else {}
 
     def zeros(x: Tensor | None, needed: bool) -> Tensor:
@@ -824,10 +808,10 @@ def gated_attention_pool_backward(
 
 
 def _gradients(
-    given: Arguments, scores: Tensor, grad_pooled: Tensor | None, grad_scores: Tensor | None, need: dict[str, bool],
+    given: PoolArguments, scores: Tensor, grad_pooled: Tensor | None, grad_scores: Tensor | None, need: dict[str, bool],
     plan: configs.PoolPlan | None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """By the names of ``Arguments``; those that are 0 may be absent."""
+    """By the names of ``PoolArguments``; those that are 0 may be absent."""
     p = _problem(given, plan)
     (bags, plan), L = (p.bags, p.plan), p.bags.L
     grad_pooled = None if grad_pooled is None else grad_pooled.to(p.dtype).contiguous()

@@ -159,7 +159,7 @@ class PoolCase:
         return replace(self, instances=64 if self.layout == "dense" else 49 * self.bags)
 
     def lengths(self) -> list[int]:
-        """Of the ragged bags: uniform draws scaled to add up to ``instances``, then held within [49, 4096]."""
+        """Lengths of the ragged bags: uniform draws scaled to sum to ``instances``, then clamped to [49, 4096]."""
         generator = torch.Generator().manual_seed(SEED)
         draws = torch.rand(self.bags, generator=generator)
         extra = self.instances - 49 * self.bags

@@ -60,7 +60,7 @@ class BenchConfig(Config):
 
 @dataclass(frozen=True)
 class FilesConfig(Config):
-    """What the tools share: result files of ``ercn bench --save``."""
+    """Base of the tools' configurations: result files of ``ercn bench --save``."""
 
     files: tuple[str, ...] = ()
 

@@ -100,7 +100,7 @@ def _commit() -> str:
 
 
 def manifest() -> dict[str, Any]:
-    """Of the pack where there is one for this kind of machine, else empty."""
+    """Manifest of the pack if it is for this kind of machine, else {}."""
     path = PACK / "manifest.json"
     held = json.loads(path.read_text()) if path.exists() else {}
     return held if held.get("machine") == platform.machine() else {}

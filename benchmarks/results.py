@@ -127,5 +127,5 @@ def timed(run: dict[str, Any]) -> list[Row]:
 
 
 def sentence(error: Exception) -> str:
-    """What a row says of an error."""
+    """An error as the text of a row."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -364,7 +364,7 @@ def combine_kernel(
 
 
 class _Problem(NamedTuple):
-    """What the launchers make of their arguments. dtype: of products. No weights where scores are given."""
+    """Arguments as the kernels take them. dtype: of products. weights is None where scores are given."""
 
     h: Instances
     bags: Bags
@@ -634,7 +634,7 @@ def row_grad_kernel(
     bags, weights, grad_branches, attention, grad_pooled, grad_h, first_row, last_row,
     config: tl.constexpr, precision: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """grad_h [rows, D] = dt V + dσ U + aᵀĝ for rows first_row ≤ r < last_row, without what is None."""
+    """grad_h [rows, D] = dt V + dσ U + aᵀĝ for rows first_row ≤ r < last_row; a term that is None is left out."""
     BLOCK_M: tl.constexpr = config.block_m
     BLOCK_N: tl.constexpr = config.block_n
     BLOCK_L: tl.constexpr = config.block_k
@@ -811,7 +811,7 @@ def _gradients(
     given: PoolArguments, scores: Tensor, grad_pooled: Tensor | None, grad_scores: Tensor | None, need: dict[str, bool],
     plan: configs.PoolPlan | None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """By the names of ``PoolArguments``; those that are 0 may be absent."""
+    """Gradients by the names of ``PoolArguments``; a gradient of 0 may be absent."""
     p = _problem(given, plan)
     (bags, plan), L = (p.bags, p.plan), p.bags.L
     grad_pooled = None if grad_pooled is None else grad_pooled.to(p.dtype).contiguous()

@@ -67,7 +67,7 @@ def with_row(table: Table, arch: str, kernel: str, kind: str, dim: int, row: Con
 
 
 def workload(kernel: str, dtype: torch.dtype, dim: int) -> Callable[[Table], Callable[[], object]]:
-    """What makes of a table a call that spends its time in the kernel."""
+    """A function that turns a tile table into a call whose time is the kernel's."""
     device = torch.device("cuda", torch.cuda.current_device())
     arch, generator = configs.arch(device), torch.Generator(device).manual_seed(0)
 
@@ -190,7 +190,7 @@ def shortest(rows: Mapping[int, Config]) -> dict[int, Config]:
 
 
 def _text(row: Config) -> str:
-    """The row as a call, its three sizes by position, without what is as by default."""
+    """The row as a constructor call: three sizes by position, then the fields that differ from their defaults."""
     fields = [(name, x) for name, x in row._asdict().items() if row._field_defaults.get(name) != x]
     values = [*(str(x) for _, x in fields[:3]), *(f"{name}={x}" for name, x in fields[3:])]
     return f"{type(row).__name__}({', '.join(values)})"

@@ -98,7 +98,7 @@ class _Counts:
         return np.sum(self.histograms[name], axis=0)
 
     def floor(self) -> dict[str, float]:
-        """What a constant map reaches: the share of lesion pixels; the share of pixels that count as a hit."""
+        """Metrics of a constant map: the share of lesion pixels; the share of pixels that count as a hit."""
         pixels = np.array(next(iter(self.histograms.values()))).sum(2)  # [pictures, 2]
         share = float(pixels[:, 1].sum() / pixels.sum())
         each = float((pixels[:, 1] / pixels.sum(1)).mean())

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ercn.ops._arguments import DIFFERENTIABLE
+
 BLOCK_ELEMENTS = 1 << 26  # of T, in a block of the affinity's expected results: 256 MB
-POOL_INPUTS = ("h", "v_weight", "v_bias", "u_weight", "u_bias", "w_weight", "w_bias")
 
 
 def _signs(generator: torch.Generator, *shape: int, density: float = 2 / 3) -> Tensor:
@@ -107,7 +108,7 @@ class Pool:
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
         """The seven tensors that have gradients, in the order of gated_attention_pool."""
-        return tuple(getattr(self, name) for name in POOL_INPUTS)
+        return tuple(getattr(self, name) for name in DIFFERENTIABLE)
 
 
 def _bags(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
@@ -233,7 +234,7 @@ def expected_pool(p: Pool) -> dict[str, Tensor | None]:
 
 
 def _named(grads: Sequence[Tensor | None], p: Pool) -> dict[str, Tensor | None]:
-    pairs = zip(POOL_INPUTS, grads, p.inputs, strict=True)
+    pairs = zip(DIFFERENTIABLE, grads, p.inputs, strict=True)
     return {f"grad_{name}": None if x is None else x.to(given.dtype) for name, x, given in pairs}
 
 
@@ -302,7 +303,7 @@ def found_pool(op: Callable, p: Pool) -> dict[str, Tensor | None]:
     outputs = op(*leaves, mask=p.mask, cu_seqlens=p.cu_seqlens)
     upstream = (p.grad_pooled, p.grad_scores)
     grads = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], upstream))
-    names = (f"grad_{name}" for name in POOL_INPUTS)
+    names = (f"grad_{name}" for name in DIFFERENTIABLE)
     found = {name: None if leaf is None else next(grads) for name, leaf in zip(names, leaves, strict=True)}
     return {"pooled": outputs[0].detach(), "scores": outputs[1].detach(), **found}
 

@@ -31,6 +31,7 @@ from ercn.benchmarks.cases import DTYPES
 from ercn.benchmarks.results import sentence
 from ercn.benchmarks.settings import precision, variable
 from ercn.ops import _extension, reference
+from ercn.ops._arguments import DIFFERENTIABLE
 
 SILENT_S = {"cuda": 15.0, "cpu": 60.0}  # a process that reports nothing for so long hangs
 HANGING = 3  # hanging groups of an op and direction, after which the others are not run
@@ -146,7 +147,7 @@ def make(group: Group, size: int, device: str) -> Case:
         )
         seed, dropped = (torch.tensor([1 << 40]), 0.5) if group.op == "scores" else (None, 0.0)
         arguments = there(*p.inputs, p.mask, p.cu_seqlens, seed) + [dropped, group.activation]
-        names = tuple(f"grad_{name}" for name in exact.POOL_INPUTS)
+        names = tuple(f"grad_{name}" for name in DIFFERENTIABLE)
         if group.op == "pool":
             expected, grads, op = exact.expected_pool(p), (p.grad_pooled, p.grad_scores), "gated_attention_pool"
             outputs = ("pooled", "scores")

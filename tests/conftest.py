@@ -12,6 +12,7 @@ import torch
 from _coverage import GpuCoverage
 from _uninitialised import ALLOCATORS, OPERATORS, from_cpp, from_python
 
+from ercn.benchmarks.settings import precision
 from ercn.ops import triton
 
 
@@ -72,10 +73,8 @@ def process_is_left_as_it_was():
 @pytest.fixture
 def tf32():
     """Allow TF32 in float32 products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
+    with precision("tf32"):
+        yield
 
 
 @pytest.fixture

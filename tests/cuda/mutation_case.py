@@ -10,6 +10,7 @@ import sys
 import torch
 
 from ercn.benchmarks import exact
+from ercn.ops._arguments import DIFFERENTIABLE
 
 SEEDS = 3  # orders of threads and blocks
 
@@ -33,7 +34,7 @@ def pool(ops) -> str | None:
     grads = ops.gated_attention_pool_backward_cuda(
         p.grad_pooled, p.grad_scores, *arguments, None, 0.0, "tanh", outputs[1], (1 << len(p.inputs)) - 1, False, "sm90"
     )
-    names = ("pooled", "scores", *(f"grad_{name}" for name in exact.POOL_INPUTS))
+    names = ("pooled", "scores", *(f"grad_{name}" for name in DIFFERENTIABLE))
     return exact.differences(dict(zip(names, (*outputs, *grads), strict=True)), exact.expected_pool(p))
 
 

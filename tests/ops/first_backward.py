@@ -10,7 +10,8 @@ import sys
 import torch
 
 import ercn.ops  # noqa: F401  (registers the operators)
-from ercn.benchmarks.exact import POOL_INPUTS, differences, expected_pool, pool
+from ercn.benchmarks.exact import differences, expected_pool, pool
+from ercn.ops._arguments import DIFFERENTIABLE
 
 
 def main(backend: str, device: str) -> None:
@@ -32,7 +33,7 @@ def main(backend: str, device: str) -> None:
 
     leaves = [x.detach().requires_grad_() for x in p.inputs]
     grads = torch.autograd.grad(Known.apply(*leaves), leaves, (p.grad_pooled, p.grad_scores))
-    found = {f"grad_{name}": grad for name, grad in zip(POOL_INPUTS, grads)}
+    found = {f"grad_{name}": grad for name, grad in zip(DIFFERENTIABLE, grads)}
     print(differences(found, {name: expected[name] for name in found}))
 
 

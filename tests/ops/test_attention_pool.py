@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from ercn.ops import gated_attention_pool
+from ercn.ops._arguments import DIFFERENTIABLE
 
 pytestmark = pytest.mark.parametrize("backend", backends_of("gated_attention_pool"))
 
-NAMES = ("h", "v_weight", "v_bias", "u_weight", "u_bias", "w_weight", "w_bias")
 
 
 @pytest.mark.parametrize("name", ["attention_gated", "attention_plain", "attention_gated_heads"])
@@ -88,7 +88,7 @@ def test_feature_map_view(backend):
     assert error(*(torch.autograd.grad(x.square().sum(), fmap)[0] for x in (pooled, expected))) < 1e-12
 
 
-@pytest.mark.parametrize("index", range(7), ids=NAMES)
+@pytest.mark.parametrize("index", range(7), ids=DIFFERENTIABLE)
 def test_only_gradients_asked_for(backend, index):
     arguments = inputs(2, 9, 4, 3, heads=2)
     arguments[index] = arguments[index].requires_grad_()

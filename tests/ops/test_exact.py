@@ -13,7 +13,6 @@ from _exact import BAGS, check_affinity, check_pool
 from _pool import scores_of, twin
 
 from ercn.benchmarks.exact import (
-    POOL_INPUTS,
     affinity,
     by_scores,
     differences,
@@ -25,6 +24,7 @@ from ercn.benchmarks.exact import (
     pool,
 )
 from ercn.ops import _extension
+from ercn.ops._arguments import DIFFERENTIABLE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["reference"]
@@ -105,7 +105,7 @@ def test_expected_scores_with_dropout_are_those_of_plain_torch(activation):
     leaves = [x.clone().requires_grad_() for x in p.inputs]
     scores = scores_of(*leaves, activation=activation, dropped=dropped)
     assert torch.equal(scores, expected["scores"])
-    for name, grad in zip(POOL_INPUTS, torch.autograd.grad(scores, leaves, p.grad_scores), strict=True):
+    for name, grad in zip(DIFFERENTIABLE, torch.autograd.grad(scores, leaves, p.grad_scores), strict=True):
         assert torch.equal(grad, expected[f"grad_{name}"])
 
 

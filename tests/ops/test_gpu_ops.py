@@ -17,6 +17,7 @@ from _pool import assert_pool, budget, gradients, inputs, leaf, pool_results, tw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ercn.benchmarks.settings import precision
 from ercn.ops import affinity_propagate, gated_attention_pool, relu_affinity, use_backend
 
 if not BACKENDS:
@@ -70,12 +71,8 @@ def tf32(x):
 
 def test_affinity_in_tf32():
     value, feat, grad = (randn(1, 6, 65, seed=1), off_kink(1, 40, 65).float().double(), randn(1, 6, 65, seed=2))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with precision("tf32"):
         ours, _, exact = affinity_results(value, feat, grad, torch.float32)
-    finally:
-        torch.set_float32_matmul_precision(before)
     budget(ours, with_gradients(dense, *(tf32(x) for x in (grad, value, feat))), exact, channels=True)
 
 

@@ -20,6 +20,8 @@ pytest.importorskip("ercn.kernels", reason="this is a source tree that was not i
 
 from _triton_aot import SHARED_LIMIT, TENSOR_MEMORY, Compiled, launches
 
+from ercn.benchmarks import settings
+from ercn.benchmarks.cases import DTYPES
 from ercn.kernels import affinity, attention_pool, configs, refinement, tune
 from ercn.kernels.table import TABLE
 
@@ -28,13 +30,6 @@ ALIKE = ["sm_89", "gfx90a", "gfx950"]  # served by rows of another architecture
 CHANNELS, PIXELS, POOL_DIM, HIDDEN = 22, 64**2, 1024, 256
 STREAMED = 512  # stands for any D
 PLAIN = (None, 0.0, "tanh")  # the pool without dropout
-# dtype and torch's float32 precision.
-PRECISIONS = {
-    "bfloat16": (torch.bfloat16, "highest"),
-    "float16": (torch.float16, "highest"),
-    "tf32": (torch.float32, "high"),
-    "float32": (torch.float32, "highest"),
-}
 # The precisions that need most registers and shared memory for half and float32 rows; others leave products out.
 DEMANDING = {
     "forward": ("float16", "float32"),
@@ -98,15 +93,11 @@ def run_pool(dtype: torch.dtype, option: str) -> None:
 @functools.cache
 def compiled(arch: str, kernel: str, precision: str, dim: int = 0, option: str = "") -> list[Compiled]:
     """What the launchers compile. kernel: one of the affinity's rows, or "pool" for all of the pool."""
-    dtype, matmul = PRECISIONS[precision]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(matmul)
-    try:
+    dtype = DTYPES[precision]
+    with settings.precision(precision):
         if kernel == "pool":
             return launches(arch, lambda: run_pool(dtype, option))
         return launches(arch, lambda: run_affinity(arch, kernel, dtype, dim, option or "channels_first"))
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def named(kernels: list[Compiled], name: str) -> list[Compiled]:
@@ -125,7 +116,7 @@ def assert_fits(binary: Compiled, tmp_path: Path, case: str = "") -> None:
 
 def widths(arch: str, kernel: str, precision: str) -> list[int]:
     """Every D that the tuning tool gives a row, 0 for any; a D with the row for any has the same kernel."""
-    dtype = PRECISIONS[precision][0]
+    dtype = DTYPES[precision]
     dims = tune.DIMS["float32" if dtype == torch.float32 else "half"]
     last = configs.rows(arch, kernel, dtype)[0]
     return [dim for dim in dims if dim == 0 or configs.row(arch, kernel, dtype, dim) != last]
@@ -153,12 +144,8 @@ def test_other_precisions_and_architectures_fit_on_chip(arch, precision, dim, tm
 
 
 def test_tf32_is_asked_for_where_it_exists():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with settings.precision("tf32"):
         dots = {arch: configs.precision(torch.float32, arch).dot for arch in ("sm_80", "gfx90a", "gfx942", "gfx950")}
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert dots == {"sm_80": "tf32", "gfx90a": "ieee", "gfx942": "tf32", "gfx950": "ieee"}
     assert {configs.precision(torch.bfloat16, arch).dot for arch in dots} == {"ieee"}
 

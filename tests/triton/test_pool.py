@@ -22,6 +22,7 @@ from ercn.benchmarks import exact
 from ercn.kernels import configs
 from ercn.kernels._dropout import unit_words
 from ercn.ops import reference
+from ercn.ops._arguments import DIFFERENTIABLE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])
@@ -73,7 +74,7 @@ def scores_and_gradients(p, seed, dropout_p, activation):
     scores = OPS.attention_scores(*arguments, "triton")
     needs = [x is not None for x in p.inputs]
     grads = OPS.gated_attention_pool_backward(None, here(p.grad_scores), *arguments, scores, needs, "triton")
-    named = zip(exact.POOL_INPUTS, grads, needs)
+    named = zip(DIFFERENTIABLE, grads, needs)
     return {"scores": scores, **{f"grad_{name}": grad if need else None for name, grad, need in named}}
 
 
@@ -117,7 +118,7 @@ def test_pool_and_scores_of_wider_weights(kind, dtype):
     pooled, scores = OPS.gated_attention_pool(*plain, "triton")
     upstream = here(p.grad_pooled), here(p.grad_scores)
     grads = OPS.gated_attention_pool_backward(*upstream, *plain, scores, [True] * 7, "triton")
-    found = {"pooled": pooled, "scores": scores, **dict(zip((f"grad_{name}" for name in exact.POOL_INPUTS), grads))}
+    found = {"pooled": pooled, "scores": scores, **dict(zip((f"grad_{name}" for name in DIFFERENTIABLE), grads))}
     assert_exact(found, exact.expected_pool(p))
 
 
